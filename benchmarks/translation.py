@@ -1,0 +1,237 @@
+"""Translation quality over heads kept: every method on one German-English corpus, resumable cell by cell.
+
+    python -m benchmarks.translation CORPUS --work DIR [--updates 1000] [--jobs 2]
+
+CORPUS holds BPE'd ``train``, ``valid`` and ``test`` files with the endings ``.de`` and ``.en``. A cell that has been
+measured is never run again (its result lies in the work folder); the table and the plot are written anew after each.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from tqdm import tqdm
+
+from head_pruning import HeadMask
+from head_pruning.artifacts import write_json
+from head_pruning.report.plots import plot_head_masks, plot_scores
+from head_pruning.report.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+# glibc gives large buffers back to the system after each use; keeping them nearly doubles CPU training speed.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "40000000000"}
+HEADS = 36
+KEPT = (18, 9, 4, 2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    name: str
+    method: str
+    options: tuple[str, ...] = ()
+    after: Optional[str] = None  # the cell whose checkpoint this one starts from
+    updates: Optional[int] = None  # fixed length, else the benchmark's
+
+
+def cells(updates: int) -> list[Cell]:
+    """All cells, most important first."""
+    anneal = ("--annealing", "--initial-temperature", "0.1", "--final-temperature", "1e-8")
+    short = max(10, round(0.13 * updates))
+    rows = [Cell("dense", "dense")]
+    rows += [
+        Cell(f"dsp-{k}", "joint DSP", ("--num-of-heads", str(k), "--joint-pruning", *anneal, "--cooldown-steps", "0.5"))
+        for k in (9, 4, 18, 2)
+    ]
+    rows += [Cell(f"random-{k}", "K random heads", ("--pruner", "random", "--num-of-heads", str(k))) for k in (4, 9, 2, 18)]
+    rows += [Cell(f"ste-{k}", "STE", ("--num-of-heads", str(k), "--joint-pruning", "--use-ste")) for k in (9, 4)]
+    rows += [
+        Cell(
+            f"pipelined-{k}",
+            "pipelined DSP",
+            ("--num-of-heads", str(k), *anneal, "--cooldown-steps", str(round(short / 1.3))),
+            after="dense",
+            updates=short,
+        )
+        for k in KEPT
+    ]
+    rows += [Cell("michel", "Michel (exact)", after="dense")]
+    rows += [Cell(f"voita-{x}", "Voita", ("--l0-penalty", str(x))) for x in (30, 100, 300)]
+    return rows
+
+
+class Bench:
+    """Runs cells in a work folder."""
+
+    def __init__(self, corpus: Path, work: Path, updates: int, threads: int, michel_sentences: int) -> None:
+        self.corpus, self.work, self.updates, self.threads = corpus, work, updates, threads
+        self.michel_sentences = michel_sentences
+        self.data = work / "data-bin"
+        self.env = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+    def prepare(self) -> None:
+        """Binarise the corpus."""
+        if (self.data / "preprocess.log").exists():
+            return
+        for split in ("train", "valid", "test"):
+            for language in ("de", "en"):
+                if not (self.corpus / f"{split}.{language}").is_file():
+                    sys.exit(f"error: {self.corpus} has no {split}.{language}; give the folder with the BPE'd corpus.")
+        prefixes = [f"--{split}pref={self.corpus / split}" for split in ("train", "valid", "test")]
+        self.call("preprocess", ["-m", "fairseq_cli.preprocess", "--source-lang", "de", "--target-lang", "en",
+                                 *prefixes, "--destdir", str(self.data)])  # fmt: skip
+
+    def call(self, log: str, arguments: list[str]) -> str:
+        """Run python with ``arguments``; the output goes to ``log`` and is returned."""
+        path = self.work / "logs" / f"{log}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as stream:
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=ROOT, env=self.env, stdout=stream, stderr=subprocess.STDOUT
+            )
+        if done.returncode:
+            raise RuntimeError(f"{log} failed with status {done.returncode}; see {path}")
+        return path.read_text()
+
+    def train_flags(self, updates: int) -> list[str]:
+        """The setting of every row: that of the recorded runs of the published code, at any length."""
+        return [
+            *"--arch transformer_iwslt_de_en --share-decoder-input-output-embed".split(),
+            *"--encoder-layers 3 --decoder-layers 3 --encoder-attention-heads 4 --decoder-attention-heads 4".split(),
+            *"--encoder-embed-dim 128 --decoder-embed-dim 128".split(),
+            *"--encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --optimizer adam".split(),
+            *["--adam-betas", "(0.9,0.98)", "--clip-norm", "0.0", "--lr", "3e-3", "--lr-scheduler", "inverse_sqrt"],
+            *f"--warmup-updates {round(0.2 * self.updates)} --dropout 0.2 --weight-decay 0.0001".split(),
+            *"--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 4096 --seed 1".split(),
+            *f"--max-update {updates} --no-epoch-checkpoints --disable-validation --log-interval 50".split(),
+            *"--log-format simple --save-interval-updates 200 --keep-interval-updates 1".split(),
+        ]
+
+    def run(self, cell: Cell) -> list[dict]:
+        """Measure a cell (or read what was measured): one result per row of the table."""
+        result = self.work / "results" / f"{cell.name}.json"
+        if result.exists():
+            return json.loads(result.read_text())["rows"]
+        rows = self.michel(cell) if cell.name == "michel" else [self.train(cell)]
+        write_json(result, {"cell": cell.name, "rows": rows})
+        return rows
+
+    def train(self, cell: Cell) -> dict:
+        """Train and decode."""
+        save = self.work / "checkpoints" / cell.name
+        task = ["--user-dir", "fairseq_plugin", "--task", "translation_head_pruning"]
+        start = []
+        if cell.after:
+            dense = self.work / "checkpoints" / cell.after / "checkpoint_last.pt"
+            start = ["--finetune-from-model", str(dense)]
+        updates = cell.updates or self.updates
+        flags = [*task, *self.train_flags(updates), *cell.options, *start, "--save-dir", str(save)]
+        self.call(cell.name, ["-m", "fairseq_cli.train", str(self.data), *flags])
+        checkpoint = save / "checkpoint_last.pt"
+        output = self.call(f"{cell.name}.generate", ["-m", "fairseq_cli.generate", str(self.data), "--user-dir",
+            "fairseq_plugin", "--path", str(checkpoint), "--batch-size", "64", "--beam", "5", "--remove-bpe",
+            "--quiet"])  # fmt: skip
+        bleu = float(re.findall(r"BLEU4? = ([\d.]+)", output)[-1])
+        mask = save / "masks.safetensors"
+        kept = HeadMask.load(mask).kept if mask.exists() else HEADS
+        return {"method": cell.method, "cell": cell.name, "heads": kept, "bleu": bleu, "updates": updates,
+                "mask": str(mask) if mask.exists() else None}  # fmt: skip
+
+    def michel(self, cell: Cell) -> list[dict]:
+        """Rounds scored greedily on a part of the test set, then the wanted head counts with beam search."""
+        out = self.work / "michel"
+        dense = self.work / "checkpoints" / "dense" / "checkpoint_last.pt"
+        self.call("michel", ["-m", "fairseq_plugin.run_michel", str(self.data), "-s", "de", "-t", "en", "-a",
+            "transformer_iwslt_de_en", "--restore-file", str(dense), "--optimizer", "adam", "--reset-optimizer",
+            "--batch-size", "64", "--beam", "1", "--remove-bpe", "--num-of-heads", "1", "--exact-pruning",
+            "--subset", str(self.michel_sentences), "--score-at", ",".join(map(str, KEPT)), "--score-beam", "5",
+            "--max-tokens", "4096", "--save-dir", str(out)])  # fmt: skip
+        rounds = json.loads((out / "rounds.json").read_text())["rounds"]
+        return [
+            {"method": cell.method, "cell": f"michel-{r['heads']}", "heads": r["heads"], "bleu": r["final_score"],
+             "updates": 0, "mask": None}  # fmt: skip
+            for r in rounds
+            if "final_score" in r
+        ]
+
+
+def write_results(rows: list[dict], folder: Path, name: str, command: str) -> None:
+    """Write the JSON, the table and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [{key: value for key, value in row.items() if key != "mask"} for row in rows]
+    write_json(folder / f"{name}.json", {"command": command, "rows": shown})
+    table = markdown_table(("method", "heads kept of 36", "test BLEU", "updates"),
+                           [(r["method"], r["heads"], r["bleu"], r["updates"]) for r in rows])  # fmt: skip
+    (folder / f"{name}.md").write_text(f"# Translation quality over heads kept\n\n`{command}`\n\n{table}\n")
+    dense = next((r for r in rows if r["cell"] == "dense"), None)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["cell"] != "dense":
+            curves.setdefault(row["method"], []).append((row["heads"], row["bleu"]))
+    if dense and curves:
+        plot_scores(curves, folder / f"{name}.png", dense=("dense", dense["bleu"]), score="test BLEU", total=HEADS)
+    masks = {row["cell"]: HeadMask.load(row["mask"]) for row in rows if row.get("mask") and Path(row["mask"]).exists()}
+    if masks:
+        plot_head_masks(masks, folder / f"{name}-heads.png")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path, help="folder with the BPE'd corpus")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, logs and single results")
+    parser.add_argument("--updates", type=int, default=1000, help="updates per training (2000: the recorded setting)")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    parser.add_argument("--threads", type=int, default=1, help="threads per cell")
+    parser.add_argument("--only", help="regular expression on cell names")
+    parser.add_argument("--michel-sentences", type=int, default=300, help="test sentences that score a Michel round")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the table goes")
+    parser.add_argument("--name", default="translation", help="file name of the table")
+    options = parser.parse_args()
+
+    bench = Bench(options.corpus.resolve(), options.work.resolve(), options.updates, options.threads, options.michel_sentences)
+    bench.prepare()
+    wanted = [cell for cell in cells(options.updates) if not options.only or re.fullmatch(options.only, cell.name)]
+    order = [cell.name for cell in cells(options.updates)]
+    command = f"python -m benchmarks.translation CORPUS --work DIR --updates {options.updates}"
+    measured: dict[str, list[dict]] = {}
+    failed = []
+    waiting = list(wanted)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(wanted), unit="cell") as bar:
+        running: dict[concurrent.futures.Future, Cell] = {}
+        while waiting or running:
+            done_names = set(measured) | {c for c in order if (bench.work / "results" / f"{c}.json").exists()}
+            ready = [c for c in waiting if c.after is None or c.after in done_names]
+            while ready and len(running) < options.jobs:
+                cell = ready.pop(0)
+                waiting.remove(cell)
+                running[pool.submit(bench.run, cell)] = cell
+            if not running:
+                sys.exit(f"error: {', '.join(c.name for c in waiting)} start from cells that were not run; drop --only.")
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                cell = running.pop(future)
+                bar.update()
+                try:
+                    measured[cell.name] = future.result()
+                except RuntimeError as error:
+                    failed.append(str(error))
+                    tqdm.write(f"error: {error}")
+                    continue
+                tqdm.write(f"{cell.name}: " + ", ".join(f"{r['heads']} heads {r['bleu']:.2f}" for r in measured[cell.name]))
+            rows = [row for name in order for row in measured.get(name, [])]
+            if rows:
+                write_results(rows, options.results, options.name, command)
+    sys.exit(f"error: {len(failed)} cells failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

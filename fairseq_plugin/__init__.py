@@ -1,0 +1,10 @@
+"""fairseq user-dir: ``fairseq-train --user-dir fairseq_plugin --task translation_head_pruning ...``."""
+
+from . import checkpoints, errors, state
+
+errors.install()
+checkpoints.allow_safe_globals()
+checkpoints.install()
+state.install()
+
+from . import criterion, task  # noqa: E402, F401  (importing registers them with fairseq)

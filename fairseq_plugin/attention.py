@@ -1,0 +1,50 @@
+"""Making every MultiheadAttention call its output projection, so that gates on it fire."""
+
+from typing import Any, Mapping, Optional
+
+import torch
+from torch import nn
+
+from fairseq.modules import MultiheadAttention
+
+
+def additive_masks(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, Mapping[str, Any]]:
+    """Forward pre-hook: turn a boolean attention mask into one that can be added.
+
+    fairseq's own attention path adds the mask; its fused path takes booleans too. The value is finite, so that a row
+    with every key masked gives numbers.
+    """
+    mask: Optional[torch.Tensor] = kwargs.get("attn_mask")
+    if mask is None or mask.dtype != torch.bool:
+        return args, kwargs
+    dtype = args[0].dtype if args else kwargs["query"].dtype
+    lowest = torch.finfo(dtype).min / 2
+    return args, {**kwargs, "attn_mask": torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, lowest)}
+
+
+class UnfusedAttention:
+    """Switches fairseq's fused attention path off, and back on.
+
+    The fused path hands the output projection's weight to a functional call, past any hook. ``skip_embed_dim_check``
+    makes fairseq take its own path, with the same results and the same draws of dropout.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [module for module in model.modules() if isinstance(module, MultiheadAttention)]
+        self._before: list[bool] = []
+        self._handles: list = []
+
+    def attach(self) -> None:
+        """Take fairseq's own path."""
+        self._before = [module.skip_embed_dim_check for module in self._modules]
+        for module in self._modules:
+            module._set_skip_embed_dim_check()
+            self._handles.append(module.register_forward_pre_hook(additive_masks, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Restore what was before."""
+        for module, before in zip(self._modules, self._before):
+            module.skip_embed_dim_check = before
+        for handle in self._handles:
+            handle.remove()
+        self._before, self._handles = [], []

@@ -1,0 +1,90 @@
+"""Checkpoint files: safe loading, and what is saved beside them."""
+
+import argparse
+import functools
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fairseq
+from fairseq import checkpoint_utils
+from head_pruning.report.artifacts import write_artifacts
+from head_pruning.report.tables import head_table
+
+logger = logging.getLogger(__name__)
+
+
+def allow_safe_globals() -> None:
+    """Let torch's weights-only loading read what fairseq puts into checkpoints: a Namespace and numpy numbers."""
+    from omegaconf.base import ContainerMetadata, Metadata
+
+    torch.serialization.add_safe_globals(
+        [
+            argparse.Namespace,
+            np.dtype,
+            np.ndarray,
+            (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+            (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+            np._core.multiarray._reconstruct,
+            np._core.multiarray.scalar,
+            *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")),
+            ContainerMetadata,
+            Metadata,
+        ]
+    )
+
+
+def install() -> None:
+    """Wrap fairseq's saving: no best checkpoint before the target, and the mask beside every checkpoint."""
+    original = checkpoint_utils.save_checkpoint
+    if getattr(original, "knows_head_pruning", False):
+        return
+
+    @functools.wraps(original)
+    def save_checkpoint(cfg, trainer, epoch_itr, val_loss):
+        session = getattr(trainer.task, "session", None)
+        if session is not None and val_loss is not None and not session.at_target():
+            logger.info("not a candidate for checkpoint_best: the gates have not reached their target yet")
+            val_loss = None
+        saved = original(cfg, trainer, epoch_itr, val_loss)
+        if session is not None and not cfg.no_save and trainer.data_parallel_rank == 0:
+            write_beside(cfg.save_dir, trainer, epoch_itr.end_of_epoch())
+        return saved
+
+    save_checkpoint.knows_head_pruning = True
+    checkpoint_utils.save_checkpoint = save_checkpoint
+
+
+def write_beside(save_dir: str, trainer, end_of_epoch: bool) -> None:
+    """Write pruning.json and masks.safetensors into ``save_dir``; log the kept heads at the end of an epoch."""
+    session = trainer.task.session
+    mask = session.head_mask()
+    if mask is None:
+        return
+    write_artifacts(
+        Path(save_dir),
+        mask,
+        method="+".join(pruner.name for pruner in session.pruners),
+        options={name: value for pruner in session.pruners for name, value in vars(pruner.config).items()},
+        history=[{"updates": trainer.get_num_updates(), "at_target": session.at_target(), **session.metrics()}],
+        versions={"fairseq": fairseq.__version__},
+        parameters=mask_parameters(trainer.get_model(), mask),
+    )
+    if end_of_epoch:
+        logger.info("kept heads by site:%s%s", os.linesep, head_table(mask))
+
+
+def mask_parameters(model: torch.nn.Module, mask) -> tuple[int, int]:
+    """Parameters of the model, and how many remain when the removed heads' q, k, v rows and output columns go."""
+    modules = dict(model.named_modules())
+    removed = 0
+    for site, where in mask.unit_map.slices():
+        gone = int((~mask.keep[where]).sum()) * site.head_dim
+        removed += gone * modules[site.out_proj].weight.shape[0]
+        for name in site.projections:
+            removed += gone * (modules[name].weight.shape[1] + (modules[name].bias is not None))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - removed

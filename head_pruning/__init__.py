@@ -1,0 +1,25 @@
+"""Which parts of a transformer to keep: gates, importance, pruners. Knows no training framework."""
+
+from .errors import HeadPruningError, UnfiredSiteError
+from .pruner import Pruner
+from .registry import build_pruner, choose_method, methods, register_pruner
+from .session import PruningSession
+from .unit_map import AttentionSite, FeedForwardSite, HeadMask, UnitMap, full_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionSite",
+    "FeedForwardSite",
+    "HeadMask",
+    "HeadPruningError",
+    "Pruner",
+    "PruningSession",
+    "UnfiredSiteError",
+    "UnitMap",
+    "build_pruner",
+    "choose_method",
+    "full_mask",
+    "methods",
+    "register_pruner",
+]

@@ -1,0 +1,9 @@
+"""The errors a user can cause: one sentence, naming the cause and the cure."""
+
+
+class HeadPruningError(ValueError):
+    """Bad input. The message is one sentence that names the cause and the cure."""
+
+
+class UnfiredSiteError(HeadPruningError):
+    """A targeted site never ran, so its gate would silently do nothing."""

@@ -1,0 +1,136 @@
+"""Putting gates on a model and taking them off, without copying or subclassing model code."""
+
+import contextlib
+from typing import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import HeadPruningError, UnfiredSiteError
+from ..unit_map import UnitMap
+
+
+class HeadGate(nn.Module):
+    """Scales each head's slice of the input of an output projection: ``out = W (g * concat(heads)) + b``.
+
+    A forward pre-hook that is a bound method of this module, which is not registered in the model: so the model's
+    parameters and state dict stay as they are, and ``copy.deepcopy`` of the model copies the gate along.
+
+    Args:
+        heads: H.
+        head_dim: width of one head; the hooked input has ``H * head_dim`` features in its last dimension.
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
+        self.training_gate = torch.ones(heads)
+        self.evaluation_gate = torch.ones(heads)
+        self.mode = "follow"  # "follow" the hooked module's .training, or force "training" / "evaluation"
+        self.fired = False
+
+    def scale(self, module: nn.Module, args: tuple) -> tuple:
+        """The hook. ``args[0]`` is ``[..., H * head_dim]``."""
+        if not self.fired:
+            self.fired = True
+        training = module.training if self.mode == "follow" else self.mode == "training"
+        gate = self.training_gate if training else self.evaluation_gate
+        heads = args[0].unflatten(-1, (self.heads, self.head_dim))
+        return ((heads * gate.to(heads.dtype).unsqueeze(-1)).flatten(-2), *args[1:])
+
+
+class GateBank:
+    """All head gates of one model, over one flat buffer of N training gates, N evaluation gates and N gradients.
+
+    The gates read float32 leaves that are slices of the flat buffers, so that setting them is one copy to the device
+    and reading their gradients is one copy back.
+    """
+
+    def __init__(self, model: nn.Module, unit_map: UnitMap) -> None:
+        self.unit_map = unit_map
+        modules = dict(model.named_modules())
+        self._targets: list[tuple[nn.Module, HeadGate]] = []
+        for site in unit_map.attention:
+            module = modules.get(site.out_proj)
+            if module is None:
+                raise HeadPruningError(
+                    f"The model has no module {site.out_proj}, the output projection of {site.name}; correct the map."
+                )
+            self._targets.append((module, HeadGate(site.heads, site.head_dim)))
+        self._handles: list = []
+        self._place(torch.device("cpu"))
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._handles)
+
+    def _place(self, device: torch.device) -> None:
+        size = self.unit_map.num_heads
+        self.device = device
+        self.training_values = torch.ones(size, device=device)
+        self.evaluation_values = torch.ones(size, device=device)
+        self.gradients = torch.zeros(size, device=device)
+        for (_, gate), (_, where) in zip(self._targets, self.unit_map.slices()):
+            leaf = self.training_values[where].detach().requires_grad_(True)
+            leaf.grad = self.gradients[where]
+            gate.training_gate = leaf
+            gate.evaluation_gate = self.evaluation_values[where].detach()
+
+    def follow_device(self) -> None:
+        """Move to the model's device if it moved since."""
+        parameter = next(self._targets[0][0].parameters(), None)
+        if parameter is not None and parameter.device != self.device:
+            kept = self.training_values, self.evaluation_values
+            self._place(parameter.device)
+            self.training_values.copy_(kept[0])
+            self.evaluation_values.copy_(kept[1])
+
+    def attach(self) -> None:
+        """Put the hooks on. Idempotent."""
+        if self._handles:
+            return
+        self._handles = [module.register_forward_pre_hook(gate.scale) for module, gate in self._targets]
+        self.follow_device()
+
+    def detach(self) -> None:
+        """Take the hooks off: the model is again what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def set_training(self, values: np.ndarray) -> None:
+        """Set the gates used while training (``[N]``) and clear their gradients."""
+        self.follow_device()
+        with torch.no_grad():
+            self.training_values.copy_(torch.from_numpy(np.asarray(values, dtype=np.float32)))
+            self.gradients.zero_()
+
+    def set_evaluation(self, values: np.ndarray) -> None:
+        """Set the gates used in evaluation (``[N]``)."""
+        self.follow_device()
+        with torch.no_grad():
+            self.evaluation_values.copy_(torch.from_numpy(np.asarray(values, dtype=np.float32)))
+
+    @contextlib.contextmanager
+    def forced(self, mode: str) -> Iterator[None]:
+        """Use the "training" or the "evaluation" gates inside the block, whatever the modules' ``.training`` says."""
+        before = [gate.mode for _, gate in self._targets]
+        for _, gate in self._targets:
+            gate.mode = mode
+        try:
+            yield
+        finally:
+            for (_, gate), old in zip(self._targets, before):
+                gate.mode = old
+
+    def check_fired(self) -> None:
+        """Raise UnfiredSiteError with the names of the sites whose hook never ran."""
+        silent = [site.name for site, (_, gate) in zip(self.unit_map.attention, self._targets) if not gate.fired]
+        if silent:
+            raise UnfiredSiteError(
+                f"The gates of {', '.join(silent)} never ran, so pruning them would do nothing; "
+                "leave these sites out of the unit map, or map the module whose forward the model really calls."
+            )

@@ -1,0 +1,34 @@
+"""STE: straight-through top-K, the second estimator of Li et al. 2021 (section 3.4)."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..registry import register_pruner
+from .pruner import HeadGateConfig, HeadGatePruner
+
+
+@dataclass
+class STEConfig(HeadGateConfig):
+    """Options of the straight-through estimator."""
+
+    use_ste: bool = field(default=False, metadata={"help": "use the straight-through estimator instead of Gumbel"})
+
+
+class STEPruner(HeadGatePruner):
+    """The forward pass keeps the K highest logits; the backward pass hands every logit its gate's gradient."""
+
+    name = "ste"
+
+    def attach(self, session) -> None:
+        self.require_count()
+        super().attach(session)
+
+    def draw(self, step: int) -> np.ndarray:
+        return self.keep().astype(np.float64)
+
+    def chain(self, gradient: np.ndarray) -> np.ndarray:
+        return np.asarray(gradient, dtype=np.float64)
+
+
+register_pruner(name="ste", config=STEConfig, pruner=STEPruner, selected_by=lambda options: options.use_ste)

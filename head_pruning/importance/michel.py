@@ -1,0 +1,115 @@
+"""Head importance of Michel, Levy and Neubig 2019, "Are Sixteen Heads Really Better than One?" (section 4.1)."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Callable, Iterator, Optional
+
+import numpy as np
+import torch
+
+from ..errors import HeadPruningError
+from ..gates.attach import GateBank
+from ..unit_map import HeadMask, UnitMap, full_mask
+
+
+class ImportanceAccumulator:
+    """Sums the derivatives of batch losses with respect to the head gates.
+
+    Args:
+        gates: the attached gates of the model.
+        signed: add the derivatives with their signs, as the published fairseq code does; default: absolute values.
+
+    Use inside ``with accumulator.probing(mask)``: after each batch's ``backward()`` call :meth:`add`.
+    """
+
+    def __init__(self, gates: GateBank, *, signed: bool = False) -> None:
+        self.gates = gates
+        self.signed = signed
+        self.total = torch.zeros(0)
+
+    @contextlib.contextmanager
+    def probing(self, mask: HeadMask) -> Iterator["ImportanceAccumulator"]:
+        """Set the gates to ``mask`` (0 or 1) and let their derivatives flow, in training and evaluation mode alike."""
+        self.gates.set_training(mask.keep)
+        self.total = torch.zeros_like(self.gates.gradients, dtype=torch.float64)
+        with self.gates.forced("training"):
+            yield self
+
+    def add(self) -> None:
+        """Take the derivatives of the batch just backpropagated and clear them; nothing is copied to the host."""
+        gradient = self.gates.gradients.double()
+        self.total += gradient if self.signed else gradient.abs()
+        self.gates.gradients.zero_()
+
+    def scores(self) -> np.ndarray:
+        """``float64[N]``: the raw sums."""
+        scores = self.total.cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise HeadPruningError("The head importance is not finite: the model's loss is NaN or infinite on this data.")
+        return scores
+
+
+def normalize_importance(
+    scores: np.ndarray, unit_map: UnitMap, *, by_layer: bool = True, globally: bool = True
+) -> np.ndarray:
+    """Divide each attention layer's scores by their L2 norm, then scale all to [0, 1] (spec of the published code)."""
+    scores = np.array(scores, dtype=np.float64)
+    if by_layer:
+        for row in unit_map.rows():
+            scores[row] /= np.sqrt((scores[row] ** 2).sum()) + 1e-20
+    if globally:
+        spread = scores.max() - scores.min()
+        scores = (scores - scores.min()) / spread if spread else np.zeros_like(scores)
+    return scores
+
+
+@dataclass(frozen=True)
+class PruningRound:
+    """One round: the mask after it, its score (None when not scored), and the importance it was chosen by."""
+
+    mask: HeadMask
+    score: Optional[float]
+    importance: Optional[np.ndarray]
+
+
+def pruning_rounds(
+    unit_map: UnitMap,
+    importance: Callable[[HeadMask], np.ndarray],
+    score: Callable[[HeadMask], float],
+    *,
+    heads_per_round: int,
+    exact: bool = False,
+    start: Optional[PruningRound] = None,
+) -> Iterator[PruningRound]:
+    """Remove the ``heads_per_round`` least important heads per round until none is left, scoring after each round.
+
+    Args:
+        unit_map: the model's sites.
+        importance: mask to ``[N]`` scores, called once, or once per round when ``exact``.
+        score: mask to the score that is reported.
+        heads_per_round: heads removed per round.
+        exact: measure the importance anew after every round (``--exact-pruning``).
+        start: the last round of an interrupted run, to go on after it.
+
+    Yields:
+        The full model first (unless ``start`` is given), then each round; the round that removes the last heads is
+        scored too.
+    """
+    if not 1 <= heads_per_round <= unit_map.num_heads:
+        raise HeadPruningError(
+            f"{heads_per_round} heads per round is not possible with {unit_map.num_heads} heads; "
+            f"give --num-of-heads from 1 to {unit_map.num_heads}."
+        )
+    if start is None:
+        mask = full_mask(unit_map)
+        start = PruningRound(mask, score(mask), None)
+        yield start
+    mask, scores = start.mask, start.importance
+    while mask.kept:
+        if scores is None or exact:
+            scores = importance(mask)
+        ranked = np.where(mask.keep, scores, np.inf)
+        keep = mask.keep.copy()
+        keep[np.argsort(ranked, kind="stable")[:heads_per_round]] = False
+        mask = HeadMask(unit_map, keep)
+        yield PruningRound(mask, score(mask), scores)

@@ -1,0 +1,82 @@
+"""What a session asks of every method."""
+
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+import torch
+
+from .unit_map import HeadMask
+
+if TYPE_CHECKING:
+    from .session import PruningSession
+
+
+class Pruner:
+    """Base of all methods: every hook of the life cycle, doing nothing.
+
+    ``config`` is the method's dataclass; ``session`` is set while attached.
+    """
+
+    name = ""
+    #: What the host must provide: any of "hidden_states", "attentions", "eager_attention".
+    needs: frozenset = frozenset()
+    #: Whether the model's own weights stay as they are (pipelined pruning).
+    freezes_model = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.session: Optional["PruningSession"] = None
+
+    def attach(self, session: "PruningSession") -> None:
+        """Bind to a session, whose unit map, seed and length of training are known."""
+        self.session = session
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self.session = None
+
+    def before_update(self, step: int) -> None:
+        """Move schedules and draw samples for update ``step`` (from 0)."""
+
+    def loss(self, loss: torch.Tensor, inputs: Any, outputs: Any) -> torch.Tensor:
+        """Replace or add to the task loss of one micro-batch."""
+        return loss
+
+    def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
+        """Use the gradients of a whole update; see :meth:`PruningSession.after_backward`."""
+
+    def after_step(self, step: int, lr_factor: float) -> None:
+        """The host's optimizer has stepped."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the training log; no device is waited for."""
+        return {}
+
+    def at_target(self) -> bool:
+        """Whether a score measured now belongs to the model that training will give."""
+        return True
+
+    def lr_factor(self, step: int) -> float:
+        """Factor on the host's learning rate."""
+        return 1.0
+
+    def phase(self, step: int) -> int:
+        """A new number asks the host for a new optimizer and schedule."""
+        return 0
+
+    def harden(self) -> None:
+        """Fix the outcome: from now on training and evaluation use the final mask."""
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments of the method's own optimizer, as the host's ``--reset-optimizer`` does with its own."""
+
+    def head_mask(self) -> Optional[HeadMask]:
+        """The heads that would stay if training ended now; None for methods that prune no heads."""
+        return None
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Everything a killed run needs to go on bit-equal, as float64 arrays."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Restore :meth:`state_dict`."""

@@ -1,0 +1,111 @@
+"""Methods by name. A method registers itself with one call and touches no other file."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Mapping, Optional
+
+from .errors import HeadPruningError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method.
+
+    Args:
+        name: what ``--pruner`` takes.
+        config: dataclass of its options; every field has ``help`` in its metadata.
+        pruner: class built as ``pruner(config)``.
+        selected_by: tells from all options whether the user means this method without naming it.
+    """
+
+    name: str
+    config: type
+    pruner: type
+    selected_by: Callable[[Any], bool]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_pruner(
+    *, name: str, config: type, pruner: type, selected_by: Optional[Callable[[Any], bool]] = None
+) -> None:
+    """Register a method. Options that share a name with another method's must share type and default."""
+    if name in _METHODS:
+        raise HeadPruningError(f"The pruner {name} is registered twice; choose another name.")
+    for field in dataclasses.fields(config):
+        if not field.metadata.get("help"):
+            raise HeadPruningError(f"The option {field.name} of the pruner {name} has no help text; add one.")
+        for other in _METHODS.values():
+            twin = {f.name: f for f in dataclasses.fields(other.config)}.get(field.name)
+            if twin is not None and (twin.type, twin.default) != (field.type, field.default):
+                raise HeadPruningError(
+                    f"The option {field.name} of the pruner {name} differs from that of {other.name}; "
+                    "inherit it from a common config."
+                )
+    _METHODS[name] = Method(name, config, pruner, selected_by or (lambda options: False))
+
+
+def methods() -> Mapping[str, Method]:
+    """All registered methods by name."""
+    from . import gates  # noqa: F401  (importing the package registers the methods it ships)
+
+    return dict(_METHODS)
+
+
+def option_fields(names: Optional[Iterable[str]] = None) -> dict[str, dataclasses.Field]:
+    """The union of the options of the named (default: all) methods, each once."""
+    known = methods()
+    return {
+        field.name: field for name in (names or known) for field in dataclasses.fields(get_method(name, known).config)
+    }
+
+
+def get_method(name: str, known: Optional[Mapping[str, Method]] = None) -> Method:
+    """The method called ``name``. Raises HeadPruningError with the list of names when there is none."""
+    known = known or methods()
+    if name not in known:
+        raise HeadPruningError(f"There is no pruner {name}; choose one of {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def choose_method(options: Any, pruner: Optional[str] = None) -> Optional[Method]:
+    """The method that ``pruner`` names or that the options imply; None when no pruning is asked for.
+
+    Raises:
+        HeadPruningError: the options imply several methods.
+    """
+    if pruner:
+        method = get_method(pruner)
+        _refuse_foreign_options(options, method)
+        return method
+    chosen = [method for method in methods().values() if method.selected_by(options)]
+    if len(chosen) > 1:
+        raise HeadPruningError(
+            f"The options fit several pruners ({', '.join(method.name for method in chosen)}); "
+            "choose one with --pruner or drop the options of the others."
+        )
+    method = chosen[0] if chosen else None
+    _refuse_foreign_options(options, method)
+    return method
+
+
+def _refuse_foreign_options(options: Any, method: Optional[Method]) -> None:
+    """Raise when an option was set that only methods other than the chosen one have."""
+    mine = set(option_fields([method.name])) if method else set()
+    for name, field in option_fields().items():
+        if name not in mine and getattr(options, name, field.default) != field.default:
+            owners = ", ".join(m.name for m in methods().values() if name in option_fields([m.name]))
+            raise HeadPruningError(
+                f"--{name.replace('_', '-')} belongs to {owners}, but "
+                + (f"the pruner is {method.name}" if method else "no pruner is chosen (add --num-of-heads or --pruner)")
+                + "; drop the option or choose its pruner with --pruner."
+            )
+
+
+def build_pruner(method: Method, options: Any):
+    """Build a pruner from any object that has the method's options as attributes."""
+    values = {
+        field.name: getattr(options, field.name, field.default) for field in dataclasses.fields(method.config)
+    }
+    return method.pruner(method.config(**values))

@@ -1,0 +1,85 @@
+"""Pictures of head masks and of scores over heads kept."""
+
+from pathlib import Path
+from typing import Mapping, Sequence
+
+
+from ..artifacts import atomic_path
+from ..unit_map import HeadMask
+
+_COLOURS = {"encoder_self": "#3b6fb6", "decoder_cross": "#c8553d", "decoder_self": "#4f9d69"}
+_LABELS = {"encoder_self": "encoder", "decoder_cross": "cross", "decoder_self": "decoder"}
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
+    """Draw masks of one model side by side: a row per site, a square per head, filled where the head stays."""
+    first = next(iter(masks.values()))
+    sites = first.unit_map.attention
+    widest = max(site.heads for site in sites)
+    figure = _figure(2.2 + len(masks) * (0.45 + 0.22 * widest), 1.0 + 0.24 * len(sites))
+    panels = figure.subplots(1, len(masks), sharey=True, squeeze=False)[0]
+    for panel, (title, mask) in zip(panels, masks.items()):
+        for row, (site, where) in enumerate(mask.unit_map.slices()):
+            for head, kept in enumerate(mask.keep[where]):
+                colour = _COLOURS.get(site.kind, "#555555")
+                panel.add_patch(
+                    _square(head, row, facecolor=colour if kept else "#f2f2f2", edgecolor=colour if kept else "#d5d5d5")
+                )
+        panel.set(xlim=(-0.6, widest - 0.4), ylim=(len(sites) - 0.4, -0.6), xticks=range(widest), aspect="equal")
+        panel.set_title(f"{title}\n{mask.kept} of {mask.keep.size}", fontsize=9)
+        panel.tick_params(length=0, labelsize=7)
+        for spine in panel.spines.values():
+            spine.set_visible(False)
+    panels[0].set_yticks(range(len(sites)), [site.name for site in sites])
+    shown = [kind for kind in _COLOURS if any(site.kind == kind for site in sites)]
+    handles = [_square(0, 0, facecolor=_COLOURS[kind], label=_LABELS[kind]) for kind in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(shown), fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def plot_scores(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    path: "str | Path",
+    *,
+    dense: tuple[str, float],
+    score: str,
+    total: int,
+) -> None:
+    """Score over heads kept, one line per method.
+
+    Args:
+        curves: method to its (heads kept, score) points.
+        path: the PNG to write.
+        dense: label and score of the unpruned model, drawn as a level line.
+        score: name of the score, for the axis.
+        total: number of heads of the unpruned model.
+    """
+    figure = _figure(6.4, 4.2)
+    panel = figure.subplots()
+    panel.axhline(dense[1], color="#888888", linestyle=":", label=f"{dense[0]} ({total} heads)")
+    for marker, (name, points) in zip("osD^vP*X<>", curves.items()):
+        points = sorted(points)
+        panel.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=5, label=name)
+    panel.set(xlabel=f"heads kept of {total}", ylabel=score)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _square(x: float, y: float, **style):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, **style)
+
+
+def _save(figure, path: "str | Path") -> None:
+    with atomic_path(Path(path).with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=150, metadata={"Software": None})
+
+

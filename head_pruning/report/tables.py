@@ -1,0 +1,34 @@
+"""Plain-text tables."""
+
+from typing import Sequence
+
+from ..unit_map import HeadMask
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An aligned table: first column to the left, the others to the right; floats with two decimals."""
+    cells = [
+        [str(c) for c in header],
+        *[[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows],
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same as GitHub-flavoured Markdown."""
+    cells = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), ["---"] * len(header), *cells])
+
+
+def head_table(mask: HeadMask) -> str:
+    """The kept heads by site: one line per site, ``#`` for a head that stays and ``.`` for one that goes."""
+    rows = [
+        (name, "".join("#" if kept else "." for kept in keep), f"{sum(keep)}/{len(keep)}")
+        for name, keep in mask.by_site().items()
+    ]
+    return text_table(("site", "heads", "kept"), [*rows, ("all", "", f"{mask.kept}/{mask.keep.size}")])

@@ -1,0 +1,38 @@
+"""Every schedule, as a pure function of the step."""
+
+import math
+from typing import Optional
+
+from .errors import HeadPruningError
+
+
+def log_linear(step: int, *, initial: float, final: float, steps: int) -> float:
+    """Temperature of DSP (Li et al. 2021, section 3.3): log-linear from ``initial`` to ``final`` in ``steps`` steps.
+
+    Args:
+        step: updates already made, counted from 0.
+        initial: temperature at step 0.
+        final: temperature from ``steps`` on.
+        steps: length of the annealing in updates.
+    """
+    if step >= steps:
+        return final
+    return math.exp(math.log(initial) - (step / steps) * (math.log(initial) - math.log(final)))
+
+
+def resolve_steps(value: float, total_steps: Optional[int], flag: str) -> int:
+    """A step count given in updates (1 or more) or as a fraction of training (between 0 and 1).
+
+    Raises:
+        HeadPruningError: a negative count, or a fraction where the length of training is not known.
+    """
+    if value < 0:
+        raise HeadPruningError(f"{flag} is {value}; give updates (>= 1) or a fraction of training (0 to 1).")
+    if value >= 1 or value == 0:
+        return int(value)
+    if not total_steps:
+        raise HeadPruningError(
+            f"{flag} {value} is a fraction of training, whose length is not known here; give updates instead, "
+            "or limit training by updates or epochs."
+        )
+    return max(1, round(value * total_steps))

@@ -1,0 +1,216 @@
+"""The object that a training loop drives."""
+
+import contextlib
+import json
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import HeadPruningError
+from .gates.attach import GateBank
+from .pruner import Pruner
+from .unit_map import HeadMask, UnitMap
+
+STATE_VERSION = 1
+
+
+class PruningSession:
+    """Owns the pruners of one model: their gates, optimizers, step and state.
+
+    Args:
+        model: the model; its parameters and code are not changed.
+        unit_map: its sites.
+        pruners: the methods; at most one of them may own the head gates.
+        seed: of every draw; the same on all ranks.
+        total_steps: updates in training if known, for step counts given as fractions.
+        all_reduce: sums a float64 tensor over the data-parallel ranks in place; None when there is one rank.
+        fired_within: every targeted site must have run within this many updates (1; more for models that drop layers).
+
+    Typical use::
+
+        session = PruningSession(model, unit_map, [pruner])
+        session.attach()
+        for step, batch in enumerate(batches):
+            session.before_update(step)
+            loss = session.loss(compute_loss(model, batch))
+            loss.backward()
+            session.after_backward()
+            optimizer.step()
+            session.after_step()
+        session.harden()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        unit_map: UnitMap,
+        pruners: Sequence[Pruner],
+        *,
+        seed: int = 1,
+        total_steps: Optional[int] = None,
+        all_reduce: Optional[Callable[[torch.Tensor], Any]] = None,
+        fired_within: int = 1,
+    ) -> None:
+        if not pruners:
+            raise HeadPruningError("A session needs at least one pruner.")
+        self.model = model
+        self.unit_map = unit_map
+        self.pruners = list(pruners)
+        self.seed = seed
+        self.total_steps = total_steps
+        self.all_reduce = all_reduce
+        self.fired_within = fired_within
+        self.gates = GateBank(model, unit_map)
+        self.step = 0
+        self._updates_here = 0
+
+    # -- life cycle ----------------------------------------------------------------------------------------------
+
+    def attach(self) -> "PruningSession":
+        """Put gates and masks on. Raises HeadPruningError for options that do not fit the model."""
+        for pruner in self.pruners:
+            pruner.attach(self)
+        if sum(pruner.head_mask() is not None for pruner in self.pruners) > 1:
+            raise HeadPruningError("Two of the pruners own the head gates; keep one of them.")
+        self.gates.attach()
+        return self
+
+    def before_update(self, step: int) -> None:
+        """Start update ``step`` (from 0), which may be several micro-batches: move schedules, draw gates once."""
+        self.step = step
+        for pruner in self.pruners:
+            pruner.before_update(step)
+
+    def loss(self, loss: torch.Tensor, inputs: Any = None, outputs: Any = None) -> torch.Tensor:
+        """The objective of one micro-batch: the task loss, unless a distiller replaces or adds terms."""
+        for pruner in self.pruners:
+            loss = pruner.loss(loss, inputs, outputs)
+        return loss
+
+    def after_backward(self, loss_scale: float = 1.0, denominator: float = 1.0, micro_batches: int = 1) -> None:
+        """Collect the gradients of a whole update, once, before the host's optimizer steps.
+
+        The gradient used is ``(sum over ranks of gradients / loss_scale + penalty per micro-batch) / sum of
+        denominators``. For a loss summed over tokens pass this rank's token count and number of micro-batches; for a
+        mean loss (already divided by the number of micro-batches) leave both at 1.
+
+        Args:
+            loss_scale: factor that the loss was multiplied with for fp16.
+            denominator: this rank's share of what the host divides its gradients by.
+            micro_batches: this rank's share of how often the penalty counts.
+
+        Raises:
+            UnfiredSiteError: a targeted site did not run in the first ``fired_within`` updates.
+        """
+        self._updates_here += 1
+        if self._updates_here == self.fired_within:
+            self.gates.check_fired()
+        for pruner in self.pruners:
+            pruner.after_backward(loss_scale, denominator, micro_batches)
+
+    def after_step(self, lr_factor: float = 1.0) -> None:
+        """The host's optimizer has stepped: step the gates' own, with ``lr_factor`` on their learning rate."""
+        for pruner in self.pruners:
+            pruner.after_step(self.step, lr_factor)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside the block the model runs in its evaluation state, even if it is in training mode."""
+        with self.gates.forced("evaluation"):
+            yield
+
+    def harden(self) -> Optional[HeadMask]:
+        """Fix the outcome (exactly K heads) and return the head mask."""
+        for pruner in self.pruners:
+            pruner.harden()
+        return self.head_mask()
+
+    def detach(self) -> None:
+        """Take everything off: the model is again what it was, bit for bit."""
+        self.gates.detach()
+        for pruner in self.pruners:
+            pruner.detach()
+
+    # -- what a host asks ----------------------------------------------------------------------------------------
+
+    def head_mask(self) -> Optional[HeadMask]:
+        """The heads that would stay if training ended now; None when no pruner prunes heads."""
+        return next((mask for mask in (pruner.head_mask() for pruner in self.pruners) if mask is not None), None)
+
+    def at_target(self) -> bool:
+        """Whether a score measured now belongs to the model that training will give."""
+        return all(pruner.at_target() for pruner in self.pruners)
+
+    @property
+    def freezes_model(self) -> bool:
+        """Whether the model's own weights stay as they are (pipelined pruning)."""
+        return any(pruner.freezes_model for pruner in self.pruners)
+
+    @property
+    def needs(self) -> frozenset:
+        """What the host must provide: any of "hidden_states", "attentions", "eager_attention"."""
+        return frozenset().union(*(pruner.needs for pruner in self.pruners))
+
+    def lr_factor(self, step: int) -> float:
+        """Factor on the host's learning rate at ``step``."""
+        return float(np.prod([pruner.lr_factor(step) for pruner in self.pruners]))
+
+    def phase(self, step: int) -> int:
+        """Changes when the host must rebuild its optimizer and learning-rate schedule."""
+        return sum(pruner.phase(step) for pruner in self.pruners)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the training log."""
+        return {name: value for pruner in self.pruners for name, value in pruner.metrics().items()}
+
+    def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sum gradients and counts over the ranks and bring them to the host as float64: the one sync of an update."""
+        flat = torch.cat([gradients.double(), torch.from_numpy(counts.astype(np.float64)).to(gradients.device)])
+        if self.all_reduce is not None:
+            self.all_reduce(flat)
+        flat = flat.cpu().numpy()
+        return flat[: gradients.numel()], flat[gradients.numel() :]
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Everything a killed run needs to end bit-equal to one never killed: flat names to float64 arrays."""
+        state = {"step": np.array([float(self.step)])}
+        for pruner in self.pruners:
+            state.update({f"{pruner.name}.{key}": value for key, value in pruner.state_dict().items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Restore :meth:`state_dict`. Raises HeadPruningError when it is of other pruners or another model."""
+        self.step = int(state["step"][0])
+        for pruner in self.pruners:
+            prefix = f"{pruner.name}."
+            mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+            if not mine:
+                raise HeadPruningError(
+                    f"The checkpoint has no state of the pruner {pruner.name}; resume with the pruner that the run was "
+                    "started with, or start from the model alone."
+                )
+            try:
+                pruner.load_state_dict(mine)
+            except KeyError as error:
+                raise HeadPruningError(
+                    f"The checkpoint's state of {pruner.name} lacks {error}; it is damaged or of another version."
+                ) from error
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments of the pruners' own optimizers."""
+        for pruner in self.pruners:
+            pruner.reset_optimizer()
+
+    def description(self) -> str:
+        """JSON of what a reader of a checkpoint must know: the pruners and the unit map."""
+        return json.dumps(
+            {
+                "version": STATE_VERSION,
+                "pruners": [pruner.name for pruner in self.pruners],
+                "unit_map": self.unit_map.to_dict(),
+            }
+        )

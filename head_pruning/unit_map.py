@@ -1,0 +1,211 @@
+"""What of a model can be pruned, in one fixed order, and which of it stays."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Mapping, Optional, Sequence
+
+import numpy as np
+
+from .artifacts import atomic_path, read_safetensors, write_safetensors
+from .errors import HeadPruningError
+
+ATTENTION_KINDS = ("encoder_self", "decoder_cross", "decoder_self")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a host model.
+
+    Args:
+        name: dotted module name, e.g. ``encoder.layers.0.self_attn``.
+        kind: ``encoder_self``, ``decoder_self`` or ``decoder_cross``.
+        layer: name of the host layer that the module belongs to.
+        heads: number of prunable heads H (key/value groups under grouped-query attention).
+        head_dim: width of one head in the input of the output projection, so that
+            ``heads * head_dim`` is that input's last dimension.
+        out_proj: dotted name of the output projection; its input is what a gate scales.
+        projections: the dotted names of the query, key and value projections, in this order.
+    """
+
+    name: str
+    kind: str
+    layer: str
+    heads: int
+    head_dim: int
+    out_proj: str
+    projections: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FeedForwardSite:
+    """One feed-forward block: ``in_proj`` makes ``width`` units that ``out_proj`` reads."""
+
+    name: str
+    layer: str
+    width: int
+    in_proj: str
+    out_proj: str
+
+
+@dataclass(frozen=True)
+class UnitMap:
+    """The ordered sites of one model and the flat numbering of all its N heads.
+
+    Heads are numbered site after site in the order of ``attention``, within a site from 0.
+    An encoder-decoder map lists encoder self-attention, then decoder cross-attention, then
+    decoder self-attention (the row order of the published code).
+    """
+
+    attention: tuple[AttentionSite, ...]
+    feed_forward: tuple[FeedForwardSite, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [site.name for site in self.attention]
+        if not names:
+            raise HeadPruningError(
+                "The model has no attention module that can be mapped; describe its sites with AttentionSite "
+                "and pass UnitMap((site, ...))."
+            )
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise HeadPruningError(f"The unit map names {', '.join(twice)} twice; list each attention module once.")
+
+    @property
+    def num_heads(self) -> int:
+        """N, the number of heads under control."""
+        return sum(site.heads for site in self.attention)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the host layers, in order of first appearance."""
+        return tuple(dict.fromkeys(site.layer for site in (*self.attention, *self.feed_forward)))
+
+    def slices(self) -> Iterator[tuple[AttentionSite, slice]]:
+        """Each site with its slice of the flat numbering."""
+        start = 0
+        for site in self.attention:
+            yield site, slice(start, start + site.heads)
+            start += site.heads
+
+    def kinds(self) -> dict[str, np.ndarray]:
+        """For each kind that occurs, the flat indices of its heads."""
+        found: dict[str, list[int]] = {}
+        for site, where in self.slices():
+            found.setdefault(site.kind, []).extend(range(where.start, where.stop))
+        return {kind: np.array(index) for kind, index in found.items()}
+
+    def rows(self) -> list[np.ndarray]:
+        """For each site, the flat indices of its heads."""
+        return [np.arange(where.start, where.stop) for _, where in self.slices()]
+
+    def to_dict(self) -> dict:
+        """A JSON-ready description; :meth:`from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "UnitMap":
+        """Rebuild a map from :meth:`to_dict`."""
+        attention = tuple(
+            AttentionSite(**{**site, "projections": tuple(site["projections"])}) for site in data["attention"]
+        )
+        return cls(attention, tuple(FeedForwardSite(**site) for site in data["feed_forward"]))
+
+    def check_same_heads(self, other: "UnitMap", what: str) -> None:
+        """Raise unless both maps number the same heads of the same sites."""
+        mine = [(site.name, site.heads) for site in self.attention]
+        theirs = [(site.name, site.heads) for site in other.attention]
+        if mine != theirs:
+            odd = sorted({name for name, _ in set(mine) ^ set(theirs)}) or ["the order of the sites"]
+            raise HeadPruningError(
+                f"{what} belongs to another architecture (they differ in {', '.join(odd[:3])}); "
+                "use the model it was made for."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMask:
+    """Which heads stay: ``keep`` is a boolean array of N heads in the map's order."""
+
+    unit_map: UnitMap
+    keep: np.ndarray
+
+    def __post_init__(self) -> None:
+        keep = np.asarray(self.keep, dtype=bool).reshape(-1)
+        if keep.size != self.unit_map.num_heads:
+            raise HeadPruningError(
+                f"The head mask has {keep.size} entries but the model has {self.unit_map.num_heads} heads; "
+                "use a mask made for this model."
+            )
+        object.__setattr__(self, "keep", keep)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeadMask) and self.by_site() == other.by_site()
+
+    @property
+    def kept(self) -> int:
+        """Number of heads that stay."""
+        return int(self.keep.sum())
+
+    def by_site(self) -> dict[str, list[bool]]:
+        """Site name to one boolean per head."""
+        return {site.name: self.keep[where].tolist() for site, where in self.unit_map.slices()}
+
+    def kept_heads(self) -> dict[str, list[int]]:
+        """Site name to the indices of the heads that stay."""
+        return {site.name: np.flatnonzero(self.keep[where]).tolist() for site, where in self.unit_map.slices()}
+
+    def compare(self, other: "HeadMask") -> dict[str, float]:
+        """Overlap of two masks of one model: heads both keep, heads only one keeps, and the Jaccard index."""
+        self.unit_map.check_same_heads(other.unit_map, "The other mask")
+        both = int((self.keep & other.keep).sum())
+        either = int((self.keep | other.keep).sum())
+        return {
+            "both": both,
+            "only_first": self.kept - both,
+            "only_second": other.kept - both,
+            "jaccard": both / either if either else 1.0,
+        }
+
+    def save(self, path: "str | Path") -> None:
+        """Write to ``path`` (safetensors: one ``uint8[heads]`` per site, the map as metadata), atomically."""
+        tensors = {f"heads.{name}": np.array(keep, dtype=np.uint8) for name, keep in self.by_site().items()}
+        with atomic_path(path) as temporary:
+            write_safetensors(temporary, tensors, {"unit_map": json.dumps(self.unit_map.to_dict())})
+
+    @classmethod
+    def load(cls, path: "str | Path") -> "HeadMask":
+        """Read what :meth:`save` wrote. Raises HeadPruningError when the file is missing or damaged."""
+        tensors, metadata = read_safetensors(path)
+        try:
+            unit_map = UnitMap.from_dict(json.loads(metadata["unit_map"]))
+            keep = [tensors[f"heads.{site.name}"] for site in unit_map.attention]
+        except (KeyError, TypeError, ValueError) as error:
+            raise HeadPruningError(f"{path} is not a head mask ({error!r}); write one with HeadMask.save.") from error
+        return cls(unit_map, np.concatenate(keep))
+
+    def __str__(self) -> str:
+        from .report.tables import head_table
+
+        return head_table(self)
+
+
+def full_mask(unit_map: UnitMap) -> HeadMask:
+    """The mask that keeps every head."""
+    return HeadMask(unit_map, np.ones(unit_map.num_heads, dtype=bool))
+
+
+def mask_without(unit_map: UnitMap, removed: Mapping[str, Sequence[int]], base: Optional[HeadMask] = None) -> HeadMask:
+    """The mask that removes ``{site name: [head, ...]}`` from ``base`` (default: from all heads)."""
+    keep = (base.keep if base is not None else np.ones(unit_map.num_heads, dtype=bool)).copy()
+    where = {site.name: (site, span) for site, span in unit_map.slices()}
+    for name, heads in removed.items():
+        if name not in where:
+            raise HeadPruningError(f"There is no attention site {name}; the map has {', '.join(where)}.")
+        site, span = where[name]
+        bad = [head for head in heads if not 0 <= head < site.heads]
+        if bad:
+            raise HeadPruningError(f"{name} has heads 0 to {site.heads - 1}; {bad[0]} is not one of them.")
+        keep[span.start + np.array(list(heads), dtype=int)] = False
+    return HeadMask(unit_map, keep)

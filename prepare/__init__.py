@@ -1,0 +1,1 @@
+"""Turning parallel text into the binarised data that fairseq trains on."""
