@@ -48,10 +48,14 @@ def cells(updates: int) -> list[Cell]:
     short = max(10, round(0.13 * updates))
     rows = [Cell("dense", "dense")]
     rows += [
-        Cell(f"dsp-{k}", "joint DSP", ("--num-of-heads", str(k), "--joint-pruning", *anneal, "--cooldown-steps", "0.5"))
+        Cell(
+            f"dsp-{k}", "joint DSP", ("--num-of-heads", str(k), "--joint-pruning", *anneal, "--cooldown-steps", "0.5")
+        )
         for k in (9, 4, 18, 2)
     ]
-    rows += [Cell(f"random-{k}", "K random heads", ("--pruner", "random", "--num-of-heads", str(k))) for k in (4, 9, 2, 18)]
+    rows += [
+        Cell(f"random-{k}", "K random heads", ("--pruner", "random", "--num-of-heads", str(k))) for k in (4, 9, 2, 18)
+    ]
     rows += [Cell(f"ste-{k}", "STE", ("--num-of-heads", str(k), "--joint-pruning", "--use-ste")) for k in (9, 4)]
     rows += [
         Cell(
@@ -154,10 +158,16 @@ class Bench:
             "--batch-size", "64", "--beam", "1", "--remove-bpe", "--num-of-heads", "1", "--exact-pruning",
             "--subset", str(self.michel_sentences), "--score-at", ",".join(map(str, KEPT)), "--score-beam", "5",
             "--max-tokens", "4096", "--save-dir", str(out)])  # fmt: skip
-        rounds = json.loads((out / "rounds.json").read_text())["rounds"]
+        rounds = json.loads((out / "michel_rounds.json").read_text())["rounds"]
         return [
-            {"method": cell.method, "cell": f"michel-{r['heads']}", "heads": r["heads"], "bleu": r["final_score"],
-             "updates": 0, "mask": None}  # fmt: skip
+            {
+                "method": cell.method,
+                "cell": f"michel-{r['heads']}",
+                "heads": r["heads"],
+                "bleu": r["final_score"],
+                "updates": 0,
+                "mask": None,
+            }  # fmt: skip
             for r in rounds
             if "final_score" in r
         ]
@@ -197,7 +207,9 @@ def main() -> None:
     parser.add_argument("--name", default="translation", help="file name of the table")
     options = parser.parse_args()
 
-    bench = Bench(options.corpus.resolve(), options.work.resolve(), options.updates, options.threads, options.michel_sentences)
+    bench = Bench(
+        options.corpus.resolve(), options.work.resolve(), options.updates, options.threads, options.michel_sentences
+    )
     bench.prepare()
     wanted = [cell for cell in cells(options.updates) if not options.only or re.fullmatch(options.only, cell.name)]
     order = [cell.name for cell in cells(options.updates)]
@@ -215,7 +227,9 @@ def main() -> None:
                 waiting.remove(cell)
                 running[pool.submit(bench.run, cell)] = cell
             if not running:
-                sys.exit(f"error: {', '.join(c.name for c in waiting)} start from cells that were not run; drop --only.")
+                sys.exit(
+                    f"error: {', '.join(c.name for c in waiting)} start from cells that were not run; drop --only."
+                )
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 cell = running.pop(future)
@@ -226,7 +240,9 @@ def main() -> None:
                     failed.append(str(error))
                     tqdm.write(f"error: {error}")
                     continue
-                tqdm.write(f"{cell.name}: " + ", ".join(f"{r['heads']} heads {r['bleu']:.2f}" for r in measured[cell.name]))
+                tqdm.write(
+                    f"{cell.name}: " + ", ".join(f"{r['heads']} heads {r['bleu']:.2f}" for r in measured[cell.name])
+                )
             rows = [row for name in order for row in measured.get(name, [])]
             if rows:
                 write_results(rows, options.results, options.name, command)

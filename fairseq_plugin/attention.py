@@ -3,9 +3,8 @@
 from typing import Any, Mapping, Optional
 
 import torch
-from torch import nn
-
 from fairseq.modules import MultiheadAttention
+from torch import nn
 
 
 def additive_masks(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, Mapping[str, Any]]:

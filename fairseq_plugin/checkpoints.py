@@ -6,11 +6,11 @@ import logging
 import os
 from pathlib import Path
 
+import fairseq
 import numpy as np
 import torch
-
-import fairseq
 from fairseq import checkpoint_utils
+
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
 

@@ -7,8 +7,8 @@ from typing import Any, Mapping, Optional
 
 import numpy as np
 import torch
-
 from fairseq.models import BaseFairseqModel
+
 from head_pruning import HeadMask, HeadPruningError, PruningSession, UnitMap
 from head_pruning.gates import GateBank
 
@@ -61,7 +61,9 @@ class StateKeeper:
         """Flat names to fresh tensors."""
         if self.session is None:
             return {name: value.clone() for name, value in self.stored.items()}
-        state = {SESSION + name: torch.from_numpy(np.array(value)) for name, value in self.session.state_dict().items()}
+        state = {
+            SESSION + name: torch.from_numpy(np.array(value)) for name, value in self.session.state_dict().items()
+        }
         mask = self.session.head_mask()
         if mask is not None:
             state[KEEP] = torch.from_numpy(mask.keep.astype(np.float64))

@@ -7,8 +7,6 @@ from typing import Any, List, Optional
 
 import torch
 import torch.distributed
-from omegaconf import II
-
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from fairseq.optim.amp_optimizer import AMPOptimizer
@@ -16,6 +14,8 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import II
+
 from head_pruning import HeadPruningError, PruningSession, build_pruner, choose_method
 from head_pruning.registry import option_fields
 
@@ -42,9 +42,7 @@ def pruning_config(base: type, name: str) -> type:
     ]
     taken = set(base.__dataclass_fields__)
     own = [entry for entry in host if entry[0] not in taken]
-    own += [
-        (f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in option_fields().values()
-    ]
+    own += [(f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in option_fields().values()]
     return make_dataclass(name, own, bases=(base,), namespace={"__module__": __name__})
 
 
@@ -64,7 +62,8 @@ class HeadPruningMixin:
     def _start_session(self, model, method) -> None:
         pruner = build_pruner(method, self.cfg)
         drops_layers = any(
-            getattr(getattr(model, part, None), f"{part}_layerdrop", 0) or getattr(getattr(model, part, None), "layerdrop", 0)
+            getattr(getattr(model, part, None), f"{part}_layerdrop", 0)
+            or getattr(getattr(model, part, None), "layerdrop", 0)
             for part in ("encoder", "decoder")
         )
         self.session = PruningSession(

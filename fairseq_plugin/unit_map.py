@@ -1,8 +1,8 @@
 """The sites of a fairseq model: every MultiheadAttention, every fc1/fc2 pair."""
 
+from fairseq.modules import MultiheadAttention
 from torch import nn
 
-from fairseq.modules import MultiheadAttention
 from head_pruning import AttentionSite, FeedForwardSite, UnitMap
 from head_pruning.unit_map import ATTENTION_KINDS
 
@@ -37,7 +37,9 @@ def unit_map(model: nn.Module) -> UnitMap:
                     projections=tuple(f"{name}.{part}_proj" for part in "qkv"),
                 )
             )
-        elif isinstance(getattr(module, "fc1", None), nn.Linear) and isinstance(getattr(module, "fc2", None), nn.Linear):
+        elif isinstance(getattr(module, "fc1", None), nn.Linear) and isinstance(
+            getattr(module, "fc2", None), nn.Linear
+        ):
             feed_forward.append(
                 FeedForwardSite(
                     name=f"{name}.ffn",

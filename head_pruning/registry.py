@@ -98,14 +98,16 @@ def _refuse_foreign_options(options: Any, method: Optional[Method]) -> None:
             owners = ", ".join(m.name for m in methods().values() if name in option_fields([m.name]))
             raise HeadPruningError(
                 f"--{name.replace('_', '-')} belongs to {owners}, but "
-                + (f"the pruner is {method.name}" if method else "no pruner is chosen (add --num-of-heads or --pruner)")
+                + (
+                    f"the pruner is {method.name}"
+                    if method
+                    else "no pruner is chosen (add --num-of-heads or --pruner)"
+                )
                 + "; drop the option or choose its pruner with --pruner."
             )
 
 
 def build_pruner(method: Method, options: Any):
     """Build a pruner from any object that has the method's options as attributes."""
-    values = {
-        field.name: getattr(options, field.name, field.default) for field in dataclasses.fields(method.config)
-    }
+    values = {field.name: getattr(options, field.name, field.default) for field in dataclasses.fields(method.config)}
     return method.pruner(method.config(**values))

@@ -190,8 +190,8 @@ class PruningSession:
             mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
             if not mine:
                 raise HeadPruningError(
-                    f"The checkpoint has no state of the pruner {pruner.name}; resume with the pruner that the run was "
-                    "started with, or start from the model alone."
+                    f"The checkpoint has no state of the pruner {pruner.name}; resume with the pruner that the run "
+                    "was started with, or start from the model alone."
                 )
             try:
                 pruner.load_state_dict(mine)

@@ -13,7 +13,9 @@ class GateAdam:
         weight_decay: each step first multiplies the logits by ``1 - weight_decay * lr``.
     """
 
-    def __init__(self, size: int, betas: tuple[float, float], epsilon: float = 1e-8, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, size: int, betas: tuple[float, float], epsilon: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
         self.betas = betas
         self.epsilon = epsilon
         self.weight_decay = weight_decay

@@ -57,7 +57,9 @@ class VoitaConfig(HeadGateConfig):
     )
     l0_pipelined: bool = field(
         default=False,
-        metadata={"help": "train only the gates of the L0 penalty (the published fairseq recipe always trains jointly)"},
+        metadata={
+            "help": "train only the gates of the L0 penalty (the published fairseq recipe always trains jointly)"
+        },
     )
 
 
@@ -77,7 +79,9 @@ class VoitaPruner(HeadGatePruner):
 
     def initial_logits(self, generator: np.random.Generator) -> np.ndarray:
         """Xavier-uniform per attention layer, fan-in H and fan-out 1."""
-        bounds = np.concatenate([np.full(site.heads, np.sqrt(6.0 / (site.heads + 1))) for site in self.unit_map.attention])
+        bounds = np.concatenate(
+            [np.full(site.heads, np.sqrt(6.0 / (site.heads + 1))) for site in self.unit_map.attention]
+        )
         return generator.uniform(-1.0, 1.0, self.unit_map.num_heads) * bounds
 
     def draw(self, step: int) -> np.ndarray:

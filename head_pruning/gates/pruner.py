@@ -38,7 +38,9 @@ class HeadGateConfig(HeadCountConfig):
     pruning_lr: float = field(default=0.2, metadata={"help": "learning rate of the gate logits (Adam)"})
     joint_pruning: bool = field(
         default=False,
-        metadata={"help": "train the model together with the gates; without it only the gates are trained (pipelined)"},
+        metadata={
+            "help": "train the model together with the gates; without it only the gates are trained (pipelined)"
+        },
     )
     gate_clip_norm: float = field(
         default=1.0, metadata={"help": "clip the gradient norm of the gate logits, apart from the model's; 0: never"}

@@ -135,7 +135,8 @@ class SoftTopK:
     def __init__(self, perturbed: np.ndarray, rounds: Rounds, temperature: float) -> None:
         if np.isnan(perturbed).any():
             raise HeadPruningError(
-                "The gate logits are NaN; lower --pruning-lr or --gate-clip-norm and train from the last good checkpoint."
+                "The gate logits are NaN; lower --pruning-lr or --gate-clip-norm "
+                "and train from the last good checkpoint."
             )
         self.temperature = temperature
         exact = _one_hot_everywhere(perturbed, temperature, len(rounds.supports)) if rounds.free else None
@@ -147,20 +148,22 @@ class SoftTopK:
         # amplifies rounding differences by many orders of magnitude (torch's log_softmax, therefore).
         self._softmaxes = np.zeros((len(rounds.supports), perturbed.size))
         current = np.array(perturbed, dtype=np.float64)
-        for row, support in zip(self._softmaxes, rounds.supports):
-            if support is None:
-                np.divide(current, temperature, out=row)
-                shared = torch.from_numpy(row)
-                torch.exp(torch.log_softmax(shared, -1), out=shared)
-            else:
-                row[support] = torch.log_softmax(torch.from_numpy(current[support] / temperature), -1).exp_().numpy()
-            remaining = 1.0 - row
-            np.maximum(remaining, TINY, out=remaining)
-            np.log(remaining, out=remaining)
-            current += remaining
-        self.mask = np.zeros_like(current)
-        for row in self._softmaxes:  # in this order, not pairwise, as the published code sums
-            self.mask += row
+        scratch = np.empty_like(current)
+        with torch.inference_mode():
+            scaled = torch.from_numpy(scratch)
+            shared = torch.from_numpy(self._softmaxes).unbind(0)
+            for row, target, support in zip(self._softmaxes, shared, rounds.supports):
+                if support is None:
+                    np.divide(current, temperature, out=scratch)
+                    torch.exp(torch.log_softmax(scaled, -1), out=target)
+                else:
+                    confined = torch.from_numpy(current[support] / temperature)
+                    row[support] = torch.log_softmax(confined, -1).exp_().numpy()
+                np.subtract(1.0, row, out=scratch)
+                np.maximum(scratch, TINY, out=scratch)
+                np.log(scratch, out=scratch)
+                current += scratch
+        self.mask = self._softmaxes.sum(axis=0)  # row after row, as the published code sums
 
     def backward(self, gradient: np.ndarray) -> np.ndarray:
         """dL/dlogits (``float64[N]``) from dL/dmask (``[N]``)."""

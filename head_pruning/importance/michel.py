@@ -45,7 +45,9 @@ class ImportanceAccumulator:
         """``float64[N]``: the raw sums."""
         scores = self.total.cpu().numpy()
         if not np.isfinite(scores).all():
-            raise HeadPruningError("The head importance is not finite: the model's loss is NaN or infinite on this data.")
+            raise HeadPruningError(
+                "The head importance is not finite: the model's loss is NaN or infinite on this data."
+            )
         return scores
 
 

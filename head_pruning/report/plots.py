@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Mapping, Sequence
 
-
 from ..artifacts import atomic_path
 from ..unit_map import HeadMask
 
@@ -29,7 +28,9 @@ def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
             for head, kept in enumerate(mask.keep[where]):
                 colour = _COLOURS.get(site.kind, "#555555")
                 panel.add_patch(
-                    _square(head, row, facecolor=colour if kept else "#f2f2f2", edgecolor=colour if kept else "#d5d5d5")
+                    _square(
+                        head, row, facecolor=colour if kept else "#f2f2f2", edgecolor=colour if kept else "#d5d5d5"
+                    )
                 )
         panel.set(xlim=(-0.6, widest - 0.4), ylim=(len(sites) - 0.4, -0.6), xticks=range(widest), aspect="equal")
         panel.set_title(f"{title}\n{mask.kept} of {mask.keep.size}", fontsize=9)
@@ -81,5 +82,3 @@ def _square(x: float, y: float, **style):
 def _save(figure, path: "str | Path") -> None:
     with atomic_path(Path(path).with_suffix(".png")) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Software": None})
-
-

@@ -1,0 +1,40 @@
+# Everything runs in the folder's own .venv, which the first target sets up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/dev.txt
+THREADS ?= 2
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test test-slow lint format clean
+
+setup: $(STAMP)
+
+$(STAMP): $(REQUIREMENTS) setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/torch.txt
+	$(PIP) --no-build-isolation -r requirements/fairseq.txt -r requirements/dev.txt
+	$(PIP) --no-build-isolation --no-deps fairseq-fixed==0.12.3.1
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m fairseq_plugin.demo
+
+test: $(STAMP) lint
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-output

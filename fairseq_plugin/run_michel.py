@@ -1,0 +1,256 @@
+"""Prune the heads of a trained translation model by their importance (Michel et al. 2019), without training.
+
+    python -m fairseq_plugin.run_michel data-bin -s de -t en --restore-file checkpoints/checkpoint_last.pt \\
+        --batch-size 32 --beam 5 --remove-bpe --num-of-heads 4 --exact-pruning
+
+The architecture, the criterion and the dictionaries' sharing come from the checkpoint. Each round removes
+``--num-of-heads`` heads and is scored by BLEU; the rounds go into ``michel_rounds.json`` in ``--save-dir``, the mask
+of each into ``michel_masks/``. A run that was stopped goes on after its last finished round.
+"""
+
+import copy
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils, options, scoring, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import DictConfig, open_dict
+from tqdm import tqdm
+
+from head_pruning import HeadMask, HeadPruningError, UnitMap
+from head_pruning.artifacts import write_json
+from head_pruning.gates import GateBank
+from head_pruning.importance import ImportanceAccumulator, PruningRound, normalize_importance, pruning_rounds
+from head_pruning.report.tables import head_table, text_table
+
+from .attention import UnfusedAttention
+from .errors import sentence_of
+from .unit_map import unit_map
+
+logger = logging.getLogger("fairseq_plugin.run_michel")
+
+
+def get_parser():
+    """fairseq-train's and fairseq-generate's flags, and those of this command."""
+    parser = options.get_training_parser()
+    options.add_generation_args(parser)
+    group = parser.add_argument_group("Michel pruning")
+    group.add_argument("--num-of-heads", type=int, default=4, help="heads to remove per round (default: %(default)s)")
+    group.add_argument("--exact-pruning", action="store_true", help="measure the importance anew after every round")
+    group.add_argument(
+        "--signed-importance",
+        action="store_true",
+        help="sum the derivatives with their signs, as the published fairseq code does; default: absolute values",
+    )
+    group.add_argument("--subset", type=int, help="a quick look: both numbers of sentences below")
+    group.add_argument("--importance-sentences", type=int, help="training sentences per importance (default: all)")
+    group.add_argument("--score-sentences", type=int, help="test sentences that score a round (default: all)")
+    group.add_argument("--score-at", help="head counts, such as 18,9,4, to score on the whole test set as well")
+    group.add_argument("--score-beam", type=int, default=5, help="beam of --score-at (default: %(default)s)")
+    return parser
+
+
+class MichelRun:
+    """A trained model with gates on it, its training data for importance and its test data for scores."""
+
+    def __init__(self, cfg: DictConfig, args) -> None:
+        self.cfg, self.args = cfg, args
+        path = cfg.checkpoint.restore_file
+        if not Path(path).is_file():
+            raise HeadPruningError(f"There is no checkpoint {path}; give a trained model with --restore-file.")
+        overrides = {"data": cfg.task.data}
+        models, saved, self.task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=overrides)
+        self.model = models[0]
+        if getattr(self.model, "_head_pruning", None) is not None:
+            raise HeadPruningError(f"{path} is already pruned; start from a dense checkpoint.")
+        self.criterion = self.task.build_criterion(saved.criterion)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu")
+        if cfg.common.fp16:
+            self.model.half()
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.unit_map = unit_map(self.model)
+        UnfusedAttention(self.model).attach()
+        self.gates = GateBank(self.model, self.unit_map)
+        self.gates.attach()
+        self.accumulator = ImportanceAccumulator(self.gates, signed=args.signed_importance)
+        with open_dict(saved):
+            saved.task.data = cfg.task.data
+        self.task.load_dataset(cfg.dataset.gen_subset, task_cfg=saved.task)
+        self.scorer = scoring.build_scorer(cfg.scoring, self.task.target_dictionary)
+        # Before any scoring: words that scoring adds to the target dictionary must not enter the generators.
+        self.generators = {}
+        for beam in {cfg.generation.beam, args.score_beam}:
+            generation = copy.deepcopy(cfg.generation)
+            with open_dict(generation):
+                generation.beam = beam
+            self.generators[beam] = self.task.build_generator([self.model], generation)
+        self.epoch = 0
+
+    def batches(self, split: str, sentences: Optional[int], shuffle: bool, title: str):
+        """Batches of ``split`` with progress, up to a number of sentences."""
+        if split not in self.task.datasets:
+            self.task.load_dataset(split)
+        dataset = self.task.dataset(split)
+        cfg = self.cfg.dataset
+        iterator = self.task.get_batch_iterator(
+            dataset=dataset,
+            max_tokens=cfg.max_tokens if cfg.max_tokens or cfg.batch_size else 4096,
+            max_sentences=cfg.batch_size,
+            max_positions=utils.resolve_max_positions(self.task.max_positions(), self.model.max_positions()),
+            ignore_invalid_inputs=True,
+            seed=self.cfg.common.seed,
+            epoch=max(1, self.epoch),
+            disable_iterator_cache=True,
+        ).next_epoch_itr(shuffle=shuffle)
+        wanted = min(sentences or len(dataset), len(dataset))
+        seen = 0
+        with tqdm(total=wanted, desc=title, unit="sent", file=sys.stderr, leave=False) as bar:
+            for sample in iterator:
+                if not sample or "net_input" not in sample:
+                    continue
+                if seen >= wanted:
+                    break
+                seen += len(sample["id"])
+                bar.update(len(sample["id"]))
+                yield utils.move_to_cuda(sample) if self.device.type == "cuda" else sample
+
+    def importance(self, mask: HeadMask) -> np.ndarray:
+        """Normalised importance of all heads, over the training set in a new shuffle."""
+        self.epoch += 1
+        with self.accumulator.probing(mask), torch.enable_grad():
+            limit = self.args.importance_sentences or self.args.subset
+            for sample in self.batches(self.cfg.dataset.train_subset, limit, True, "importance"):
+                loss, _, _ = self.criterion(self.model, sample)
+                loss.backward()
+                self.accumulator.add()
+            self.gates.check_fired()
+        return normalize_importance(self.accumulator.scores(), self.unit_map)
+
+    def score(self, mask: HeadMask, sentences: Optional[int] = None, beam: Optional[int] = None) -> float:
+        """BLEU on the test set with ``mask``."""
+        self.gates.set_evaluation(mask.keep)
+        generator = self.generators[beam or self.cfg.generation.beam]
+        target = self.task.target_dictionary
+        self.scorer.reset()
+        for sample in self.batches(self.cfg.dataset.gen_subset, sentences, False, f"BLEU at {mask.kept} heads"):
+            hypotheses = self.task.inference_step(generator, [self.model], sample)
+            for hypothesis, reference in zip(hypotheses, sample["target"]):
+                self._add(target, reference, hypothesis[0]["tokens"])
+        return float(self.scorer.score())
+
+    def _add(self, target, reference: torch.Tensor, hypothesis: torch.Tensor) -> None:
+        # As fairseq-generate scores: words, not pieces, when BPE is removed.
+        post_process = self.cfg.common_eval.post_process
+        reference = utils.strip_pad(reference, target.pad()).int().cpu()
+        hypothesis = hypothesis.int().cpu()
+        if hasattr(self.scorer, "add_string"):
+            self.scorer.add_string(target.string(reference, post_process), target.string(hypothesis, post_process))
+            return
+        if post_process:
+            text = target.string(reference, post_process, escape_unk=True)
+            reference = target.encode_line(text, add_if_not_exist=True)
+            hypothesis = target.encode_line(target.string(hypothesis, post_process), add_if_not_exist=True)
+        self.scorer.add(reference, hypothesis)
+
+
+def run(args) -> list[dict]:
+    """All rounds; returns and saves one entry per round."""
+    cfg = convert_namespace_to_omegaconf(args)
+    run = MichelRun(cfg, args)
+    folder = Path(cfg.checkpoint.save_dir)
+    report = folder / "michel_rounds.json"
+    settings = {
+        "checkpoint": os.path.basename(cfg.checkpoint.restore_file),
+        "heads_per_round": args.num_of_heads,
+        "exact": args.exact_pruning,
+        "signed": args.signed_importance,
+        "importance_sentences": args.importance_sentences or args.subset,
+        "score_sentences": args.score_sentences or args.subset,
+        "beam": cfg.generation.beam,
+    }
+    score_at = {int(count) for count in (args.score_at or "").split(",") if count}
+    entries, start = read_rounds(report, settings, run.unit_map)
+    if start is not None:
+        logger.info("going on after the round that left %d heads", start.mask.kept)
+        run.epoch = len(entries) - 1
+    for result in pruning_rounds(
+        run.unit_map,
+        run.importance,
+        lambda mask: run.score(mask, args.score_sentences or args.subset),
+        heads_per_round=args.num_of_heads,
+        exact=args.exact_pruning,
+        start=start,
+    ):
+        entry = {
+            "heads": result.mask.kept,
+            "removed_percent": 100.0 * (1.0 - result.mask.kept / result.mask.keep.size),
+            "score": result.score,
+            "kept_heads_by_site": result.mask.kept_heads(),
+            "importance": None if result.importance is None else result.importance.tolist(),
+        }
+        if result.mask.kept in score_at:
+            entry["final_score"] = run.score(result.mask, None, args.score_beam)
+        entries.append(entry)
+        result.mask.save(folder / "michel_masks" / f"heads{result.mask.kept}.safetensors")
+        write_json(report, {"settings": settings, "unit_map": run.unit_map.to_dict(), "rounds": entries})
+        logger.info("%d heads left: BLEU %.2f", result.mask.kept, result.score)
+        if 0 < result.mask.kept <= 2 * args.num_of_heads:
+            logger.info("kept heads by site:\n%s", head_table(result.mask))
+    header = ("heads kept", "removed %", "BLEU") + (("BLEU, whole test set",) if score_at else ())
+    table = text_table(
+        header,
+        [
+            (e["heads"], e["removed_percent"], e["score"]) + ((e.get("final_score", ""),) if score_at else ())
+            for e in entries
+        ],
+    )
+    print(table)
+    logger.info("rounds are in %s", report)
+    return entries
+
+
+def read_rounds(report: Path, settings: dict, here: UnitMap) -> tuple[list[dict], Optional[PruningRound]]:
+    """The finished rounds of an interrupted run with the same settings, and the state to go on from."""
+    if not report.exists():
+        return [], None
+    try:
+        data = json.loads(report.read_text(encoding="utf-8"))
+        entries, theirs = data["rounds"], UnitMap.from_dict(data["unit_map"])
+        if data["settings"] != settings or not entries:
+            return [], None
+    except (KeyError, TypeError, ValueError) as error:
+        raise HeadPruningError(f"{report} is damaged ({error!r}); move it away to start anew.") from error
+    theirs.check_same_heads(here, str(report))
+    last = entries[-1]
+    kept = [head in last["kept_heads_by_site"][site.name] for site in here.attention for head in range(site.heads)]
+    scores = None if last["importance"] is None else np.array(last["importance"])
+    return entries, PruningRound(HeadMask(here, np.array(kept)), last["score"], scores)
+
+
+def main() -> None:
+    """Command line."""
+    logging.basicConfig(
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=os.environ.get("LOGLEVEL", "INFO").upper(),
+        stream=sys.stderr,
+        force=True,
+    )
+    args = options.parse_args_and_arch(get_parser())
+    try:
+        run(args)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        sys.exit(f"error: {sentence}")
+
+
+if __name__ == "__main__":
+    main()

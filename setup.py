@@ -1,0 +1,27 @@
+"""Package head-pruning: the core, the fairseq plugin, the transformers plugin and the data preparation."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacrebleu>=2.0", "sacremoses>=0.1", "subword-nmt>=0.3.8", "tqdm", "babel"]
+HF = ["transformers>=5.0", "datasets", "accelerate", "scikit-learn", "scipy"]
+DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff"]
+
+setup(
+    name="head-pruning",
+    version="0.1.0",
+    description="Prune attention heads of transformers, in fairseq and in transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["head_pruning*", "fairseq_plugin*", "hf_plugin*", "prepare*"]),
+    package_data={"prepare": ["*.sh"]},
+    install_requires=["torch>=2.6", "numpy", "safetensors", "matplotlib"],
+    extras_require={"fairseq": FAIRSEQ, "hf": HF, "dev": DEV, "all": FAIRSEQ + HF + DEV},
+    entry_points={
+        "console_scripts": ["head-pruning = head_pruning.cli:main"],
+        "head_pruning.commands": ["export-fairseq = fairseq_plugin.export:add_command"],
+    },
+)

@@ -1,0 +1,51 @@
+"""Fixtures of all tests."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("repeatable")
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder with the numbers recorded from the published code."""
+    places = [Path(os.environ["HEAD_PRUNING_REFERENCE"])] if os.environ.get("HEAD_PRUNING_REFERENCE") else []
+    places.append(REPO.parent / "shared" / "reference")
+    for place in places:
+        if (place / "gates.npz").is_file():
+            return place
+    pytest.skip(f"no recorded numbers in {' or '.join(map(str, places))}; set HEAD_PRUNING_REFERENCE to their folder")
+
+
+@pytest.fixture(scope="session")
+def load_arrays(reference):
+    """Reads one npz file of the recorded numbers into a dict."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(reference / name, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one fixed order, so that bit-equality can be asked for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,77 @@
+"""What the tests read from checkpoints, and a pruned model made by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fairseq_plugin  # noqa: F401  (allows what fairseq's checkpoints hold)
+from head_pruning import HeadMask
+
+
+def read(path) -> dict:
+    """The whole checkpoint."""
+    return torch.load(path, map_location="cpu")
+
+
+def mask_beside(checkpoint) -> HeadMask:
+    """The mask in the folder of a checkpoint."""
+    return HeadMask.load(Path(checkpoint).parent / "masks.safetensors")
+
+
+def session_of(checkpoint) -> dict[str, np.ndarray]:
+    """The session's state in a checkpoint, without the prefix."""
+    prefix = "head_pruning.session."
+    model = read(checkpoint)["model"]
+    return {name[len(prefix) :]: value.numpy() for name, value in model.items() if name.startswith(prefix)}
+
+
+def logits_of(checkpoint) -> np.ndarray:
+    """The gate logits in a checkpoint."""
+    return next(value for name, value in session_of(checkpoint).items() if name.endswith(".logits"))
+
+
+def weights_of(checkpoint) -> dict[str, torch.Tensor]:
+    """The model's own tensors."""
+    return {k: v for k, v in read(checkpoint)["model"].items() if not k.startswith("head_pruning.")}
+
+
+def zeroed_by_hand(checkpoint, target, mask=None) -> Path:
+    """Write an ordinary checkpoint whose removed heads (default: none) have zeros in the output projection."""
+    state = read(checkpoint)
+    state["model"] = weights_of(checkpoint)
+    if mask is not None:
+        for site, where in mask.unit_map.slices():
+            for head in np.flatnonzero(~mask.keep[where]):
+                columns = slice(head * site.head_dim, (head + 1) * site.head_dim)
+                state["model"][f"{site.out_proj}.weight"][:, columns] = 0.0
+    torch.save(state, target)
+    return Path(target)
+
+
+def same(first, second, where="") -> None:
+    """Assert that two nests of dicts, lists and tensors are equal, bit for bit."""
+    assert type(first) is type(second), where
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for index, pair in enumerate(zip(first, second)):
+            same(*pair, f"{where}.{index}")
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
+def same_training_state(first, second) -> None:
+    """Assert that model, gates, both optimizers and the learning-rate schedule of two checkpoints are bit-equal."""
+    first, second = read(first), read(second)
+    for part in ("model", "last_optimizer_state"):
+        same(first[part], second[part], part)
+    for key in ("num_updates", "lr_scheduler_state", "optimizer_name"):
+        same(first["optimizer_history"][-1][key], second["optimizer_history"][-1][key], key)
+    iterators = [state["extra_state"]["train_iterator"] for state in (first, second)]
+    assert iterators[0] == iterators[1]

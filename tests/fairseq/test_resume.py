@@ -1,0 +1,58 @@
+"""A run that was stopped, or killed, and resumed ends bit-equal to one that was not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.fairseq.checkpoints import logits_of, same_training_state, session_of, zeroed_by_hand
+from tests.fairseq.command_lines import DSP, PIPELINED, VOITA
+
+STOP, END = 9, 26  # the first epoch has 20 updates
+
+
+@pytest.mark.parametrize("options", [DSP, VOITA, f"{DSP} --use-ste".replace("--annealing", "")], ids=["dsp", "voita", "ste"])
+def test_stopped_run_goes_on(runner, translation, tmp_path, options):
+    if "--use-ste" in options:
+        options = "--num-of-heads 4 --pruning-lr 0.2 --joint-pruning --use-ste"
+    options = options.replace("--cooldown-steps 6", "--cooldown-steps 20")
+    runner.run("train", translation.train(tmp_path / "whole", options, updates=END))
+    runner.run("train", translation.train(tmp_path / "parts", options, updates=STOP))
+    stopped = logits_of(tmp_path / "parts" / "checkpoint_last.pt")
+    runner.run("train", translation.train(tmp_path / "parts", options, updates=END))
+    assert not np.array_equal(stopped, logits_of(tmp_path / "parts" / "checkpoint_last.pt"))
+    same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
+
+
+def test_killed_run_goes_on(runner, translation, tmp_path):
+    options = DSP.replace("--cooldown-steps 6", "--cooldown-steps 20")
+    runner.run("train", translation.train(tmp_path / "whole", options, updates=END))
+
+    line = translation.train(tmp_path / "killed", options, "--save-interval-updates 10", updates=END)
+    report = tmp_path / "killed" / "pruning.json"
+    started = runner.start("train", line)
+    started.kill_once(lambda: report.exists() and json.loads(report.read_text())["history"][0]["updates"] == 10)
+    assert session_of(tmp_path / "killed" / "checkpoint_last.pt")["step"] == 9
+
+    runner.run("train", line)
+    same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "killed" / "checkpoint_last.pt")
+
+
+def test_pipelined_run_goes_on(runner, translation, tmp_path):
+    runner.run("train", translation.train(tmp_path / "dense", task="translation"))
+    start = f"{PIPELINED} --finetune-from-model {tmp_path / 'dense' / 'checkpoint_last.pt'} --cooldown-steps 20"
+    runner.run("train", translation.train(tmp_path / "whole", start, updates=END))
+    runner.run("train", translation.train(tmp_path / "parts", start, updates=STOP))
+    runner.run("train", translation.train(tmp_path / "parts", start, updates=END))
+    same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
+
+
+def test_half_precision_run_goes_on(runner, translation, tmp_path):
+    options = f"{DSP} --cooldown-steps 20 --fp16 --fp16-no-flatten-grads --fp16-init-scale 4 --min-loss-scale 1e-6"
+    runner.run("train", translation.train(tmp_path / "whole", options, updates=END))
+    runner.run("train", translation.train(tmp_path / "parts", options, updates=STOP))
+    runner.run("train", translation.train(tmp_path / "parts", options, updates=END))
+    whole, parts = (session_of(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    assert whole["step"] == END - 1
