@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import sys
+from typing import Optional
 
 from .errors import HeadPruningError
 from .registry import methods
@@ -40,8 +41,8 @@ def _show(args: argparse.Namespace) -> None:
         plot_head_masks(masks, args.plot)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command, those of installed plugins included."""
+def build_parser(asked: Optional[str] = None) -> argparse.ArgumentParser:
+    """The parser with every command; of the plugins' commands only ``asked`` is loaded."""
     parser = argparse.ArgumentParser(prog="head-pruning", description="Tools around pruned attention heads.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("user-dir", help="print the folder for fairseq's --user-dir")
@@ -53,17 +54,20 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", help="PNG to draw them in, side by side")
     command.set_defaults(run=_show)
     for entry in importlib.metadata.entry_points(group="head_pruning.commands"):
-        try:
-            entry.load()(commands)
-        except ImportError:
-            continue  # the plugin's host is not installed
+        if entry.name == asked:  # importing a host takes seconds
+            try:
+                entry.load()(commands)
+            except ImportError as error:
+                raise HeadPruningError(f"{entry.name} needs its framework ({error}); install it first.") from error
+        else:
+            commands.add_parser(entry.name, help=f"from {entry.module.partition('.')[0]}")
     return parser
 
 
 def main() -> None:
     """Command line."""
-    args = build_parser().parse_args()
     try:
+        args = build_parser(sys.argv[1] if len(sys.argv) > 1 else None).parse_args()
         args.run(args)
     except HeadPruningError as error:
         sys.exit(f"error: {error}")

@@ -184,6 +184,8 @@ class PruningSession:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Restore :meth:`state_dict`. Raises HeadPruningError when it is of other pruners or another model."""
+        if "step" not in state:
+            raise HeadPruningError("The checkpoint's pruning state has no step; it is damaged or of another version.")
         self.step = int(state["step"][0])
         for pruner in self.pruners:
             prefix = f"{pruner.name}."

@@ -38,7 +38,9 @@ class HeadGate(nn.Module):
         training = module.training if self.mode == "follow" else self.mode == "training"
         gate = self.training_gate if training else self.evaluation_gate
         heads = args[0].unflatten(-1, (self.heads, self.head_dim))
-        return ((heads * gate.to(heads.dtype).unsqueeze(-1)).flatten(-2), *args[1:])
+        # Multiplied in float32 also for a half-precision model: the gate's gradient is a sum over all tokens, which
+        # float16 could not hold.
+        return ((heads * gate.unsqueeze(-1)).to(heads.dtype).flatten(-2), *args[1:])
 
 
 class GateBank:

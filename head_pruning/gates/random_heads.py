@@ -46,6 +46,11 @@ class RandomPruner(HeadPruner):
         return {"kept": self.kept.astype(float)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        if state["kept"].size != self.kept.size:
+            raise HeadPruningError(
+                f"The checkpoint has {state['kept'].size} heads but the model has {self.kept.size}; "
+                "resume with the model that the run was started with."
+            )
         self.kept = state["kept"].astype(bool)
         self.harden()
 

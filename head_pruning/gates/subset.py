@@ -133,9 +133,9 @@ class SoftTopK:
     """
 
     def __init__(self, perturbed: np.ndarray, rounds: Rounds, temperature: float) -> None:
-        if np.isnan(perturbed).any():
+        if not (perturbed < np.inf).all():
             raise HeadPruningError(
-                "The gate logits are NaN; lower --pruning-lr or --gate-clip-norm "
+                "The gate logits are NaN or infinite; lower --pruning-lr or --gate-clip-norm "
                 "and train from the last good checkpoint."
             )
         self.temperature = temperature
