@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -51,15 +52,16 @@ def install() -> None:
             val_loss = None
         saved = original(cfg, trainer, epoch_itr, val_loss)
         if session is not None and not cfg.no_save and trainer.data_parallel_rank == 0:
-            write_beside(cfg.save_dir, trainer, epoch_itr.end_of_epoch())
+            last = trainer.get_num_updates() >= (session.total_steps or math.inf)
+            write_beside(cfg.save_dir, trainer, log_heads=last or epoch_itr.end_of_epoch())
         return saved
 
     save_checkpoint.knows_head_pruning = True
     checkpoint_utils.save_checkpoint = save_checkpoint
 
 
-def write_beside(save_dir: str, trainer, end_of_epoch: bool) -> None:
-    """Write pruning.json and masks.safetensors into ``save_dir``; log the kept heads at the end of an epoch."""
+def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
+    """Write pruning.json and masks.safetensors into ``save_dir``; with ``log_heads`` log the kept heads by site."""
     session = trainer.task.session
     mask = session.head_mask()
     if mask is None:
@@ -73,7 +75,7 @@ def write_beside(save_dir: str, trainer, end_of_epoch: bool) -> None:
         versions={"fairseq": fairseq.__version__},
         parameters=mask_parameters(trainer.get_model(), mask),
     )
-    if end_of_epoch:
+    if log_heads:
         logger.info("kept heads by site:%s%s", os.linesep, head_table(mask))
 
 

@@ -1,0 +1,49 @@
+"""The wheel carries a user-dir that fairseq can use from anywhere."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_fairseq_trains_with_the_user_dir_of_the_wheel(tmp_path):
+    pytest.importorskip("fairseq")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(tmp_path)]
+    # Built from a copy: building leaves its traces beside setup.py.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "head_pruning", "fairseq_plugin", "prepare"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
+    subprocess.run([*build, str(source)], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+        assert "prepare/prepare-iwslt14.sh" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.startswith("tests")]
+
+    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    found = [sys.executable, "-m", "head_pruning.cli", "user-dir"]
+    done = subprocess.run(found, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    user_dir = done.stdout.strip()
+    assert Path(user_dir).samefile(site / "fairseq_plugin")
+    code = """
+import sys
+from fairseq import options
+line = ["data", "--user-dir", sys.argv[1], "--task", "translation_head_pruning", "--arch", "transformer"]
+line += ["--num-of-heads", "4", "--annealing", "--cooldown-steps", "0.5", "--min-heads-per-kind", "1"]
+args = options.parse_args_and_arch(options.get_training_parser(), line)
+import head_pruning
+print(args.task, args.num_of_heads, args.cooldown_steps, args.min_heads_per_kind, head_pruning.__file__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, user_dir], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    *values, where = done.stdout.splitlines()[-1].split()
+    assert values == ["translation_head_pruning", "4", "0.5", "1"]
+    assert Path(where).is_relative_to(site)
