@@ -180,7 +180,7 @@ class HeadMask:
         tensors, metadata = read_safetensors(path)
         try:
             unit_map = UnitMap.from_dict(json.loads(metadata["unit_map"]))
-            keep = [tensors[f"heads.{site.name}"] for site in unit_map.attention]
+            keep = [tensors[f"heads.{site.name}"].reshape(site.heads) for site in unit_map.attention]
         except (KeyError, TypeError, ValueError) as error:
             raise HeadPruningError(f"{path} is not a head mask ({error!r}); write one with HeadMask.save.") from error
         return cls(unit_map, np.concatenate(keep))

@@ -23,12 +23,10 @@ def repo() -> Path:
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """The folder with the numbers recorded from the published code."""
-    places = [Path(os.environ["HEAD_PRUNING_REFERENCE"])] if os.environ.get("HEAD_PRUNING_REFERENCE") else []
-    places.append(REPO.parent / "shared" / "reference")
-    for place in places:
-        if (place / "gates.npz").is_file():
-            return place
-    pytest.skip(f"no recorded numbers in {' or '.join(map(str, places))}; set HEAD_PRUNING_REFERENCE to their folder")
+    place = Path(os.environ.get("HEAD_PRUNING_REFERENCE") or REPO.parent / "shared" / "reference")
+    if not (place / "gates.npz").is_file():
+        pytest.skip(f"there are no recorded numbers in {place}; set HEAD_PRUNING_REFERENCE to their folder")
+    return place
 
 
 @pytest.fixture(scope="session")

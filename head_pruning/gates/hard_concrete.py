@@ -107,8 +107,9 @@ class VoitaPruner(HeadGatePruner):
             (self.unit_map.kinds().values(), self.config.min_heads_per_kind),
         ):
             for group in groups:
-                if least:
-                    keep[group[np.argsort(-self.logits[group], kind="stable")[:least]]] = True
+                closed = group[~keep[group]]
+                missing = max(0, least - (len(group) - len(closed)))
+                keep[closed[np.argsort(-self.logits[closed], kind="stable")[:missing]]] = True
         return keep
 
     def evaluation_gates(self) -> np.ndarray:

@@ -110,8 +110,8 @@ def pruning_rounds(
     while mask.kept:
         if scores is None or exact:
             scores = importance(mask)
-        ranked = np.where(mask.keep, scores, np.inf)
+        left = np.flatnonzero(mask.keep)
         keep = mask.keep.copy()
-        keep[np.argsort(ranked, kind="stable")[:heads_per_round]] = False
+        keep[left[np.argsort(scores[left], kind="stable")[:heads_per_round]]] = False
         mask = HeadMask(unit_map, keep)
         yield PruningRound(mask, score(mask), scores)

@@ -26,7 +26,9 @@ def arrays(load_arrays) -> dict:
 
 
 def draw(w, u, k: int, t: float) -> SoftTopK:
-    return SoftTopK(np.asarray(w, dtype=np.float64) + gumbel(np.asarray(u, dtype=np.float64)), plan_rounds(len(w), k), t)
+    return SoftTopK(
+        np.asarray(w, dtype=np.float64) + gumbel(np.asarray(u, dtype=np.float64)), plan_rounds(len(w), k), t
+    )
 
 
 # -- Gumbel soft top-K ---------------------------------------------------------------------------------------------
@@ -230,7 +232,9 @@ def test_golden_temperatures(initial, steps, step, expected):
 
 
 def _rows(shape) -> UnitMap:
-    return UnitMap(tuple(AttentionSite(f"a{i}", "encoder_self", f"l{i}", shape[1], 1, f"o{i}") for i in range(shape[0])))
+    return UnitMap(
+        tuple(AttentionSite(f"a{i}", "encoder_self", f"l{i}", shape[1], 1, f"o{i}") for i in range(shape[0]))
+    )
 
 
 @pytest.mark.parametrize("file, raw", [("hf_tiny.npz", "michel.raw"), ("fs_tiny.npz", "michel.sum_signed")])

@@ -101,15 +101,14 @@ def test_gates_follow_the_recorded_gradients(load_arrays, recorded_runs, name, p
         if pruner_name == "dsp":
             assert pruner.temperature(step) == pytest.approx(run["temp"][step], rel=1e-12)
         # The recorded masks are float32, as the gates are.
-        np.testing.assert_allclose(
-            session.gates.training_values.numpy(), run["mask"][step].reshape(-1), rtol=2e-7, atol=1e-30
-        )
+        mask = run["mask"][step].reshape(-1)
+        np.testing.assert_allclose(session.gates.training_values.numpy(), mask, rtol=2e-6, atol=2e-7)
         pruner.gradient = run["gw"][step].reshape(-1).copy()
         if name.startswith("hf"):
             pruner.scale_gradient(clip_factor(run["gnorm"][step]))
         session.after_step(lr_factor=run["lr"][step, -1] / recorded["pruning_lr"])
-        # The norm that the BERT runs clipped by is recorded in float32.
-        atol = 2e-7 if name.startswith("hf") else 1e-12
+        # The norm that the BERT runs clipped by is recorded to float32 precision only.
+        atol = 5e-7 if name.startswith("hf") else 1e-12
         np.testing.assert_allclose(pruner.logits, run["w"][step].reshape(-1), rtol=0, atol=atol)
     assert session.at_target()
 
@@ -141,7 +140,9 @@ def test_bert_plain_and_masked(tiny_bert, load_arrays):
 ])  # fmt: skip
 def test_bert_gated_forward_and_gradients(tiny_bert, load_arrays, name, pruner_name, temperature):
     recorded = load_arrays("hf_tiny.npz")
-    options = Options({"K": 3, "init_T": 1.0, "final_T": temperature, "cooldown": 0, "pruning_lr": 0.1}, pipelined=False)
+    options = Options(
+        {"K": 3, "init_T": 1.0, "final_T": temperature, "cooldown": 0, "pruning_lr": 0.1}, pipelined=False
+    )
     options.annealing = False
     run = {"w0": recorded["dsp.w"], "u": [recorded["dsp.u"]]}
     session, pruner = start(pruner_name, options, tiny_bert.model, tiny_bert.unit_map, run)
@@ -175,7 +176,9 @@ def test_bert_hard_concrete(tiny_bert, load_arrays, mode):
     session.before_update(0)
     loss, logits = tiny_bert.loss(batch_of(recorded, "batch0."))
     np.testing.assert_allclose(logits.detach(), recorded[f"voita.{mode}.logits"], rtol=0, atol=2e-6)
-    assert loss.item() + pruner.penalty() == pytest.approx(float(recorded[f"voita.{mode}.loss_with_penalty"]), abs=1e-6)
+    assert loss.item() + pruner.penalty() == pytest.approx(
+        float(recorded[f"voita.{mode}.loss_with_penalty"]), abs=1e-6
+    )
     if mode == "train":
         loss.backward()
         session.after_backward()
@@ -231,10 +234,10 @@ def test_bert_joint_training_run(tiny_bert, load_arrays, recorded_runs, name, pr
         np.testing.assert_allclose(
             session.gates.training_values, run["mask"][step].reshape(-1), rtol=0, atol=5e-6, err_msg=f"step {step}"
         )
-        assert loss.item() == pytest.approx(run["loss"][step], abs=5e-6), step
+        assert loss.item() == pytest.approx(run["loss"][step], abs=2e-6), step
         norm = float(torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters])))
         norm = float(np.hypot(norm, pruner.gradient_norm))
-        assert norm == pytest.approx(run["gnorm"][step], rel=1e-4), step
+        assert norm == pytest.approx(run["gnorm"][step], rel=1e-5), step
         for parameter in parameters:
             parameter.grad.mul_(clip_factor(norm))
         pruner.scale_gradient(clip_factor(norm))
@@ -243,9 +246,9 @@ def test_bert_joint_training_run(tiny_bert, load_arrays, recorded_runs, name, pr
         optimizer.step(lr_factor)
         session.after_step(lr_factor)
         np.testing.assert_allclose(
-            pruner.logits, run["w"][step].reshape(-1), rtol=0, atol=3e-4, err_msg=f"step {step}"
+            pruner.logits, run["w"][step].reshape(-1), rtol=0, atol=2e-5, err_msg=f"step {step}"
         )
-        np.testing.assert_allclose(tiny_bert.model.classifier.weight.detach(), run["cls"][step], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(tiny_bert.model.classifier.weight.detach(), run["cls"][step], rtol=0, atol=5e-7)
     np.testing.assert_array_equal(
         session.harden().keep, np.isin(np.arange(8), np.argsort(-np.ravel(recorded["w_final"]))[: recorded["K"]])
     )

@@ -15,8 +15,13 @@ def read(path) -> dict:
 
 
 def mask_beside(checkpoint) -> HeadMask:
-    """The mask in the folder of a checkpoint."""
+    """The mask in the folder of a checkpoint, written with the last one saved."""
     return HeadMask.load(Path(checkpoint).parent / "masks.safetensors")
+
+
+def mask_in(checkpoint) -> HeadMask:
+    """The mask in a checkpoint (the files beside it are of the last one saved)."""
+    return HeadMask(mask_beside(checkpoint).unit_map, read(checkpoint)["model"]["head_pruning.keep"].numpy() > 0.5)
 
 
 def session_of(checkpoint) -> dict[str, np.ndarray]:
@@ -51,7 +56,7 @@ def zeroed_by_hand(checkpoint, target, mask=None) -> Path:
 
 def same(first, second, where="") -> None:
     """Assert that two nests of dicts, lists and tensors are equal, bit for bit."""
-    assert type(first) is type(second), where
+    assert isinstance(first, dict) == isinstance(second, dict), where
     if isinstance(first, dict):
         assert first.keys() == second.keys(), where
         for key in first:

@@ -12,6 +12,7 @@ pytest.importorskip("fairseq")
 from tests.fairseq.command_lines import Translation  # noqa: E402
 from tests.fairseq.runner import Runner  # noqa: E402
 
+
 def _sentences(count: int, seed: int) -> list[tuple[str, str]]:
     """German: random words, some split as BPE would. English: the mapped words in reverse order."""
     draw = random.Random(seed)

@@ -13,12 +13,14 @@ from typing import Mapping, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(ROOT / "fairseq_plugin")
+WATCHED = str(Path(__file__).resolve().parent / "watched")
 LIMIT = 240.0  # seconds that a command may take
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Not fairseq_cli: each command configures logging itself when it is imported. Not the plugin: --user-dir imports it.
+# torch._dynamo is what the first optimizer of a process imports, the slowest part of a short run.
 _CONTEXT.set_forkserver_preload(
-    ["torch", "fairseq.trainer", "fairseq.sequence_generator", "fairseq.tasks.translation", "sacrebleu", "sacremoses"]
+    ["torch._dynamo", "fairseq.trainer", "fairseq.sequence_generator", "hydra.experimental", "sacrebleu", "sacremoses"]
 )
 
 

@@ -5,27 +5,34 @@ import json
 import numpy as np
 import pytest
 
-from tests.fairseq.checkpoints import logits_of, same_training_state, session_of, zeroed_by_hand
+from tests.fairseq.checkpoints import logits_of, read, same_training_state, session_of
 from tests.fairseq.command_lines import DSP, PIPELINED, VOITA
 
-STOP, END = 9, 26  # the first epoch has 20 updates
+STOP, END = 9, 26  # in the first and in the second epoch
 
 
-@pytest.mark.parametrize("options", [DSP, VOITA, f"{DSP} --use-ste".replace("--annealing", "")], ids=["dsp", "voita", "ste"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(f"{DSP} --cooldown-steps 20", id="dsp"),
+        pytest.param(VOITA, id="voita"),
+        pytest.param("--num-of-heads 4 --pruning-lr 0.2 --joint-pruning --use-ste", id="ste", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_run_goes_on(runner, translation, tmp_path, options):
-    if "--use-ste" in options:
-        options = "--num-of-heads 4 --pruning-lr 0.2 --joint-pruning --use-ste"
-    options = options.replace("--cooldown-steps 6", "--cooldown-steps 20")
     runner.run("train", translation.train(tmp_path / "whole", options, updates=END))
     runner.run("train", translation.train(tmp_path / "parts", options, updates=STOP))
-    stopped = logits_of(tmp_path / "parts" / "checkpoint_last.pt")
+    parts = tmp_path / "parts" / "checkpoint_last.pt"
+    stopped = logits_of(parts)
+    assert read(parts)["extra_state"]["train_iterator"]["epoch"] == 1
     runner.run("train", translation.train(tmp_path / "parts", options, updates=END))
-    assert not np.array_equal(stopped, logits_of(tmp_path / "parts" / "checkpoint_last.pt"))
+    assert not np.array_equal(stopped, logits_of(parts))
+    assert read(parts)["extra_state"]["train_iterator"]["epoch"] == 2
     same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
 
 
 def test_killed_run_goes_on(runner, translation, tmp_path):
-    options = DSP.replace("--cooldown-steps 6", "--cooldown-steps 20")
+    options = f"{DSP} --cooldown-steps 20"
     runner.run("train", translation.train(tmp_path / "whole", options, updates=END))
 
     line = translation.train(tmp_path / "killed", options, "--save-interval-updates 10", updates=END)

@@ -1,0 +1,96 @@
+"""Time of the gates' own arithmetic: ``python -m benchmarks.gates [--json]``.
+
+Compares the recursion written as a plain loop of K softmaxes in float64, with torch's autograd for its gradient, with
+SoftTopK: forward and backward together, one thread, the two taking turns, the lowest processor time of all turns.
+"""
+
+import argparse
+import json
+import time
+from typing import Callable
+
+import numpy as np
+import torch
+
+from head_pruning.gates import SoftTopK, gumbel, plan_rounds
+from head_pruning.report import text_table
+
+TINY = torch.finfo(torch.float64).tiny
+SIZES = ((144, 132, 0.1), (144, 72, 0.1), (144, 12, 0.1), (72, 36, 0.1), (36, 9, 0.1))
+SATURATED = (144, 132, 1e-8)
+
+
+def plain_loop(logits: torch.Tensor, noise: torch.Tensor, keep_heads: int, temperature: float) -> torch.Tensor:
+    """The mask, as a graph of torch operations."""
+    r = logits + noise
+    p = torch.exp(torch.log_softmax(r / temperature, -1))
+    mask = p
+    for _ in range(keep_heads - 1):
+        r = r + torch.log(torch.clamp_min(1.0 - p, TINY))
+        p = torch.exp(torch.log_softmax(r / temperature, -1))
+        mask = mask + p
+    return mask
+
+
+def lowest_times(candidates: list[Callable[[], None]], repeats: int) -> list[float]:
+    """Milliseconds of processor time of each candidate: the lowest of ``repeats`` turns."""
+    times = [float("inf")] * len(candidates)
+    for _ in range(repeats):
+        for index, candidate in enumerate(candidates):
+            start = time.process_time()
+            candidate()
+            times[index] = min(times[index], time.process_time() - start)
+    return [1000.0 * seconds for seconds in times]
+
+
+def measure(num_heads: int, keep_heads: int, temperature: float, repeats: int) -> tuple[float, float]:
+    """Milliseconds of the plain loop and of SoftTopK; raises AssertionError when they disagree."""
+    rng = np.random.default_rng(0)
+    logits, gradient = rng.normal(size=num_heads), rng.normal(size=num_heads)
+    noise = gumbel(rng.random(num_heads))
+    rounds = plan_rounds(num_heads, keep_heads)
+    leaf = torch.from_numpy(logits.copy()).requires_grad_(True)
+    shared_noise, shared_gradient = torch.from_numpy(noise), torch.from_numpy(gradient)
+
+    def loop() -> None:
+        leaf.grad = None
+        plain_loop(leaf, shared_noise, keep_heads, temperature).backward(shared_gradient)
+
+    def closed_form() -> np.ndarray:
+        return SoftTopK(logits + noise, rounds, temperature).backward(gradient)
+
+    loop()
+    expected = leaf.grad.numpy()
+    np.testing.assert_allclose(closed_form(), expected, rtol=0, atol=1e-6 * max(1.0, np.abs(expected).max()))
+    slow, fast = lowest_times([loop, closed_form], repeats)
+    return slow, fast
+
+
+def main() -> None:
+    """Print the table, or with ``--json`` one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--repeats", type=int, default=60, help="turns per size; the fastest counts")
+    options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error("--repeats must be 1 or more")
+    torch.set_num_threads(1)
+    results, rows = {}, []
+    for num_heads, keep_heads, temperature in (*SIZES, SATURATED):
+        slow, fast = measure(num_heads, keep_heads, temperature, options.repeats)
+        name = f"n{num_heads}_k{keep_heads}"
+        if temperature == SATURATED[2]:
+            name = f"saturated_{name}"
+        results[f"topk_speedup_{name}"] = round(slow / fast, 3)
+        results[f"topk_autograd_ms_{name}"] = round(slow, 4)
+        results[f"topk_ms_{name}"] = round(fast, 4)
+        cells = (num_heads, keep_heads, f"{temperature:g}", f"{slow:.3f}", f"{fast:.3f}", f"{slow / fast:.1f}x")
+        rows.append(cells)
+    if options.json:
+        print(json.dumps(results))
+    else:
+        print(text_table(("heads", "kept", "temperature", "autograd ms", "SoftTopK ms", "speed-up"), rows))
+
+
+if __name__ == "__main__":
+    main()

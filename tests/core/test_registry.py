@@ -1,0 +1,106 @@
+"""Methods by name, and the options that choose them."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from head_pruning import HeadPruningError, Pruner, build_pruner, choose_method, methods, register_pruner, registry
+from head_pruning.registry import get_method, option_fields
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    methods()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+
+def given(**options) -> SimpleNamespace:
+    """All options at their defaults but these, as a host's parsed command line has them."""
+    return SimpleNamespace(**{**{name: f.default for name, f in option_fields().items()}, **options})
+
+
+def config(**fields) -> type:
+    return dataclasses.make_dataclass("Config", [(name, kind, value) for name, (kind, value) in fields.items()])
+
+
+def test_a_method_registers_with_one_call_and_is_found():
+    @dataclass
+    class Fresh:
+        shine: float = field(default=0.5, metadata={"help": "how much it shines, 0 to 1"})
+
+    class FreshPruner(Pruner):
+        name = "fresh"
+
+    before = set(methods())
+    register_pruner(name="fresh", config=Fresh, pruner=FreshPruner, selected_by=lambda options: options.shine > 0.5)
+    assert set(methods()) == before | {"fresh"} and "shine" in option_fields()
+    method = choose_method(given(shine=0.9))
+    pruner = build_pruner(method, given(shine=0.9))
+    assert isinstance(pruner, FreshPruner) and pruner.config == Fresh(shine=0.9)
+    assert build_pruner(get_method("fresh"), SimpleNamespace()).config.shine == 0.5
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(HeadPruningError, match="The pruner dsp is registered twice"):
+        register_pruner(name="dsp", config=config(), pruner=Pruner)
+
+
+def test_an_option_needs_help():
+    bare = config(shine=(float, field(default=1.0)))
+    with pytest.raises(HeadPruningError, match="option shine of the pruner fresh has no help"):
+        register_pruner(name="fresh", config=bare, pruner=Pruner)
+    assert "fresh" not in methods()
+
+
+@pytest.mark.parametrize("kind, default", [(float, 0.5), (int, 0.2)])
+def test_an_option_means_the_same_everywhere(kind, default):
+    twin = config(pruning_lr=(kind, field(default=default, metadata={"help": "a rate"})))
+    with pytest.raises(HeadPruningError, match="option pruning_lr of the pruner fresh differs from that of"):
+        register_pruner(name="fresh", config=twin, pruner=Pruner)
+    assert "fresh" not in methods()
+
+
+def test_every_shipped_option_has_help_and_a_default():
+    assert {"dsp", "ste", "voita", "random"} <= set(methods())
+    for name, option in option_fields().items():
+        assert len(option.metadata["help"].split()) > 3, name
+        assert option.default is not dataclasses.MISSING, name
+
+
+@pytest.mark.parametrize("options, name", [
+    ({}, None),
+    ({"num_of_heads": 4}, "dsp"),
+    ({"num_of_heads": 4, "annealing": True}, "dsp"),
+    ({"num_of_heads": 4, "use_ste": True}, "ste"),
+    ({"l0_penalty": 200.0}, "voita"),
+    ({"l0_penalty": 200.0, "num_of_heads": 4}, "voita"),
+])  # fmt: skip
+def test_options_imply_their_method(options, name):
+    method = choose_method(given(**options))
+    assert (method.name if method else None) == name
+
+
+def test_a_named_method_wins_over_implied_ones():
+    assert choose_method(given(num_of_heads=4), "random").name == "random"
+    with pytest.raises(HeadPruningError, match="There is no pruner dps; choose one of dsp, random, ste, voita"):
+        choose_method(given(num_of_heads=4), "dps")
+
+
+def test_several_implied_methods_are_refused():
+    with pytest.raises(HeadPruningError, match=r"fit several pruners \(.*ste.*voita.*|.*voita.*ste.*\)") as error:
+        choose_method(given(use_ste=True, l0_penalty=1.0, num_of_heads=4))
+    assert "ste" in str(error.value) and "voita" in str(error.value)
+
+
+@pytest.mark.parametrize("options, pruner, words", [
+    ({"annealing": True}, None, "--annealing belongs to dsp, but no pruner is chosen"),
+    ({"num_of_heads": 4, "use_ste": True, "cooldown_steps": 9}, None, "--cooldown-steps belongs to dsp, but .* ste"),
+    ({"num_of_heads": 4, "pruning_lr": 0.5}, "random", "--pruning-lr belongs to .*dsp.* but the pruner is random"),
+    ({"num_of_heads": 4, "random_heads_seed": 3}, None, "--random-heads-seed belongs to random"),
+])  # fmt: skip
+def test_foreign_options_are_refused(options, pruner, words):
+    with pytest.raises(HeadPruningError, match=words):
+        choose_method(given(**options), pruner)

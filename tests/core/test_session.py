@@ -1,0 +1,674 @@
+"""The session on a small encoder-decoder: what it puts on, what it does in an update, what it takes off."""
+
+import copy
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from head_pruning import (
+    AttentionSite,
+    HeadPruningError,
+    Pruner,
+    PruningSession,
+    UnfiredSiteError,
+    UnitMap,
+    build_pruner,
+    methods,
+)
+from head_pruning.gates import GateBank
+from head_pruning.gates.hard_concrete import _OPEN_SHIFT, STRETCH, TEMPERATURE
+
+TOKENS = 24
+TINY = torch.finfo(torch.float64).tiny
+OPTIONS = {
+    "dsp": {"num_of_heads": 5, "annealing": True, "initial_temperature": 1.0, "cooldown_steps": 8},
+    "ste": {"num_of_heads": 5},
+    "voita": {"l0_penalty": 2.0},
+    "random": {"num_of_heads": 5},
+}
+
+
+def build(toy, name="dsp", seed=0, session=None, **options):
+    """Model, session and pruner, attached."""
+
+    class Given:
+        joint_pruning = True
+
+    given = Given()
+    given.__dict__.update({**OPTIONS.get(name, {"num_of_heads": 5}), **options})
+    model, unit_map = toy.make(seed)
+    pruner = build_pruner(methods()[name], given)
+    return model, PruningSession(model, unit_map, [pruner], **(session or {})).attach(), pruner
+
+
+def update(toy, model, session, step, optimizer=None):
+    """One whole update with one micro-batch."""
+    session.before_update(step)
+    if optimizer is not None:
+        optimizer.zero_grad()
+    loss = session.loss(toy.loss(model, toy.batch(step)))
+    loss.backward()
+    session.after_backward(denominator=TOKENS)
+    if optimizer is not None:
+        optimizer.step()
+    session.after_step()
+    return loss
+
+
+def outputs(toy, model, step=0):
+    with torch.no_grad():
+        return model(*toy.batch(step)[:2])
+
+
+# -- gates on and off ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_attach_and_detach_leave_the_model_bit_for_bit(toy, name):
+    model, unit_map = toy.make()
+    before = copy.deepcopy(model)
+    model, session, _ = build(toy, name)
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in before.named_parameters()]
+    update(toy, model.eval(), session, 0)
+    session.detach()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values()))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(outputs(toy, model), outputs(toy, before.eval()))
+
+
+def test_open_gates_leave_outputs_and_gradients_bit_equal(toy):
+    model, unit_map = toy.make()
+    plain = copy.deepcopy(model).eval()
+    gates = GateBank(model.eval(), unit_map)
+    gates.attach()
+    with gates.forced("training"):
+        loss = toy.loss(model, toy.batch(0))
+    assert torch.equal(loss, toy.loss(plain, toy.batch(0)))
+    loss.backward()
+    toy.loss(plain, toy.batch(0)).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters()))
+
+
+@pytest.mark.parametrize("head", [0, 4, 8, 11])
+def test_a_closed_gate_equals_zeroed_columns_of_the_output_projection(toy, head):
+    model, unit_map = toy.make()
+    cut = copy.deepcopy(model).eval()
+    site, index = unit_map.attention[head // 3], head % 3
+    columns = slice(index * site.head_dim, (index + 1) * site.head_dim)
+    with torch.no_grad():
+        cut.get_submodule(site.out_proj).weight[:, columns] = 0.0
+    gates = GateBank(model.eval(), unit_map)
+    gates.attach()
+    values = np.ones(12)
+    values[head] = 0.0
+    gates.set_evaluation(values)
+    assert torch.equal(outputs(toy, model), outputs(toy, cut))
+    assert not torch.equal(outputs(toy, model), outputs(toy, toy.make()[0].eval()))
+
+
+def test_a_copied_model_has_gates_of_its_own(toy):
+    model, session, pruner = build(toy)
+    session.before_update(0)
+    twin = copy.deepcopy(model)
+    model.eval(), twin.eval()
+    assert torch.equal(outputs(toy, model), outputs(toy, twin))
+    kept = outputs(toy, twin)
+    session.gates.set_evaluation(np.zeros(12))
+    assert torch.equal(outputs(toy, twin), kept)
+    assert not torch.equal(outputs(toy, model), kept)
+    toy.loss(twin.train(), toy.batch(0)).backward()
+    assert not session.gates.gradients.any()
+    session.detach()
+    assert torch.equal(outputs(toy, twin.eval()), kept)
+
+
+def test_gradients_of_gates_survive_activation_checkpointing(toy):
+    model, session, _ = build(toy)
+    model.eval()
+    found = []
+    for wrap in (False, True):
+        session.before_update(0)
+        source, target, labels = toy.batch(0)
+        with session.gates.forced("training"):
+            out = checkpoint(model, source, target, use_reentrant=False) if wrap else model(source, target)
+            nn.functional.cross_entropy(out.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+        found.append(session.gates.gradients.clone())
+    assert found[0].any() and torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_gate_gradients_of_other_precisions(dtype, tolerance):
+    """A float16 sum over 16 384 tokens would overflow; the gates keep theirs in float32."""
+    unit_map = UnitMap((AttentionSite("a", "encoder_self", "l", 4, 4, "0"),))
+    x = torch.randn(16384, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for kind in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(16, 16)]).to(kind)
+        gates = GateBank(model, unit_map)
+        gates.attach()
+        gates.set_training(np.array([1.3, 0.7, 0.1, 1 / 3]))
+        y = model[0](x.to(kind))
+        assert y.dtype == kind
+        (y.float() ** 2).sum().mul(16.0).backward()
+        found.append(gates.gradients.clone())
+    assert found[0].abs().max() > 65504
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance * float(found[0].abs().max()))
+
+
+def test_the_map_must_name_modules_of_the_model(toy):
+    model, unit_map = toy.make()
+    with pytest.raises(HeadPruningError, match="no module decoder.out"):
+        GateBank(nn.ModuleDict({"cross": model.cross, "encoder": model.encoder}), unit_map)
+
+
+# -- the gradient of an update -------------------------------------------------------------------------------------
+
+
+def hard_concrete_graph(log_a, u):
+    noise = (1 - 2e-6) * u + 1e-6
+    s = torch.sigmoid((torch.log(noise) - torch.log(1 - noise) + log_a) / TEMPERATURE)
+    return (s * (STRETCH[1] - STRETCH[0]) + STRETCH[0]).clamp(0, 1)
+
+
+def gumbel_graph(logits, u, keep, temperature):
+    r = logits - torch.log(-torch.log(u))
+    mask = torch.zeros_like(r)
+    for _ in range(keep):
+        p = torch.softmax(r / temperature, -1)
+        mask = mask + p
+        r = r + torch.log((1 - p).clamp_min(TINY))
+    return mask
+
+
+def written_by_hand(toy, name, logits, u, micro_batches, penalty, temperature=1.0):
+    """Gradient of ``sum_i (loss_i + lambda * sum p_open) / tokens`` with the gates in the graph."""
+    leaf = torch.from_numpy(logits.copy()).requires_grad_(True)
+    model, unit_map = toy.make()
+    model.eval()
+    u = torch.from_numpy(u)
+    if name == "voita":
+        gates = hard_concrete_graph(leaf, u)
+    elif name == "dsp":
+        gates = gumbel_graph(leaf, u, 5, temperature)
+    else:
+        kept = torch.zeros(12, dtype=torch.float64)
+        kept[leaf.detach().argsort(descending=True)[:5]] = 1.0
+        gates = kept + leaf - leaf.detach()
+    for site, where in unit_map.slices():
+        scale = gates[where].float().repeat_interleave(site.head_dim)
+        model.get_submodule(site.out_proj).register_forward_pre_hook(lambda module, args, s=scale: (args[0] * s,))
+    total = 0.0
+    for step in range(micro_batches):
+        total = total + toy.loss(model, toy.batch(step)) + penalty * torch.sigmoid(leaf - _OPEN_SHIFT).sum()
+    (total / (TOKENS * micro_batches)).backward()
+    return leaf.grad.numpy()
+
+
+def accumulate(toy, model, session, micro_batches, loss_scale=1.0):
+    """Backward passes of an update on an evaluation-mode model (no dropout), gates as in training."""
+    session.before_update(0)
+    with session.gates.forced("training"):
+        for step in micro_batches:
+            (loss_scale * session.loss(toy.loss(model, toy.batch(step)))).backward()
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 128.0])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("name", ["dsp", "ste", "voita"])
+def test_gradient_of_micro_batches_equals_the_written_objective(toy, name, micro_batches, loss_scale):
+    options = {"annealing": False, "final_temperature": 1.0} if name == "dsp" else {}
+    model, session, pruner = build(toy, name, gate_clip_norm=0.0, **options)
+    accumulate(toy, model.eval(), session, range(micro_batches), loss_scale)
+    session.after_backward(loss_scale, denominator=TOKENS * micro_batches, micro_batches=micro_batches)
+    expected = written_by_hand(
+        toy, name, pruner.logits, pruner.uniforms(0), micro_batches, 2.0 if name == "voita" else 0.0
+    )
+    assert np.abs(expected).max() > 1e-4
+    np.testing.assert_allclose(pruner.gradient, expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max())
+
+
+def test_a_mean_loss_adds_the_penalty_once(toy):
+    model, session, pruner = build(toy, "voita", gate_clip_norm=0.0)
+    accumulate(toy, model.eval(), session, [0], 1 / TOKENS)
+    session.after_backward()
+    # The same objective per token: the penalty weighs lambda, not lambda / tokens.
+    expected = written_by_hand(toy, "voita", pruner.logits, pruner.uniforms(0), 1, 2.0 * TOKENS)
+    np.testing.assert_allclose(pruner.gradient, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_ranks_add_their_gradients_and_counts(toy):
+    """Two ranks with one and two micro-batches give what one process with all three gives."""
+    one_model, one, pruner = build(toy, "voita", gate_clip_norm=0.0)
+    accumulate(toy, one_model.eval(), one, [0, 1, 2])
+    one.after_backward(denominator=3 * TOKENS, micro_batches=3)
+    sent = []
+    other_model, other, _ = build(
+        toy, "voita", gate_clip_norm=0.0, session={"all_reduce": lambda t: sent.append(t.clone())}
+    )
+    accumulate(toy, other_model.eval(), other, [1, 2])
+    other.after_backward(denominator=2 * TOKENS, micro_batches=2)
+    model, session, ranked = build(toy, "voita", gate_clip_norm=0.0, session={"all_reduce": lambda t: t.add_(sent[0])})
+    accumulate(toy, model.eval(), session, [0])
+    session.after_backward(denominator=TOKENS, micro_batches=1)
+    np.testing.assert_allclose(ranked.gradient, pruner.gradient, rtol=1e-6)
+
+
+def test_clipping_keeps_the_direction(toy):
+    gradients = []
+    for limit in (0.0, 1e-3):
+        model, session, pruner = build(toy, "ste", gate_clip_norm=limit)
+        accumulate(toy, model.eval(), session, [0])
+        session.after_backward(denominator=TOKENS)
+        gradients.append(pruner.gradient.copy())
+        assert pruner.gradient_norm == pytest.approx(np.linalg.norm(gradients[0]), rel=1e-12)
+        session.after_step()
+        assert session.metrics()["gate_clip"] == (100.0 if limit else 0.0)
+    assert np.linalg.norm(gradients[1]) == pytest.approx(1e-3, rel=1e-12)
+    np.testing.assert_allclose(gradients[1] / 1e-3, gradients[0] / np.linalg.norm(gradients[0]), rtol=1e-12)
+
+
+def test_huge_but_finite_gradients_are_clipped_not_skipped(toy):
+    model, session, pruner = build(toy, "ste")
+    pruner.chain = lambda gradient: np.full(12, 1e200)
+    session.before_update(0)
+    toy.loss(model, toy.batch(0)).backward()
+    session.after_backward()
+    assert pruner.skipped_steps == 0 and np.linalg.norm(pruner.gradient) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["dsp", "ste", "voita"])
+def test_a_gradient_that_is_not_finite_skips_the_gate_step(toy, caplog, name, bad):
+    model, session, pruner = build(toy, name)
+    update(toy, model, session, 0)
+    before = pruner.state_dict()
+    for count in (1, 2):
+        session.before_update(count)
+        toy.loss(model, toy.batch(count)).backward()
+        session.gates.gradients[4] = bad
+        with caplog.at_level(logging.WARNING):
+            session.after_backward(denominator=TOKENS)
+        session.after_step()
+        assert f"({count} so far)" in caplog.messages[-1] and session.metrics()["gate_skip"] == count
+    after = pruner.state_dict()
+    for key in ("logits", "adam.first", "adam.second", "adam.steps"):
+        np.testing.assert_array_equal(before[key], after[key])
+    update(toy, model, session, 3)
+    assert (pruner.logits != before["logits"]).any() and np.isfinite(pruner.logits).all()
+
+
+def test_logits_never_reach_the_hosts_optimizer(toy):
+    model, session, pruner = build(toy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    logits = pruner.logits.copy()
+    session.before_update(0)
+    toy.loss(model, toy.batch(0)).backward()
+    optimizer.step()
+    np.testing.assert_array_equal(pruner.logits, logits)
+
+
+def test_an_update_with_lr_factor_zero_moves_nothing(toy):
+    model, session, pruner = build(toy)
+    logits = pruner.logits.copy()
+    session.before_update(0)
+    toy.loss(model, toy.batch(0)).backward()
+    session.after_backward(denominator=TOKENS)
+    session.after_step(lr_factor=0.0)
+    np.testing.assert_array_equal(pruner.logits, logits)
+    assert pruner.adam.steps == 1
+
+
+# -- draws, evaluation, the outcome --------------------------------------------------------------------------------
+
+
+def test_draws_depend_on_seed_and_step_only(toy):
+    def draws(seed, steps):
+        options = {"annealing": False, "final_temperature": 1.0}  # so that nothing but the noise can differ
+        _, session, pruner = build(toy, session={"seed": seed}, **options)
+        pruner.logits[:] = 0.0
+        found = []
+        for step in steps:
+            session.before_update(step)
+            found.append(session.gates.training_values.numpy().copy())
+        return found
+
+    first, again = draws(1, [0, 1, 2]), draws(1, [2, 1, 0])[::-1]
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first[0], first[1]) and not np.array_equal(first, draws(2, [0, 1, 2]))
+
+
+def test_evaluation_uses_exactly_k_heads_and_no_noise(toy):
+    model, session, pruner = build(toy)
+    for step in range(3):
+        update(toy, model, session, step)
+    mask = session.head_mask()
+    assert mask.kept == 5
+    np.testing.assert_array_equal(session.gates.evaluation_values.numpy(), mask.keep)
+    session.before_update(3)
+    in_training = outputs(toy, model.train())
+    with session.evaluating():
+        model.dropout.eval()
+        forced = outputs(toy, model)
+    assert torch.equal(forced, outputs(toy, model.eval()))
+    assert not torch.equal(forced, in_training)
+
+
+def test_sampled_evaluation_is_the_training_draw(toy):
+    _, session, _ = build(toy, sample_in_eval=True)
+    session.before_update(0)
+    assert torch.equal(session.gates.evaluation_values, session.gates.training_values)
+    assert not torch.equal(session.gates.evaluation_values, session.gates.evaluation_values.round())
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_hardening_fixes_the_outcome(toy, name):
+    model, session, pruner = build(toy, name)
+    for step in range(3):
+        update(toy, model, session, step)
+    expected = session.head_mask()
+    mask = session.harden()
+    assert mask == expected and session.at_target()
+    assert mask.kept == 5 or name == "voita"
+    for step in range(3, 5):
+        update(toy, model, session, step)
+        np.testing.assert_array_equal(session.gates.training_values.numpy(), mask.keep)
+        np.testing.assert_array_equal(session.gates.evaluation_values.numpy(), mask.keep)
+    assert session.harden() == mask
+    session.detach()
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_minima_hold_in_the_outcome(toy, name):
+    counts = {"num_of_heads": 6, "min_heads_per_layer": 1, "min_heads_per_kind": 2}
+    model, session, pruner = build(toy, name, **counts)
+    if hasattr(pruner, "logits"):
+        pruner.logits[:] = np.where(np.arange(12) < 6, 3.0, -3.0)  # all of the encoder, nothing of the decoder
+    keep = session.head_mask().keep.reshape(4, 3)
+    assert keep.sum() == 6 and (keep.sum(1) >= 1).all() and keep[:2].sum() >= 2 and (keep[2:].sum(1) >= 2).all()
+
+
+def test_voita_without_k_still_keeps_the_minimum_per_layer(toy):
+    _, session, pruner = build(toy, "voita", min_heads_per_layer=1, min_heads_per_kind=2)
+    pruner.logits[:] = -np.arange(1.0, 13.0)
+    np.testing.assert_array_equal(np.flatnonzero(session.head_mask().keep), [0, 3, 6, 7, 9, 10])
+
+
+def test_random_heads_are_k_and_follow_their_seed(toy):
+    masks = [build(toy, "random", session={"seed": seed})[1].head_mask() for seed in (1, 1, 2)]
+    own = [build(toy, "random", random_heads_seed=7, session={"seed": seed})[1].head_mask() for seed in (1, 2)]
+    assert all(mask.kept == 5 for mask in (*masks, *own))
+    assert masks[0] == masks[1] != masks[2] and own[0] == own[1]
+
+
+def test_target_is_reached_when_the_annealing_ends(toy):
+    model, session, pruner = build(toy)
+    reached = []
+    for step in range(10):
+        update(toy, model, session, step)
+        reached.append(session.at_target())
+    assert reached == [False] * 7 + [True] * 3
+    assert session.metrics()["temperature"] == 1e-8
+
+
+def test_steps_as_a_fraction_of_training(toy):
+    _, session, pruner = build(toy, cooldown_steps=0.25, session={"total_steps": 40})
+    assert pruner.temperature(9) > 1e-8 == pruner.temperature(10)
+    _, session, pruner = build(toy, cooldown_steps=0.25)
+    with pytest.raises(HeadPruningError, match="--cooldown-steps 0.25 is a fraction"):
+        session.before_update(0)
+
+
+@pytest.mark.parametrize(
+    "options, total, words",
+    [
+        ({"annealing": False}, None, "gradients vanish"),
+        ({"cooldown_steps": 100}, 40, "100 updates but training has 40"),
+    ],
+)
+def test_schedules_that_cannot_work_are_warned_of_once(toy, caplog, options, total, words):
+    _, session, _ = build(toy, session={"total_steps": total}, **options)
+    with caplog.at_level(logging.WARNING):
+        session.before_update(0)
+        session.before_update(1)
+    assert sum(words in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("name, option, words", [
+    ("dsp", {"num_of_heads": None}, "--num-of-heads"),
+    ("ste", {"num_of_heads": None}, "--num-of-heads"),
+    ("random", {"num_of_heads": None}, "--num-of-heads"),
+    ("voita", {"l0_penalty": None}, "--l0-penalty"),
+    ("voita", {"l0_penalty": -1.0}, "--l0-penalty"),
+    ("dsp", {"final_temperature": 0.0}, "--final-temperature"),
+    ("dsp", {"initial_temperature": -1.0}, "--initial-temperature"),
+    ("dsp", {"num_of_heads": 13}, "12 heads"),
+    ("ste", {"min_heads_per_layer": 2}, "only 5 are kept"),
+])  # fmt: skip
+def test_options_that_do_not_fit_are_refused_at_attach(toy, name, option, words):
+    with pytest.raises(HeadPruningError, match=words) as error:
+        build(toy, name, **option)
+    assert str(error.value).endswith(".")
+
+
+# -- sites and owners ----------------------------------------------------------------------------------------------
+
+
+def test_a_site_that_never_ran_is_named(toy):
+    model, session, _ = build(toy)
+    model.forward = lambda source, target: model.head(
+        model.encoder[0](source, source) + model.encoder[1](target, target)
+    )
+    with pytest.raises(UnfiredSiteError, match="cross, decoder never ran"):
+        update(toy, model, session, 0)
+
+
+def test_models_that_drop_layers_get_some_updates(toy):
+    model, session, _ = build(toy, session={"fired_within": 3})
+
+    def short(source, target):
+        return model.head(model.encoder[0](source, source))
+
+    model.forward = short
+    update(toy, model, session, 0)
+    update(toy, model, session, 1)
+    with pytest.raises(UnfiredSiteError, match="encoder.1, cross, decoder"):
+        update(toy, model, session, 2)
+    model, session, _ = build(toy, session={"fired_within": 3})
+    whole, model.forward = model.forward, short
+    update(toy, model, session, 0)
+    model.forward = whole
+    for step in (1, 2, 3):
+        update(toy, model, session, step)
+
+
+def test_two_owners_of_the_gates_are_refused(toy):
+    model, unit_map = toy.make()
+
+    class Given:
+        num_of_heads, joint_pruning = 5, True
+
+    pair = [build_pruner(methods()[name], Given) for name in ("ste", "random")]
+    with pytest.raises(HeadPruningError, match="Two of the pruners own the head gates"):
+        PruningSession(model, unit_map, pair).attach()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_session_needs_a_pruner(toy):
+    with pytest.raises(HeadPruningError, match="at least one pruner"):
+        PruningSession(*toy.make(), [])
+
+
+def test_pruners_share_a_session(toy):
+    """A method without gates beside one with: losses, factors, phases and needs are put together."""
+
+    class Distiller(Pruner):
+        name = "distiller"
+        needs = frozenset({"hidden_states"})
+
+        def loss(self, loss, inputs, outputs):
+            return 2 * loss + outputs
+
+        def lr_factor(self, step):
+            return 0.5
+
+        def phase(self, step):
+            return int(step >= 3)
+
+        def at_target(self):
+            return False
+
+    model, unit_map = toy.make()
+    gates = build_pruner(methods()["random"], type("Given", (), {"num_of_heads": 5}))
+    session = PruningSession(model, unit_map, [gates, Distiller(None)]).attach()
+    assert session.loss(torch.tensor(3.0), None, torch.tensor(1.0)).item() == 7.0
+    assert session.lr_factor(0) == 0.5 and [session.phase(2), session.phase(3)] == [0, 1]
+    assert session.needs == {"hidden_states"} and not session.at_target() and not session.freezes_model
+    assert session.head_mask().kept == 5
+
+
+# -- state ---------------------------------------------------------------------------------------------------------
+
+
+def run(toy, name, steps, resume_from=None, **options):
+    """Train model and gates; return everything that a checkpoint holds."""
+    if name in ("dsp", "ste", "voita"):
+        options["gate_clip_norm"] = 1e-3  # clips every step, so that the count of clipped steps is not 0
+    model, session, _ = build(toy, name, seed=0 if resume_from is None else 5, **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    if resume_from is not None:
+        model.load_state_dict(resume_from["model"])
+        optimizer.load_state_dict(resume_from["optimizer"])
+        session.load_state_dict(resume_from["session"])
+        torch.set_rng_state(resume_from["random"])
+    else:
+        torch.manual_seed(11)
+    for step in steps:
+        update(toy, model, session, step, optimizer)
+    return copy.deepcopy(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "session": session.state_dict(),
+            "random": torch.get_rng_state(),
+            "mask": session.head_mask().keep,
+            "evaluation": session.gates.evaluation_values,
+            "at_target": session.at_target(),
+        }
+    )
+
+
+@pytest.mark.parametrize("stop", [1, 6])
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_a_resumed_run_ends_bit_equal(toy, name, stop):
+    whole = run(toy, name, range(10))
+    part = run(toy, name, range(stop))
+    resumed = run(toy, name, range(stop, 10), resume_from=part)
+    assert whole["session"].keys() == resumed["session"].keys()
+    for key, value in whole["session"].items():
+        assert value.dtype == np.float64
+        np.testing.assert_array_equal(resumed["session"][key], value, err_msg=key)
+    for key, value in whole["model"].items():
+        assert torch.equal(resumed["model"][key], value), key
+    np.testing.assert_array_equal(whole["mask"], resumed["mask"])
+    assert torch.equal(whole["evaluation"], resumed["evaluation"]) and whole["at_target"] == resumed["at_target"]
+    assert not all(torch.equal(part["model"][key], value) for key, value in whole["model"].items())
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_a_hardened_state_stays_hard(toy, name):
+    model, session, _ = build(toy, name)
+    update(toy, model, session, 0)
+    mask = session.harden()
+    other_model, other, _ = build(toy, name, session={"seed": 9})
+    other.load_state_dict(session.state_dict())
+    assert other.head_mask() == mask
+    other.before_update(1)
+    np.testing.assert_array_equal(other.gates.training_values.numpy(), mask.keep)
+    np.testing.assert_array_equal(other.gates.evaluation_values.numpy(), mask.keep)
+
+
+def test_evaluation_after_loading_uses_the_loaded_heads(toy):
+    model, session, pruner = build(toy)
+    pruner.logits[:] = np.linspace(-1, 1, 12)
+    _, other, _ = build(toy, session={"seed": 9})
+    other.load_state_dict(session.state_dict())
+    np.testing.assert_array_equal(np.flatnonzero(other.gates.evaluation_values.numpy()), [7, 8, 9, 10, 11])
+
+
+def test_state_is_a_copy(toy):
+    model, session, pruner = build(toy)
+    state = session.state_dict()
+    kept = {key: value.copy() for key, value in state.items()}
+    for step in range(2):
+        update(toy, model, session, step)
+    for key, value in kept.items():
+        np.testing.assert_array_equal(state[key], value)
+
+
+def test_foreign_and_damaged_states_are_refused(toy):
+    _, session, _ = build(toy, "dsp")
+    state = session.state_dict()
+    with pytest.raises(HeadPruningError, match="no state of the pruner ste"):
+        build(toy, "ste")[1].load_state_dict(state)
+    for key in state:
+        rest = {name: value for name, value in state.items() if name != key}
+        with pytest.raises(HeadPruningError, match="damaged"):
+            build(toy, "dsp")[1].load_state_dict(rest)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_the_state_of_a_model_with_other_heads_is_refused(toy, name):
+    _, session, _ = build(toy, name)
+    model, unit_map = toy.make()
+    smaller = UnitMap(unit_map.attention[:3])
+
+    class Given:
+        joint_pruning = True
+
+    given = Given()
+    given.__dict__.update(OPTIONS[name])
+    other = PruningSession(model, smaller, [build_pruner(methods()[name], given)]).attach()
+    with pytest.raises(HeadPruningError, match="12 heads but the model has 9"):
+        other.load_state_dict(session.state_dict())
+
+
+def test_reset_optimizer_forgets_the_moments_and_keeps_the_logits(toy):
+    model, session, pruner = build(toy, gate_weight_decay=0.1)
+    update(toy, model, session, 0)
+    logits = pruner.logits.copy()
+    assert pruner.adam.first.any()
+    session.reset_optimizer()
+    assert not pruner.adam.first.any() and not pruner.adam.second.any() and pruner.adam.steps == 0
+    assert pruner.adam.weight_decay == 0.1
+    np.testing.assert_array_equal(pruner.logits, logits)
+
+
+def test_description_names_pruners_and_map(toy):
+    _, session, _ = build(toy, "voita")
+    data = json.loads(session.description())
+    assert data["pruners"] == ["voita"] and UnitMap.from_dict(data["unit_map"]) == session.unit_map
+
+
+# -- first logits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, bound", [("dsp", np.sqrt(6 / 7)), ("ste", np.sqrt(6 / 7)), ("voita", np.sqrt(6 / 4))])
+def test_first_logits_are_xavier_uniform_and_follow_the_seed(toy, name, bound):
+    drawn = np.concatenate([build(toy, name, session={"seed": seed})[2].logits for seed in range(60)])
+    assert np.abs(drawn).max() <= bound
+    assert np.abs(drawn).max() > 0.98 * bound and abs(drawn.mean()) < 0.1 * bound
+    np.testing.assert_array_equal(build(toy, name)[2].logits, build(toy, name)[2].logits)
+
+
+def test_pipelined_pruning_says_so(toy):
+    assert build(toy, "dsp", joint_pruning=False)[1].freezes_model
+    assert not build(toy, "dsp")[1].freezes_model
+    assert not build(toy, "voita", joint_pruning=False)[1].freezes_model
+    assert build(toy, "voita", l0_pipelined=True)[1].freezes_model

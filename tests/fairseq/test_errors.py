@@ -1,0 +1,39 @@
+"""Mistakes of a user end the command with one sentence, and leave nothing behind."""
+
+import pytest
+
+from tests.fairseq.command_lines import DSP
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--num-of-heads 25 --joint-pruning", "more than the 24 heads"),
+        ("--num-of-heads 0 --joint-pruning", "from 1 to 24"),
+        ("--num-of-heads 4 --use-ste --l0-penalty 5 --joint-pruning", "choose one with --pruner"),
+        ("--num-of-heads 4 --pruner nothing", "no pruner nothing; choose one of dsp"),
+        ("--annealing --joint-pruning", "no pruner is chosen"),
+        ("--pruner dsp --annealing --joint-pruning", "add --num-of-heads"),
+        (f"{DSP} --min-heads-per-layer 1", "only 4 are kept"),
+        (f"{DSP} --final-temperature 0", "must be above 0"),
+        (f"{DSP} --cooldown-steps -3", "--cooldown-steps"),
+        (f"{DSP} --cooldown-steps 0.5 --max-update 0", "whose length is not known"),
+        ("--pruner voita", "add --l0-penalty"),
+        ("--num-of-heads 4 --annealing", "no checkpoint was loaded"),
+        ("--num-of-heads 4 --annealing --restore-file missing.pt", "no checkpoint was loaded"),
+    ],
+)
+def test_bad_options(runner, translation, tmp_path, options, words):
+    assert words in runner.fail("train", translation.train(tmp_path / "run", options))
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_model_without_attention(runner, translation, tmp_path):
+    line = translation.train(tmp_path / "run", DSP)
+    lstm = ["--arch", "lstm", "--encoder-embed-dim", "8", "--decoder-embed-dim", "8"]
+    keep = [word for word in line if word != "--share-decoder-input-output-embed"]
+    for option in ("--encoder-ffn-embed-dim", "--decoder-ffn-embed-dim"):
+        del keep[keep.index(option) : keep.index(option) + 2]
+    for option in ("--encoder-attention-heads", "--decoder-attention-heads"):
+        del keep[keep.index(option) : keep.index(option) + 2]
+    assert "no attention module" in runner.fail("train", [*keep, *lstm])
