@@ -38,6 +38,10 @@ class HeadGate(nn.Module):
         training = module.training if self.mode == "follow" else self.mode == "training"
         gate = self.training_gate if training else self.evaluation_gate
         heads = args[0].unflatten(-1, (self.heads, self.head_dim))
+        if gate.device != heads.device:  # the model moved after its gates were set
+            gate = gate.to(heads.device)
+            if not training:
+                self.evaluation_gate = gate
         # Multiplied in float32 also for a half-precision model: the gate's gradient is a sum over all tokens, which
         # float16 could not hold.
         return ((heads * gate.unsqueeze(-1)).to(heads.dtype).flatten(-2), *args[1:])

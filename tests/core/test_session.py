@@ -162,6 +162,20 @@ def test_gate_gradients_of_other_precisions(dtype, tolerance):
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance * float(found[0].abs().max()))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gates_set_before_the_model_moves_follow_it(toy, training):
+    model, unit_map = toy.make()
+    gates = GateBank(model, unit_map)
+    gates.attach()
+    gates.set_training(np.arange(unit_map.num_heads))
+    gates.set_evaluation(np.arange(unit_map.num_heads))
+    model.to("meta").train(training)
+    source, target, _ = (tensor.to("meta") for tensor in toy.batch(0))
+    assert model(source, target).device.type == "meta"
+    gates.set_evaluation(np.ones(unit_map.num_heads))
+    assert gates.evaluation_values.device.type == "meta"
+
+
 def test_the_map_must_name_modules_of_the_model(toy):
     model, unit_map = toy.make()
     with pytest.raises(HeadPruningError, match="no module decoder.out"):
