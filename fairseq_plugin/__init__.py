@@ -4,6 +4,7 @@ from . import checkpoints, errors, state
 
 errors.install()
 checkpoints.allow_safe_globals()
+checkpoints.allow_broadcasts()
 checkpoints.install()
 state.install()
 

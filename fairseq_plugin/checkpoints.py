@@ -1,16 +1,20 @@
 """Checkpoint files: safe loading, and what is saved beside them."""
 
 import argparse
+import collections
 import functools
 import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import fairseq
 import numpy as np
+import omegaconf
 import torch
 from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
 
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
@@ -20,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 def allow_safe_globals() -> None:
     """Let torch's weights-only loading read what fairseq puts into checkpoints: a Namespace and numpy numbers."""
-    from omegaconf.base import ContainerMetadata, Metadata
-
     torch.serialization.add_safe_globals(
         [
             argparse.Namespace,
@@ -32,10 +34,29 @@ def allow_safe_globals() -> None:
             np._core.multiarray._reconstruct,
             np._core.multiarray.scalar,
             *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")),
-            ContainerMetadata,
-            Metadata,
         ]
     )
+
+
+def allow_broadcasts() -> None:
+    """Let ranks read what rank 0 sends them (a checkpoint with its omegaconf configuration); files may not hold it."""
+    original = distributed_utils._broadcast_object_slow
+    if getattr(original, "reads_configurations", False):
+        return
+    between_ranks = [
+        *(Any, bool, dict, float, int, list, str, collections.defaultdict),
+        *(omegaconf.DictConfig, omegaconf.ListConfig, omegaconf.nodes.AnyNode),
+        *(omegaconf.base.ContainerMetadata, omegaconf.base.Metadata),
+        distributed_utils._TensorPlaceholder,
+    ]
+
+    @functools.wraps(original)
+    def broadcast_object_slow(*args, **kwargs):
+        with torch.serialization.safe_globals(between_ranks):
+            return original(*args, **kwargs)
+
+    broadcast_object_slow.reads_configurations = True
+    distributed_utils._broadcast_object_slow = broadcast_object_slow
 
 
 def install() -> None:

@@ -23,10 +23,6 @@ class LabelSmoothedCrossEntropyHeadPruningCriterion(LabelSmoothedCrossEntropyCri
     The penalty's gradient is added by the session whatever the criterion, so it is only logged here.
     """
 
-    def __init__(self, task, *args, **kwargs):
-        super().__init__(task, *args, **kwargs)
-        self.task = task
-
     def forward(self, model, sample, reduce=True):
         """As the base criterion, with ``penalty`` in the logging output."""
         loss, sample_size, log = super().forward(model, sample, reduce=reduce)

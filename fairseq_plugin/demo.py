@@ -1,7 +1,7 @@
 """``make demo``: prune a small translation model with every method, on real text, on two CPU cores.
 
 Trains a dense German-English model with ``fairseq-train``, prunes its heads with differentiable subset pruning and
-with the baselines, decodes all of them with ``fairseq-generate``, and shows BLEU, the heads kept and a picture of them.
+with the baselines, decodes all of them with ``fairseq-generate``, and shows BLEU, the heads kept and their picture.
 """
 
 import argparse

@@ -23,12 +23,13 @@ SESSION = PREFIX + "session."
 # fairseq's moving average of weights multiplies every entry of the state dict by a float, except those with
 # "version" in their name; this one holds bytes.
 META = PREFIX + "meta.version1"
+DAMAGED = "The checkpoint's pruning state is damaged or of an unknown version; use the checkpoint before it."
 
 
 class StateKeeper:
     """Hangs on a model: writes the pruning state into its state dict and restores it.
 
-    Either of a ``session`` (training) or of a fixed ``mask`` with the ``stored`` state of the run that made it
+    Either of a ``session`` (training) or of a fixed mask with the ``stored`` state of the run that made it
     (decoding, or training on with a task that does not prune).
     """
 
@@ -37,12 +38,12 @@ class StateKeeper:
         model: BaseFairseqModel,
         *,
         session: Optional[PruningSession] = None,
-        stored: Optional[Mapping[str, torch.Tensor]] = None,
         reset_optimizer: bool = False,
     ) -> None:
         self.model = model
         self.session = session
-        self.stored = dict(stored or {})
+        self.stored: dict[str, torch.Tensor] = {}
+        self.gates: Optional[GateBank] = None
         self.reset_optimizer = reset_optimizer
         self.loaded = False
         self._handle = model.register_state_dict_post_hook(self)
@@ -70,40 +71,57 @@ class StateKeeper:
         state[META] = torch.tensor(list(self.session.description().encode()), dtype=torch.uint8)
         return state
 
+    def check(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raise, before any weight is loaded, when the state that comes with a checkpoint cannot be taken."""
+        if state:
+            theirs = read_description(state)["unit_map"]
+            theirs.check_same_heads(unit_map(self.model), "The pruned checkpoint")
+        if state and self.session is not None and not self.reset_optimizer:
+            self._check_pruners(state)
+
+    def _check_pruners(self, state: Mapping[str, torch.Tensor]) -> None:
+        theirs, mine = read_description(state)["pruners"], [pruner.name for pruner in self.session.pruners]
+        if theirs != mine:
+            raise HeadPruningError(
+                f"The checkpoint was pruned with {', '.join(theirs)}, this run uses {', '.join(mine)}; resume with "
+                "the same pruner, or add --reset-optimizer to start new gates from its weights."
+            )
+
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take the state that came with a checkpoint (empty for a dense one)."""
         self.loaded = True
-        if not state:
-            return
         if self.session is None:
-            self.stored = dict(state)
-            return
-        theirs = read_description(state)
-        if theirs["pruners"] != [pruner.name for pruner in self.session.pruners]:
-            if not self.reset_optimizer:
-                raise HeadPruningError(
-                    f"The checkpoint was pruned with {', '.join(theirs['pruners'])}, this run uses "
-                    f"{', '.join(p.name for p in self.session.pruners)}; resume with the same pruner, or add "
-                    "--reset-optimizer to start new gates from its weights."
-                )
+            self._fix(state)
+        elif state and read_description(state)["pruners"] != [pruner.name for pruner in self.session.pruners]:
             logger.info("gates start anew: the checkpoint was pruned with another method")
-            return
-        UnitMap.from_dict(theirs["unit_map"]).check_same_heads(self.session.unit_map, "The checkpoint")
-        self.session.load_state_dict(
-            {name[len(SESSION) :]: value.numpy() for name, value in state.items() if name.startswith(SESSION)}
-        )
-        if self.reset_optimizer:
-            self.session.reset_optimizer()
+        elif state:
+            values = {name[len(SESSION) :]: value.numpy() for name, value in state.items() if name.startswith(SESSION)}
+            try:
+                self.session.load_state_dict(values)
+            except (KeyError, IndexError) as error:
+                raise HeadPruningError(DAMAGED) from error
+            if self.reset_optimizer:
+                self.session.reset_optimizer()
+
+    def _fix(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Gate the model with the mask of ``state``, in place of the one before."""
+        if self.gates is not None:
+            self.gates.detach()
+        self.gates = attach_mask(self.model, mask_of_state(state)) if KEEP in state else None
+        self.stored = dict(state)
 
 
 def read_description(state: Mapping[str, torch.Tensor]) -> dict:
-    """The description stored with a pruned checkpoint. Raises HeadPruningError when it is damaged."""
+    """The description stored with a pruned checkpoint: ``pruners`` and ``unit_map``.
+
+    Raises:
+        HeadPruningError: it is damaged.
+    """
     try:
-        return json.loads(bytes(state[META].tolist()).decode())
-    except (KeyError, ValueError) as error:
-        raise HeadPruningError(
-            "The checkpoint's pruning state is damaged or of an unknown version; use the checkpoint before it."
-        ) from error
+        description = json.loads(bytes(state[META].tolist()).decode())
+        return {"pruners": list(description["pruners"]), "unit_map": UnitMap.from_dict(description["unit_map"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise HeadPruningError(DAMAGED) from error
 
 
 def split_state(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
@@ -116,14 +134,12 @@ def mask_of_state(state: Mapping[str, torch.Tensor]) -> HeadMask:
     """The head mask stored with a pruned checkpoint."""
     if KEEP not in state:
         raise HeadPruningError("The checkpoint holds no head mask; it was not pruned by heads.")
-    return HeadMask(UnitMap.from_dict(read_description(state)["unit_map"]), state[KEEP].cpu().numpy() > 0.5)
+    return HeadMask(read_description(state)["unit_map"], state[KEEP].cpu().numpy() > 0.5)
 
 
 def attach_mask(model: BaseFairseqModel, mask: HeadMask) -> GateBank:
     """Gate a model with a fixed mask, in training and in evaluation."""
-    here = unit_map(model)
-    mask.unit_map.check_same_heads(here, "The pruned checkpoint")
-    gates = GateBank(model, here)
+    gates = GateBank(model, unit_map(model))
     UnfusedAttention(model).attach()
     gates.attach()
     gates.set_training(mask.keep)
@@ -140,13 +156,15 @@ def install() -> None:
     @functools.wraps(original)
     def load_state_dict(self, state_dict, *args, **kwargs):
         own, state = split_state(state_dict)
-        result = original(self, own, *args, **kwargs)
         keeper = getattr(self, "_head_pruning", None)
+        if keeper is not None and keeper.model is not self:  # a copy of the model: its gates stay what they are
+            return original(self, own, *args, **kwargs)
         if keeper is None and state:
-            if KEEP in state:
-                attach_mask(self, mask_of_state(state))
-            StateKeeper(self, stored=state)
-        elif keeper is not None and keeper.model is self:
+            keeper = StateKeeper(self)
+        if keeper is not None:
+            keeper.check(state)
+        result = original(self, own, *args, **kwargs)
+        if keeper is not None:
             keeper.restore(state)
         return result
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import field, make_dataclass
+from pathlib import Path
 from typing import Any, List, Optional
 
 import torch
@@ -39,6 +40,8 @@ def pruning_config(base: type, name: str) -> type:
         ("max_epoch", int, II("optimization.max_epoch")),
         ("update_freq", List[int], II("optimization.update_freq")),
         ("reset_optimizer", bool, II("checkpoint.reset_optimizer")),
+        ("finetune_from_model", Optional[str], II("checkpoint.finetune_from_model")),
+        ("save_dir", str, II("checkpoint.save_dir")),
     ]
     taken = set(base.__dataclass_fields__)
     own = [entry for entry in host if entry[0] not in taken]
@@ -51,16 +54,21 @@ class HeadPruningMixin:
 
     session: Optional[PruningSession] = None
 
+    @property
+    def options(self) -> Any:
+        """The task's options: fairseq's older tasks (language modelling) call them ``args`` and have no ``cfg``."""
+        return self.args if self.cfg is None else self.cfg
+
     def build_model(self, cfg: Any, from_checkpoint: bool = False):
         """Build the model and, in training, put the gates on."""
         model = super().build_model(cfg, from_checkpoint)
-        method = choose_method(self.cfg, self.cfg.pruner)
+        method = choose_method(self.options, self.options.pruner)
         if method is not None and not from_checkpoint:
             self._start_session(model, method)
         return model
 
     def _start_session(self, model, method) -> None:
-        pruner = build_pruner(method, self.cfg)
+        pruner = build_pruner(method, self.options)
         drops_layers = any(
             getattr(getattr(model, part, None), f"{part}_layerdrop", 0)
             or getattr(getattr(model, part, None), "layerdrop", 0)
@@ -70,13 +78,13 @@ class HeadPruningMixin:
             model,
             unit_map(model),
             [pruner],
-            seed=self.cfg.seed,
+            seed=self.options.seed,
             all_reduce=_all_reduce,
             fired_within=_LAYERDROP_UPDATES if drops_layers else 1,
         )
         self.session.attach()
         UnfusedAttention(model).attach()
-        self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self.cfg.reset_optimizer)
+        self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
         self._optimizer = None
         if self.session.freezes_model:
             _freeze(model)
@@ -88,6 +96,11 @@ class HeadPruningMixin:
             "kept as they are (pipelined)" if self.session.freezes_model else "trained too (joint)",
         )
 
+    def _resets_optimizer(self) -> bool:
+        """Whether fairseq will load a model without its optimizer: when told to, and when it first finetunes."""
+        first = not (Path(self.options.save_dir) / "checkpoint_last.pt").exists()
+        return self.options.reset_optimizer or bool(self.options.finetune_from_model) and first
+
     def can_reuse_epoch_itr(self, dataset) -> bool:
         """Batches are drawn anew each epoch: only so a resumed run sees the batches of one never stopped."""
         return False
@@ -95,12 +108,24 @@ class HeadPruningMixin:
     def get_batch_iterator(self, dataset, *args, **kwargs):
         """As the base task; takes the length of training from the training set's iterator."""
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
-        if self.session is not None and dataset is self.datasets.get(getattr(self.cfg, "train_subset", "train")):
-            frequency = list(self.cfg.update_freq)[-1]
-            by_epoch = (self.cfg.max_epoch or math.inf) * math.ceil(len(iterator) / frequency)
-            total = min(self.cfg.max_update or math.inf, by_epoch)
+        if self.session is not None and dataset is self.datasets.get(getattr(self.options, "train_subset", "train")):
+            frequency = list(self.options.update_freq)[-1]
+            by_epoch = (self.options.max_epoch or math.inf) * math.ceil(len(iterator) / frequency)
+            total = min(self.options.max_update or math.inf, by_epoch)
             self.session.total_steps = None if math.isinf(total) else int(total)
         return iterator
+
+    def begin_epoch(self, epoch, model):
+        """Refuse here what cannot work: an error during an update makes fairseq write a crash checkpoint."""
+        super().begin_epoch(epoch, model)
+        if self.session is None:
+            return
+        if self.session.freezes_model and not self._keeper.loaded:
+            raise HeadPruningError(
+                "Pipelined pruning trains the gates of a trained model, and no checkpoint was loaded; add "
+                "--restore-file (with --reset-optimizer), or --joint-pruning to train the model too."
+            )
+        self.session.metrics()  # settles the schedules, now that the length of training is known
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         """One micro-batch; the first of an update draws the gates."""
@@ -109,8 +134,13 @@ class HeadPruningMixin:
         self._watch(optimizer)
         if self._new_update:
             self._begin_update(optimizer, update_num)
+
+        def objective(model, sample):
+            loss, sample_size, log = criterion(model, sample)
+            return self.session.loss(loss, sample), sample_size, log
+
         loss, sample_size, log = super().train_step(
-            sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+            sample, model, objective, optimizer, update_num, ignore_grad, **kwargs
         )
         if not ignore_grad:
             self._denominator = self._denominator + sample_size
@@ -131,11 +161,6 @@ class HeadPruningMixin:
         optimizer.zero_grad = zero_grad
 
     def _begin_update(self, optimizer, update_num: int) -> None:
-        if self.session.freezes_model and not self._keeper.loaded:
-            raise HeadPruningError(
-                "Pipelined pruning trains the gates of a trained model, and no checkpoint was loaded; add "
-                "--restore-file (with --reset-optimizer), or --joint-pruning to train the model too."
-            )
         self.session.before_update(update_num)
         self._new_update = False
         self._denominator, self._micro_batches = 0, 0
@@ -153,7 +178,7 @@ class HeadPruningMixin:
         self.session.after_backward(self._loss_scale, float(self._denominator), self._micro_batches)
         if not self.session.freezes_model:
             super().optimizer_step(optimizer, model, update_num)
-        elif isinstance(optimizer, AMPOptimizer):
+        elif getattr(optimizer, "scaler", None) is not None:
             optimizer.scaler.update()
         self.session.after_step()
         for name, value in self.session.metrics().items():
