@@ -48,37 +48,33 @@ def cells(updates: int) -> list[Cell]:
     """All cells, most important first."""
     anneal = ("--annealing", "--initial-temperature", "0.1", "--final-temperature", "1e-8")
     short = max(10, round(0.13 * updates))
-    rows = [Cell("dense", "dense")]
-    rows += [
-        Cell(
-            f"dsp-{k}", "joint DSP", ("--num-of-heads", str(k), "--joint-pruning", *anneal, "--cooldown-steps", "0.5")
-        )
-        for k in (9, 4, 18, 2)
+
+    def dsp(name: str, k: int, *more: str, method: str = "joint DSP") -> Cell:
+        options = ("--num-of-heads", str(k), "--joint-pruning", *anneal, "--cooldown-steps", "0.5", *more)
+        return Cell(name, method, options)
+
+    def random(k: int) -> Cell:
+        return Cell(f"random-{k}", "K random heads", ("--pruner", "random", "--num-of-heads", str(k)))
+
+    def ste(k: int) -> Cell:
+        return Cell(f"ste-{k}", "STE", ("--num-of-heads", str(k), "--joint-pruning", "--use-ste"))
+
+    def pipelined(k: int) -> Cell:
+        options = ("--num-of-heads", str(k), *anneal, "--cooldown-steps", str(round(short / 1.3)))
+        return Cell(f"pipelined-{k}", "pipelined DSP", options, after="dense", updates=short)
+
+    def voita(penalty: int) -> Cell:
+        return Cell(f"voita-{penalty}", "Voita", ("--l0-penalty", str(penalty)))
+
+    return [
+        Cell("dense", "dense"),
+        *(dsp("dsp-9", 9), dsp("dsp-4", 4), random(9), random(4)),
+        *(pipelined(k) for k in KEPT),
+        Cell("michel", "Michel (exact)", after="dense"),
+        *(ste(9), ste(4), voita(100), dsp("dsp-2", 2), random(2), dsp("dsp-18", 18)),
+        dsp("dsp-9-unclipped", 9, "--gate-clip-norm", "0", method="joint DSP, gates not clipped"),
+        *(random(18), voita(300), voita(30)),
     ]
-    rows += [
-        Cell(f"random-{k}", "K random heads", ("--pruner", "random", "--num-of-heads", str(k))) for k in (4, 9, 2, 18)
-    ]
-    rows += [Cell(f"ste-{k}", "STE", ("--num-of-heads", str(k), "--joint-pruning", "--use-ste")) for k in (9, 4)]
-    rows += [
-        Cell(
-            f"pipelined-{k}",
-            "pipelined DSP",
-            ("--num-of-heads", str(k), *anneal, "--cooldown-steps", str(round(short / 1.3))),
-            after="dense",
-            updates=short,
-        )
-        for k in KEPT
-    ]
-    rows += [
-        Cell(
-            "dsp-9-unclipped",
-            "joint DSP, gates not clipped",
-            ("--num-of-heads", "9", "--joint-pruning", *anneal, "--cooldown-steps", "0.5", "--gate-clip-norm", "0"),
-        )
-    ]
-    rows += [Cell("michel", "Michel (exact)", after="dense")]
-    rows += [Cell(f"voita-{x}", "Voita", ("--l0-penalty", str(x))) for x in (30, 100, 300)]
-    return rows
 
 
 class Bench:

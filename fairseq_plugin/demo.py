@@ -7,6 +7,7 @@ with the baselines, decodes all of them with ``fairseq-generate``, and shows BLE
 import argparse
 import concurrent.futures
 import json
+import logging
 import os
 import re
 import shutil
@@ -45,7 +46,7 @@ TRAINING = [
     *("--lr-scheduler", "polynomial_decay", "--seed", "1", "--num-workers", "0", "--no-epoch-checkpoints"),
     *("--no-save-optimizer-state", "--disable-validation", "--log-format", "simple", "--log-interval", "10"),
 ]
-ANNEAL = ("--annealing", "--initial-temperature", "0.1", "--final-temperature", "1e-8", "--cooldown-steps", "0.5")
+ANNEAL = ("--annealing", "--initial-temperature", "0.1", "--final-temperature", "1e-8", "--cooldown-steps", "0.4")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def variants(keep: int) -> list[Variant]:
     return [
         Variant("dsp", "DSP", (*k, "--joint-pruning", *ANNEAL)),
         Variant("ste", "STE", (*k, "--joint-pruning", "--use-ste")),
-        Variant("voita", "Voita", ("--l0-penalty", "30")),
+        Variant("voita", "Voita", ("--l0-penalty", "100")),
         Variant("random", "random heads", (*k, "--pruner", "random")),
     ]
 
@@ -197,10 +198,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="binarised de-en data to use instead of the demo's own")
-    parser.add_argument("--keep", type=int, default=9, help="heads to keep of 36 (default: %(default)s)")
+    parser.add_argument("--keep", type=int, default=4, help="heads to keep of 36 (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1500, help="updates of the dense model (default: %(default)s)")
     parser.add_argument("--more-updates", type=int, default=350, help="updates of each pruning (default: %(default)s)")
     options = parser.parse_args()
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq turns every library's messages on
     begin = time.monotonic()
     if options.data is None:
         prepare = [sys.executable, "-m", "prepare.demo_data", "--dest", str(options.output / "data")]

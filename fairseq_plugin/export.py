@@ -23,7 +23,8 @@ def load_checkpoint(path: "str | Path") -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise HeadPruningError(f"{path} is damaged or no fairseq checkpoint ({error}); write it again.") from error
+        reason = str(error).partition("\n")[0]
+        raise HeadPruningError(f"{path} is damaged or no fairseq checkpoint ({reason}); write it again.") from error
     if not isinstance(state, dict) or "model" not in state:
         raise HeadPruningError(f"{path} is no fairseq checkpoint: it has no model in it.")
     return state

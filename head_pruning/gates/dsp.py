@@ -91,11 +91,15 @@ class DSPPruner(HeadGatePruner):
         return {"temperature": self.temperature(self.step), **super().metrics()}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {**super().state_dict(), "step": np.array([float(self.step)])}
+        # The annealing may have been given as a fraction: a resumed run keeps the length that it was started with.
+        schedule = [float(self.step), -1.0 if self.cooldown is None else float(self.cooldown)]
+        return {**super().state_dict(), "schedule": np.array(schedule)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         super().load_state_dict(state)
-        self.step = int(state["step"][0])
+        self.step, cooldown = (int(value) for value in state["schedule"])
+        if cooldown >= 0 and self.config.cooldown_steps < 1:
+            self.cooldown = cooldown
 
 
 register_pruner(

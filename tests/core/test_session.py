@@ -434,9 +434,14 @@ def test_target_is_reached_when_the_annealing_ends(toy):
 def test_steps_as_a_fraction_of_training(toy):
     _, session, pruner = build(toy, cooldown_steps=0.25, session={"total_steps": 40})
     assert pruner.temperature(9) > 1e-8 == pruner.temperature(10)
+    session.before_update(3)
+    state = session.state_dict()
     _, session, pruner = build(toy, cooldown_steps=0.25)
     with pytest.raises(HeadPruningError, match="--cooldown-steps 0.25 is a fraction"):
         session.before_update(0)
+    _, session, pruner = build(toy, cooldown_steps=0.25, session={"total_steps": 4000})
+    session.load_state_dict(state)
+    assert pruner.temperature(9) > 1e-8 == pruner.temperature(10)
 
 
 @pytest.mark.parametrize(
