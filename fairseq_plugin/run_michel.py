@@ -40,6 +40,7 @@ def get_parser():
     """fairseq-train's and fairseq-generate's flags, and those of this command."""
     parser = options.get_training_parser()
     options.add_generation_args(parser)
+    parser.set_defaults(arch="transformer")  # fairseq's parser needs one; the checkpoint's is used
     group = parser.add_argument_group("Michel pruning")
     group.add_argument("--num-of-heads", type=int, default=4, help="heads to remove per round (default: %(default)s)")
     group.add_argument("--exact-pruning", action="store_true", help="measure the importance anew after every round")
