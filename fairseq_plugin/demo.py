@@ -46,7 +46,9 @@ TRAINING = [
     *("--lr-scheduler", "polynomial_decay", "--seed", "1", "--num-workers", "0", "--no-epoch-checkpoints"),
     *("--no-save-optimizer-state", "--disable-validation", "--log-format", "simple", "--log-interval", "10"),
 ]
-ANNEAL = ("--annealing", "--initial-temperature", "0.1", "--final-temperature", "1e-8", "--cooldown-steps", "0.4")
+# Hotter than the manual's 0.1 to 1e-8, whose gradients vanish after a quarter of so short a cooldown.
+ANNEAL = ("--annealing", "--initial-temperature", "1", "--final-temperature", "1e-3", "--cooldown-steps", "0.4")
+RANDOM_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ def variants(keep: int) -> list[Variant]:
         Variant("dsp", "DSP", (*k, "--joint-pruning", *ANNEAL)),
         Variant("ste", "STE", (*k, "--joint-pruning", "--use-ste")),
         Variant("voita", "Voita", ("--l0-penalty", "100")),
-        Variant("random", "random heads", (*k, "--pruner", "random")),
+        *(
+            Variant(f"random{i}", "random heads", (*k, "--pruner", "random", "--random-heads-seed", str(i)))
+            for i in range(1, RANDOM_DRAWS + 1)
+        ),
     ]
 
 
@@ -182,13 +187,27 @@ class Demo:
         return rows
 
 
+def table(rows: list[dict]) -> list[tuple[str, str, str]]:
+    """One line per method; of several draws the mean and the range."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        scores = [row["bleu"] for row in mine]
+        score = f"{scores[0]:.2f}"
+        if len(mine) > 1:
+            score = f"{sum(scores) / len(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})"
+            method = f"{method}, {len(mine)} draws"
+        lines.append((method, f"{mine[0]['heads']} of {HEADS}", score))
+    return lines
+
+
 def check(rows: list[dict]) -> None:
     """Raise when random heads are nearly as good as all: then the demo shows nothing."""
     dense = rows[0]["bleu"]
-    worst = next(row["bleu"] for row in rows if row["method"] == "random heads")
-    if worst > dense - MARGIN:
+    best = max(row["bleu"] for row in rows if row["method"] == "random heads")
+    if best > dense - MARGIN:
         raise HeadPruningError(
-            f"Random heads reach BLEU {worst:.2f}, within {MARGIN:g} of the dense model's {dense:.2f}: this data does "
+            f"Random heads reach BLEU {best:.2f}, within {MARGIN:g} of the dense model's {dense:.2f}: this data does "
             "not show that heads matter; keep fewer heads with --keep or train longer with --updates."
         )
 
@@ -200,7 +219,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="binarised de-en data to use instead of the demo's own")
     parser.add_argument("--keep", type=int, default=4, help="heads to keep of 36 (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1500, help="updates of the dense model (default: %(default)s)")
-    parser.add_argument("--more-updates", type=int, default=350, help="updates of each pruning (default: %(default)s)")
+    parser.add_argument("--more-updates", type=int, default=300, help="updates of each pruning (default: %(default)s)")
     options = parser.parse_args()
     logging.getLogger().setLevel(logging.WARNING)  # fairseq turns every library's messages on
     begin = time.monotonic()
@@ -212,9 +231,9 @@ def main() -> None:
     try:
         rows = Demo(options.output, options.data, options.keep, options.updates, options.more_updates).run()
         picture = options.output / "heads.png"
-        plot_head_masks({row["method"]: row["mask"] for row in rows if "mask" in row}, picture)
-        table = [(row["method"], f"{row['heads']} of {HEADS}", row["bleu"]) for row in rows]
-        print(text_table(("model", "heads kept", "test BLEU"), table))
+        masks = {f"{row['method']}, BLEU {row['bleu']:.1f}": row["mask"] for row in rows if "mask" in row}
+        plot_head_masks(masks, picture)
+        print(text_table(("model", "heads kept", "test BLEU"), table(rows)))
         write_json(options.output / "results.json", [{k: v for k, v in row.items() if k != "mask"} for row in rows])
         print(f"The kept heads are drawn in {picture}. The demo took {(time.monotonic() - begin) / 60:.1f} minutes.")
         check(rows)
