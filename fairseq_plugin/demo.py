@@ -139,7 +139,7 @@ class Demo:
     def dense(self) -> dict:
         """The model that all others start from."""
         checkpoint = self.train("dense", self.updates, "4e-3", [], self.cores)
-        return {"method": "dense", "heads": HEADS, "bleu": self.bleu("dense", checkpoint, self.cores)}
+        return {"name": "dense", "method": "dense", "heads": HEADS, "bleu": self.bleu("dense", checkpoint, self.cores)}
 
     def variant(self, variant: Variant, position: int) -> dict:
         """Prune while training on from the dense model."""
@@ -149,7 +149,7 @@ class Demo:
         )
         mask = HeadMask.load(self.out / variant.name / MASKS_FILE)
         bleu = self.bleu(variant.name, checkpoint, max(1, self.cores // 2))
-        return {"method": variant.title, "heads": mask.kept, "bleu": bleu, "mask": mask}
+        return {"name": variant.name, "method": variant.title, "heads": mask.kept, "bleu": bleu, "mask": mask}
 
     def michel(self) -> dict:
         """Cut the least important heads of the dense model, without training after it."""
@@ -170,7 +170,13 @@ class Demo:
         rounds = json.loads((folder / "michel_rounds.json").read_text(encoding="utf-8"))["rounds"]
         entry = next(r for r in rounds if r["heads"] == self.keep)
         mask = HeadMask.load(folder / "michel_masks" / f"heads{self.keep}.safetensors")
-        return {"method": "Michel (no training after)", "heads": mask.kept, "bleu": entry["final_score"], "mask": mask}
+        return {
+            "name": "michel",
+            "method": "Michel (cut only)",
+            "heads": mask.kept,
+            "bleu": entry["final_score"],
+            "mask": mask,
+        }
 
     def run(self) -> list[dict]:
         """All models, the dense one first."""
@@ -231,8 +237,7 @@ def main() -> None:
     try:
         rows = Demo(options.output, options.data, options.keep, options.updates, options.more_updates).run()
         picture = options.output / "heads.png"
-        masks = {f"{row['method']}, BLEU {row['bleu']:.1f}": row["mask"] for row in rows if "mask" in row}
-        plot_head_masks(masks, picture)
+        plot_head_masks({f"{row['name']}\nBLEU {row['bleu']:.1f}": row["mask"] for row in rows[1:]}, picture)
         print(text_table(("model", "heads kept", "test BLEU"), table(rows)))
         write_json(options.output / "results.json", [{k: v for k, v in row.items() if k != "mask"} for row in rows])
         print(f"The kept heads are drawn in {picture}. The demo took {(time.monotonic() - begin) / 60:.1f} minutes.")
