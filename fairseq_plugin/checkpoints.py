@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
+from head_pruning import PruningSession
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
 
@@ -79,6 +81,19 @@ def install() -> None:
 
     save_checkpoint.knows_head_pruning = True
     checkpoint_utils.save_checkpoint = save_checkpoint
+
+
+def guard_patience(session: PruningSession) -> None:
+    """Let ``--patience`` count validations only once ``session`` has reached its target."""
+    for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
+        module = sys.modules.get(name)
+        original = getattr(module, "should_stop_early", None)
+        if original is not None:
+
+            def should_stop_early(cfg, valid_loss, original=original):
+                return session.at_target() and original(cfg, valid_loss)
+
+            module.should_stop_early = should_stop_early
 
 
 def write_beside(save_dir: str, trainer, log_heads: bool) -> None:

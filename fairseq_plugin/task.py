@@ -21,6 +21,7 @@ from head_pruning import HeadPruningError, PruningSession, build_pruner, choose_
 from head_pruning.registry import option_fields
 
 from .attention import UnfusedAttention
+from .checkpoints import guard_patience
 from .state import StateKeeper
 from .unit_map import unit_map
 
@@ -85,6 +86,7 @@ class HeadPruningMixin:
         self.session.attach()
         UnfusedAttention(model).attach()
         self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
+        guard_patience(self.session)
         self._optimizer = None
         if self.session.freezes_model:
             _freeze(model)

@@ -35,6 +35,15 @@ def test_score_before_the_target_is_no_bar_for_later_ones(runner, translation, t
     assert session_of(tmp_path / "run" / "checkpoint_best.pt")["step"] == 7
 
 
+def test_patience_counts_only_from_the_target_on(runner, translation, tmp_path):
+    # A learning rate of zero: no validation is better than the first, so patience alone decides when to stop.
+    still = "--validate-interval-updates 1 --patience 2 --lr 1e-30 --dropout 0 --no-save"
+    line = translation.train(tmp_path / "run", "--pruner random --num-of-heads 4", still, updates=20)
+    assert max(logged(runner.run("train", validated(line)).out, "num_updates")) == 3
+    line = translation.train(tmp_path / "run", DSP, still, "--cooldown-steps 10 --pruning-lr 1e-30", updates=20)
+    assert max(logged(runner.run("train", validated(line)).out, "num_updates")) == 12
+
+
 def test_validation_scores_the_hard_mask(runner, translation, tmp_path):
     line = translation.train(tmp_path / "run", DSP, "--cooldown-steps 1000 --initial-temperature 10", updates=6)
     done = runner.run("train", validated(line))
