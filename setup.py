@@ -1,4 +1,4 @@
-"""Package head-pruning: the core, the fairseq plugin, the transformers plugin and the data preparation."""
+"""Package head-pruning: the core, the fairseq plugin and the data preparation."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff"]
 setup(
     name="head-pruning",
     version="0.1.0",
-    description="Prune attention heads of transformers, in fairseq and in transformers",
+    description="Prune the attention heads of transformers while they train",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

@@ -20,7 +20,7 @@ from typing import Optional
 from tqdm import tqdm
 
 from head_pruning import HeadMask
-from head_pruning.artifacts import write_json
+from head_pruning.artifacts import atomic_path, write_json
 from head_pruning.report.plots import plot_head_masks, plot_scores
 from head_pruning.report.tables import markdown_table
 
@@ -73,6 +73,10 @@ def cells(updates: int) -> list[Cell]:
         Cell("michel", "Michel (exact)", after="dense"),
         *(ste(9), ste(4), voita(100), dsp("dsp-2", 2), random(2), dsp("dsp-18", 18)),
         dsp("dsp-9-unclipped", 9, "--gate-clip-norm", "0", method="joint DSP, gates not clipped"),
+        *(
+            dsp(f"dsp-{k}-noise", k, "--noise-after-cooldown", method="joint DSP, noise to the end (as published)")
+            for k in (9, 4)
+        ),
         *(random(18), voita(300), voita(30)),
     ]
 
@@ -126,10 +130,14 @@ class Bench:
     def run(self, cell: Cell) -> list[dict]:
         """Measure a cell (or read what was measured): one result per row of the table."""
         result = self.work / "results" / f"{cell.name}.json"
+        key = {"corpus": str(self.corpus), "updates": self.updates, "options": list(cell.options)}
         if result.exists():
-            return json.loads(result.read_text())["rows"]
+            measured = json.loads(result.read_text())
+            if measured["key"] != key:
+                raise RuntimeError(f"{result} is of another corpus, length or options; choose another --work folder")
+            return measured["rows"]
         rows = self.michel(cell) if cell.name == "michel" else [self.train(cell)]
-        write_json(result, {"cell": cell.name, "rows": rows})
+        write_json(result, {"key": key, "rows": rows})
         return rows
 
     def train(self, cell: Cell) -> dict:
@@ -188,7 +196,8 @@ def write_results(rows: list[dict], folder: Path, name: str, command: str) -> No
         header += ("published code",)
         cells_of = [(*c, PUBLISHED.get(r["cell"], "") if r["updates"] == 2000 else "") for c, r in zip(cells_of, rows)]
     table = markdown_table(header, cells_of)
-    (folder / f"{name}.md").write_text(f"# Translation quality over heads kept\n\n`{command}`\n\n{table}\n")
+    with atomic_path(folder / f"{name}.md") as temporary:
+        temporary.write_text(f"# Translation quality over heads kept\n\n`{command}`\n\n{table}\n")
     dense = next((r for r in rows if r["cell"] == "dense"), None)
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -216,7 +225,12 @@ def main() -> None:
 
     bench = Bench(options.corpus.resolve(), options.work.resolve(), options.updates, options.threads)
     bench.prepare()
-    wanted = [cell for cell in cells(options.updates) if not options.only or re.fullmatch(options.only, cell.name)]
+    known = {path.stem for path in (bench.work / "results").glob("*.json")}
+    wanted = [
+        cell
+        for cell in cells(options.updates)
+        if not options.only or cell.name in known or re.fullmatch(options.only, cell.name)
+    ]
     order = [cell.name for cell in cells(options.updates)]
     command = f"python -m benchmarks.translation CORPUS --work DIR --updates {options.updates}"
     measured: dict[str, list[dict]] = {}
@@ -225,8 +239,7 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(wanted), unit="cell") as bar:
         running: dict[concurrent.futures.Future, Cell] = {}
         while waiting or running:
-            done_names = set(measured) | {c for c in order if (bench.work / "results" / f"{c}.json").exists()}
-            ready = [c for c in waiting if c.after is None or c.after in done_names]
+            ready = [c for c in waiting if c.after is None or c.after in known | set(measured)]
             while ready and len(running) < options.jobs:
                 cell = ready.pop(0)
                 waiting.remove(cell)

@@ -9,3 +9,6 @@ checkpoints.install()
 state.install()
 
 from . import criterion, task  # noqa: E402, F401  (importing registers them with fairseq)
+from .session import open_session  # noqa: E402
+
+__all__ = ["open_session"]

@@ -3,12 +3,14 @@
 import argparse
 import collections
 import functools
+import json
 import logging
 import math
 import os
 import sys
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Optional
 
 import fairseq
 import numpy as np
@@ -18,10 +20,12 @@ from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
 from head_pruning import PruningSession
+from head_pruning.artifacts import REPORT_FILE
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
 
 logger = logging.getLogger(__name__)
+_current: Callable[[], Optional[PruningSession]] = lambda: None  # noqa: E731  (a weak reference once there is one)
 
 
 def allow_safe_globals() -> None:
@@ -83,17 +87,22 @@ def install() -> None:
     checkpoint_utils.save_checkpoint = save_checkpoint
 
 
-def guard_patience(session: PruningSession) -> None:
-    """Let ``--patience`` count validations only once ``session`` has reached its target."""
+def watch_target(session: PruningSession) -> None:
+    """Let ``--patience`` count validations only once ``session``, from now on the current one, is at its target."""
+    global _current
+    _current = weakref.ref(session)
     for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
         module = sys.modules.get(name)
         original = getattr(module, "should_stop_early", None)
-        if original is not None:
+        if original is None or getattr(original, "knows_head_pruning", False):
+            continue
 
-            def should_stop_early(cfg, valid_loss, original=original):
-                return session.at_target() and original(cfg, valid_loss)
+        def should_stop_early(cfg, valid_loss, original=original):
+            session = _current()
+            return (session is None or session.at_target()) and original(cfg, valid_loss)
 
-            module.should_stop_early = should_stop_early
+        should_stop_early.knows_head_pruning = True
+        module.should_stop_early = should_stop_early
 
 
 def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
@@ -102,17 +111,28 @@ def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
     mask = session.head_mask()
     if mask is None:
         return
+    numbers = {name: value if math.isfinite(value) else None for name, value in session.metrics().items()}
+    entry = {"updates": trainer.get_num_updates(), "at_target": session.at_target(), **numbers}
     write_artifacts(
         Path(save_dir),
         mask,
         method="+".join(pruner.name for pruner in session.pruners),
         options={name: value for pruner in session.pruners for name, value in vars(pruner.config).items()},
-        history=[{"updates": trainer.get_num_updates(), "at_target": session.at_target(), **session.metrics()}],
+        history=[*_history(Path(save_dir), entry["updates"]), entry],
         versions={"fairseq": fairseq.__version__},
         parameters=mask_parameters(trainer.get_model(), mask),
     )
     if log_heads:
         logger.info("kept heads by site:%s%s", os.linesep, head_table(mask))
+
+
+def _history(save_dir: Path, updates: int) -> list[dict]:
+    """The entries that earlier saves left, up to the one that training went on from."""
+    try:
+        entries = json.loads((save_dir / REPORT_FILE).read_text(encoding="utf-8"))["history"]
+        return [entry for entry in entries if entry["updates"] < updates]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def mask_parameters(model: torch.nn.Module, mask) -> tuple[int, int]:

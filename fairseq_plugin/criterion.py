@@ -27,7 +27,7 @@ class LabelSmoothedCrossEntropyHeadPruningCriterion(LabelSmoothedCrossEntropyCri
         """As the base criterion, with ``penalty`` in the logging output."""
         loss, sample_size, log = super().forward(model, sample, reduce=reduce)
         session = getattr(self.task, "session", None)
-        log["penalty"] = 0.0 if session is None else session.metrics().get("penalty", 0.0)
+        log["penalty"] = 0.0 if session is None else session.penalty()
         return loss, sample_size, log
 
     @classmethod

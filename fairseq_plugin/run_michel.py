@@ -76,7 +76,7 @@ class MichelRun:
             self.model.half()
         self.model.to(self.device).eval().requires_grad_(False)
         self.unit_map = unit_map(self.model)
-        UnfusedAttention(self.model).attach()
+        UnfusedAttention(self.model).attach()  # for good: the model is this run's own
         self.gates = GateBank(self.model, self.unit_map)
         self.gates.attach()
         self.accumulator = ImportanceAccumulator(self.gates, signed=args.signed_importance)
@@ -162,20 +162,29 @@ class MichelRun:
 
 def run(args) -> list[dict]:
     """All rounds; returns and saves one entry per round."""
+    try:
+        score_at = {int(count) for count in (args.score_at or "").split(",") if count}
+    except ValueError:
+        raise HeadPruningError(f"--score-at is {args.score_at}; give head counts such as 18,9,4.") from None
     cfg = convert_namespace_to_omegaconf(args)
     run = MichelRun(cfg, args)
     folder = Path(cfg.checkpoint.save_dir)
     report = folder / "michel_rounds.json"
     settings = {
-        "checkpoint": os.path.basename(cfg.checkpoint.restore_file),
+        "checkpoint": fingerprint(cfg.checkpoint.restore_file),
+        "data": os.path.abspath(cfg.task.data),
+        "test": cfg.dataset.gen_subset,
+        "remove_bpe": cfg.common_eval.post_process,
+        "lengths": [cfg.generation.max_len_a, cfg.generation.max_len_b],
+        "batches": [cfg.dataset.batch_size, cfg.dataset.max_tokens],
         "heads_per_round": args.num_of_heads,
         "exact": args.exact_pruning,
         "signed": args.signed_importance,
         "importance_sentences": args.importance_sentences or args.subset,
         "score_sentences": args.score_sentences or args.subset,
         "beam": cfg.generation.beam,
+        "score_at": sorted(score_at),
     }
-    score_at = {int(count) for count in (args.score_at or "").split(",") if count}
     entries, start = read_rounds(report, settings, run.unit_map)
     if start is not None:
         logger.info("going on after the round that left %d heads", start.mask.kept)
@@ -214,6 +223,12 @@ def run(args) -> list[dict]:
     print(table)
     logger.info("rounds are in %s", report)
     return entries
+
+
+def fingerprint(path: str) -> dict:
+    """What tells one checkpoint from another of the same name."""
+    found = os.stat(path)
+    return {"name": os.path.basename(path), "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
 
 
 def read_rounds(report: Path, settings: dict, here: UnitMap) -> tuple[list[dict], Optional[PruningRound]]:

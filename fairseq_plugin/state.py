@@ -11,6 +11,7 @@ from fairseq.models import BaseFairseqModel
 
 from head_pruning import HeadMask, HeadPruningError, PruningSession, UnitMap
 from head_pruning.gates import GateBank
+from head_pruning.session import STATE_VERSION
 
 from .attention import UnfusedAttention
 from .unit_map import unit_map
@@ -44,6 +45,7 @@ class StateKeeper:
         self.session = session
         self.stored: dict[str, torch.Tensor] = {}
         self.gates: Optional[GateBank] = None
+        self.unfused = UnfusedAttention(model)
         self.reset_optimizer = reset_optimizer
         self.loaded = False
         self._handle = model.register_state_dict_post_hook(self)
@@ -107,7 +109,10 @@ class StateKeeper:
         """Gate the model with the mask of ``state``, in place of the one before."""
         if self.gates is not None:
             self.gates.detach()
+            self.unfused.detach()
         self.gates = attach_mask(self.model, mask_of_state(state)) if KEEP in state else None
+        if self.gates is not None:
+            self.unfused.attach()
         self.stored = dict(state)
 
 
@@ -119,6 +124,8 @@ def read_description(state: Mapping[str, torch.Tensor]) -> dict:
     """
     try:
         description = json.loads(bytes(state[META].tolist()).decode())
+        if description["version"] != STATE_VERSION:
+            raise ValueError("another version")
         return {"pruners": list(description["pruners"]), "unit_map": UnitMap.from_dict(description["unit_map"])}
     except (KeyError, TypeError, ValueError) as error:
         raise HeadPruningError(DAMAGED) from error
@@ -138,12 +145,10 @@ def mask_of_state(state: Mapping[str, torch.Tensor]) -> HeadMask:
 
 
 def attach_mask(model: BaseFairseqModel, mask: HeadMask) -> GateBank:
-    """Gate a model with a fixed mask, in training and in evaluation."""
+    """Gate a model, whose attention is unfused, with a fixed mask, in training and in evaluation."""
     gates = GateBank(model, unit_map(model))
-    UnfusedAttention(model).attach()
     gates.attach()
-    gates.set_training(mask.keep)
-    gates.set_evaluation(mask.keep)
+    gates.set_fixed(mask.keep)
     return gates
 
 

@@ -20,10 +20,9 @@ from omegaconf import II
 from head_pruning import HeadPruningError, PruningSession, build_pruner, choose_method
 from head_pruning.registry import option_fields
 
-from .attention import UnfusedAttention
-from .checkpoints import guard_patience
+from .checkpoints import watch_target
+from .session import open_session
 from .state import StateKeeper
-from .unit_map import unit_map
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +42,7 @@ def pruning_config(base: type, name: str) -> type:
         ("reset_optimizer", bool, II("checkpoint.reset_optimizer")),
         ("finetune_from_model", Optional[str], II("checkpoint.finetune_from_model")),
         ("save_dir", str, II("checkpoint.save_dir")),
+        ("train_subset", str, II("dataset.train_subset")),
     ]
     taken = set(base.__dataclass_fields__)
     own = [entry for entry in host if entry[0] not in taken]
@@ -63,9 +63,10 @@ class HeadPruningMixin:
     def build_model(self, cfg: Any, from_checkpoint: bool = False):
         """Build the model and, in training, put the gates on."""
         model = super().build_model(cfg, from_checkpoint)
-        method = choose_method(self.options, self.options.pruner)
-        if method is not None and not from_checkpoint:
-            self._start_session(model, method)
+        if not from_checkpoint:  # a stored model brings its mask and needs no method
+            method = choose_method(self.options, self.options.pruner)
+            if method is not None:
+                self._start_session(model, method)
         return model
 
     def _start_session(self, model, method) -> None:
@@ -75,19 +76,17 @@ class HeadPruningMixin:
             or getattr(getattr(model, part, None), "layerdrop", 0)
             for part in ("encoder", "decoder")
         )
-        self.session = PruningSession(
+        self.session = open_session(
             model,
-            unit_map(model),
             [pruner],
             seed=self.options.seed,
-            all_reduce=_all_reduce,
+            all_reduce=_all_reduce if _ranks() > 1 else None,
             fired_within=_LAYERDROP_UPDATES if drops_layers else 1,
         )
-        self.session.attach()
-        UnfusedAttention(model).attach()
         self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
-        guard_patience(self.session)
+        watch_target(self.session)
         self._optimizer = None
+        self._epochs: Optional[float] = None
         if self.session.freezes_model:
             _freeze(model)
         logger.info(
@@ -110,9 +109,13 @@ class HeadPruningMixin:
     def get_batch_iterator(self, dataset, *args, **kwargs):
         """As the base task; takes the length of training from the training set's iterator."""
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
-        if self.session is not None and dataset is self.datasets.get(getattr(self.options, "train_subset", "train")):
+        if self.session is not None and dataset is self.datasets.get(self.options.train_subset):
+            if self._epochs is None:
+                # With --reset-optimizer fairseq goes on counting epochs but starts counting updates anew.
+                done = kwargs.get("epoch", 1) - 1 if self._keeper.reset_optimizer else 0
+                self._epochs = max(1, self.options.max_epoch - done) if self.options.max_epoch else math.inf
             frequency = list(self.options.update_freq)[-1]
-            by_epoch = (self.options.max_epoch or math.inf) * math.ceil(len(iterator) / frequency)
+            by_epoch = self._epochs * math.ceil(len(iterator) / frequency)
             total = min(self.options.max_update or math.inf, by_epoch)
             self.session.total_steps = None if math.isinf(total) else int(total)
         return iterator
@@ -182,16 +185,21 @@ class HeadPruningMixin:
             super().optimizer_step(optimizer, model, update_num)
         elif getattr(optimizer, "scaler", None) is not None:
             optimizer.scaler.update()
+        if isinstance(optimizer, AMPOptimizer) and optimizer.scaler.get_scale() < self._loss_scale:
+            return  # an overflow: the model has not stepped, and fairseq tries the batch again
         self.session.after_step()
         for name, value in self.session.metrics().items():
             metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 1))
 
 
+def _ranks() -> int:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return distributed_utils.get_world_size(distributed_utils.get_data_parallel_group())
+
+
 def _all_reduce(tensor: torch.Tensor) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        group = distributed_utils.get_data_parallel_group()
-        if distributed_utils.get_world_size(group) > 1:
-            distributed_utils.all_reduce(tensor, group=group)
+    distributed_utils.all_reduce(tensor, group=distributed_utils.get_data_parallel_group())
 
 
 def _freeze(model: torch.nn.Module) -> None:

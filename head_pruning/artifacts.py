@@ -34,10 +34,10 @@ def atomic_path(path: "str | Path") -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: "str | Path", data: Mapping) -> None:
-    """Write ``data`` as indented JSON, atomically."""
+def write_json(path: "str | Path", data: "Mapping | list") -> None:
+    """Write ``data`` as indented JSON, atomically. Raises ValueError for numbers that JSON does not have."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_safetensors(path: "str | Path", tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from .unit_map import HeadMask
 def _user_dir(args: argparse.Namespace) -> None:
     found = importlib.util.find_spec("fairseq_plugin")
     if found is None or not found.submodule_search_locations:
-        raise HeadPruningError("The package fairseq_plugin is not installed; install head-pruning[fairseq].")
+        raise HeadPruningError("The package fairseq_plugin is not installed; install head-pruning as its README says.")
     print(next(iter(found.submodule_search_locations)))
 
 

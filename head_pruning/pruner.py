@@ -48,6 +48,10 @@ class Pruner:
     def after_step(self, step: int, lr_factor: float) -> None:
         """The host's optimizer has stepped."""
 
+    def penalty(self) -> float:
+        """The regulariser that the objective adds to each micro-batch's loss (its gradient is the method's own)."""
+        return 0.0
+
     def metrics(self) -> dict[str, float]:
         """Numbers for the training log; no device is waited for."""
         return {}

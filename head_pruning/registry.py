@@ -1,6 +1,8 @@
 """Methods by name. A method registers itself with one call and touches no other file."""
 
 import dataclasses
+import importlib
+import pkgutil
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping, Optional
 
@@ -48,8 +50,10 @@ def register_pruner(
 
 def methods() -> Mapping[str, Method]:
     """All registered methods by name."""
-    from . import gates  # noqa: F401  (importing the package registers the methods it ships)
+    from . import gates
 
+    for module in pkgutil.iter_modules(gates.__path__):  # each method registers itself when it is imported
+        importlib.import_module(f"{gates.__name__}.{module.name}")
     return dict(_METHODS)
 
 

@@ -26,7 +26,7 @@ def resolve_steps(value: float, total_steps: Optional[int], flag: str) -> int:
     Raises:
         HeadPruningError: a negative count, or a fraction where the length of training is not known.
     """
-    if value < 0:
+    if not 0 <= value < math.inf:
         raise HeadPruningError(f"{flag} is {value}; give updates (>= 1) or a fraction of training (0 to 1).")
     if value >= 1 or value == 0:
         return int(value)

@@ -65,6 +65,7 @@ class PruningSession:
         self.gates = GateBank(model, unit_map)
         self.step = 0
         self._updates_here = 0
+        self._at_detach: list[Callable[[], Any]] = []
 
     # -- life cycle ----------------------------------------------------------------------------------------------
 
@@ -132,6 +133,12 @@ class PruningSession:
         self.gates.detach()
         for pruner in self.pruners:
             pruner.detach()
+        while self._at_detach:
+            self._at_detach.pop()()
+
+    def on_detach(self, undo: Callable[[], Any]) -> None:
+        """Have :meth:`detach` call ``undo``: for what a host changed to make the gates run."""
+        self._at_detach.append(undo)
 
     # -- what a host asks ----------------------------------------------------------------------------------------
 
@@ -165,11 +172,16 @@ class PruningSession:
         """Numbers for the training log."""
         return {name: value for pruner in self.pruners for name, value in pruner.metrics().items()}
 
+    def penalty(self) -> float:
+        """What the objective adds to the loss of each micro-batch."""
+        return sum(pruner.penalty() for pruner in self.pruners)
+
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks and bring them to the host as float64: the one sync of an update."""
+        if self.all_reduce is None:
+            return gradients.double().cpu().numpy(), counts
         flat = torch.cat([gradients.double(), torch.from_numpy(counts.astype(np.float64)).to(gradients.device)])
-        if self.all_reduce is not None:
-            self.all_reduce(flat)
+        self.all_reduce(flat)
         flat = flat.cpu().numpy()
         return flat[: gradients.numel()], flat[gradients.numel() :]
 

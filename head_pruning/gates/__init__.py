@@ -1,6 +1,5 @@
 """Head gates: where they sit, and the methods that learn them."""
 
-from . import dsp, hard_concrete, random_heads, ste  # noqa: F401  (each registers its method)
 from .attach import GateBank, HeadGate
 from .subset import SoftTopK, gumbel, hard_top_k, plan_rounds
 

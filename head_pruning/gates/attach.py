@@ -40,8 +40,8 @@ class HeadGate(nn.Module):
         heads = args[0].unflatten(-1, (self.heads, self.head_dim))
         if gate.device != heads.device:  # the model moved after its gates were set
             gate = gate.to(heads.device)
-            if not training:
-                self.evaluation_gate = gate
+            if not gate.requires_grad:
+                setattr(self, "training_gate" if training else "evaluation_gate", gate)
         # Multiplied in float32 also for a half-precision model: the gate's gradient is a sum over all tokens, which
         # float16 could not hold.
         return ((heads * gate.unsqueeze(-1)).to(heads.dtype).flatten(-2), *args[1:])
@@ -66,12 +66,8 @@ class GateBank:
                 )
             self._targets.append((module, HeadGate(site.heads, site.head_dim)))
         self._handles: list = []
+        self._learn = True
         self._place(torch.device("cpu"))
-
-    @property
-    def attached(self) -> bool:
-        """Whether the hooks are on."""
-        return bool(self._handles)
 
     def _place(self, device: torch.device) -> None:
         size = self.unit_map.num_heads
@@ -79,11 +75,28 @@ class GateBank:
         self.training_values = torch.ones(size, device=device)
         self.evaluation_values = torch.ones(size, device=device)
         self.gradients = torch.zeros(size, device=device)
+        # Copies out of pinned memory do not wait for the device. Reusing the buffers is safe: reading the gradients
+        # waits once per update.
+        self._staging = [torch.empty(size, pin_memory=device.type == "cuda") for _ in range(2)]
         for (_, gate), (_, where) in zip(self._targets, self.unit_map.slices()):
-            leaf = self.training_values[where].detach().requires_grad_(True)
-            leaf.grad = self.gradients[where]
+            leaf = self.training_values[where].detach().requires_grad_(self._learn)
+            leaf.grad = self.gradients[where] if self._learn else None
             gate.training_gate = leaf
             gate.evaluation_gate = self.evaluation_values[where].detach()
+
+    def _prepare(self, learn: bool) -> None:
+        if learn != self._learn:
+            self._learn = learn
+            kept = self.evaluation_values
+            self._place(self.device)
+            self.evaluation_values.copy_(kept)
+        self.follow_device()
+
+    def _set(self, target: torch.Tensor, values: np.ndarray, buffer: int) -> None:
+        staging = self._staging[buffer]
+        staging.numpy()[:] = values
+        with torch.no_grad():
+            target.copy_(staging, non_blocking=True)
 
     def follow_device(self) -> None:
         """Move to the model's device if it moved since."""
@@ -109,16 +122,20 @@ class GateBank:
 
     def set_training(self, values: np.ndarray) -> None:
         """Set the gates used while training (``[N]``) and clear their gradients."""
-        self.follow_device()
-        with torch.no_grad():
-            self.training_values.copy_(torch.from_numpy(np.asarray(values, dtype=np.float32)))
-            self.gradients.zero_()
+        self._prepare(learn=True)
+        self._set(self.training_values, values, 0)
+        self.gradients.zero_()
+
+    def set_fixed(self, values: np.ndarray) -> None:
+        """Set the gates of training and evaluation alike (``[N]``), without gradients."""
+        self._prepare(learn=False)
+        self._set(self.training_values, values, 0)
+        self._set(self.evaluation_values, values, 1)
 
     def set_evaluation(self, values: np.ndarray) -> None:
         """Set the gates used in evaluation (``[N]``)."""
         self.follow_device()
-        with torch.no_grad():
-            self.evaluation_values.copy_(torch.from_numpy(np.asarray(values, dtype=np.float32)))
+        self._set(self.evaluation_values, values, 1)
 
     @contextlib.contextmanager
     def forced(self, mode: str) -> Iterator[None]:

@@ -9,10 +9,13 @@ import numpy as np
 from ..errors import HeadPruningError
 from ..registry import register_pruner
 from ..schedules import log_linear, resolve_steps
-from .pruner import HeadGateConfig, HeadGatePruner
+from .pruner import HeadGateConfig, HeadGatePruner, require
 from .subset import SoftTopK, gumbel
 
 logger = logging.getLogger(__name__)
+
+# At and below this temperature (nearly) all gradients of the relaxation are exactly 0: the logits learn no more.
+DEAD_TEMPERATURE = 1e-4
 
 
 @dataclass
@@ -27,6 +30,13 @@ class DSPConfig(HeadGateConfig):
     cooldown_steps: float = field(
         default=15000, metadata={"help": "updates to anneal over; below 1: a fraction of training"}
     )
+    noise_after_cooldown: bool = field(
+        default=False,
+        metadata={
+            "help": "go on drawing noisy subsets after the cooldown, as the published code does; without it the model "
+            "trains on with the K heads that stay"
+        },
+    )
 
 
 class DSPPruner(HeadGatePruner):
@@ -37,23 +47,25 @@ class DSPPruner(HeadGatePruner):
     def attach(self, session) -> None:
         self.require_count()
         for option in ("initial_temperature", "final_temperature"):
-            if not getattr(self.config, option) > 0:
-                raise HeadPruningError(f"--{option.replace('_', '-')} must be above 0; the usual end is 1e-8.")
+            require(self.config, option, lambda value: value > 0, "above 0")
         super().attach(session)
         self.step = 0
         self.cooldown: Optional[int] = None
+        self.sample: Optional[SoftTopK] = None
 
     def _plan(self) -> int:
         """The length of the annealing in updates, settled at the first update (the host knows the run by then)."""
         total = self.session.total_steps
         if not self.config.annealing:
-            if self.config.final_temperature < 1e-4:
+            if self.config.final_temperature < DEAD_TEMPERATURE:
                 logger.warning(
                     "without --annealing the temperature is %g from the start, where gradients vanish: the heads will "
                     "be chosen at random; add --annealing or raise --final-temperature",
                     self.config.final_temperature,
                 )
             return 0
+        if not self.config.cooldown_steps:
+            raise HeadPruningError("--cooldown-steps is 0, so there is nothing to anneal; leave out --annealing.")
         cooldown = resolve_steps(self.config.cooldown_steps, total, "--cooldown-steps")
         if total and cooldown > total:
             logger.warning(
@@ -74,10 +86,35 @@ class DSPPruner(HeadGatePruner):
             step, initial=self.config.initial_temperature, final=self.config.final_temperature, steps=self.cooldown
         )
 
+    def reset_optimizer(self) -> None:
+        super().reset_optimizer()
+        self.step, self.cooldown = 0, None
+
+    def settled(self, step: int) -> bool:
+        """Whether the annealing is over and the logits are frozen.
+
+        The Gumbel noise does not fall with the temperature. Where training was too short for gaps between the logits
+        that dwarf it, a model that goes on with noise is trained with other heads than those it will keep (README,
+        Results).
+        """
+        return (
+            self.config.annealing
+            and not self.config.noise_after_cooldown
+            and self.config.final_temperature <= DEAD_TEMPERATURE
+            and self.temperature(step) == self.config.final_temperature
+        )
+
     def draw(self, step: int) -> np.ndarray:
         self.step = step
+        if self.settled(step):
+            self.sample, self.gradient_norm = None, 0.0
+            return self.keep().astype(np.float64)
         self.sample = SoftTopK(self.logits + gumbel(self.uniforms(step)), self.rounds, self.temperature(step))
         return self.sample.mask
+
+    def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
+        if self.sample is not None:
+            super().after_backward(loss_scale, denominator, micro_batches)
 
     def chain(self, gradient: np.ndarray) -> np.ndarray:
         return self.sample.backward(gradient)

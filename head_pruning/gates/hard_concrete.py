@@ -112,6 +112,9 @@ class VoitaPruner(HeadGatePruner):
                 keep[closed[np.argsort(-self.logits[closed], kind="stable")[:missing]]] = True
         return keep
 
+    def expected_heads(self) -> float:
+        return float(open_probability(self.logits)[0].sum())
+
     def evaluation_gates(self) -> np.ndarray:
         return expected_gates(self.logits) if self.config.sample_in_eval else self.keep()
 

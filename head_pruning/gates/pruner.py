@@ -1,8 +1,9 @@
 """What the head-gate methods share: logits, their optimizer, clipping, the minimum of heads per group."""
 
 import logging
+import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Callable, Optional
 
 import numpy as np
 
@@ -56,6 +57,13 @@ class HeadGateConfig(HeadCountConfig):
     )
 
 
+def require(config, option: str, holds: Callable[[float], bool], words: str) -> None:
+    """Raise HeadPruningError unless ``holds`` for the option's value (NaN and infinity never do)."""
+    value = getattr(config, option)
+    if not (math.isfinite(value) and holds(value)):
+        raise HeadPruningError(f"--{option.replace('_', '-')} is {value}; it must be {words}.")
+
+
 class HeadPruner(Pruner):
     """A method with a head mask: gates on the model, one value per head in training and one in evaluation."""
 
@@ -63,6 +71,8 @@ class HeadPruner(Pruner):
         super().attach(session)
         self.unit_map = session.unit_map
         keep_heads = self.config.num_of_heads
+        for option in ("min_heads_per_layer", "min_heads_per_kind"):
+            require(self.config, option, lambda value: value >= 0, "0 or more")
         self.rounds: Optional[Rounds] = None
         if keep_heads is not None:
             self.rounds = plan_rounds(
@@ -84,8 +94,7 @@ class HeadPruner(Pruner):
 
     def harden(self) -> None:
         self.final = self.keep()
-        self.session.gates.set_training(self.final)
-        self.session.gates.set_evaluation(self.final)
+        self.session.gates.set_fixed(self.final)
 
 
 class HeadGatePruner(HeadPruner):
@@ -102,6 +111,11 @@ class HeadGatePruner(HeadPruner):
 
     def attach(self, session) -> None:
         super().attach(session)
+        require(self.config, "pruning_lr", lambda value: value > 0, "above 0")
+        for option in ("gate_clip_norm", "gate_weight_decay"):
+            require(self.config, option, lambda value: value >= 0, "0 or more")
+        for option in ("gate_adam_beta1", "gate_adam_beta2"):
+            require(self.config, option, lambda value: 0 <= value < 1, "at least 0 and below 1")
         self.generator = np.random.default_rng([session.seed, 0])
         self.logits = self.initial_logits(self.generator)
         self.adam = GateAdam(
@@ -149,7 +163,7 @@ class HeadGatePruner(HeadPruner):
 
     def before_update(self, step: int) -> None:
         if self.final is not None:
-            self.session.gates.set_training(self.final)
+            self.session.gates.set_fixed(self.final)
             return
         self.drawn = self.draw(step)
         self.session.gates.set_training(self.drawn)
@@ -191,6 +205,7 @@ class HeadGatePruner(HeadPruner):
 
     def reset_optimizer(self) -> None:
         self.adam = GateAdam(self.logits.size, self.adam.betas, weight_decay=self.adam.weight_decay)
+        self.clipped_steps = self.skipped_steps = 0
 
     def scale_gradient(self, factor: float) -> None:
         """Scale the collected gradient: for runs that clip one norm over model and gates."""
@@ -206,9 +221,13 @@ class HeadGatePruner(HeadPruner):
             "gate_clip": 100.0 * self.clipped_steps / max(1, self.adam.steps),
             "gate_skip": float(self.skipped_steps),
             "penalty": self.penalty(),
-            "heads_expected": float(self.drawn.sum()),
+            "heads_expected": self.expected_heads(),
             "heads_kept": float(self.keep().sum()),
         }
+
+    def expected_heads(self) -> float:
+        """The number of open heads that the gates of this update amount to."""
+        return float(self.drawn.sum())
 
     def keep(self) -> np.ndarray:
         return hard_top_k(self.logits, self.rounds)
@@ -239,5 +258,4 @@ class HeadGatePruner(HeadPruner):
         if self.final is None:
             self._set_evaluation()
         else:
-            self.session.gates.set_training(self.final)
-            self.session.gates.set_evaluation(self.final)
+            self.session.gates.set_fixed(self.final)

@@ -37,7 +37,7 @@ class RandomPruner(HeadPruner):
         return self.kept
 
     def before_update(self, step: int) -> None:
-        self.session.gates.set_training(self.kept)
+        self.session.gates.set_fixed(self.kept)
 
     def metrics(self) -> dict[str, float]:
         return {"heads_kept": float(self.kept.sum())}

@@ -1,4 +1,4 @@
-"""The two files that every pruned model leaves: pruning.json and masks.safetensors (and a picture of the mask)."""
+"""The two files that every pruned model leaves: pruning.json and masks.safetensors."""
 
 import platform
 from pathlib import Path

@@ -28,6 +28,7 @@ class Options:
         self.num_of_heads = recorded["K"]
         self.joint_pruning = not pipelined
         self.annealing = True
+        self.noise_after_cooldown = True
         self.initial_temperature = recorded["init_T"]
         self.final_temperature = recorded["final_T"]
         self.cooldown_steps = recorded["cooldown"]

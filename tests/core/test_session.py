@@ -431,6 +431,24 @@ def test_target_is_reached_when_the_annealing_ends(toy):
     assert session.metrics()["temperature"] == 1e-8
 
 
+def test_after_the_annealing_the_model_trains_with_the_heads_it_keeps(toy):
+    model, session, pruner = build(toy)
+    for step in range(8):
+        update(toy, model, session, step)
+    kept, logits = pruner.keep(), pruner.logits.copy()
+    for step in range(8, 12):
+        update(toy, model, session, step)
+        assert np.array_equal(session.gates.training_values.numpy(), kept) and np.array_equal(pruner.logits, logits)
+    assert session.metrics()["gate_norm"] == 0.0
+
+    model, session, pruner = build(toy, noise_after_cooldown=True)
+    draws = set()
+    for step in range(40):
+        update(toy, model, session, step)
+        draws.add(tuple(session.gates.training_values.tolist()) if step >= 8 else None)
+    assert len(draws) > 2
+
+
 def test_steps_as_a_fraction_of_training(toy):
     _, session, pruner = build(toy, cooldown_steps=0.25, session={"total_steps": 40})
     assert pruner.temperature(9) > 1e-8 == pruner.temperature(10)
@@ -468,6 +486,11 @@ def test_schedules_that_cannot_work_are_warned_of_once(toy, caplog, options, tot
     ("dsp", {"final_temperature": 0.0}, "--final-temperature"),
     ("dsp", {"initial_temperature": -1.0}, "--initial-temperature"),
     ("dsp", {"num_of_heads": 13}, "12 heads"),
+    ("dsp", {"pruning_lr": -0.2}, "--pruning-lr is -0.2"),
+    ("ste", {"pruning_lr": float("nan")}, "--pruning-lr is nan"),
+    ("voita", {"gate_clip_norm": -1.0}, "--gate-clip-norm is -1"),
+    ("dsp", {"gate_adam_beta1": 1.0}, "--gate-adam-beta1 is 1"),
+    ("random", {"min_heads_per_kind": -1}, "--min-heads-per-kind is -1"),
     ("ste", {"min_heads_per_layer": 2}, "only 5 are kept"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused_at_attach(toy, name, option, words):
@@ -656,6 +679,42 @@ def test_the_state_of_a_model_with_other_heads_is_refused(toy, name):
     other = PruningSession(model, smaller, [build_pruner(methods()[name], given)]).attach()
     with pytest.raises(HeadPruningError, match="12 heads but the model has 9"):
         other.load_state_dict(session.state_dict())
+
+
+@pytest.mark.parametrize(
+    "steps, words", [(0, "nothing to anneal"), (float("nan"), "is nan"), (float("inf"), "is inf")]
+)
+def test_an_annealing_without_length_is_refused(toy, steps, words):
+    _, session, _ = build(toy, cooldown_steps=steps)
+    with pytest.raises(HeadPruningError, match=words):
+        session.before_update(0)
+
+
+def test_reset_optimizer_plans_the_annealing_anew(toy):
+    _, session, _ = build(toy, cooldown_steps=0.5, session={"total_steps": 1000})
+    session.before_update(0)
+    state = session.state_dict()
+    _, session, pruner = build(toy, cooldown_steps=0.5, session={"total_steps": 10})
+    session.load_state_dict(state)
+    session.reset_optimizer()
+    assert pruner.temperature(4) > 1e-8 == pruner.temperature(5)
+
+
+def test_a_hardened_model_trains_without_gate_gradients(toy):
+    model, session, _ = build(toy, "random")
+    session.before_update(0)
+    toy.loss(model, toy.batch(0)).backward()
+    assert not session.gates.gradients.any()
+
+
+def test_what_a_host_changed_is_undone_at_detach(toy):
+    undone = []
+    _, session, _ = build(toy)
+    session.on_detach(lambda: undone.append("first"))
+    session.on_detach(lambda: undone.append("second"))
+    session.detach()
+    session.detach()
+    assert undone == ["second", "first"]
 
 
 def test_reset_optimizer_forgets_the_moments_and_keeps_the_logits(toy):

@@ -167,6 +167,18 @@ def initial_logits(mask) -> np.ndarray:
     return pruner.initial_logits(np.random.default_rng([1, 0]))
 
 
+def test_preprocessing(data, tmp_path):
+    text = data.parent
+    command = """fairseq-preprocess --source-lang de --target-lang en \
+        --trainpref $TEXT/train --validpref $TEXT/valid --testpref $TEXT/test \
+        --destdir data-bin/\
+        --workers 20
+    """
+    words = shlex.split(command.replace("\\\n", " ").replace("$TEXT", str(text)))
+    Runner(tmp_path).run("preprocess", [*words[1:], "--workers", "1"])
+    assert (tmp_path / "data-bin" / "train.de-en.de.bin").read_bytes() == (data / "train.de-en.de.bin").read_bytes()
+
+
 @pytest.mark.parametrize(
     "command, options, save_dir", [(JOINT_DSP, "--cooldown-steps 15", "dsp_checkpoints"), (STE, "", "ste_checkpoints")]
 )
@@ -197,11 +209,15 @@ def test_voita(manual):
 
 def test_pipelined(manual):
     save_dir = "dropout_checkpoints/pipelined"
-    options = "--cooldown-steps 10 --max-epoch 3"  # the dense model has two
-    manual.run("train", [*arguments(PIPELINED_DSP, save_dir), *TINY, *shlex.split(options)])
+    # The dense model has two epochs, so this is one: half of it, although fairseq goes on counting epochs.
+    options = "--cooldown-steps 0.5 --max-epoch 3"
+    done = manual.run("train", [*arguments(PIPELINED_DSP, save_dir), *TINY, *shlex.split(options)])
     checkpoint = manual.folder / save_dir / "checkpoint_last.pt"
     mask = mask_beside(checkpoint)
     assert mask.kept == 4
+    temperature = logged(done.out, "temperature")
+    assert temperature[(len(temperature) - 1) // 2 - 1] > 1e-8 == temperature[len(temperature) // 2 + 1]
+    assert "kept heads by site" in done.out
     assert np.abs(logits_of(checkpoint) - initial_logits(mask)).max() > 0.2
     dense = weights_of(manual.folder / "checkpoints" / "checkpoint_last.pt")
     pruned = weights_of(checkpoint)

@@ -18,7 +18,8 @@ from tests.fairseq.command_lines import HEADS
 from tests.fairseq.runner import ROOT
 
 # The manual's line; what follows it is appended.
-MANUAL = """-s de -t en -a transformer_iwslt_de_en --restore-file {checkpoint} --optimizer adam --adam-betas '(0.9,0.98)'
+MANUAL = """-s de -t en -a transformer_iwslt_de_en --restore-file {checkpoint}
+    --optimizer adam --adam-betas '(0.9,0.98)'
     --reset-optimizer --batch-size 32 --beam 5 --remove-bpe --num-of-heads 4 --exact-pruning"""
 
 
@@ -122,11 +123,25 @@ def test_importance_is_the_sum_of_absolute_derivatives(data, dense, tmp_path):
         np.testing.assert_allclose(got, rows.reshape(-1), atol=2e-4)
 
 
+def test_rounds_of_another_checkpoint_of_the_same_name_are_not_taken(data, dense, tmp_path):
+    copy = tmp_path / "checkpoint_last.pt"
+    options = ("--max-len-b", "5", "--beam", "1", "--num-of-heads", "23", "--score-sentences", "2")
+    copy.write_bytes(dense.read_bytes())
+    assert _run(_command(data, copy, tmp_path / "out", *options)).returncode == 0
+    first = _rounds(tmp_path / "out")
+    state = torch.load(dense, weights_only=False)
+    state["model"]["decoder.layers.0.fc1.weight"] *= -1
+    torch.save(state, copy)
+    assert _run(_command(data, copy, tmp_path / "out", *options)).returncode == 0
+    assert _rounds(tmp_path / "out")[1]["importance"] != first[1]["importance"]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
         (("--num-of-heads", "99"), "from 1 to 24"),
         (("--num-of-heads", "0"), "from 1 to 24"),
+        (("--score-at", "four"), "--score-at is four"),
         (("--restore-file", "nothing.pt"), "There is no checkpoint nothing.pt"),
     ],
 )

@@ -182,6 +182,7 @@ def test_training_run(tiny, load_arrays, reference, pipelined):
         lambda step: run["u"][step],
         num_of_heads=settings["K"],
         annealing=True,
+        noise_after_cooldown=True,
         initial_temperature=settings["init_T"],
         final_temperature=settings["final_T"],
         cooldown_steps=settings["cooldown"],

@@ -62,6 +62,9 @@ def test_validation_scores_the_hard_mask(runner, translation, tmp_path):
 
 def test_log_and_artifacts(runner, translation, tmp_path):
     done = runner.run("train", translation.train(tmp_path / "run", DSP, "--final-temperature 1e-4", updates=20))
+    report = json.loads((tmp_path / "run" / "pruning.json").read_text(encoding="utf-8"))
+    updates = [entry["updates"] for entry in report["history"]]
+    assert updates == sorted(set(updates)) and updates[-1] == 20 and len(updates) > 1
     temperature = logged(done.out, "temperature")
     assert math.isclose(temperature[0], 0.1) and math.isclose(temperature[10], 1e-4)
     assert math.isclose(temperature[3], 0.1 * (1e-4 / 0.1) ** (3 / 6), rel_tol=1e-2)
