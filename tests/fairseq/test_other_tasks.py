@@ -54,7 +54,7 @@ def test_masked_language_model(runner, text, tmp_path):
         done = runner.run("train", line)
     checkpoint = tmp_path / "run" / "checkpoint_last.pt"
     assert mask_beside(checkpoint).kept == 4
-    assert session_of(checkpoint)["dsp.adam.steps"] == 8 and session_of(checkpoint)["dsp.adam.first"].any()
+    assert session_of(checkpoint)["dsp.adam.steps"] == 6 and session_of(checkpoint)["dsp.adam.first"].any()
     assert {site.kind for site in mask_beside(checkpoint).unit_map.attention} == {"encoder_self"}
     assert all(np.isfinite(logged(done.out, "loss")))
 

@@ -31,7 +31,7 @@ def test_reset_optimizer_keeps_the_logits(runner, translation, pruned, tmp_path)
     state = session_of(tmp_path / "run" / "checkpoint_last.pt")
     assert state["dsp.adam.steps"] == 2
     assert 0 < np.abs(state["dsp.logits"] - logits_of(pruned)).max() < 1e-5
-    assert session_of(pruned)["dsp.adam.steps"] == 8
+    assert session_of(pruned)["dsp.adam.steps"] == 6
 
 
 def test_another_pruner_needs_reset_optimizer(runner, translation, pruned, tmp_path):
