@@ -25,14 +25,9 @@ from head_pruning.artifacts import MASKS_FILE, write_json
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
 
+from .running import CPU_ENVIRONMENT, bleu_of
+
 USER_DIR = Path(__file__).resolve().parent
-# glibc gives large buffers back to the system after each use; keeping them nearly doubles CPU training speed.
-# Waiting threads that spin slow the other process down.
-ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "40000000000",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 HEADS = 36
 MARGIN = 3.0  # BLEU that random heads must lose, else the comparison shows nothing
 MODEL = (
@@ -90,7 +85,7 @@ class Demo:
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(filter(None, [str(USER_DIR.parent), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+        env = {**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
         lines = []
         with (
             log.open("w", encoding="utf-8") as stream,
@@ -137,7 +132,7 @@ class Demo:
             ],
             threads,
         )
-        return float(re.findall(r"BLEU4? = ([\d.]+)", output)[-1])
+        return bleu_of(output)
 
     def dense(self) -> dict:
         """The model that all others start from."""
