@@ -76,6 +76,12 @@ def cells(updates: int) -> list[Cell]:
             dsp(f"dsp-{k}-noise", k, "--noise-after-cooldown", method="joint DSP, noise to the end (as published)")
             for k in (9, 4)
         ),
+        Cell(
+            "dsp-4-hot",
+            "joint DSP, temperature 1 to 1e-4",
+            ("--num-of-heads", "4", "--joint-pruning", "--annealing", "--initial-temperature", "1")
+            + ("--final-temperature", "1e-4", "--cooldown-steps", "0.5"),
+        ),
         *(random(18), voita(300), voita(30)),
     ]
 
