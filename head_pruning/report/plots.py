@@ -61,15 +61,16 @@ def plot_scores(
         score: name of the score, for the axis.
         total: number of heads of the unpruned model.
     """
-    figure = _figure(6.4, 4.2)
+    figure = _figure(6.4, 5.0)
     panel = figure.subplots()
     panel.axhline(dense[1], color="#888888", linestyle=":", label=f"{dense[0]} ({total} heads)")
     for marker, (name, points) in zip("osD^vP*X<>", curves.items()):
         points = sorted(points)
         panel.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=5, label=name)
+    panel.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
     panel.set(xlabel=f"heads kept of {total}", ylabel=score)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     _save(figure, path)
 
 
