@@ -2,6 +2,8 @@
 
 import re
 
+from head_pruning import HeadPruningError
+
 # glibc gives large buffers back to the system after each use; keeping them nearly doubles CPU training speed.
 # Waiting threads that spin slow other processes down.
 CPU_ENVIRONMENT = {
@@ -12,8 +14,8 @@ CPU_ENVIRONMENT = {
 
 
 def bleu_of(output: str) -> float:
-    """The BLEU that fairseq-generate printed last. Raises ValueError when it printed none."""
+    """The BLEU that fairseq-generate printed last. Raises HeadPruningError when it printed none."""
     found = re.findall(r"BLEU4? = ([\d.]+)", output)
     if not found:
-        raise ValueError("fairseq-generate printed no BLEU")
+        raise HeadPruningError("fairseq-generate printed no BLEU; its test set has no references.")
     return float(found[-1])
