@@ -4,7 +4,7 @@ import re
 
 from head_pruning import HeadPruningError
 
-# glibc gives large buffers back to the system after each use; keeping them nearly doubles CPU training speed.
+# glibc gives large buffers back to the system after each use and faults them in anew; let it keep them.
 # Waiting threads that spin slow other processes down.
 CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",

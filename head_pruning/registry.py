@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Mapping, Optional
 
 from .errors import HeadPruningError
@@ -83,7 +84,9 @@ def choose_method(options: Any, pruner: Optional[str] = None) -> Optional[Method
         method = get_method(pruner)
         _refuse_foreign_options(options, method)
         return method
-    chosen = [method for method in methods().values() if method.selected_by(options)]
+    # A host need not have every option of every method.
+    known = SimpleNamespace(**{n: getattr(options, n, f.default) for n, f in option_fields().items()})
+    chosen = [method for method in methods().values() if method.selected_by(known)]
     if len(chosen) > 1:
         raise HeadPruningError(
             f"The options fit several pruners ({', '.join(method.name for method in chosen)}); "

@@ -54,7 +54,7 @@ class ImportanceAccumulator:
 def normalize_importance(
     scores: np.ndarray, unit_map: UnitMap, *, by_layer: bool = True, globally: bool = True
 ) -> np.ndarray:
-    """Divide each attention layer's scores by their L2 norm, then scale all to [0, 1] (spec of the published code)."""
+    """Divide each attention layer's scores by their L2 norm, then scale all to [0, 1], as the published code does."""
     scores = np.array(scores, dtype=np.float64)
     if by_layer:
         for row in unit_map.rows():

@@ -89,6 +89,11 @@ def test_a_named_method_wins_over_implied_ones():
         choose_method(given(num_of_heads=4), "dps")
 
 
+def test_options_that_a_host_does_not_have_count_as_unset():
+    assert choose_method(SimpleNamespace(num_of_heads=4)).name == "dsp"
+    assert choose_method(SimpleNamespace()) is None
+
+
 def test_several_implied_methods_are_refused():
     with pytest.raises(HeadPruningError, match=r"fit several pruners \(.*ste.*voita.*|.*voita.*ste.*\)") as error:
         choose_method(given(use_ste=True, l0_penalty=1.0, num_of_heads=4))
