@@ -82,7 +82,7 @@ def cells(updates: int) -> list[Cell]:
             ("--num-of-heads", "4", "--joint-pruning", "--annealing", "--initial-temperature", "1")
             + ("--final-temperature", "1e-4", "--cooldown-steps", "0.5"),
         ),
-        *(random(18), voita(300), voita(30)),
+        *(random(18), voita(30), voita(10)),
     ]
 
 
