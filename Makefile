@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/dev.txt
+REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/hf.txt requirements/dev.txt
 THREADS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup demo demo-hf test test-slow lint format clean
 
 setup: $(STAMP)
 
@@ -16,13 +16,16 @@ $(STAMP): $(REQUIREMENTS) setup.py
 		(echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11" >&2; exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements/torch.txt
-	$(PIP) --no-build-isolation -r requirements/fairseq.txt -r requirements/dev.txt
+	$(PIP) --no-build-isolation -r requirements/fairseq.txt -r requirements/hf.txt -r requirements/dev.txt
 	$(PIP) --no-build-isolation --no-deps fairseq-fixed==0.12.3.1
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/python -m fairseq_plugin.demo
+
+demo-hf: $(STAMP)
+	$(BIN)/python -m hf_plugin.demo
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
@@ -39,4 +42,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-output
+	rm -rf $(VENV) build *.egg-info demo-output demo-hf-output

@@ -1,12 +1,12 @@
-"""Package head-pruning: the core, the fairseq plugin and the data preparation."""
+"""Package head-pruning: the core, the plugins for fairseq and transformers, and the data preparation."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacrebleu>=2.0", "sacremoses>=0.1", "subword-nmt>=0.3.8", "tqdm", "babel"]
-HF = ["transformers>=5.0", "datasets", "accelerate", "scikit-learn", "scipy"]
-DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff"]
+HF = ["transformers>=5.0", "datasets>=3.0", "accelerate", "scikit-learn", "scipy", "tqdm"]
+DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "peft"]
 
 setup(
     name="head-pruning",
@@ -21,7 +21,10 @@ setup(
     install_requires=["torch>=2.6", "numpy", "safetensors", "matplotlib"],
     extras_require={"fairseq": FAIRSEQ, "hf": HF, "dev": DEV, "all": FAIRSEQ + HF + DEV},
     entry_points={
-        "console_scripts": ["head-pruning = head_pruning.cli:main"],
+        "console_scripts": [
+            "head-pruning = head_pruning.cli:main",
+            *(f"head-pruning-{name} = hf_plugin.run_{name}:main" for name in ("dsp", "voita", "michel", "glue")),
+        ],
         "head_pruning.commands": ["export-fairseq = fairseq_plugin.export:add_command"],
     },
 )

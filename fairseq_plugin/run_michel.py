@@ -9,7 +9,6 @@ of each into ``michel_masks/``. A run that was stopped goes on after its last fi
 """
 
 import copy
-import json
 import logging
 import os
 import sys
@@ -23,10 +22,10 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
-from head_pruning import HeadMask, HeadPruningError, UnitMap
-from head_pruning.artifacts import write_json
+from head_pruning import HeadMask, HeadPruningError
 from head_pruning.gates import GateBank
-from head_pruning.importance import ImportanceAccumulator, PruningRound, normalize_importance, pruning_rounds
+from head_pruning.importance import ImportanceAccumulator, normalize_importance, pruning_rounds
+from head_pruning.importance.rounds import RoundsReport, fingerprint
 from head_pruning.report.tables import head_table, text_table
 
 from .attention import UnfusedAttention
@@ -169,7 +168,6 @@ def run(args) -> list[dict]:
     cfg = convert_namespace_to_omegaconf(args)
     run = MichelRun(cfg, args)
     folder = Path(cfg.checkpoint.save_dir)
-    report = folder / "michel_rounds.json"
     settings = {
         "checkpoint": fingerprint(cfg.checkpoint.restore_file),
         "data": os.path.abspath(cfg.task.data),
@@ -185,33 +183,26 @@ def run(args) -> list[dict]:
         "beam": cfg.generation.beam,
         "score_at": sorted(score_at),
     }
-    entries, start = read_rounds(report, settings, run.unit_map)
-    if start is not None:
-        logger.info("going on after the round that left %d heads", start.mask.kept)
-        run.epoch = len(entries) - 1
+    report = RoundsReport(folder, settings, run.unit_map)
+    if report.start is not None:
+        logger.info("going on after the round that left %d heads", report.start.mask.kept)
+        run.epoch = len(report.entries) - 1
     for result in pruning_rounds(
         run.unit_map,
         run.importance,
         lambda mask: run.score(mask, args.score_sentences or args.subset),
         heads_per_round=args.num_of_heads,
         exact=args.exact_pruning,
-        start=start,
+        start=report.start,
     ):
-        entry = {
-            "heads": result.mask.kept,
-            "removed_percent": 100.0 * (1.0 - result.mask.kept / result.mask.keep.size),
-            "score": result.score,
-            "kept_heads_by_site": result.mask.kept_heads(),
-            "importance": None if result.importance is None else result.importance.tolist(),
-        }
+        final = {}
         if result.mask.kept in score_at:
-            entry["final_score"] = run.score(result.mask, None, args.score_beam)
-        entries.append(entry)
-        result.mask.save(folder / "michel_masks" / f"heads{result.mask.kept}.safetensors")
-        write_json(report, {"settings": settings, "unit_map": run.unit_map.to_dict(), "rounds": entries})
+            final["final_score"] = run.score(result.mask, None, args.score_beam)
+        report.add(result, **final)
         logger.info("%d heads left: BLEU %.2f", result.mask.kept, result.score)
         if 0 < result.mask.kept <= 2 * args.num_of_heads:
             logger.info("kept heads by site:\n%s", head_table(result.mask))
+    entries = report.entries
     header = ("heads kept", "removed %", "BLEU") + (("BLEU, whole test set",) if score_at else ())
     table = text_table(
         header,
@@ -221,32 +212,8 @@ def run(args) -> list[dict]:
         ],
     )
     print(table)
-    logger.info("rounds are in %s", report)
+    logger.info("rounds are in %s", report.path)
     return entries
-
-
-def fingerprint(path: str) -> dict:
-    """What tells one checkpoint from another of the same name."""
-    found = os.stat(path)
-    return {"name": os.path.basename(path), "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
-
-
-def read_rounds(report: Path, settings: dict, here: UnitMap) -> tuple[list[dict], Optional[PruningRound]]:
-    """The finished rounds of an interrupted run with the same settings, and the state to go on from."""
-    if not report.exists():
-        return [], None
-    try:
-        data = json.loads(report.read_text(encoding="utf-8"))
-        entries, theirs = data["rounds"], UnitMap.from_dict(data["unit_map"])
-        if data["settings"] != settings or not entries:
-            return [], None
-    except (KeyError, TypeError, ValueError) as error:
-        raise HeadPruningError(f"{report} is damaged ({error!r}); move it away to start anew.") from error
-    theirs.check_same_heads(here, str(report))
-    last = entries[-1]
-    kept = [head in last["kept_heads_by_site"][site.name] for site in here.attention for head in range(site.heads)]
-    scores = None if last["importance"] is None else np.array(last["importance"])
-    return entries, PruningRound(HeadMask(here, np.array(kept)), last["score"], scores)
 
 
 def main() -> None:

@@ -42,9 +42,30 @@ class HeadGate(nn.Module):
             gate = gate.to(heads.device)
             if not gate.requires_grad:
                 setattr(self, "training_gate" if training else "evaluation_gate", gate)
+        if gate.dim() == 2:
+            gate = _of_examples(gate, heads)
         # Multiplied in float32 also for a half-precision model: the gate's gradient is a sum over all tokens, which
         # float16 could not hold.
         return ((heads * gate.unsqueeze(-1)).to(heads.dtype).flatten(-2), *args[1:])
+
+
+def _of_examples(gate: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Gates ``[B, H]`` in the shape that multiplies ``heads``, whose last dimensions are H and the head dim.
+
+    The examples are the first dimension, the second after one of another size (time first), or run along the first
+    (examples cut into windows or packed into equally long rows).
+    """
+    examples, first = gate.shape[0], heads.shape[0]
+    if first != examples and heads.dim() > 3 and heads.shape[1] == examples:
+        return gate
+    if first % examples:
+        raise HeadPruningError(
+            f"A gated module gets an input of shape {list(heads.flatten(-2).shape)}, in which the {examples} examples "
+            "of the batch cannot be told apart; measure the importance per batch."
+        )
+    if first != examples:
+        gate = gate.repeat_interleave(first // examples, dim=0)
+    return gate.view(first, *[1] * (heads.dim() - 3), -1)
 
 
 class GateBank:
@@ -149,9 +170,29 @@ class GateBank:
             for (_, gate), old in zip(self._targets, before):
                 gate.mode = old
 
+    @contextlib.contextmanager
+    def reading(self, values: torch.Tensor) -> Iterator[None]:
+        """Inside the block the gates of training and evaluation are the caller's tensor, whose gradient flows.
+
+        Args:
+            values: ``[N]``, or ``[B, N]`` for a gate per example of a batch of B.
+        """
+        before = [(gate.training_gate, gate.evaluation_gate) for _, gate in self._targets]
+        for (_, gate), (_, where) in zip(self._targets, self.unit_map.slices()):
+            gate.training_gate = gate.evaluation_gate = values[..., where]
+        try:
+            yield
+        finally:
+            for (_, gate), old in zip(self._targets, before):
+                gate.training_gate, gate.evaluation_gate = old
+
+    def silent_sites(self) -> list[str]:
+        """Names of the sites whose hook never ran."""
+        return [site.name for site, (_, gate) in zip(self.unit_map.attention, self._targets) if not gate.fired]
+
     def check_fired(self) -> None:
         """Raise UnfiredSiteError with the names of the sites whose hook never ran."""
-        silent = [site.name for site, (_, gate) in zip(self.unit_map.attention, self._targets) if not gate.fired]
+        silent = self.silent_sites()
         if silent:
             raise UnfiredSiteError(
                 f"The gates of {', '.join(silent)} never ran, so pruning them would do nothing; "

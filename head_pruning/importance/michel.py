@@ -19,7 +19,8 @@ class ImportanceAccumulator:
         gates: the attached gates of the model.
         signed: add the derivatives with their signs, as the published fairseq code does; default: absolute values.
 
-    Use inside ``with accumulator.probing(mask)``: after each batch's ``backward()`` call :meth:`add`.
+    Use inside ``with accumulator.probing(mask)``: after each batch's ``backward()`` call :meth:`add`, for sums over
+    batches; or do each batch's passes inside ``with accumulator.examples(count)``, for sums over examples.
     """
 
     def __init__(self, gates: GateBank, *, signed: bool = False) -> None:
@@ -31,15 +32,39 @@ class ImportanceAccumulator:
     def probing(self, mask: HeadMask) -> Iterator["ImportanceAccumulator"]:
         """Set the gates to ``mask`` (0 or 1) and let their derivatives flow, in training and evaluation mode alike."""
         self.gates.set_training(mask.keep)
+        self.mask = mask
         self.total = torch.zeros_like(self.gates.gradients, dtype=torch.float64)
         with self.gates.forced("training"):
             yield self
 
     def add(self) -> None:
         """Take the derivatives of the batch just backpropagated and clear them; nothing is copied to the host."""
-        gradient = self.gates.gradients.double()
-        self.total += gradient if self.signed else gradient.abs()
+        self._add(self.gates.gradients.double())
         self.gates.gradients.zero_()
+
+    @contextlib.contextmanager
+    def examples(self, count: int, factor: float = 1.0) -> Iterator[None]:
+        """Forward and backward of one batch inside the block add the derivatives of each of its examples on their own.
+
+        Each example has gates of its own, so no loop over the batch is needed (the paper's expectation is over
+        examples).
+
+        Args:
+            count: B, the number of examples; the inputs of the gated modules must start with it.
+            factor: what turns a derivative of the batch's loss into one of the example's own: B for a loss that is a
+                mean over the examples, 1 for a sum.
+        """
+        gates = torch.as_tensor(self.mask.keep, dtype=torch.float32, device=self.gates.device)
+        gates = gates.repeat(count, 1).requires_grad_(True)
+        gates.grad = torch.zeros_like(gates)
+        with self.gates.reading(gates):
+            yield
+        self._add(gates.grad.double() * factor)
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        """Add ``[N]`` or, summed over its first dimension, ``[B, N]``."""
+        gradient = gradient if self.signed else gradient.abs()
+        self.total += gradient.reshape(-1, self.total.numel()).sum(0)
 
     def scores(self) -> np.ndarray:
         """``float64[N]``: the raw sums."""

@@ -1,0 +1,44 @@
+"""The methods' options with the defaults of the published BERT scripts."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from head_pruning import HeadPruningError, Pruner, build_pruner
+from head_pruning.registry import get_method, option_fields
+
+# Where the published BERT scripts differ from the core's (the fairseq scripts') defaults.
+COMMON = {
+    "pruning_lr": 0.5,
+    "initial_temperature": 1000.0,
+    "cooldown_steps": 25000,
+    "gate_adam_beta2": 0.999,
+}
+BY_METHOD: dict[str, dict[str, Any]] = {"voita": {"pruning_lr": 0.1}}
+
+
+def default_options(name: str) -> dict[str, Any]:
+    """All options of the method ``name`` with the defaults of the BERT scripts."""
+    known = {option: field.default for option, field in option_fields([name]).items()}
+    ours = {**COMMON, **BY_METHOD.get(name, {})}
+    return {option: ours.get(option, default) for option, default in known.items()}
+
+
+def pruner(name: str, **options: Any) -> Pruner:
+    """Build the pruner ``name`` with the defaults of the BERT scripts.
+
+    Args:
+        name: a registered method: ``dsp``, ``ste``, ``voita``, ``random``, ...
+        **options: its options; ``head-pruning pruners`` lists them.
+
+    Raises:
+        HeadPruningError: no such method, or it has no such option.
+    """
+    method = get_method(name)
+    values = default_options(name)
+    foreign = sorted(set(options) - set(values))
+    if foreign:
+        raise HeadPruningError(f"The pruner {name} has no option {foreign[0]}; it has {', '.join(sorted(values))}.")
+    values.update(options)
+    if "l0_pipelined" in values and "l0_pipelined" not in options:
+        values["l0_pipelined"] = not values["joint_pruning"]  # on BERT the L0 gates too are joint only when asked
+    return build_pruner(method, SimpleNamespace(**values))

@@ -1,0 +1,22 @@
+"""Fine-tune on a GLUE task: dense, or with any registered pruning method (--pruner, or the options of one).
+
+    python -m hf_plugin.run_glue --data_dir data/MNLI/ --model_name_or_path bert-base-uncased --task_name MNLI \\
+        --do_train --do_eval --output_dir output/ ...
+
+``--help`` lists all flags in groups.
+"""
+
+import sys
+
+from hf_plugin import running
+from hf_plugin.arguments import parse
+from hf_plugin.glue import run
+
+
+def main() -> None:
+    """Command line."""
+    running.main(lambda: run(parse(sys.argv[1:], "run_glue")))
+
+
+if __name__ == "__main__":
+    main()

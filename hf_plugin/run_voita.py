@@ -1,0 +1,22 @@
+"""Prune heads on a GLUE task with the L0 gates of Voita et al. 2019.
+
+    python -m hf_plugin.run_voita --data_dir data/MNLI/ --model_name_or_path bert-base-uncased --task_name MNLI \\
+        --do_train --do_eval --output_dir voita_output/ ...
+
+``--help`` lists all flags in groups.
+"""
+
+import sys
+
+from hf_plugin import running
+from hf_plugin.arguments import parse
+from hf_plugin.glue import run
+
+
+def main() -> None:
+    """Command line."""
+    running.main(lambda: run(parse(sys.argv[1:], "run_voita")))
+
+
+if __name__ == "__main__":
+    main()
