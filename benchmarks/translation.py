@@ -19,9 +19,10 @@ from typing import Optional
 
 from tqdm import tqdm
 
-from fairseq_plugin.running import CPU_ENVIRONMENT, bleu_of
+from fairseq_plugin.running import bleu_of
 from head_pruning import HeadMask
 from head_pruning.artifacts import atomic_path, write_json
+from head_pruning.processes import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_head_masks, plot_scores
 from head_pruning.report.tables import markdown_table
 

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.artifacts import MASKS_FILE, write_json
+from head_pruning.processes import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
 
-from .running import CPU_ENVIRONMENT, bleu_of
+from .running import bleu_of
 
 USER_DIR = Path(__file__).resolve().parent
 HEADS = 36

@@ -74,16 +74,20 @@ def get_method(name: str, known: Optional[Mapping[str, Method]] = None) -> Metho
     return known[name]
 
 
-def choose_method(options: Any, pruner: Optional[str] = None) -> Optional[Method]:
-    """The method that ``pruner`` names or that the options imply; None when no pruning is asked for.
+def owners(option: str) -> list[str]:
+    """The names of the methods that have ``option``."""
+    return sorted(name for name in methods() if option in option_fields([name]))
+
+
+def implied_method(options: Any) -> Optional[Method]:
+    """The method that the options imply; None when no pruning is asked for.
+
+    Args:
+        options: any object with options as attributes; absent ones count as unset.
 
     Raises:
         HeadPruningError: the options imply several methods.
     """
-    if pruner:
-        method = get_method(pruner)
-        _refuse_foreign_options(options, method)
-        return method
     # A host need not have every option of every method.
     known = SimpleNamespace(**{n: getattr(options, n, f.default) for n, f in option_fields().items()})
     chosen = [method for method in methods().values() if method.selected_by(known)]
@@ -92,7 +96,16 @@ def choose_method(options: Any, pruner: Optional[str] = None) -> Optional[Method
             f"The options fit several pruners ({', '.join(method.name for method in chosen)}); "
             "choose one with --pruner or drop the options of the others."
         )
-    method = chosen[0] if chosen else None
+    return chosen[0] if chosen else None
+
+
+def choose_method(options: Any, pruner: Optional[str] = None) -> Optional[Method]:
+    """The method that ``pruner`` names or that the options imply; None when no pruning is asked for.
+
+    Raises:
+        HeadPruningError: the options imply several methods, or one was set that belongs to others only.
+    """
+    method = get_method(pruner) if pruner else implied_method(options)
     _refuse_foreign_options(options, method)
     return method
 
@@ -102,9 +115,8 @@ def _refuse_foreign_options(options: Any, method: Optional[Method]) -> None:
     mine = set(option_fields([method.name])) if method else set()
     for name, field in option_fields().items():
         if name not in mine and getattr(options, name, field.default) != field.default:
-            owners = ", ".join(m.name for m in methods().values() if name in option_fields([m.name]))
             raise HeadPruningError(
-                f"--{name.replace('_', '-')} belongs to {owners}, but "
+                f"--{name.replace('_', '-')} belongs to {', '.join(owners(name))}, but "
                 + (
                     f"the pruner is {method.name}"
                     if method

@@ -96,6 +96,10 @@ class UnitMap:
             found.setdefault(site.kind, []).extend(range(where.start, where.stop))
         return {kind: np.array(index) for kind, index in found.items()}
 
+    def by_site(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """``[N]`` values, one per head, as site name to ``[heads]``."""
+        return {site.name: values[where] for site, where in self.slices()}
+
     def rows(self) -> list[np.ndarray]:
         """For each site, the flat indices of its heads."""
         return [np.arange(where.start, where.stop) for _, where in self.slices()]

@@ -1,7 +1,7 @@
 """The methods' options with the defaults of the published BERT scripts."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Mapping
 
 from head_pruning import HeadPruningError, Pruner, build_pruner
 from head_pruning.registry import get_method, option_fields
@@ -23,6 +23,24 @@ def default_options(name: str) -> dict[str, Any]:
     return {option: ours.get(option, default) for option, default in known.items()}
 
 
+def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of the method ``name``: those in ``options``, and the BERT scripts' defaults for the others.
+
+    Raises:
+        HeadPruningError: no such method, it has no such option, or options contradict each other.
+    """
+    values = default_options(name)
+    foreign = sorted(set(options) - set(values))
+    if foreign:
+        raise HeadPruningError(f"The pruner {name} has no option {foreign[0]}; it has {', '.join(sorted(values))}.")
+    values.update(options)
+    if "l0_pipelined" in values:  # on BERT the L0 gates too are joint only when asked
+        if options.get("l0_pipelined") and options.get("joint_pruning"):
+            raise HeadPruningError("joint_pruning and l0_pipelined contradict each other; give one of them.")
+        values["l0_pipelined"] = options.get("l0_pipelined", not values["joint_pruning"])
+    return values
+
+
 def pruner(name: str, **options: Any) -> Pruner:
     """Build the pruner ``name`` with the defaults of the BERT scripts.
 
@@ -31,14 +49,6 @@ def pruner(name: str, **options: Any) -> Pruner:
         **options: its options; ``head-pruning pruners`` lists them.
 
     Raises:
-        HeadPruningError: no such method, or it has no such option.
+        HeadPruningError: no such method, it has no such option, or options contradict each other.
     """
-    method = get_method(name)
-    values = default_options(name)
-    foreign = sorted(set(options) - set(values))
-    if foreign:
-        raise HeadPruningError(f"The pruner {name} has no option {foreign[0]}; it has {', '.join(sorted(values))}.")
-    values.update(options)
-    if "l0_pipelined" in values and "l0_pipelined" not in options:
-        values["l0_pipelined"] = not values["joint_pruning"]  # on BERT the L0 gates too are joint only when asked
-    return build_pruner(method, SimpleNamespace(**values))
+    return build_pruner(get_method(name), SimpleNamespace(**complete_options(name, options)))

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
+import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -19,45 +19,42 @@ from transformers import (
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.report.tables import head_table
 
-from .arguments import Arguments
+from .arguments import Arguments, ModelArguments
 from .checkpoints import last_checkpoint
-from .data import TaskData, compute_metrics, get_task, load_task, main_metric, write_predictions
+from .data import GlueTask, TaskData, compute_metrics, find_task, load_task, write_predictions
 from .defaults import pruner
 from .export import save_pruned
+from .logs import set_up
 from .trainer import HeadPruningTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def load_pieces(model_args: Any, task: Any) -> tuple[Any, Any]:
-    """The tokenizer and the classifier of a GLUE task.
+def load_pieces(model_args: ModelArguments, task: GlueTask) -> tuple[Any, Any, GlueTask]:
+    """The tokenizer and the classifier for a GLUE task, and the task with its classes in the classifier's order.
 
     Raises:
         HeadPruningError: the model or its tokenizer cannot be loaded.
     """
-    common = {"cache_dir": model_args.cache_dir}
-    name = model_args.model_name_or_path
-    labels = list(task.labels) if task.labels else ["LABEL_0"]
+    name, hub = model_args.model_name_or_path, model_args.hub_options()
     try:
-        config = AutoConfig.from_pretrained(
-            model_args.config_name or name,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            problem_type="single_label_classification" if task.labels else "regression",
-            **common,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **common)
+        config = AutoConfig.from_pretrained(model_args.config_name or name, **hub)
+        task = task.ordered_as(config.id2label)
+        config.num_labels = task.num_labels
+        if not task.regression:
+            config.id2label, config.label2id = task.id2label, task.label2id
+        config.problem_type = "regression" if task.regression else "single_label_classification"
+        tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **hub)
         # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype="float32", **common)
-    except (OSError, ValueError) as error:
+        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **hub)
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise HeadPruningError(
             f"{name} cannot be loaded ({reason}); give the folder or the hub name of a model with its tokenizer."
         ) from error
-    if config.pad_token_id is None and tokenizer.pad_token_id is not None:
+    if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model
+    return tokenizer, model, task
 
 
 def first_examples(dataset: Dataset, count: Optional[int]) -> Dataset:
@@ -85,12 +82,11 @@ class GlueRun:
         ]
         if not wanted:
             raise HeadPruningError("There is nothing to do; add --do_train, --do_eval or --do_predict.")
-        self.task = get_task(arguments.data.task_name)
-        tokenizer, self.model = load_pieces(arguments.model, self.task)
+        tokenizer, self.model, self.task = load_pieces(arguments.model, find_task(arguments.data.task_name))
         data = arguments.data
         with training.main_process_first(desc="tokenising"):
             self.data: TaskData = load_task(
-                data.task_name,
+                self.task,
                 tokenizer=tokenizer,
                 data_dir=data.data_dir,
                 cache_dir=arguments.model.cache_dir,
@@ -99,7 +95,7 @@ class GlueRun:
                 splits=tuple(wanted),
             )
         self.validation = {
-            name: first_examples(part, data.max_eval_samples) for name, part in (self.data.validation or {}).items()
+            name: first_examples(part, data.max_eval_samples) for name, part in self.data.validation.items()
         }
         self.trainer = self._trainer(tokenizer)
         self.results: dict[str, float] = {}
@@ -195,12 +191,10 @@ class GlueRun:
 
     def predict(self) -> None:
         """Write GLUE's submission files."""
-        for name, part in (self.data.test or {}).items():
-            outputs = self.trainer.predict(part.remove_columns([c for c in ("label",) if c in part.column_names]))
-            predictions = outputs.predictions[0] if isinstance(outputs.predictions, tuple) else outputs.predictions
-            values = np.squeeze(predictions, -1) if self.task.labels is None else np.argmax(predictions, -1)
+        for name, part in self.data.test.items():
+            outputs = self.trainer.predict(part).predictions
             if self.trainer.is_world_process_zero():
-                logger.info("predictions are in %s", write_predictions(self.task, name, values, self.out))
+                logger.info("predictions are in %s", write_predictions(self.task, name, outputs, self.out))
 
     def save(self) -> None:
         """Write the model and, when heads were pruned, what tells of them."""
@@ -219,22 +213,23 @@ class GlueRun:
                 method=method.name,
                 options=self.arguments.options,
                 scores={name: value for name, value in self.results.items() if name.startswith("eval_")},
-                dataset=f"GLUE {self.task.name}",
+                dataset=f"GLUE {self.task.folder}",
                 history=[entry for entry in self.trainer.state.log_history if "eval_loss" in entry],
             )
             logger.info("kept heads by site:\n%s", head_table(mask))
-            score = self.results.get(f"eval_{main_metric(self.task)}")
+            score = self.results.get(f"eval_{self.task.main_metric}")
             logger.info(
                 "%d of %d heads are left%s; model, mask and report are in %s",
                 mask.kept,
                 mask.keep.size,
-                "" if score is None else f", {main_metric(self.task)} {score:.4f}",
+                "" if score is None else f", {self.task.main_metric} {score:.4f}",
                 self.out,
             )
 
 
 def run(arguments: Arguments) -> dict[str, float]:
     """Do all that the arguments ask for; returns the metrics that ``all_results.json`` holds."""
+    set_up(arguments.training.get_process_log_level())
     for note in arguments.notes:
         logger.info("%s", note)
     return GlueRun(arguments).run()

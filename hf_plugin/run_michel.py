@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
@@ -20,12 +21,12 @@ from head_pruning import HeadMask
 from head_pruning.importance import pruning_rounds
 from head_pruning.importance.rounds import RoundsReport
 from head_pruning.report.tables import head_table, text_table
-
-from hf_plugin import running
+from hf_plugin import logs, running
 from hf_plugin.arguments import MichelArguments, parse_michel
-from hf_plugin.data import compute_metrics, get_task, load_task, main_metric
+from hf_plugin.data import compute_metrics, find_task, load_task
 from hf_plugin.glue import first_examples, load_pieces
-from hf_plugin.heads import head_importance, head_mask
+from hf_plugin.heads import head_mask
+from hf_plugin.importance import head_importance
 from hf_plugin.unit_map import unit_map
 
 logger = logging.getLogger("hf_plugin.run_michel")
@@ -37,11 +38,10 @@ class MichelRun:
     def __init__(self, arguments: MichelArguments) -> None:
         self.arguments = arguments
         set_seed(arguments.seed)
-        task = get_task(arguments.task_name)
-        tokenizer, self.model = load_pieces(arguments, task)
+        tokenizer, self.model, task = load_pieces(arguments, find_task(arguments.task_name))
         self.unit_map = unit_map(self.model)
         self.data = load_task(
-            arguments.task_name,
+            task,
             tokenizer=tokenizer,
             data_dir=arguments.data_dir,
             cache_dir=arguments.cache_dir,
@@ -52,13 +52,14 @@ class MichelRun:
         subset = arguments.data_subset if arguments.data_subset > 0 else None
         self.validation = {name: first_examples(part, subset) for name, part in self.data.validation.items()}
         self.collator = DataCollatorWithPadding(tokenizer)
-        self.metric = main_metric(task)
+        self.metric = arguments.metric_name or task.main_metric
         self.trainer = Trainer(
             model=self.model,
             args=TrainingArguments(
                 output_dir=arguments.output_dir,
                 per_device_eval_batch_size=arguments.batch_size,
                 report_to="none",
+                dataloader_pin_memory=not arguments.no_cuda and torch.cuda.is_available(),
                 use_cpu=arguments.no_cuda,
                 disable_tqdm=not sys.stderr.isatty(),
                 seed=arguments.seed,
@@ -73,10 +74,7 @@ class MichelRun:
     def importance(self, mask: HeadMask) -> np.ndarray:
         """The importance of all heads over the training set, in its order."""
         arguments = self.arguments
-        kept = [name for name in self.data.train.column_names if name not in ("sentence1", "sentence2", "idx")]
-        loader = DataLoader(
-            self.data.train.select_columns(kept), batch_size=arguments.batch_size, collate_fn=self.collator
-        )
+        loader = DataLoader(self.data.train, batch_size=arguments.batch_size, collate_fn=self.collator)
         return head_importance(
             self.model,
             loader,
@@ -97,6 +95,9 @@ class MichelRun:
 
 def run(arguments: MichelArguments) -> list[dict]:
     """All rounds; returns and saves one entry per round."""
+    logs.set_up()
+    for note in arguments.notes:
+        logger.info("%s", note)
     michel = MichelRun(arguments)
     settings = {
         name: getattr(arguments, name)

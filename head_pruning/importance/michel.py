@@ -43,23 +43,21 @@ class ImportanceAccumulator:
         self.gates.gradients.zero_()
 
     @contextlib.contextmanager
-    def examples(self, count: int, factor: float = 1.0) -> Iterator[None]:
+    def examples(self, count: int) -> Iterator[None]:
         """Forward and backward of one batch inside the block add the derivatives of each of its examples on their own.
 
         Each example has gates of its own, so no loop over the batch is needed (the paper's expectation is over
-        examples).
+        examples). Backpropagate the sum of the examples' losses.
 
         Args:
-            count: B, the number of examples; the inputs of the gated modules must start with it.
-            factor: what turns a derivative of the batch's loss into one of the example's own: B for a loss that is a
-                mean over the examples, 1 for a sum.
+            count: B, the number of examples; the inputs of the gated modules must start with that dimension.
         """
         gates = torch.as_tensor(self.mask.keep, dtype=torch.float32, device=self.gates.device)
         gates = gates.repeat(count, 1).requires_grad_(True)
         gates.grad = torch.zeros_like(gates)
         with self.gates.reading(gates):
             yield
-        self._add(gates.grad.double() * factor)
+        self._add(gates.grad.double())
 
     def _add(self, gradient: torch.Tensor) -> None:
         """Add ``[N]`` or, summed over its first dimension, ``[B, N]``."""

@@ -65,9 +65,7 @@ class RoundsReport:
         }
         self.entries.append(entry)
         result.mask.save(self.path.parent / MASKS_FOLDER / f"heads{result.mask.kept}.safetensors")
-        write_json(
-            self.path, {"settings": self.settings, "unit_map": self.unit_map.to_dict(), "rounds": self.entries}
-        )
+        write_json(self.path, {"settings": self.settings, "unit_map": self.unit_map.to_dict(), "rounds": self.entries})
         return entry
 
 

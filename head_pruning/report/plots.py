@@ -1,7 +1,7 @@
 """Pictures of head masks and of scores over heads kept."""
 
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Mapping, Optional, Sequence
 
 from ..artifacts import atomic_path
 from ..unit_map import HeadMask
@@ -51,6 +51,7 @@ def plot_scores(
     dense: tuple[str, float],
     score: str,
     total: int,
+    spread: Optional[Mapping[str, Sequence[tuple[float, float, float]]]] = None,
 ) -> None:
     """Score over heads kept, one line per method.
 
@@ -60,13 +61,16 @@ def plot_scores(
         dense: label and score of the unpruned model, drawn as a level line.
         score: name of the score, for the axis.
         total: number of heads of the unpruned model.
+        spread: method to its (heads kept, lowest, highest) of several runs, drawn as bars.
     """
     figure = _figure(6.4, 5.0)
     panel = figure.subplots()
     panel.axhline(dense[1], color="#888888", linestyle=":", label=f"{dense[0]} ({total} heads)")
     for marker, (name, points) in zip("osD^vP*X<>", curves.items()):
         points = sorted(points)
-        panel.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=5, label=name)
+        (line,) = panel.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=5, label=name)
+        for heads, low, high in (spread or {}).get(name, ()):
+            panel.vlines(heads, low, high, color=line.get_color(), alpha=0.6)
     panel.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
     panel.set(xlabel=f"heads kept of {total}", ylabel=score)
     panel.grid(alpha=0.3)

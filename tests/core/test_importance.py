@@ -72,6 +72,55 @@ def test_importance_is_the_derivative_of_the_loss_by_the_gate(toy, signed):
     assert (accumulator.scores() < 0).any() == signed
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_importance_per_example_is_that_of_single_examples(toy, signed):
+    model, unit_map, gates = gates_of(toy)
+    mask = mask_without(unit_map, {"encoder.1": [0]})
+    together = ImportanceAccumulator(gates, signed=signed)
+    with together.probing(mask):
+        for step in range(2):
+            with together.examples(4):
+                toy.loss(model, toy.batch(step)).backward()
+    alone = ImportanceAccumulator(gates, signed=signed)
+    with alone.probing(mask):
+        for step in range(2):
+            for i in range(4):
+                toy.loss(model, tuple(part[i : i + 1] for part in toy.batch(step))).backward()
+                alone.add()
+    expected = alone.scores()
+    np.testing.assert_allclose(together.scores(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert expected.all() and (expected < 0).any() == signed
+
+
+@pytest.mark.parametrize(
+    "shape, example_of",
+    [
+        ((3, 5), lambda i, j: i),  # batch first
+        ((3, 3), lambda i, j: i),
+        ((5, 3), lambda i, j: j),  # time first
+        ((6, 5), lambda i, j: i // 2),  # two windows per example
+        ((6,), lambda i, j: i // 2),  # rows of equal length, packed
+        ((1, 3), lambda i, j: j),
+    ],
+)
+def test_where_the_examples_of_an_input_are(shape, example_of):
+    unit_map = UnitMap((AttentionSite("a", "encoder_self", "l", 2, 4, "0"),))
+    model = torch.nn.ModuleList([torch.nn.Identity()])
+    gates = GateBank(model, unit_map)
+    gates.attach()
+    values = torch.rand(3, 2)
+    with gates.reading(values):
+        found = model[0](torch.ones(*shape, 8))
+    assert found.shape == (*shape, 8)
+    for i in range(shape[0]):
+        for j in range(shape[1] if len(shape) > 1 else 1):
+            place = found[i, j] if len(shape) > 1 else found[i]
+            assert torch.equal(place, values[example_of(i, j)].repeat_interleave(4))
+    assert torch.equal(model[0](torch.ones(7, 8)), torch.ones(7, 8))
+    with gates.reading(values), pytest.raises(HeadPruningError, match=r"shape \[7, 8\], in which the 3 examples"):
+        model[0](torch.ones(7, 8))
+
+
 def test_probing_measures_anew_and_restores_the_mode(toy):
     model, unit_map, gates = gates_of(toy)
     accumulator = ImportanceAccumulator(gates)

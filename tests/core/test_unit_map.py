@@ -37,6 +37,11 @@ def test_heads_are_numbered_site_after_site(unit_map):
         "decoder_cross": [2, 3, 4],
     }
     assert unit_map.layers == ("layer of a", "layer of b", "layer of c")
+    assert {name: values.tolist() for name, values in unit_map.by_site(np.arange(6)).items()} == {
+        "a": [0, 1],
+        "b": [2, 3, 4],
+        "c": [5],
+    }
 
 
 def test_a_map_survives_json(unit_map):

@@ -1,0 +1,302 @@
+"""Score over heads kept on GLUE: every method on one pretrained encoder, resumable cell by cell.
+
+    python -m benchmarks.glue MODEL DATA --work DIR [--jobs 2]
+
+MODEL is a folder with a BERT-like encoder of 72 heads (6 x 12; the one of ``python -m prepare.demo_sentiment``), DATA
+holds CoLA/, MRPC/ and SST-2/ in GLUE's TSV layout. A cell that has been measured is never run again (its result lies
+in the work folder); the tables and the plots are written anew after each.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from tqdm import tqdm
+
+from head_pruning.artifacts import atomic_path, write_json
+from head_pruning.processes import CPU_ENVIRONMENT
+from head_pruning.report.plots import plot_scores
+from head_pruning.report.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADS = 72
+KEPT = (36, 18, 9, 6)
+SEEDS = {36: (1,), 18: (1, 2, 3), 9: (1,), 6: (1, 2, 3)}
+MICHEL_ROUND = 3  # divides all of KEPT
+# The published schedule (1000 to 1e-8 over 25 000 of 36 816 updates) in the same proportion, and one for short runs.
+PUBLISHED = "--annealing --initial_temperature 1000 --final_temperature 1e-8 --cooldown_steps 0.68 --pruning_lr 0.5"
+SHORT = "--annealing --initial_temperature 10 --final_temperature 1e-4 --cooldown_steps 0.6 --pruning_lr 0.2"
+# Penalties that leave about this many gates open.
+PENALTY = {36: 0.003, 18: 0.006, 9: 0.01, 6: 0.015}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A GLUE task and how it is trained on."""
+
+    name: str
+    metric: str
+    epochs: float
+    samples: Optional[int] = None  # the first so many of the training set
+    length: int = 64
+
+
+TASKS = {
+    "CoLA": Task("CoLA", "matthews_correlation", 2),
+    "MRPC": Task("MRPC", "accuracy", 3, length=128),
+    "SST-2": Task("SST-2", "accuracy", 1, samples=16000),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training (or one Michel run, with a score at each of KEPT)."""
+
+    task: str
+    method: str
+    keep: Optional[int]
+    seed: int
+    script: str = "run_glue"
+    options: tuple[str, ...] = ()
+    pipelined: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique, and a file name."""
+        keep = "" if self.keep is None else f"-{self.keep}"
+        return re.sub(r"[^\w.-]+", "-", f"{self.task}-{self.method}{keep}-s{self.seed}")
+
+    @property
+    def dense(self) -> "Cell":
+        """The dense model of the same task and seed."""
+        return Cell(self.task, "dense", None, self.seed)
+
+    @property
+    def michel(self) -> bool:
+        """Whether it only cuts."""
+        return self.script == "run_michel"
+
+    @property
+    def after_dense(self) -> bool:
+        """Whether it starts from the dense model."""
+        return self.pipelined or self.michel
+
+
+def cells_at(task: str, keep: int, seed: int) -> list[Cell]:
+    """Every training at one number of heads."""
+    k = ("--num_of_heads", str(keep))
+    return [
+        Cell(task, "joint DSP", keep, seed, "run_dsp", (*k, "--joint_pruning", *SHORT.split())),
+        Cell(task, "K random heads", keep, seed, "run_glue", (*k, "--pruner", "random")),
+        Cell(task, "STE", keep, seed, "run_dsp", (*k, "--joint_pruning", "--use_ste")),
+        Cell(task, "pipelined DSP", keep, seed, "run_dsp", (*k, *SHORT.split()), pipelined=True),
+        Cell(
+            task,
+            "Voita, top K",
+            keep,
+            seed,
+            "run_voita",
+            (*k, "--joint_pruning", "--l0_penalty", str(PENALTY[keep]), "--pruning_lr", "0.1"),
+        ),
+    ]
+
+
+def cells() -> list[Cell]:
+    """All cells, most important first."""
+    found = [Cell("CoLA", "dense", None, seed) for seed in (1, 2, 3)]
+    found += [Cell("CoLA", "Michel, one-shot", None, seed, "run_michel") for seed in (1, 2, 3)]
+    for seed in (1, 2, 3):
+        for keep in (6, 18, 36, 9):
+            if seed in SEEDS[keep]:
+                found += cells_at("CoLA", keep, seed)
+    found += [
+        Cell(
+            "CoLA",
+            "joint DSP, published schedule",
+            keep,
+            1,
+            "run_dsp",
+            ("--num_of_heads", str(keep), "--joint_pruning", *PUBLISHED.split()),
+        )
+        for keep in (6, 18)
+    ]
+    for task in ("MRPC", "SST-2"):
+        found += [Cell(task, "dense", None, 1), Cell(task, "Michel, one-shot", None, 1, "run_michel")]
+        found += [cell for keep in (6, 18) for cell in cells_at(task, keep, 1)]
+    found.append(Cell("CoLA", "Michel, exact", None, 1, "run_michel", ("--exact_pruning",)))
+    return found
+
+
+class Bench:
+    """Runs cells in a work folder."""
+
+    def __init__(self, model: Path, data: Path, work: Path, threads: int) -> None:
+        self.model, self.data, self.work = model, data, work
+        self.env = {**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+    def result(self, cell: Cell) -> Path:
+        """Where a measured cell lies."""
+        return self.work / "results" / f"{cell.name}.json"
+
+    def run(self, cell: Cell) -> list[dict]:
+        """Measure a cell (or read what was measured): one row per number of heads."""
+        key = {"options": list(cell.options), "task": vars(TASKS[cell.task]), "model": self.model.name}
+        if self.result(cell).exists():
+            measured = json.loads(self.result(cell).read_text())
+            if measured["key"] != key:
+                raise RuntimeError(f"{self.result(cell)} has other options; choose another --work folder")
+            return measured["rows"]
+        rows = self.cut(cell) if cell.michel else [self.train(cell)]
+        write_json(self.result(cell), {"key": key, "rows": rows})
+        return rows
+
+    def call(self, cell: Cell, arguments: list[str]) -> Path:
+        """Run one of the scripts; its output goes to a log."""
+        task, out, log = TASKS[cell.task], self.work / "runs" / cell.name, self.work / "logs" / f"{cell.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        common = [
+            *("-m", f"hf_plugin.{cell.script}", "--task_name", task.name, "--data_dir", str(self.data / task.name)),
+            *("--max_seq_length", str(task.length), "--output_dir", str(out), "--seed", str(cell.seed)),
+            *("--cache_dir", str(self.work / "cache")),
+        ]
+        with log.open("w") as stream:
+            done = subprocess.run(
+                [sys.executable, *common, *arguments], cwd=ROOT, env=self.env, stdout=stream, stderr=subprocess.STDOUT
+            )
+        if done.returncode:
+            raise RuntimeError(f"{cell.name} failed with status {done.returncode}; see {log}")
+        return out
+
+    def row(self, cell: Cell, heads: int, score: float) -> dict:
+        """One measured number, in percent."""
+        return {"task": cell.task, "method": cell.method, "heads": heads, "seed": cell.seed, "score": score}
+
+    def train(self, cell: Cell) -> dict:
+        """Train and score on the validation set."""
+        task = TASKS[cell.task]
+        start = self.work / "runs" / cell.dense.name if cell.pipelined else self.model
+        epochs = 1 if cell.pipelined else task.epochs
+        samples = ["--max_train_samples", str(task.samples)] if task.samples else []
+        out = self.call(
+            cell,
+            [
+                *("--model_name_or_path", str(start), "--do_train", "--do_eval", "--overwrite_output_dir"),
+                *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64"),
+                *("--learning_rate", "1e-4", "--warmup_steps", "0.06", "--num_train_epochs", str(epochs)),
+                *("--train_sampling_strategy", "group_by_length", "--save_strategy", "no", "--logging_steps", "50"),
+                *("--disable_tqdm", "True", *samples, *cell.options),
+            ],
+        )
+        results = json.loads((out / "all_results.json").read_text())
+        if cell.method != "dense":
+            (out / "model.safetensors").unlink()  # only the dense models are started from
+        return self.row(cell, results.get("heads_kept", HEADS), 100.0 * results[f"eval_{task.metric}"])
+
+    def cut(self, cell: Cell) -> list[dict]:
+        """Michel: scores at each of KEPT, without training."""
+        dense = self.work / "runs" / cell.dense.name
+        metric = ["--metric_name", TASKS[cell.task].metric]
+        options = ["--num_of_heads", str(MICHEL_ROUND), "--batch_size", "64", *metric, *cell.options]
+        out = self.call(cell, ["--model_name_or_path", str(dense), *options])
+        rounds = json.loads((out / "michel_rounds.json").read_text())["rounds"]
+        shutil.rmtree(out / "michel_masks")
+        return [self.row(cell, r["heads"], r["score"]) for r in rounds if r["heads"] in KEPT]
+
+
+def shown(scores: list[float]) -> str:
+    """A score, or of several seeds the mean and the range."""
+    if len(scores) == 1:
+        return f"{scores[0]:.1f}"
+    return f"{statistics.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
+
+
+def write_results(rows: list[dict], folder: Path, command: str) -> None:
+    """Write the JSON, the tables and the plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "glue.json", {"command": command, "rows": rows})
+    parts = ["# Score over heads kept on GLUE", "", f"`{command}`", ""]
+    for task in TASKS.values():
+        mine = [row for row in rows if row["task"] == task.name]
+        table: dict[str, dict[int, list[float]]] = {}
+        for row in mine:
+            table.setdefault(row["method"], {}).setdefault(row["heads"], []).append(row["score"])
+        if not mine:
+            continue
+        dense = table.pop("dense", {}).get(HEADS)
+        counts = [k for k in KEPT if any(k in line for line in table.values())]
+        body = [
+            (method, *(shown(line[k]) if k in line else "" for k in counts)) for method, line in sorted(table.items())
+        ]
+        title = f"{task.name}, {task.metric} x 100" + (f"; dense {shown(dense)}" if dense else "")
+        parts += [f"## {title}", "", markdown_table(("method", *(f"{k} of {HEADS}" for k in counts)), body), ""]
+        if dense and table:
+            plot_scores(
+                {m: [(k, statistics.mean(v)) for k, v in line.items()] for m, line in table.items()},
+                folder / f"glue-{task.name}.png",
+                dense=("dense", statistics.mean(dense)),
+                score=f"{task.name} {task.metric} x 100",
+                total=HEADS,
+                spread={m: [(k, min(v), max(v)) for k, v in line.items() if len(v) > 1] for m, line in table.items()},
+            )
+    with atomic_path(folder / "glue.md") as temporary:
+        temporary.write_text("\n".join(parts).rstrip() + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder with the pretrained encoder")
+    parser.add_argument("data", type=Path, help="folder with the tasks' folders")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, logs and single results")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    parser.add_argument("--threads", type=int, default=1, help="threads per cell")
+    parser.add_argument("--only", help="regular expression on cell names")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the tables go")
+    options = parser.parse_args()
+
+    bench = Bench(options.model.resolve(), options.data.resolve(), options.work.resolve(), options.threads)
+    order = [c for c in cells() if bench.result(c).exists() or not options.only or re.search(options.only, c.name)]
+    command = "python -m benchmarks.glue MODEL DATA --work DIR"
+    measured: dict[str, list[dict]] = {}
+    failed = []
+    waiting = list(order)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(order), unit="cell") as bar:
+        running: dict[concurrent.futures.Future, Cell] = {}
+        while waiting or running:
+            ready = [c for c in waiting if not c.after_dense or bench.result(c.dense).exists()]
+            while ready and len(running) < options.jobs:
+                cell = ready.pop(0)
+                waiting.remove(cell)
+                running[pool.submit(bench.run, cell)] = cell
+            if not running:
+                sys.exit(f"error: {', '.join(c.name for c in waiting)} start from dense models; drop --only.")
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                cell = running.pop(future)
+                bar.update()
+                try:
+                    measured[cell.name] = future.result()
+                except RuntimeError as error:
+                    failed.append(str(error))
+                    tqdm.write(f"error: {error}")
+                    continue
+                tqdm.write(
+                    f"{cell.name}: " + ", ".join(f"{r['heads']} heads {r['score']:.2f}" for r in measured[cell.name])
+                )
+            rows = [row for cell in order for row in measured.get(cell.name, [])]
+            if rows:
+                write_results(rows, options.results, command)
+    sys.exit(f"error: {len(failed)} cells failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

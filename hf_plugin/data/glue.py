@@ -1,0 +1,148 @@
+"""A GLUE task, tokenised: what a Trainer is given."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+
+from head_pruning import HeadPruningError
+
+from .hub import hub_split, load_hub
+from .reading import read_split
+from .tasks import HUB_REPOSITORY, GlueTask, Split, find_task
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The tokenised splits of a task.
+
+    Each dataset has the columns that the tokenizer makes (lists of numbers, not padded) and, save for test, ``label``.
+
+    Attributes:
+        task: the task.
+        train: None unless asked for.
+        validation: by name, the task's, or ``mnli`` (matched) and ``mnli-mm``; empty unless asked for.
+        test: likewise; without labels; empty also where ``data_dir`` has no test files.
+    """
+
+    task: GlueTask
+    train: "Dataset | None" = None
+    validation: dict[str, Dataset] = field(default_factory=dict)
+    test: dict[str, Dataset] = field(default_factory=dict)
+
+
+def load_task(
+    name: "str | GlueTask",
+    *,
+    tokenizer: Any,
+    data_dir: "str | Path | None" = None,
+    cache_dir: "str | Path | None" = None,
+    max_seq_length: int = 128,
+    overwrite_cache: bool = False,
+    splits: Sequence[str] = KINDS,
+    repository: str = HUB_REPOSITORY,
+) -> TaskData:
+    """Read and tokenise a GLUE task.
+
+    Args:
+        name: the task, in any usual spelling.
+        tokenizer: a transformers tokenizer.
+        data_dir: the task's folder in GLUE's TSV layout (nothing is written there and no network is used); None to
+            load the task from the hub.
+        cache_dir: where downloads and tokenised splits are kept; None for the default of ``datasets``.
+        max_seq_length: longer examples are cut to that many tokens; lowered to the tokenizer's own limit.
+        overwrite_cache: tokenise again even if the cache has it.
+        splits: which of ``train``, ``validation`` and ``test``.
+        repository: the dataset on the hub.
+
+    Raises:
+        HeadPruningError: no such task, the data cannot be had or are malformed, the length is too small, or the
+            cache cannot be written.
+    """
+    task = find_task(name)
+    unknown = [kind for kind in splits if kind not in KINDS]
+    if unknown:
+        raise HeadPruningError(f"There is no split {unknown[0]!r}; choose among {', '.join(KINDS)}.")
+    length = _usable_length(task, tokenizer, max_seq_length)
+    cache = None if cache_dir is None else str(cache_dir)
+    tables = load_hub(task, repository, cache) if data_dir is None else None
+
+    def load(split: Split) -> Dataset:
+        raw = read_split(task, split, data_dir) if tables is None else hub_split(task, split, tables, repository)
+        return tokenise(raw, task, split, tokenizer, length, cache, overwrite_cache)
+
+    def there(split: Split) -> bool:
+        return (Path(data_dir) / split.file).is_file() if tables is None else split.hub in tables
+
+    return TaskData(
+        task,
+        train=load(task.train) if "train" in splits else None,
+        validation={split.key: load(split) for split in task.validation if "validation" in splits},
+        test={split.key: load(split) for split in task.test if "test" in splits and there(split)},
+    )
+
+
+def tokenise(
+    raw: Dataset,
+    task: GlueTask,
+    split: Split,
+    tokenizer: Any,
+    max_seq_length: int,
+    cache_dir: "str | None",
+    overwrite_cache: bool,
+) -> Dataset:
+    """``raw`` (as ``read_tsv`` returns it) through ``tokenizer``, or the same out of the cache.
+
+    The cache file's name holds a digest of the rows, the tokenizer and the length.
+
+    Raises:
+        HeadPruningError: the cache cannot be written.
+    """
+    texts = [name for name in ("sentence1", "sentence2") if name in raw.column_names]
+    work = partial(_encode, tokenizer=tokenizer, texts=texts, max_seq_length=max_seq_length)
+    digest = Hasher.hash((raw._fingerprint, tokenizer, texts, max_seq_length))
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "glue-tokenised"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return raw.map(
+            work,
+            batched=True,
+            remove_columns=[*texts, "idx"],
+            cache_file_name=str(folder / f"{task.name}-{split.hub}-{digest}.arrow"),
+            load_from_cache_file=False if overwrite_cache else None,
+            new_fingerprint=digest,
+            desc=f"Tokenising {task.folder} {split.hub}",
+        )
+    except OSError as error:
+        raise HeadPruningError(
+            f"The tokenised data cannot be written to {folder} ({error.strerror or error}); "
+            f"give --cache_dir with a folder that can be written."
+        ) from error
+
+
+def _encode(batch: dict, tokenizer: Any, texts: list[str], max_seq_length: int) -> dict:
+    return dict(tokenizer(*(batch[name] for name in texts), truncation=True, max_length=max_seq_length))
+
+
+def _usable_length(task: GlueTask, tokenizer: Any, wanted: int) -> int:
+    """``wanted``, or the tokenizer's limit if that is lower."""
+    length = min(wanted, tokenizer.model_max_length)
+    if length < wanted:
+        logger.warning("max_seq_length %d is above the tokenizer's limit; %d is used.", wanted, length)
+    # At least one token of each text beside the special ones.
+    least = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2) + len(task.columns)
+    if length < least:
+        raise HeadPruningError(
+            f"max_seq_length is {wanted}, but {task.folder} needs {least} tokens or more; raise it (default 128)."
+        )
+    return length

@@ -1,0 +1,154 @@
+"""GLUE's TSV files, read strictly."""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Features, Value
+
+from head_pruning import HeadPruningError
+
+from .tasks import GlueTask, Split
+
+logger = logging.getLogger(__name__)
+
+SCORES = (0.0, 5.0)
+"""The least and the greatest similarity of STS-B."""
+
+
+def read_split(task: GlueTask, split: Split, data_dir: "str | Path") -> Dataset:
+    """Read one split of ``task`` from the folder ``data_dir``; see :func:`read_tsv`."""
+    path = Path(data_dir) / split.file
+    if not path.is_file():
+        raise HeadPruningError(
+            f"There is no file {path}; give the folder of {task.folder} in GLUE's layout, "
+            f"which python -m prepare.glue --tasks {task.folder} writes."
+        )
+    return read_tsv(path, task, split.labelled)
+
+
+def read_tsv(path: "str | Path", task: GlueTask, labelled: bool = True) -> Dataset:
+    """Read a file in GLUE's layout: UTF-8, columns parted by tabs and named in the first line, no quoting.
+
+    CoLA's files may lack the header line. Blank lines do not count. QQP's lines of a wrong number of columns (its
+    official files have some) are left out with a warning.
+
+    Returns:
+        A dataset with the columns ``sentence1``, ``sentence2`` (pairs only), ``label`` (``labelled`` only: the class
+        number in ``task.labels``, or a score of 0 to 5) and ``idx`` (the row's number from 0).
+
+    Raises:
+        HeadPruningError: the file has no rows, is not UTF-8, lacks a column, or has a line with a wrong number of
+            columns or an unknown label.
+    """
+    path = Path(path)
+    lines = _lines(path)
+    rows: list[list[Any]] = []
+    broken = []
+    first = next(lines, None)
+    if first is None:
+        raise _no_rows(path)
+    layout = _layout(path, task, labelled, first[1].split("\t"))
+    for number, line in lines if layout.header else itertools.chain([first], lines):
+        fields = line.split("\t")
+        if len(fields) != layout.width:
+            if task.broken_lines:
+                broken.append(number)
+                continue
+            raise HeadPruningError(
+                f"{path}, line {number}, has {len(fields)} columns where {layout.width} belong; "
+                f"correct the line or write the file again with python -m prepare.glue."
+            )
+        row = [fields[position] for position in layout.texts]
+        if layout.label is not None:
+            row.append(parse_label(task, fields[layout.label], f"{path}, line {number},"))
+        rows.append(row)
+    if broken:
+        logger.warning("%s: %d lines of a wrong number of columns left out (first: %d).", path, len(broken), broken[0])
+    if not rows:
+        raise _no_rows(path)
+    columns = list(zip(*rows))
+    return make_dataset(task, columns[: len(layout.texts)], columns[-1] if labelled else None)
+
+
+def parse_label(task: GlueTask, text: str, place: str) -> "int | float":
+    """The class number, or the score, that ``text`` spells; HeadPruningError, naming ``place``, if none."""
+    if task.written is not None:
+        if text in task.written:
+            return task.written.index(text)
+        expected = f"one of {', '.join(task.written)}"
+    else:
+        try:
+            score = float(text)
+        except ValueError:
+            score = math.nan
+        if SCORES[0] <= score <= SCORES[1]:
+            return score
+        expected = f"a number from {SCORES[0]:g} to {SCORES[1]:g}"
+    raise HeadPruningError(f"{place} has the label {text!r}, which should be {expected}; correct it.")
+
+
+def make_dataset(task: GlueTask, texts: Sequence[Sequence[str]], labels: "Sequence[int | float] | None") -> Dataset:
+    """The dataset that :func:`read_tsv` describes, from its columns."""
+    columns: dict[str, Any] = {f"sentence{i}": list(text) for i, text in enumerate(texts, start=1)}
+    features: dict[str, Any] = {name: Value("string") for name in columns}
+    if labels is not None:
+        columns["label"] = list(labels)
+        features["label"] = Value("float32") if task.labels is None else ClassLabel(names=list(task.labels))
+    columns["idx"] = list(range(len(columns["sentence1"])))
+    features["idx"] = Value("int32")
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Columns in all, the texts' and the label's positions, and whether the first line holds the names."""
+
+    width: int
+    texts: tuple[int, ...]
+    label: "int | None"
+    header: bool
+
+
+def _layout(path: Path, task: GlueTask, labelled: bool, first: list[str]) -> _Layout:
+    names = [name.strip() for name in first]
+    wanted = [*task.columns, *([task.label_column] if labelled else [])]
+    missing = [name for name in wanted if name not in names]
+    if not missing:
+        positions = [names.index(name) for name in wanted]
+        texts = tuple(positions[: len(task.columns)])
+        return _Layout(len(first), texts, positions[-1] if labelled else None, True)
+    if task.headerless and task.columns[0] in missing:
+        # CoLA: source, label, the author's mark, sentence; its test file may hold an index and the sentence.
+        if len(first) == 4 or not labelled:
+            return _Layout(len(first), (len(first) - 1,), 1 if labelled else None, False)
+        raise HeadPruningError(
+            f"{path}, line 1, has {len(first)} columns where 4 belong (source, label, mark, sentence); "
+            f"write the file again with python -m prepare.glue."
+        )
+    raise HeadPruningError(
+        f"{path} has no column {missing[0]!r} in its first line; {task.folder} needs {', '.join(wanted)}: "
+        f"write the file again with python -m prepare.glue."
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1. Only ``\\n`` and ``\\r\\n`` end a line."""
+    with open(path, "rb") as handle:
+        for number, raw in enumerate(handle, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise HeadPruningError(
+                    f"{path}, line {number}, is not UTF-8 ({error.reason}); save the file as UTF-8."
+                ) from None
+            if line:
+                yield number, line
+
+
+def _no_rows(path: Path) -> HeadPruningError:
+    return HeadPruningError(f"{path} has no rows; write it again with python -m prepare.glue.")

@@ -1,0 +1,224 @@
+"""What transformers v5 took away, from outside of the model: ``prune_heads`` and ``head_mask``."""
+
+import contextlib
+import operator
+from typing import Any, Iterator, Mapping, Optional, Sequence, Union
+
+import torch
+from torch import nn
+
+from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
+from head_pruning.gates import GateBank
+from head_pruning.unit_map import mask_without
+
+from .unit_map import unit_map as map_units
+
+# A plain attribute of the model: neither a parameter nor a buffer nor a module, so in no state dict.
+_ATTRIBUTE = "_pruned_heads"
+
+
+class _Gates:
+    """Gates on a model, and the check that the modules whose heads they scale do run."""
+
+    def __init__(self, model: nn.Module, unit_map: UnitMap) -> None:
+        self.bank = GateBank(model, unit_map)
+        self.values = self.bank.evaluation_values
+        self.checked = False
+        self.bank.attach()
+        # A bound method, as the gates' own hooks: a deep copy of the model then checks the copied gates.
+        self.handle = model.register_forward_hook(self.check)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self.bank.detach()
+        self.handle.remove()
+
+    def check(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the model. In training nothing is checked, since layers may be dropped at random."""
+        if self.checked or model.training:
+            return
+        silent = set(self.bank.silent_sites())
+        scaled = [
+            site.name
+            for site, where in self.bank.unit_map.slices()
+            if site.name in silent and bool((self.values[where] != 1).any())
+        ]
+        if scaled:
+            raise UnfiredSiteError(
+                f"The gates of {', '.join(scaled)} did not run in a forward pass of the model, so the heads removed "
+                "there are still at work; correct the unit map, or first run a batch that needs these modules."
+            )
+        self.checked = True
+
+
+def prune_heads(
+    model: nn.Module,
+    heads: Union[Mapping[Union[int, str], Sequence[int]], HeadMask],
+    *,
+    unit_map: Optional[UnitMap] = None,
+) -> HeadMask:
+    """Remove heads by mask: their outputs count as zero from now on, in training and in evaluation.
+
+    The tensors keep their sizes, and the model's parameters, state dict and config stay as they are: what
+    ``save_pretrained`` writes is the dense model, so keep the returned mask (:meth:`HeadMask.save`), or write the
+    model with :func:`hf_plugin.save_pruned`. Wrap a model with PEFT first and prune it then.
+
+    Args:
+        model: any model that :func:`hf_plugin.unit_map` can map; its deep copies stay pruned.
+        heads: ``{layer: [head, ...]}`` with the layer's index, as in transformers 4, for models with one kind of
+            attention; ``{site name: [head, ...]}`` for all models; or a mask whose missing heads are removed. Added
+            to what was removed before. Under grouped-query attention a head is a key/value group: its key, its value
+            and the queries that share them.
+        unit_map: the sites; default: found by :func:`hf_plugin.unit_map`.
+
+    Returns:
+        The heads that stay, of all calls together.
+
+    Raises:
+        HeadPruningError: there is no such layer, site or head, a layer's index is ambiguous, or the model cannot be
+            mapped.
+        UnfiredSiteError: raised by the first forward pass in evaluation mode in which a pruned module does not run.
+    """
+    before = pruned_heads(model)
+    if unit_map is None:
+        unit_map = before.unit_map if before is not None else map_units(model)
+    elif before is not None:
+        before.unit_map.check_same_heads(unit_map, "The unit map")
+    if isinstance(heads, HeadMask):
+        unit_map.check_same_heads(heads.unit_map, "The head mask")
+        mask = heads
+    else:
+        mask = mask_without(unit_map, _removed(model, unit_map, heads))
+    mask = HeadMask(unit_map, mask.keep if before is None else mask.keep & before.keep)
+    gates = _Gates(model, unit_map)
+    gates.bank.set_fixed(mask.keep)
+    gates.values = gates.bank.evaluation_values
+    restore_heads(model)
+    setattr(model, _ATTRIBUTE, gates)
+    return mask
+
+
+def pruned_heads(model: nn.Module) -> Optional[HeadMask]:
+    """The heads that :func:`prune_heads` left, or None when it removed none."""
+    held: Optional[_Gates] = vars(model).get(_ATTRIBUTE)
+    return None if held is None else HeadMask(held.bank.unit_map, held.values.cpu().numpy() > 0)
+
+
+def restore_heads(model: nn.Module) -> None:
+    """Undo :func:`prune_heads`: the model is again what it was, bit for bit. Without pruned heads nothing happens."""
+    held: Optional[_Gates] = vars(model).pop(_ATTRIBUTE, None)
+    if held is not None:
+        held.remove()
+
+
+@contextlib.contextmanager
+def head_mask(model: nn.Module, mask: Any, *, unit_map: Optional[UnitMap] = None) -> Iterator[None]:
+    """Inside the block each head's output is multiplied by its entry of ``mask``, in training and in evaluation.
+
+    Gradients flow into a tensor that requires them, through any number of passes. Heads removed by
+    :func:`prune_heads` stay removed, and nested masks multiply. With gradient checkpointing the backward pass belongs
+    into the block too, since it runs the layers again::
+
+        ones = torch.ones(sites, heads, requires_grad=True)
+        with head_mask(model, ones):
+            model(**batch).loss.backward()
+        ones.grad  # d loss / d gate
+
+    Args:
+        model: any model that :func:`hf_plugin.unit_map` can map.
+        mask: a :class:`HeadMask`, or numbers (usually 0 to 1; a tensor, an array or a list) of shape
+            ``[sites, heads]``, ``[heads]`` for every site alike, or ``[N]`` for all heads in the order of the unit
+            map: encoder self-attention, cross-attention, decoder self-attention. Under grouped-query attention a head
+            is a key/value group.
+        unit_map: the sites; default: found by :func:`hf_plugin.unit_map`.
+
+    Raises:
+        HeadPruningError: the mask does not fit the model, or the model cannot be mapped.
+        UnfiredSiteError: a masked module did not run in a forward pass of the model in evaluation mode.
+    """
+    unit_map = unit_map or map_units(model)
+    values = _flat(mask, unit_map)
+    gates = _Gates(model, unit_map)
+    gates.values = values.to(gates.bank.device, torch.float32)
+    try:
+        with gates.bank.reading(gates.values):
+            yield
+    finally:
+        gates.remove()
+
+
+def _removed(
+    model: nn.Module, unit_map: UnitMap, heads: Mapping[Union[int, str], Sequence[int]]
+) -> dict[str, list[int]]:
+    """The heads to remove by site name. Raises HeadPruningError for what the model does not have."""
+    sites = {site.name: site for site in unit_map.attention}
+    removed: dict[str, list[int]] = {}
+    if not isinstance(heads, Mapping):
+        raise HeadPruningError("The heads to remove must be a dict such as {0: [1, 2]}, or a HeadMask.")
+    for layer, listed in heads.items():
+        name = layer if isinstance(layer, str) else _site_of_layer(unit_map, layer)
+        if name not in sites:
+            raise HeadPruningError(f"There is no attention site {name}; the model has {', '.join(sites)}.")
+        try:
+            indices = [operator.index(head) for head in listed]
+        except TypeError:
+            raise HeadPruningError(f"The heads to remove from {name} must be a list of integers.") from None
+        bad = [head for head in indices if not 0 <= head < sites[name].heads]
+        if bad:
+            unit = " (key/value groups, which query heads share)" if _grouped(model) else ""
+            raise HeadPruningError(
+                f"{name} has the heads 0 to {sites[name].heads - 1}{unit}; {bad[0]} is not one of them, give others."
+            )
+        removed.setdefault(name, []).extend(indices)
+    return removed
+
+
+def _site_of_layer(unit_map: UnitMap, layer: Any) -> str:
+    """The name of the site that a layer's index means."""
+    kinds = list(unit_map.kinds())
+    try:
+        index = operator.index(layer)
+    except TypeError:
+        raise HeadPruningError(f"{layer!r} is neither a layer's index nor the name of a site; give one.") from None
+    if len(kinds) > 1:
+        raise HeadPruningError(
+            f"Layer {index} is ambiguous in a model with {', '.join(kinds)} attention; name the site, such as "
+            f"{unit_map.attention[0].name}."
+        )
+    if not 0 <= index < len(unit_map.attention):
+        raise HeadPruningError(
+            f"The model has the attention layers 0 to {len(unit_map.attention) - 1}; {index} is not one of them, "
+            "give another."
+        )
+    return unit_map.attention[index].name
+
+
+def _grouped(model: nn.Module) -> bool:
+    """Whether the model's query heads share keys and values."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    groups = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    return groups is not None and groups != getattr(config, "num_attention_heads", groups)
+
+
+def _flat(mask: Any, unit_map: UnitMap) -> torch.Tensor:
+    """``[N]`` gates from all that :func:`head_mask` takes; differentiable."""
+    if isinstance(mask, HeadMask):
+        unit_map.check_same_heads(mask.unit_map, "The head mask")
+        return torch.from_numpy(mask.keep)
+    try:
+        values = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise HeadPruningError(f"The head mask is no array of numbers ({error}); give one number per head.") from error
+    shape, sites, total = tuple(values.shape), len(unit_map.attention), unit_map.num_heads
+    widths = {site.heads for site in unit_map.attention}
+    if shape == (total,):
+        return values
+    if len(widths) == 1:
+        heads = widths.pop()
+        if shape in ((heads,), (sites, heads)):
+            return values.expand(sites, heads).reshape(-1)
+        wanted = f"[{sites}, {heads}] (sites, heads), [{heads}] or [{total}]"
+    else:
+        wanted = f"[{total}], since its sites differ in heads"
+    raise HeadPruningError(f"The head mask has the shape {list(shape)}; the model takes {wanted}.")

@@ -1,0 +1,102 @@
+"""How attention and feed-forward modules name their projections: adding a layout is adding a line."""
+
+from typing import Mapping, Optional
+
+from torch import nn
+
+# One line per layout: role=name, names relative to one module, alternatives separated by "|"; the first line that
+# fits a module is taken. Roles: q, k, v (kv and qkv: fused), latent (makes keys and values of all heads from a latent
+# vector), out. What a line says of the widths is checked, see head_counts.py.
+ATTENTION_LAYOUTS = (
+    "q=q_proj k=k_proj v=v_proj out=o_proj|out_proj|dense|proj|projection_layer|output_proj|Wo|c_proj|post",
+    "q=self.query k=self.key v=self.value out=output.dense|output",  # BERT and its kin
+    "q=attention.query k=attention.key v=attention.value out=output.dense",  # BEiT, Q-Former
+    "q=att.query k=att.key v=att.value out=output.dense",  # LXMERT across modalities
+    "q=attention.projection_query k=attention.projection_key v=attention.projection_value out=output.dense",  # CvT
+    "q=longformer_self_attn.query k=longformer_self_attn.key v=longformer_self_attn.value out=output",  # LED
+    "q=self.query_proj k=self.key_proj v=self.value_proj out=output.dense",  # DeBERTa v2 and v3
+    "qkv=self.in_proj out=output.dense",  # DeBERTa
+    "q=query k=key v=value out=dense|out_proj|proj|output",
+    "q=query_proj k=key_proj v=value_proj out=out_proj",  # ProphetNet
+    "q=q k=k v=v out=o|proj",  # T5 and its kin, MPNet
+    "q=q_lin k=k_lin v=v_lin out=out_lin",  # DistilBERT, XLM
+    "q=q_head k=k_head v=v_head out=post_proj",  # Funnel
+    "q=linear_q k=linear_k v=linear_v out=linear_out",  # speech conformers
+    "q=project_q k=project_k v=project_v out=attention_out",  # CPM-Ant
+    "q=Wq k=Wk v=Wv out=dense",  # CTRL
+    "q=to_q kv=to_kv out=to_out",
+    "q=q_attn kv=c_attn out=c_proj",  # GPT-2 across
+    "qkv=c_attn out=c_proj",  # GPT-2
+    "qkv=qkv out=proj|projection",
+    "qkv=attention.qkv out=output.dense",  # TimeSformer
+    "qkv=query_key_value out=dense",
+    "qkv=Wqkv out=Wo|out_proj",
+    "qkv=qkv_proj out=o_proj|out_proj",
+    "qkv=att_proj out=out_proj",  # Bark
+    "q=q_proj|q_b_proj|q_gate_proj latent=kv_b_proj out=o_proj",  # DeepSeek
+    "q=q_proj k=k_proj out=o_proj",  # keys that are the values too
+    "k=k_proj v=v_proj out=output_proj",  # pooling with a learned query
+    "q=q_proj out=o_proj",  # keys and values of an earlier layer
+    "v=value_proj out=output_proj",  # deformable attention
+)
+
+# The first projection may also make the gates of its units, fused: then it is twice as wide.
+FEED_FORWARD_LAYOUTS = (
+    "in=intermediate.dense out=output.dense",
+    "in=up_proj|gate_up_proj out=down_proj",
+    "in=fc1 out=fc2",
+    "in=wi|wi_1 out=wo",
+    "in=Wi out=Wo",
+    "in=c_fc out=c_proj",
+    "in=fc_in out=fc_out",
+    "in=lin1 out=lin2",
+    "in=linear1 out=linear2",
+    "in=linear_1 out=linear_2",
+    "in=dense_h_to_4h out=dense_4h_to_h",
+    "in=intermediate_dense out=output_dense",
+    "in=ffn out=ffn_output",
+    "in=ffn.0 out=ffn.2",
+    "in=intermediate out=output",
+    "in=w1 out=w2",
+)
+
+
+def features(module: Optional[nn.Module]) -> Optional[tuple[int, int]]:
+    """Input and output width of a projection, or None when ``module`` is none.
+
+    Knows Linear and whatever has its attributes (quantized layers, PEFT's wrappers), and GPT-2's Conv1D.
+    """
+    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if all(isinstance(width, int) for width in widths):
+        return widths
+    if isinstance(getattr(module, "nf", None), int) and getattr(module, "weight", None) is not None:
+        return module.weight.shape[0], module.nf
+    return None
+
+
+def parse_layout(line: str) -> dict[str, tuple[str, ...]]:
+    """Role to alternative names."""
+    return {role: tuple(names.split("|")) for role, _, names in (part.partition("=") for part in line.split())}
+
+
+def _projection(module: nn.Module, dotted: str) -> Optional[str]:
+    found: Optional[nn.Module] = module
+    for part in dotted.split("."):
+        found = found._modules.get(part) if found is not None else None
+    if features(found) is not None:
+        return dotted
+    # Some models wrap each projection, e.g. to clip what goes in.
+    if found is not None and features(found._modules.get("linear")) is not None:
+        return f"{dotted}.linear"
+    return None
+
+
+def find_parts(module: nn.Module, layout: Mapping[str, tuple[str, ...]]) -> Optional[dict[str, str]]:
+    """Role to name relative to ``module``, or None when the layout does not fit."""
+    parts: dict[str, str] = {}
+    for role, names in layout.items():
+        name = next((found for found in (_projection(module, name) for name in names) if found), None)
+        if name is None:
+            return None
+        parts[role] = name
+    return parts

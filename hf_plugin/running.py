@@ -1,0 +1,22 @@
+"""What the scripts share: a mistake ends with one sentence."""
+
+import re
+import sys
+from typing import Callable
+
+from head_pruning import HeadPruningError
+from head_pruning.registry import option_fields
+
+
+def main(run: Callable[[], None]) -> None:
+    """Call ``run``; a HeadPruningError is printed as ``error: sentence`` and ends the process with status 1."""
+    try:
+        run()
+    except HeadPruningError as error:
+        sys.exit(f"error: {with_underscores(str(error))}")
+
+
+def with_underscores(sentence: str) -> str:
+    """The pruners' options in ``sentence`` as these scripts spell them: ``--num_of_heads``, not ``--num-of-heads``."""
+    ours = {f"--{name.replace('_', '-')}": f"--{name}" for name in option_fields()}
+    return re.sub(r"(?<![\w-])--[\w-]+", lambda found: ours.get(found[0], found[0]), sentence)
