@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+import torch
 from tqdm import tqdm
 
 from head_pruning.artifacts import atomic_path, write_json
@@ -185,6 +186,7 @@ class Bench:
         task = TASKS[cell.task]
         start = self.work / "runs" / cell.dense.name if cell.pipelined else self.model
         epochs = 1 if cell.pipelined else task.epochs
+        device = [] if torch.cuda.is_available() else ["--use_cpu"]
         samples = ["--max_train_samples", str(task.samples)] if task.samples else []
         out = self.call(
             cell,
@@ -193,7 +195,7 @@ class Bench:
                 *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64"),
                 *("--learning_rate", "1e-4", "--warmup_steps", "0.06", "--num_train_epochs", str(epochs)),
                 *("--train_sampling_strategy", "group_by_length", "--save_strategy", "no", "--logging_steps", "50"),
-                *("--disable_tqdm", "True", *samples, *cell.options),
+                *("--disable_tqdm", "True", "--bf16", *device, *samples, *cell.options),
             ],
         )
         results = json.loads((out / "all_results.json").read_text())

@@ -93,7 +93,7 @@ def implied_method(options: Any) -> Optional[Method]:
     chosen = [method for method in methods().values() if method.selected_by(known)]
     if len(chosen) > 1:
         raise HeadPruningError(
-            f"The options fit several pruners ({', '.join(method.name for method in chosen)}); "
+            f"The options fit several pruners ({', '.join(sorted(method.name for method in chosen))}); "
             "choose one with --pruner or drop the options of the others."
         )
     return chosen[0] if chosen else None

@@ -81,7 +81,7 @@ class FlagParser(HfArgumentParser):
         default = default.value if isinstance(default, enum.Enum) else default
         if action.dest in self.required:
             action.help = f"{action.help.rstrip('.')} (required)"
-        elif action.nargs != 0 and default not in (None, False, "", []):
+        elif action.nargs != 0 and default is not False and default not in (None, "", []):
             action.help = f"{action.help or ''} (default: {default})"
         action.required, action.default = False, argparse.SUPPRESS
         if action.type is string_to_bool:  # a flag, though its default may be None
@@ -142,14 +142,18 @@ class FlagParser(HfArgumentParser):
                 raise HeadPruningError(
                     f"{path} has {name}, but {self.prog} has no flag --{name}{self._nearest(name)}."
                 )
-            if isinstance(value, (list, dict)) and isinstance(action, argparse._StoreAction):
-                kind = getattr(action.type, "__origin__", action.type)
-                if kind not in (None, str, dict, list) and action.nargs != "+":
+            several = action.nargs in ("+", "*")
+            if value is None or several and value in ("", []):
+                continue
+            if several and isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            elif isinstance(value, (list, dict)) and isinstance(action, argparse._StoreAction):
+                if getattr(action.type, "__origin__", action.type) not in (None, str, dict, list):
                     raise HeadPruningError(f"{name} in {path} is a {type(value).__name__}; give one value.")
                 setattr(values, action.dest, value)
             elif action.nargs == 0:  # --no_x
                 words += [f"--{name}"] if value else []
-            elif value is not None:
+            else:
                 off = value is False and action.choices is not None and "no" in action.choices  # YAML's no
                 words.append(f"--{name}={'no' if off else value}")
         return words, values

@@ -100,18 +100,22 @@ def _find(split: Split, folder: Path, deep: bool) -> Copy | None:
 
 def read_table(copy: Copy) -> Dataset:
     """The rows of a parquet or arrow copy, with the features that its files name; PrepareError if it is damaged."""
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets([_read_part(copy.kind, path) for path in copy.paths])
+
+
+def _read_part(kind: str, path: Path) -> Dataset:
     import pyarrow
     import pyarrow.parquet
-    from datasets import Dataset, concatenate_datasets
+    from datasets import Dataset
 
     try:
-        if copy.kind == "arrow":
-            return concatenate_datasets([Dataset.from_file(str(path)) for path in copy.paths])
-        tables = [pyarrow.parquet.read_table(path, partitioning=None) for path in copy.paths]
-        return Dataset(pyarrow.concat_tables(tables))
+        if kind == "arrow":
+            return Dataset.from_file(str(path))
+        return Dataset(pyarrow.parquet.read_table(path, partitioning=None))
     except (pyarrow.ArrowException, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise PrepareError(f"{copy.shown} cannot be read ({reason}); get it again.") from error
+        raise PrepareError(f"{path} is damaged or is no {kind} file; get it again.") from error
 
 
 def _stems(split: Split) -> set[str]:

@@ -24,7 +24,7 @@ def load_hub(task: GlueTask, repository: str = HUB_REPOSITORY, cache_dir: "str |
     try:
         return load_dataset(repository, task.hub_config, cache_dir=cache_dir)
     except Exception as error:  # the network libraries beneath share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
         raise HeadPruningError(
             f"{task.folder} cannot be loaded from the hub's {repository} ({reason}); give --data_dir with a folder "
             f"of GLUE's TSV files, which python -m prepare.glue --tasks {task.folder} --from FOLDER makes of a copy."

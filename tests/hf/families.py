@@ -8,7 +8,7 @@ from typing import Any, Mapping
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 WIDTH, HEADS, LAYERS, VOCABULARY, POSITIONS = 32, 4, 2, 60, 64
 PARAMETERS = 400_000  # at most: a model with more has ignored its overrides
@@ -112,7 +112,16 @@ FAMILIES = [
         esm=dict(TEXT, mask_token_id=4),
         eurobert=GROUPED,
         flaubert=XLM,
-        funnel=dict(vocab_size=VOCABULARY, block_sizes=[1, 1], block_repeats=[1, 1], d_model=WIDTH, n_head=HEADS, d_head=8, d_inner=40),
+        funnel=dict(
+            architectures=["FunnelModel"],
+            vocab_size=VOCABULARY,
+            block_sizes=[1, 1],
+            num_decoder_layers=1,
+            d_model=WIDTH,
+            n_head=HEADS,
+            d_head=8,
+            d_inner=40,
+        ),
         ibert=TEXT,
         layoutlm=TEXT,
         longformer=dict(TEXT, attention_window=4),
@@ -244,7 +253,9 @@ FAMILIES = [
             decoder_ffn_dim=40,
             max_position_embeddings=POSITIONS,
         ),
-        switch_transformers=dict(T5, num_decoder_layers=LAYERS, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1),
+        switch_transformers=dict(
+            T5, num_decoder_layers=LAYERS, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
+        ),
         t5=T5,
         umt5=T5,
     ),
@@ -275,7 +286,7 @@ def missing(family: Family) -> "str | None":
     return None
 
 
-def _inputs(family: Family, model) -> dict[str, torch.Tensor]:
+def _inputs(family: Family) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(2)
     words = torch.randint(5, VOCABULARY, (2, 6), generator=draw)
     pixels = torch.randn(2, 3, 8, 8, generator=draw)
@@ -295,20 +306,25 @@ def _inputs(family: Family, model) -> dict[str, torch.Tensor]:
     return {"input_ids": words * mask, "attention_mask": mask, **decoder, **images}
 
 
+def build(family: Family, **options: Any) -> PreTrainedModel:
+    """The family's tiny model with the weights that it starts with."""
+    config = AutoConfig.for_model(family.name, **copy.deepcopy(family.overrides))
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # gradient checkpointing forbids it
+    return AutoModel.from_config(config, **options).float()
+
+
 @functools.cache
 def make(family: Family) -> SimpleNamespace:
     """The family's tiny model, in evaluation mode, and a batch for it. Do not change the model for good."""
-    config = AutoConfig.for_model(family.name, **copy.deepcopy(family.overrides))
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = AutoModel.from_config(config).float().eval()
+        model = build(family).eval()
         assert sum(parameter.numel() for parameter in model.parameters()) <= PARAMETERS, family
         with torch.no_grad():  # so that no bias, norm or small weight hides a difference
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    if hasattr(config, "use_cache"):
-        model.config.use_cache = False
-    return SimpleNamespace(model=model, inputs=_inputs(family, model))
+    return SimpleNamespace(model=model, inputs=_inputs(family))
 
 
 if __name__ == "__main__":

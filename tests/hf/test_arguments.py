@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
 
 from head_pruning import HeadPruningError, Pruner, methods, register_pruner, registry
 from head_pruning.registry import option_fields
@@ -106,7 +107,7 @@ def test_all_options_of_a_method_can_be_set():
     ):
         method = parse(line(f"--num_of_heads 3 {extra}"), script).method
         for option, found in option_fields([method.name]).items():
-            value = {bool: "True", int: "3", float: "0.25"}[{**_KINDS}.get(found.type, found.type)]
+            value = {bool: "True", int: "3", float: "0.25"}[_KINDS.get(found.type, found.type)]
             options = parse(line(f"--num_of_heads 3 {extra} --{option} {value}"), script).options
             assert options[option] == {"True": True, "3": 3, "0.25": 0.25}[value], option
 
@@ -226,7 +227,7 @@ def test_flags_of_other_methods_are_refused(script, words, sentence, cure):
 
 @pytest.mark.parametrize("script, words, sentence", [
     ("run_glue", "--pruner dsq", "There is no pruner dsq; choose one of dsp, random, ste, voita."),
-    ("run_glue", "--use_ste --l0_penalty 1", "The options fit several pruners (voita, ste); choose one with --pruner "),
+    ("run_glue", "--use_ste --l0_penalty 1", "The options fit several pruners (ste, voita); choose one with "),
     ("run_glue", "--intermediate_masks", "--intermediate_masks saves head masks, but no pruner is chosen; drop it "),
     ("run_voita", "--joint_pruning --l0_pipelined", "joint_pruning and l0_pipelined contradict each other; give one "),
 ])  # fmt: skip
@@ -349,6 +350,17 @@ def test_a_file_is_as_good_as_the_line(tmp_path):
     assert ours.training.to_dict() == theirs.training.to_dict()
 
 
+def test_what_transformers_writes_of_its_arguments_can_be_read(tmp_path):
+    path = tmp_path / "a.json"
+    written = parse(line("--learning_rate 1e-4 --eval_strategy steps --eval_steps 5 --use_cpu"), "run_glue").training
+    path.write_text(written.to_json_string(), encoding="utf-8")
+    assert parse([str(path), *NEEDED], "run_glue").training.to_dict() == written.to_dict()
+    for value, option in (("", []), ("underflow_overflow", [DebugOption.UNDERFLOW_OVERFLOW])):
+        for listed in (value, [value] if value else []):
+            values = {**json.loads(written.to_json_string()), "debug": listed}
+            assert parse([write(path, values), *NEEDED], "run_glue").training.debug == option
+
+
 def test_a_file_for_run_michel(tmp_path):
     values = {"model_name_or_path": "tiny", "task_name": "mrpc", "output_dir": "out", "exact_pruning": True}
     arguments = parse_michel([write(tmp_path / "a.json", values), "--num_of_heads", "4"])
@@ -403,6 +415,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
     text = dict(zip(titles, groups.values()))
     assert "--num_of_heads N number of heads to keep" in text["options of several pruners"]
     assert "(Adam) [dsp, ste, voita] (default: 0.5 (dsp, ste), 0.1 (voita))" in text["options of several pruners"]
+    assert "attention layer [dsp, random, ste, voita] (default: 0)" in text["options of several pruners"]
     assert "--cooldown_steps X" in text["pruner dsp"] and "(default: 25000)" in text["pruner dsp"]
     assert "--initial_temperature X temperature at the first update (default: 1000.0)" in text["pruner dsp"]
     assert "--l0_penalty X" in text["pruner voita"] and "--use_ste" in text["pruner ste"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -343,3 +344,35 @@ def test_masks_of_another_form_are_refused(name, mask, message):
         with head_mask(model, mask):
             pass
     assert hooks(model) == 0
+
+
+def test_a_model_wrapped_by_peft_is_pruned_with_its_adapters():
+    def wrapped() -> nn.Module:
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules=["dense"], r=4, init_lora_weights=False)
+        return get_peft_model(make("bert"), config).eval()
+
+    model, twin = wrapped(), wrapped()
+    mask = prune_heads(model, {0: [1], 1: [0, 2]})
+    with torch.no_grad():
+        for site, where in mask.unit_map.slices():
+            keep = torch.from_numpy(mask.keep[where]).repeat_interleave(site.head_dim)
+            layer = twin.get_submodule(site.out_proj)
+            layer.base_layer.weight *= keep
+            layer.lora_A["default"].weight *= keep
+    torch.testing.assert_close(logits(model, "bert"), logits(twin, "bert"))
+    assert not torch.allclose(logits(model, "bert"), logits(wrapped(), "bert"), atol=1e-3)
+
+
+def test_gradients_of_a_mask_survive_activation_checkpointing():
+    model = make("llama").train()
+    model.config.use_cache = False
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        mask = torch.ones(2, 2, requires_grad=True)
+        with head_mask(model, mask):
+            model(**batch_of("llama")).loss.backward()
+        found.append(mask.grad)
+    assert found[0].all() and torch.equal(*found)
