@@ -1,5 +1,6 @@
 """What to tell someone whose model has an attention module that cannot be mapped."""
 
+import re
 from dataclasses import dataclass
 from typing import NoReturn, Sequence
 
@@ -22,9 +23,9 @@ class Unmapped:
 
 
 def _out_proj(module: nn.Module) -> str:
-    """The best guess: the last projection, or the last one that is called so."""
+    """The best guess: the last projection that is called so, or the last one."""
     inside = [name for name, child in module.named_modules() if name and features(child) is not None]
-    called_out = [name for name in inside if name.split(".")[-1].startswith(("o_", "out")) or name == "o"]
+    called_out = [name for name in inside if re.match(r"o(_|$)|.*out", name.rpartition(".")[2])]
     return (called_out or inside or ["OUT_PROJ"])[-1]
 
 

@@ -57,12 +57,12 @@ def from_hub(task: GlueTask, split: Split, table: Dataset, place: str) -> Datase
         )
     if not len(table):
         raise HeadPruningError(f"{place} has no rows; get it again.")
-    texts = [list(table[name]) for name in task.hub_columns]
+    texts = [table[name][:] for name in task.hub_columns]
     return make_dataset(task, texts, _labels(task, table, place) if split.labelled else None)
 
 
 def _labels(task: GlueTask, table: Dataset, place: str) -> list[Any]:
-    values = list(table["label"])
+    values = table["label"][:]
     if task.labels is None:
         wrong = [value for value in values if value is None or not SCORES[0] <= value <= SCORES[1]]
         if wrong:

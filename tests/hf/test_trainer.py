@@ -168,9 +168,9 @@ class TestResume:
         with pytest.raises(HeadPruningError, match="pruned with ste, this run uses dsp"):
             trainer_of(tmp_path / "ste", max_steps=14).train(resume_from_checkpoint=True)
         with pytest.raises(HeadPruningError, match="restore_callback_states_from_checkpoint"):
-            trainer_of(
-                tmp_path / "ste", "ste", max_steps=14, restore_callback_states_from_checkpoint=True
-            ).train(resume_from_checkpoint=True)
+            trainer_of(tmp_path / "ste", "ste", max_steps=14, restore_callback_states_from_checkpoint=True).train(
+                resume_from_checkpoint=True
+            )
 
 
 def test_best_checkpoints_are_among_states_at_target(tmp_path):

@@ -1,0 +1,271 @@
+"""The scripts: every command of the manual's "BERT on MNLI" part with a tiny model, and the nine tasks."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from head_pruning import HeadMask, HeadPruningError
+from hf_plugin.arguments import parse, parse_michel
+from hf_plugin.glue import run
+from hf_plugin.run_michel import run as run_michel
+from tests.hf.glue_files import FOLDERS
+from tests.hf.manual_lines import FINE_TUNING, JOINT_DSP, MICHEL, PIPELINED_DSP, STE, VOITA
+from tests.hf.script_runs import HEADS, ROOT, TINY, start, write_model, write_place, write_task
+
+ANNEAL = "--cooldown_steps 8 --initial_temperature 1 --final_temperature 1e-4".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("manual"))
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def dense(place):
+    """The manual's fine-tuned model in output/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        results = run(parse([*FINE_TUNING, *TINY], "run_glue"))
+    return results
+
+
+def check_folder(folder: Path, kept: int) -> AutoModelForSequenceClassification:
+    """Everything that a run leaves, and that the model is an ordinary one with zeros."""
+    names = {path.name for path in folder.iterdir()}
+    wanted = {"config.json", "model.safetensors", "tokenizer_config.json", "pruning.json", "masks.safetensors"}
+    assert wanted | {"head_mask.png", "README.md", "all_results.json", "trainer_state.json"} <= names
+    mask = HeadMask.load(folder / "masks.safetensors")
+    assert mask.kept == kept and mask.keep.size == HEADS
+    report = json.loads((folder / "pruning.json").read_text())
+    assert report["heads_kept"] == kept and report["kept_heads_by_site"] == mask.kept_heads()
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    for layer, heads in zip(model.bert.encoder.layer, mask.kept_heads().values()):
+        columns = layer.attention.output.dense.weight.view(24, 12, 2)
+        assert {head for head in range(12) if columns[:, head].any()} == set(heads)
+    assert f"{kept} of {HEADS} attention heads" in (folder / "README.md").read_text()
+    return model
+
+
+@pytest.mark.parametrize(
+    "script, line, more, folder",
+    [
+        pytest.param("run_dsp", JOINT_DSP, ANNEAL, "dsp_output", id="joint-dsp"),
+        pytest.param("run_dsp", STE, ["--output_dir", "ste_output"], "ste_output", id="ste"),
+        pytest.param("run_voita", VOITA, ["--num_of_heads", "12"], "voita_output", id="voita"),
+    ],
+)
+def test_joint_commands(here, script, line, more, folder):
+    results = run(parse([*line, *TINY, *more], script))
+    model = check_folder(here / folder, 12)
+    assert model.config.id2label == {0: "contradiction", 1: "entailment", 2: "neutral"}
+    stored = json.loads((here / folder / "all_results.json").read_text())
+    for name in ("eval_accuracy", "eval_mm_accuracy"):
+        assert 0 <= stored[name] <= 1 and stored[name] == results[name]
+    # The model in the folder is the one that was scored.
+    again = run(
+        parse(
+            ["--model_name_or_path", folder, "--task_name", "MNLI", "--data_dir", "data/MNLI", "--do_eval"]
+            + ["--output_dir", f"{folder}_again", "--use_cpu", "--disable_tqdm", "True", "--cache_dir", "cache/"],
+            "run_glue",
+        )
+    )
+    for name in ("eval_accuracy", "eval_mm_accuracy", "eval_loss"):
+        assert again[name] == pytest.approx(results[name], abs=1e-5)
+
+
+def test_voita_without_a_number_of_heads(here):
+    run(parse([*VOITA, *TINY, "--l0_penalty", "0.5", "--output_dir", "voita_free"], "run_voita"))
+    assert 0 <= HeadMask.load(here / "voita_free" / "masks.safetensors").kept <= HEADS
+
+
+def test_pipelined_dsp(here, dense):
+    before = AutoModelForSequenceClassification.from_pretrained("output")
+    run(parse([*PIPELINED_DSP, *TINY, *ANNEAL, "--logging_steps", "4"], "run_dsp"))
+    pruned = check_folder(here / "dsp_output" / "pipelined", 12)
+    for (name, value), other in zip(before.state_dict().items(), pruned.state_dict().values()):
+        assert torch.equal(value[other != 0], other[other != 0]), name
+    states = json.loads((here / "dsp_output" / "pipelined" / "trainer_state.json").read_text())["log_history"]
+    assert {entry["heads_kept"] for entry in states if "heads_kept" in entry} == {12.0}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_michel(here, dense, capsys, exact):
+    line = [word for word in MICHEL if exact or word != "--exact_pruning"]
+    folder = f"michel_{exact}"
+    rounds = run_michel(parse_michel([*line, "--output_dir", folder, "--no_cuda"]))
+    assert [entry["heads"] for entry in rounds] == [24, 12, 0]
+    assert rounds[0]["scores"] == {
+        "mnli": pytest.approx(100 * dense["eval_accuracy"]),
+        "mnli-mm": pytest.approx(100 * dense["eval_mm_accuracy"]),
+    }
+    assert json.loads((here / folder / "michel_rounds.json").read_text())["rounds"] == rounds
+    importance = [np.array(entry["importance"]) for entry in rounds[1:]]
+    mask = HeadMask.load(here / folder / "michel_masks" / "heads12.safetensors")
+    assert set(np.argsort(importance[0])[12:]) == set(np.flatnonzero(mask.keep))
+    assert np.array_equal(*importance) != exact
+    table = capsys.readouterr().out
+    assert "heads kept" in table and len([row for row in table.splitlines() if row[:2].strip().isdigit()]) == 3
+    # A second call has nothing left to do and says the same.
+    assert run_michel(parse_michel([*line, "--output_dir", folder, "--no_cuda"])) == rounds
+
+
+@pytest.mark.parametrize("command", [["-m", "hf_plugin.run_dsp"], [str(ROOT / "hf_plugin" / "run_dsp.py")]])
+def test_as_a_process(place, command):
+    process = start(place, *command, *JOINT_DSP, *TINY, *ANNEAL, "--output_dir", "process", "--overwrite_output_dir")
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log[-3000:]
+    assert "12 of 24 heads are left, accuracy 0." in log and "kept heads by site" in log
+    check_folder(place / "process", 12)
+
+
+def test_a_mistake_is_one_sentence(place):
+    process = start(place, "-m", "hf_plugin.run_dsp", *JOINT_DSP, *TINY, "--num_of_heads", "25")
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in log
+    (sentence,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert "25" in sentence and "24" in sentence
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(place):
+    line = ["-m", "hf_plugin.run_dsp", *JOINT_DSP, *TINY, *ANNEAL, "--save_steps", "4"]
+    whole = start(place, *line, "--output_dir", "whole")
+    assert whole.wait(timeout=300) == 0, whole.stderr.read()[-3000:]
+    killed = start(place, *line, "--output_dir", "killed", "--max_steps", "4000")
+    deadline = time.monotonic() + 120
+    while not (place / "killed" / "checkpoint-4" / "trainer_state.json").exists():
+        assert killed.poll() is None and time.monotonic() < deadline, killed.stderr.read()[-3000:]
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    for later in (place / "killed").glob("checkpoint-*"):  # those after the schedule of the short run
+        if int(later.name.split("-")[1]) > 4:
+            for path in later.iterdir():
+                path.unlink()
+    state = json.loads((place / "killed" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+
+
+class TestNineTasks:
+    """Train, evaluate both ways, predict: all tasks, those that the published script crashed on included."""
+
+    @pytest.fixture(scope="class")
+    def data(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("nine")
+        for task in FOLDERS:
+            write_task(folder / "data", task)
+        write_model(folder / "model")
+        return folder
+
+    @pytest.mark.parametrize("task", FOLDERS)
+    def test_task(self, data, tmp_path, task):
+        flags = f"--task_name {task} --do_train --do_eval --do_predict --num_of_heads 5 --use_ste --joint_pruning"
+        paths = ["--data_dir", str(data / "data" / task), "--model_name_or_path", str(data / "model")]
+        out = ["--output_dir", str(tmp_path), "--cache_dir", str(data / "cache"), *TINY, "--max_steps", "2"]
+        results = run(parse([*flags.split(), *paths, *out], "run_dsp"))
+        metrics = {
+            "CoLA": ["matthews_correlation"],
+            "STS-B": ["pearson", "spearmanr", "combined_score"],
+            "MRPC": ["accuracy", "f1"],
+            "QQP": ["accuracy", "f1"],
+        }
+        for metric in metrics.get(task, ["accuracy"]):
+            assert -1 <= results[f"eval_{metric}"] <= 1
+        files = {"MNLI": ["MNLI-m.tsv", "MNLI-mm.tsv"]}.get(task, [f"{task}.tsv"])
+        for name in files:
+            lines = (tmp_path / name).read_text().splitlines()
+            assert lines[0] == "index\tprediction" and len(lines) == 25
+        assert check_folder(tmp_path, 5).config.num_labels == {"STS-B": 1, "MNLI": 3}.get(task, 2)
+
+
+class TestDefectsOfThePublishedScripts:
+    def test_the_seed_of_the_command_line_counts(self, here):
+        masks = []
+        for seed in ("1", "2", "1"):
+            out = ["--output_dir", f"seed{seed}", "--seed", seed, "--max_steps", "2", "--overwrite_output_dir"]
+            run(parse([*JOINT_DSP, *TINY, *ANNEAL, *out], "run_dsp"))
+            masks.append(HeadMask.load(f"seed{seed}/masks.safetensors"))
+        assert masks[0] == masks[2] and masks[0] != masks[1]
+
+    def test_max_steps_and_weight_decay_count(self, here):
+        run(parse([*FINE_TUNING, *TINY, "--max_steps", "3", "--output_dir", "plain"], "run_glue"))
+        run(
+            parse(
+                [*FINE_TUNING, *TINY, "--max_steps", "3", "--output_dir", "decay", "--weight_decay", "9"], "run_glue"
+            )
+        )
+        steps = json.loads(Path("plain/trainer_state.json").read_text())["global_step"]
+        norms = [
+            float(
+                AutoModelForSequenceClassification.from_pretrained(name)
+                .bert.encoder.layer[0]
+                .output.dense.weight.norm()
+            )
+            for name in ("plain", "decay")
+        ]
+        assert steps == 3 and norms[1] < 0.99 * norms[0]
+
+    def test_training_needs_do_train(self, here):
+        line = [word for word in JOINT_DSP if word != "--do_train"]
+        with pytest.raises(HeadPruningError, match="--do_train"):
+            run(parse([*line, *TINY, "--output_dir", "never"], "run_dsp"))
+        assert not Path("never/model.safetensors").exists()
+
+
+class TestOutputFolder:
+    def test_a_model_is_not_written_over(self, here, dense):
+        with pytest.raises(HeadPruningError, match="overwrite_output_dir"):
+            run(parse([*FINE_TUNING, *TINY], "run_glue"))
+
+    def test_a_run_is_gone_on_with(self, here):
+        line = [*JOINT_DSP, *TINY, *ANNEAL, "--save_steps", "6"]
+        run(parse([*line, "--output_dir", "all"], "run_dsp"))
+        run(parse([*line, "--output_dir", "part"], "run_dsp"))
+        for path in Path("part/checkpoint-12").iterdir():  # as if it had been stopped after update 6
+            path.unlink()
+        run(parse([*line, "--output_dir", "part"], "run_dsp"))
+        for name in ("all", "part"):
+            assert json.loads(Path(f"{name}/trainer_state.json").read_text())["global_step"] == 12
+        first, second = (AutoModelForSequenceClassification.from_pretrained(n).state_dict() for n in ("all", "part"))
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+        assert HeadMask.load("all/masks.safetensors") == HeadMask.load("part/masks.safetensors")
+
+
+def test_arguments_from_a_file(here):
+    words = [*JOINT_DSP, *TINY, *ANNEAL, "--output_dir", "from_file"]
+    values, i = {}, 0
+    while i < len(words):
+        flag = words[i][2:]
+        if i + 1 < len(words) and not words[i + 1].startswith("--"):
+            values[flag] = words[i + 1]
+            i += 1
+        else:
+            values[flag] = True
+        i += 1
+    Path("args.json").write_text(json.dumps(values))
+    run(parse(["args.json"], "run_dsp"))
+    check_folder(here / "from_file", 12)
+
+
+def test_a_model_that_is_not_there(here):
+    with pytest.raises(HeadPruningError, match="nowhere cannot be loaded"):
+        run(parse([*JOINT_DSP, *TINY, "--model_name_or_path", "./nowhere"], "run_dsp"))
+
+
+def test_importing_the_package_is_quiet(tmp_path):
+    process = start(tmp_path, "-W", "error::DeprecationWarning:hf_plugin", "-c", "import hf_plugin")
+    out, log = process.communicate(timeout=120)
+    assert process.returncode == 0 and not out and sys.executable
+    assert "Traceback" not in log
