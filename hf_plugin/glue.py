@@ -229,7 +229,9 @@ class GlueRun:
 
 def run(arguments: Arguments) -> dict[str, float]:
     """Do all that the arguments ask for; returns the metrics that ``all_results.json`` holds."""
-    set_up(arguments.training.get_process_log_level())
+    training = arguments.training
+    shown = training.should_log and training.log_level == "passive"
+    set_up(None if shown else training.get_process_log_level())
     for note in arguments.notes:
         logger.info("%s", note)
     return GlueRun(arguments).run()

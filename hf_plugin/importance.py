@@ -76,14 +76,12 @@ def head_importance(
                         "A batch has no tensor with examples, so they cannot be counted; put one in."
                     )
                 with accumulator.examples(count):
-                    value = _loss(model, batch, loss)
+                    value = _loss(model, batch, loss, gates)
                     # Of a mean each example's own loss is B times its share.
                     (value.sum() if value.dim() else value * count).backward()
             else:
-                _loss(model, batch, loss).mean().backward()
+                _loss(model, batch, loss, gates).mean().backward()
                 accumulator.add()
-            if not batches:
-                gates.check_fired()
             tokens += _tokens(batch)
             batches += 1
         if not batches:
@@ -148,15 +146,17 @@ def _attached(gates: GateBank) -> Iterator[None]:
         gates.detach()
 
 
-def _loss(model: nn.Module, batch: Any, loss: Optional[Callable]) -> torch.Tensor:
-    """The loss of one batch, ``[]`` or ``[B]``."""
+def _loss(model: nn.Module, batch: Any, loss: Optional[Callable], gates: GateBank) -> torch.Tensor:
+    """The loss of one batch, ``[]`` or ``[B]``, by a pass through all gates."""
     if loss is not None:
-        return loss(model, batch)
-    if not isinstance(batch, Mapping):
+        value = loss(model, batch)
+    elif isinstance(batch, Mapping):
+        value = getattr(model(**batch), "loss", None)
+    else:
         raise HeadPruningError(f"A batch is a {type(batch).__name__}, not a dict of the model's inputs; pass loss=.")
-    value = getattr(model(**batch), "loss", None)
     if value is None:
         raise HeadPruningError("The model returned no loss; put labels into the batches, or pass loss=.")
+    gates.check_fired()
     return value
 
 

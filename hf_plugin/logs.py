@@ -2,17 +2,19 @@
 
 import logging
 import sys
+from typing import Optional
 
-import transformers
 
+def set_up(level: Optional[int] = None) -> None:
+    """Send this package's, the core's and the Trainer's messages to standard error.
 
-def set_up(level: int = logging.INFO) -> None:
-    """Send this package's and the core's messages to standard error, beside transformers' own."""
+    Args:
+        level: least level that is shown; default: INFO.
+    """
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
         stream=sys.stderr,
     )
-    for name in ("hf_plugin", "head_pruning"):
-        logging.getLogger(name).setLevel(level)
-    transformers.utils.logging.set_verbosity(level)
+    for name in ("hf_plugin", "head_pruning", "transformers.trainer"):
+        logging.getLogger(name).setLevel(logging.INFO if level is None else level)

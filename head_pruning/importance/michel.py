@@ -54,7 +54,6 @@ class ImportanceAccumulator:
         """
         gates = torch.as_tensor(self.mask.keep, dtype=torch.float32, device=self.gates.device)
         gates = gates.repeat(count, 1).requires_grad_(True)
-        gates.grad = torch.zeros_like(gates)
         with self.gates.reading(gates):
             yield
         self._add(gates.grad.double())

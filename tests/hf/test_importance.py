@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import BatchEncoding
 
-from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError
+from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
 from head_pruning.importance import normalize_importance
 from head_pruning.unit_map import mask_without
 from hf_plugin.heads import prune_heads
@@ -175,6 +175,9 @@ def test_sites_that_do_not_run_and_foreign_masks_are_refused():
     model = make("bert")
     with pytest.raises(UnfiredSiteError, match="gates of unused_attention never ran"):
         head_importance(model, [batch_of("bert")], unit_map=never_run(model), **RAW)
+    alone = UnitMap(never_run(model).attention[-1:])
+    with pytest.raises(UnfiredSiteError, match="gates of unused_attention never ran"):
+        head_importance(model, [batch_of("bert")], unit_map=alone, **RAW)
     foreign = unit_map(make("bart"))
     with pytest.raises(HeadPruningError, match="The head mask belongs to another architecture"):
         head_importance(model, [batch_of("bert")], mask=HeadMask(foreign, np.ones(8)), **RAW)
