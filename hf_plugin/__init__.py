@@ -1,14 +1,32 @@
 """Head pruning for transformers (v5): prune while training, in a Trainer or any loop, without copied model code."""
 
-from .callback import HeadPruningCallback
-from .defaults import pruner
-from .export import save_pruned
-from .heads import head_mask, prune_heads, pruned_heads, restore_heads
-from .importance import head_importance, least_important
-from .session import open_session
-from .trainer import HeadPruningTrainer
+from typing import TYPE_CHECKING, Any
+
 from .unit_map import unit_map
 
+if TYPE_CHECKING:
+    from .callback import HeadPruningCallback
+    from .defaults import pruner
+    from .export import save_pruned
+    from .heads import head_mask, prune_heads, pruned_heads, restore_heads
+    from .importance import head_importance, least_important
+    from .session import open_session
+    from .trainer import HeadPruningTrainer
+
+# Imported when first asked for: transformers takes seconds to load.
+_HOME = {
+    "HeadPruningCallback": "callback",
+    "HeadPruningTrainer": "trainer",
+    "head_importance": "importance",
+    "head_mask": "heads",
+    "least_important": "importance",
+    "open_session": "session",
+    "prune_heads": "heads",
+    "pruned_heads": "heads",
+    "pruner": "defaults",
+    "restore_heads": "heads",
+    "save_pruned": "export",
+}
 __all__ = [
     "HeadPruningCallback",
     "HeadPruningTrainer",
@@ -23,3 +41,13 @@ __all__ = [
     "save_pruned",
     "unit_map",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

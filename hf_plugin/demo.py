@@ -21,7 +21,6 @@ from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADS = 72
 ANNEAL = (
     *("--annealing", "--initial_temperature", "1", "--final_temperature", "1e-4", "--cooldown_steps", "0.6"),
     *("--pruning_lr", "0.1"),
@@ -35,6 +34,8 @@ class Demo:
         self.out, self.data, self.keep = out, data, keep
         self.epochs, self.more_epochs = epochs, more_epochs
         self.cores = os.cpu_count() or 1
+        config = json.loads((data / "model" / "config.json").read_text(encoding="utf-8"))
+        self.heads = config["num_hidden_layers"] * config["num_attention_heads"]
 
     def command(self, name: str, arguments: list[str], threads: int, result: str) -> Path:
         """Run ``python arguments --output_dir OUT/name`` unless it has left ``result`` there."""
@@ -75,7 +76,7 @@ class Demo:
         mask = HeadMask.load(masks) if masks.exists() else None
         return {
             "method": name,
-            "heads": HEADS if mask is None else mask.kept,
+            "heads": self.heads if mask is None else mask.kept,
             "accuracy": 100.0 * results["eval_accuracy"],
             "mask": mask,
         }
@@ -85,7 +86,7 @@ class Demo:
         arguments = [
             *("-m", "hf_plugin.run_michel", "--model_name_or_path", str(self.out / "dense"), "--task_name", "SST-2"),
             *("--data_dir", str(self.data / "SST-2"), "--max_seq_length", "64", "--batch_size", "64"),
-            *("--num_of_heads", str(HEADS - self.keep), "--cache_dir", str(self.out / "cache")),
+            *("--num_of_heads", str(self.heads - self.keep), "--cache_dir", str(self.out / "cache")),
         ]
         rounds = json.loads(self.command("michel", arguments, threads, ROUNDS_FILE).read_text(encoding="utf-8"))
         entry = next(r for r in rounds["rounds"] if r["heads"] == self.keep)
@@ -112,20 +113,23 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-hf-output"), help="folder (default: %(default)s)")
-    parser.add_argument("--keep", type=int, default=18, help="heads to keep of 72 (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="folder with model/ and SST-2/ to use instead of the demo's own")
+    parser.add_argument("--keep", type=int, default=18, help="heads to keep (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=2, help="epochs of the dense model (default: %(default)s)")
     parser.add_argument("--more-epochs", type=float, default=2, help="epochs of each pruning (default: %(default)s)")
     options = parser.parse_args()
     begin = time.monotonic()
-    data = options.output / "data"
-    if subprocess.run([sys.executable, "-m", "prepare.demo_sentiment", "--dest", str(data)], cwd=None).returncode:
-        sys.exit("error: the demo's model and sentences could not be prepared; see the message above.")
+    data = options.data or options.output / "data"
+    if options.data is None:
+        if subprocess.run([sys.executable, "-m", "prepare.demo_sentiment", "--dest", str(data)]).returncode:
+            sys.exit("error: the demo's model and sentences could not be prepared; see the message above.")
     try:
-        rows = Demo(options.output, data, options.keep, options.epochs, options.more_epochs).run()
+        demo = Demo(options.output, data, options.keep, options.epochs, options.more_epochs)
+        rows = demo.run()
         picture = options.output / "heads.png"
         titles = {f"{row['method']}\n{row['accuracy']:.1f} %": row["mask"] for row in rows[1:]}
         plot_head_masks(titles, picture)
-        lines = [(row["method"], f"{row['heads']} of {HEADS}", row["accuracy"]) for row in rows]
+        lines = [(row["method"], f"{row['heads']} of {demo.heads}", row["accuracy"]) for row in rows]
         table = text_table(("model", "heads kept", "accuracy %"), lines)
         with atomic_path(options.output / "table.txt") as temporary:
             temporary.write_text(table + "\n", encoding="utf-8")

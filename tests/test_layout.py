@@ -45,7 +45,7 @@ def test_the_core_loads_without_any_host():
 
 def test_every_public_name_has_a_docstring():
     missing = []
-    for package in ("head_pruning", "fairseq_plugin", "prepare"):
+    for package in ("head_pruning", "fairseq_plugin", "hf_plugin", "prepare"):
         for path in (ROOT / package).rglob("*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             if not ast.get_docstring(tree):

@@ -17,7 +17,8 @@ def test_fairseq_trains_with_the_user_dir_of_the_wheel(tmp_path):
     # Built from a copy: building leaves its traces beside setup.py.
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "head_pruning", "fairseq_plugin", "prepare"):
+    packages = ("head_pruning", "fairseq_plugin", "hf_plugin", "prepare")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *packages):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
     subprocess.run([*build, str(source)], check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
@@ -25,7 +26,10 @@ def test_fairseq_trains_with_the_user_dir_of_the_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         assert "prepare/prepare-iwslt14.sh" in archive.namelist()
+        assert {"hf_plugin/run_dsp.py", "hf_plugin/data/tasks.py"} <= set(archive.namelist())
         assert not [name for name in archive.namelist() if name.startswith("tests")]
+        (commands,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert "head-pruning-dsp = hf_plugin.run_dsp:main" in archive.read(commands).decode()
 
     env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     found = [sys.executable, "-m", "head_pruning.cli", "user-dir"]

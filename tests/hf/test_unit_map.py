@@ -260,7 +260,7 @@ def test_ignore_leaves_modules_out():
     with pytest.raises(HeadPruningError, match=r"head\.attention \(MultiheadAttention\)"):
         unit_map(model)
     assert len(unit_map(model, ignore=r"head\.attention$").attention) == 2
-    mapped = unit_map(model, ignore=r"^head|layers\.0\.")
+    mapped = unit_map(model, ignore=r"head\.attention|layers\.0\.")
     assert [site.layer for site in mapped.attention] == [block.layer for block in mapped.feed_forward]
     assert len(mapped.attention) == 1 and "layers.1" in mapped.attention[0].name
 
