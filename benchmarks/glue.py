@@ -52,7 +52,7 @@ class Task:
 
 
 TASKS = {
-    "CoLA": Task("CoLA", "matthews_correlation", 2),
+    "CoLA": Task("CoLA", "matthews_correlation", 4),
     "MRPC": Task("MRPC", "accuracy", 3, length=128),
     "SST-2": Task("SST-2", "accuracy", 1, samples=16000),
 }
@@ -193,7 +193,7 @@ class Bench:
             [
                 *("--model_name_or_path", str(start), "--do_train", "--do_eval", "--overwrite_output_dir"),
                 *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64"),
-                *("--learning_rate", "1e-4", "--warmup_steps", "0.06", "--num_train_epochs", str(epochs)),
+                *("--learning_rate", "5e-5", "--warmup_steps", "0.06", "--num_train_epochs", str(epochs)),
                 *("--train_sampling_strategy", "group_by_length", "--save_strategy", "no", "--logging_steps", "50"),
                 *("--disable_tqdm", "True", "--bf16", *device, *samples, *cell.options),
             ],

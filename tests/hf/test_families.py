@@ -14,7 +14,7 @@ from head_pruning import AttentionSite
 from head_pruning.gates.attach import GateBank
 from hf_plugin.layouts import features
 from hf_plugin.unit_map import unit_map
-from tests.hf.families import FAMILIES, LAYERS, build, covered, make, missing
+from tests.hf.families import FAMILIES, HEADS, LAYERS, build, covered, make, missing
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
@@ -92,6 +92,9 @@ def test_sites_and_their_order(host):
     assert set(kinds) == ({"encoder_self", "decoder_cross", "decoder_self"} if both else set(kinds[:1]))
     expected = {"albert": 1, "clip": 2 * LAYERS}.get(host.family.name, 3 * LAYERS if both else LAYERS)
     assert len(kinds) == expected
+    told = host.family.overrides
+    heads = told.get("num_key_value_heads") or told.get("num_kv_heads") or told.get("num_heads") or HEADS
+    assert [site.heads for site in host.unit_map.attention] == (heads if heads == [2, 4] else [heads] * expected)
     for kind in set(kinds):
         layers = [site.layer for site in host.unit_map.attention if site.kind == kind]
         assert layers == list(dict.fromkeys(layers))
