@@ -1,9 +1,9 @@
 """What gates cost a training step: ``python -m benchmarks.gate_overhead [--json] [--results]``.
 
 Steps of a BERT-base (random weights; forward, backward, fused AdamW) with the gates of each method and the session's
-calls, against the same steps without; and a pass of head importance against a forward and backward pass that computes
-no gradients of weights. All take turns in a new order each round. On the CPU: one thread, processor time. The ratio is
-that of the fastest turns; the median of the rounds' ratios and its quartiles tell how sure it is.
+calls, over the same steps without; and a pass of head importance over a forward and backward pass that computes no
+gradients of weights. On the CPU: one thread, processor time. Each turn is divided by the mean of a turn without gates
+just before it and one just after; the ratio is the median over the rounds, with its quartiles beside it.
 """
 
 import argparse
@@ -23,13 +23,14 @@ from head_pruning.report import text_table
 from hf_plugin.defaults import pruner
 from hf_plugin.importance import head_importance
 from hf_plugin.session import open_session
+from hf_plugin.unit_map import unit_map
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VOCABULARY = 1000
 PLAIN, PLAIN_PASS = "no gates", "no gates, pass"
 # What the step costs depends on: option to default and meaning.
 SIZES = {
-    "batch": (4, "examples per step"),
+    "batch": (1, "examples per step"),
     "length": (128, "tokens per example"),
     "layers": (12, "layers of the model"),
     "hidden": (768, "width of the model"),
@@ -72,6 +73,7 @@ class Contest:
         for name, choices in methods(options.layers * options.heads).items():
             self.sessions[name] = open_session(self.model, [pruner(name, **choices)])
             self.sessions[name].gates.detach()  # on the model only while its turn lasts
+        self.unit_map = unit_map(self.model)  # of a pass, not of each of its batches
         self.updates = 0
 
     def step(self) -> None:
@@ -110,7 +112,7 @@ class Contest:
             taken = self.time(self.plain_pass)
             self.model.train().requires_grad_(True)
         else:
-            options = {"per_example": PASSES[name], "progress": False}
+            options = {"per_example": PASSES[name], "unit_map": self.unit_map, "progress": False}
             taken = self.time(lambda: head_importance(self.model, [self.batch], **options))
         return taken
 
@@ -127,65 +129,65 @@ class Contest:
         return 1000.0 * (time.process_time() - start)
 
 
-def measure(options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Milliseconds of each contestant's turns, one per round, after a round to warm up."""
+def measure(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Milliseconds of each contestant's turns and their ratios, one per round, after a round to warm up."""
     contest = Contest(options)
     contest.model.train()
-    names = [PLAIN, *contest.sessions, PLAIN_PASS, *PASSES]
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in (PLAIN, *contest.sessions, PLAIN_PASS, *PASSES)}
+    ratios: dict[str, list[float]] = {name: [] for name in (*contest.sessions, *PASSES)}
     order = random.Random(0)
     for turn in range(options.rounds + 1):
-        for name in order.sample(names, len(names)):
-            taken = contest.turn(name)
-            if turn:
-                times[name].append(taken)
-    return {name: np.array(values) for name, values in times.items()}
+        for plain, names in ((PLAIN, list(contest.sessions)), (PLAIN_PASS, list(PASSES))):
+            before = contest.turn(plain)
+            for name in order.sample(names, len(names)):
+                taken, after = contest.turn(name), contest.turn(plain)
+                if turn:
+                    times[name].append(taken)
+                    times[plain].append(after)
+                    ratios[name].append(2.0 * taken / (before + after))
+                before = after
+    return {n: np.array(values) for n, values in times.items()}, {n: np.array(values) for n, values in ratios.items()}
 
 
-def compare(times: dict[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
-    """For each method: the ratio of the fastest turns, and the quartiles of the rounds' ratios."""
-    ratios = {}
-    for name, values in times.items():
-        if name not in (PLAIN, PLAIN_PASS):
-            base = times[PLAIN_PASS if name in PASSES else PLAIN]
-            quartiles = np.quantile(values / base, (0.25, 0.5, 0.75))
-            ratios[name] = (float(values.min() / base.min()), *quartiles.tolist())
-    return ratios
-
-
-def summary(times: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
-    """What ``--json`` prints."""
-    ratios = compare(times)
+def summary(
+    times: dict[str, np.ndarray], ratios: dict[str, np.ndarray], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What ``--json`` prints: medians of the ratios, and their quartiles."""
+    medians = {name.replace(" ", "_"): round(float(np.median(values)), 4) for name, values in ratios.items()}
+    passes = [name.replace(" ", "_") for name in PASSES]
     return {
-        "max_ratio": round(max(ratio for name, (ratio, *_) in ratios.items() if name not in PASSES), 4),
-        "importance_ratio": round(max(ratios[name][0] for name in PASSES), 4),
-        **{name.replace(" ", "_"): round(ratio, 4) for name, (ratio, *_) in ratios.items()},
-        **{f"median_{name.replace(' ', '_')}": round(median, 4) for name, (_, _, median, _) in ratios.items()},
-        "step_ms": round(float(times[PLAIN].min()), 2),
-        "pass_ms": round(float(times[PLAIN_PASS].min()), 2),
+        "max_ratio": max(ratio for name, ratio in medians.items() if name not in passes),
+        "importance_ratio": max(medians[name] for name in passes),
+        **medians,
+        "quartiles": {name: np.quantile(values, (0.25, 0.75)).round(4).tolist() for name, values in ratios.items()},
+        "step_ms": round(float(np.median(times[PLAIN])), 2),
+        "pass_ms": round(float(np.median(times[PLAIN_PASS])), 2),
         **{name: getattr(options, name) for name in ("device", "rounds", *SIZES)},
     }
 
 
-def table(times: dict[str, np.ndarray]) -> str:
-    """The fastest turn of each, and the ratios."""
-    ratios = compare(times)
+def table(times: dict[str, np.ndarray], ratios: dict[str, np.ndarray]) -> str:
+    """The median turn of each, and the ratios."""
     rows = []
     for name, values in times.items():
-        cells = [f"{value:.3f}" for value in ratios.get(name, ())]
-        rows.append((name, f"{values.min():.1f}", *cells, *[""] * (4 - len(cells))))
-    return text_table(("", "ms", "ratio", "25 %", "median", "75 %"), rows)
+        cells = [f"{r:.3f}" for r in np.quantile(ratios[name], (0.5, 0.25, 0.75))] if name in ratios else [""] * 3
+        rows.append((name, f"{np.median(values):.1f}", *cells))
+    return text_table(("", "ms", "ratio", "25 %", "75 %"), rows)
 
 
-def write_results(times: dict[str, np.ndarray], options: argparse.Namespace) -> None:
+def write_results(times: dict[str, np.ndarray], ratios: dict[str, np.ndarray], options: argparse.Namespace) -> None:
     """``benchmarks/results/gate_overhead.md`` and ``.json``."""
-    write_json(RESULTS / "gate_overhead.json", summary(times, options))
+    write_json(RESULTS / "gate_overhead.json", summary(times, ratios, options))
     title, about = __doc__.strip().split("\n\n", 1)
     shape = ", ".join(f"{words}: {getattr(options, name)}" for name, (_, words) in SIZES.items())
-    command = "`python -m benchmarks.gate_overhead --results`"
-    text = f"# {title.split(':')[0]}\n\n{command}: {about}\n\n{shape}; {options.device}, torch {torch.__version__}."
+    lines = (
+        f"# {title.split(':')[0]}",
+        f"`python -m benchmarks.gate_overhead --results`: {about}",
+        f"{shape}; rounds: {options.rounds}; {options.device}, torch {torch.__version__}.",
+        f"```\n{table(times, ratios)}\n```",
+    )
     with atomic_path(RESULTS / "gate_overhead.md") as temporary:
-        Path(temporary).write_text(f"{text}\n\n```\n{table(times)}\n```\n", encoding="utf-8")
+        Path(temporary).write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -194,17 +196,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--results", action="store_true", help="write benchmarks/results/gate_overhead.{md,json}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=30, help="turns of each (default: %(default)s)")
     for name, (value, words) in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{words} (default: %(default)s)")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
     torch.set_num_threads(1)
-    times = measure(options)
+    times, ratios = measure(options)
     if options.results:
-        write_results(times, options)
-    print(json.dumps(summary(times, options)) if options.json else table(times))
+        write_results(times, ratios, options)
+    print(json.dumps(summary(times, ratios, options)) if options.json else table(times, ratios))
 
 
 if __name__ == "__main__":

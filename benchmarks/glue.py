@@ -18,7 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, Optional
 
 import torch
 from tqdm import tqdm
@@ -36,6 +36,11 @@ MICHEL_ROUND = 3  # divides all of KEPT
 # The published schedule (1000 to 1e-8 over 25 000 of 36 816 updates) in the same proportion, and one for short runs.
 PUBLISHED = "--annealing --initial_temperature 1000 --final_temperature 1e-8 --cooldown_steps 0.68 --pruning_lr 0.5"
 SHORT = "--annealing --initial_temperature 10 --final_temperature 1e-4 --cooldown_steps 0.6 --pruning_lr 0.2"
+# Of every training, beside the number of epochs.
+RECIPE = (
+    "--per_device_train_batch_size 32 --learning_rate 5e-5 --warmup_steps 0.06 --save_strategy no --logging_steps 50 "
+    "--train_sampling_strategy group_by_length --disable_tqdm True --bf16"
+)
 # Penalties that leave about this many gates open.
 PENALTY = {36: 0.003, 18: 0.006, 9: 0.01, 6: 0.015}
 
@@ -192,10 +197,9 @@ class Bench:
             cell,
             [
                 *("--model_name_or_path", str(start), "--do_train", "--do_eval", "--overwrite_output_dir"),
-                *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64"),
-                *("--learning_rate", "5e-5", "--warmup_steps", "0.06", "--num_train_epochs", str(epochs)),
-                *("--train_sampling_strategy", "group_by_length", "--save_strategy", "no", "--logging_steps", "50"),
-                *("--disable_tqdm", "True", "--bf16", *device, *samples, *cell.options),
+                *RECIPE.split(),
+                *("--per_device_eval_batch_size", "64", "--num_train_epochs", str(epochs)),
+                *(*device, *samples, *cell.options),
             ],
         )
         results = json.loads((out / "all_results.json").read_text())
@@ -221,17 +225,21 @@ def shown(scores: list[float]) -> str:
     return f"{statistics.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
 
 
-def write_results(rows: list[dict], folder: Path, command: str) -> None:
-    """Write the JSON, the tables and the plot."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "glue.json", {"command": command, "rows": rows})
-    parts = ["# Score over heads kept on GLUE", "", f"`{command}`", ""]
-    for task in TASKS.values():
-        mine = [row for row in rows if row["task"] == task.name]
-        table: dict[str, dict[int, list[float]]] = {}
-        for row in mine:
+def by_method(rows: list[dict], task: Task) -> dict[str, dict[int, list[float]]]:
+    """The scores of a task by method and number of heads, one per seed."""
+    table: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row["task"] == task.name:
             table.setdefault(row["method"], {}).setdefault(row["heads"], []).append(row["score"])
-        if not mine:
+    return table
+
+
+def table_lines(rows: list[dict], tasks: Iterable[Task]) -> list[str]:
+    """A Markdown table for each task that has rows: methods by number of heads."""
+    parts = []
+    for task in tasks:
+        table = by_method(rows, task)
+        if not table:
             continue
         dense = table.pop("dense", {}).get(HEADS)
         counts = [k for k in KEPT if any(k in line for line in table.values())]
@@ -240,15 +248,31 @@ def write_results(rows: list[dict], folder: Path, command: str) -> None:
         ]
         title = f"{task.name}, {task.metric} x 100" + (f"; dense {shown(dense)}" if dense else "")
         parts += [f"## {title}", "", markdown_table(("method", *(f"{k} of {HEADS}" for k in counts)), body), ""]
+    return parts
+
+
+def draw(rows: list[dict], tasks: Iterable[Task], folder: Path, name: str) -> None:
+    """A picture ``name-TASK.png`` for each task whose dense model and another have been measured."""
+    for task in tasks:
+        table = by_method(rows, task)
+        dense = table.pop("dense", {}).get(HEADS)
         if dense and table:
             plot_scores(
                 {m: [(k, statistics.mean(v)) for k, v in line.items()] for m, line in table.items()},
-                folder / f"glue-{task.name}.png",
+                folder / f"{name}-{task.name}.png",
                 dense=("dense", statistics.mean(dense)),
                 score=f"{task.name} {task.metric} x 100",
                 total=HEADS,
                 spread={m: [(k, min(v), max(v)) for k, v in line.items() if len(v) > 1] for m, line in table.items()},
             )
+
+
+def write_results(rows: list[dict], folder: Path, command: str) -> None:
+    """Write the JSON, the tables and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "glue.json", {"command": command, "rows": rows})
+    parts = ["# Score over heads kept on GLUE", "", f"`{command}`", "", *table_lines(rows, TASKS.values())]
+    draw(rows, TASKS.values(), folder, "glue")
     with atomic_path(folder / "glue.md") as temporary:
         temporary.write_text("\n".join(parts).rstrip() + "\n")
 

@@ -8,7 +8,7 @@ from torch import nn
 # fits a module is taken. Roles: q, k, v (kv and qkv: fused), latent (makes keys and values of all heads from a latent
 # vector), out. What a line says of the widths is checked, see head_counts.py.
 ATTENTION_LAYOUTS = (
-    "q=q_proj k=k_proj v=v_proj out=o_proj|out_proj|dense|proj|projection_layer|output_proj|Wo|c_proj|post",
+    "q=q_proj k=k_proj v=v_proj out=o_proj|out_proj|dense|proj|projection_layer|Wo|post",
     "q=self.query k=self.key v=self.value out=output.dense|output",  # BERT and its kin
     "q=attention.query k=attention.key v=attention.value out=output.dense",  # BEiT, Q-Former
     "q=att.query k=att.key v=att.value out=output.dense",  # LXMERT across modalities

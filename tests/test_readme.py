@@ -85,3 +85,38 @@ def test_every_option_in_the_table_exists():
     tables = "\n".join(line for line in README.splitlines() if line.startswith("|"))
     shown = set(re.findall(r"--[a-z][a-z0-9-]+", tables)) - {"--signed-importance"}
     assert shown and shown <= known
+
+
+def test_the_transformers_commands_parse():
+    pytest.importorskip("transformers")
+    from hf_plugin.arguments import parse
+
+    lines = [
+        line for block in _blocks() for line in block.replace("\\\n", " ").splitlines() if "hf_plugin.run_" in line
+    ]
+    assert lines
+    for line in lines:
+        script, _, flags = line.partition("hf_plugin.")[2].partition(" ")
+        found = parse([*shlex.split(flags), "--use_cpu"], script)
+        assert found.method.name == "dsp" and found.options["num_of_heads"] == 12
+
+
+def test_the_trainer_example_prunes_to_twelve_heads(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from head_pruning import HeadMask
+    from tests.hf.tiny import arguments, sentences, tiny_bert
+
+    (code,) = [block for block in _blocks() if "HeadPruningTrainer(" in block]
+    monkeypatch.chdir(tmp_path)
+    rows = [{**row, "input_ids": row["input_ids"][:4], "attention_mask": [1] * 4} for row in sentences(16)]
+    exec(code, {"model": tiny_bert(num_hidden_layers=4), "args": arguments(tmp_path), "train_dataset": rows})
+    mask = HeadMask.load(tmp_path / "pruned" / "masks.safetensors")
+    assert mask.kept == 12 and mask.keep.size == 16
+
+
+def test_the_list_of_families_is_that_of_the_tests():
+    pytest.importorskip("transformers")
+    from tests.hf.families import covered
+
+    listed = README.partition("`python -m tests.hf.families`")[2].partition("\n\n")[2].partition("\n\n")[0]
+    assert listed.replace("\n", " ").rstrip(".").split(", ") == covered()

@@ -13,9 +13,9 @@ fail() {
 [[ $# -ge 1 && $# -le 2 ]] || fail "give the corpus: bash benchmarks/gpu/pack.sh CORPUS [FOLDER]."
 corpus=$(realpath -m "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. benchmarks/gpu/size.sh
 folder=${2:-.gpu}
 python=${PYTHON:-.venv/bin/python}
-limit_mib=${LIMIT_MIB:-64}
 fairseq="fairseq-fixed==0.12.3.1"
 # What fairseq-train, fairseq-generate and the plugin import beyond torch and numpy, and what those need.
 runtime=(hydra-core omegaconf PyYAML bitarray packaging tqdm regex sacrebleu portalocker tabulate colorama lxml
@@ -72,18 +72,7 @@ mapfile -t wanted < <(pins "${building[@]}")
 fetch "$work/pack/build-wheels" "${wanted[@]}"
 pip download --no-deps --no-build-isolation --no-binary=:all: --dest "$work/pack" "$fairseq"
 
-mib() { awk -v bytes="$1" 'BEGIN { printf "%.1f MiB", bytes / 1048576 }'; }
-bytes() { find "$@" -type f -printf '%s\n' | awk '{ sum += $1 } END { print sum + 0 }'; }
-
-packed=$(bytes "$work/pack")
-tree=$(git ls-files -coz --exclude-standard | { xargs -0r stat -c %s 2>/dev/null || true; } |
-    awk '{ sum += $1 } END { print sum + 0 }')
-(cd "$work/pack" && find . -type f -size +1000k -printf '%s %P\n' | sort -rn) | while read -r size name; do
-    echo "  $name: $(mib "$size")"
-done
-echo "packed $(mib "$packed"), working tree $(mib "$tree"), together $(mib $((packed + tree))) of $limit_mib MiB"
-((packed + tree <= limit_mib * 1048576)) ||
-    fail "pack and working tree exceed $limit_mib MiB together; take a smaller corpus or clean the working tree."
+within_limit "$work/pack" "take a smaller corpus or clean the working tree"
 rm -rf "$folder"
 mv "$work/pack" "$folder"
 echo "wrote $folder"
