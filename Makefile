@@ -1,13 +1,14 @@
 # Everything runs in the folder's own .venv, which the first target sets up.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/hf.txt requirements/dev.txt
 THREADS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo demo-hf test test-slow lint format clean
+.PHONY: setup demo demo-hf test test-slow test-oldest lint format clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,21 @@ test: $(STAMP) lint
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m slow
 
+# The transformers tests on the oldest version that is supported, in a virtual environment of their own.
+test-oldest: $(OLDEST)/.set-up
+	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest tests/hf
+
+$(OLDEST)/.set-up: requirements/oldest/hf.txt $(REQUIREMENTS)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	grep -hviE '^(transformers|tokenizers|huggingface_hub|typer)==' requirements/hf.txt requirements/dev.txt | \
+		cat - requirements/oldest/hf.txt >$(OLDEST)/requirements.txt
+	grep -hE '^(scikit-learn|scipy|joblib|threadpoolctl|narwhals|tqdm|packaging|PyYAML|regex|click)==' \
+		requirements/fairseq.txt >>$(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +58,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-output demo-hf-output
+	rm -rf $(VENV) $(OLDEST) build *.egg-info demo-output demo-hf-output
