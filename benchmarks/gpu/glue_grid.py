@@ -1,5 +1,7 @@
 """The grid of glue.sh: four tasks, every method at four numbers of heads, three seeds."""
 
+from pathlib import Path
+
 from benchmarks.glue import PUBLISHED, Cell, Task, cells_at
 
 NAME = "glue-gpu"
@@ -10,6 +12,9 @@ TASKS = {
     "SST-2": Task("SST-2", "accuracy", 1),
 }
 SEEDS = (1, 2, 3)
+BATCH = 32
+MICHEL_BATCH = 64
+MICHEL_EXAMPLES = 16000  # of the training set, for the importance
 FIRST, LATER = (18, 6), (36, 9)  # numbers of heads kept
 
 
@@ -30,4 +35,11 @@ def cells() -> list[Cell]:
         found += [cell for keep in FIRST for task in TASKS for cell in methods_at(task, keep, seed)]
         for method, options in (("Michel, one-shot", ()), ("Michel, exact", ("--exact_pruning",))):
             found += [Cell(task, method, None, seed, "run_michel", options) for task in TASKS]
-    return found + [cell for seed in SEEDS for keep in LATER for task in TASKS for cell in methods_at(task, keep, seed)]
+    return found + [
+        cell for seed in SEEDS for keep in LATER for task in TASKS for cell in methods_at(task, keep, seed)
+    ]
+
+
+def dense_folder(work: Path, cell: Cell) -> Path:
+    """Where the model of a dense cell lies."""
+    return work / "dense" / cell.name

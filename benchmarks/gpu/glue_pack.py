@@ -7,6 +7,7 @@ Reading needs neither the tokenizer nor ``datasets``.
 
 import argparse
 import hashlib
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +34,9 @@ def pack(model: Path, data: Path, folder: Path) -> None:
             cannot be read.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -47,7 +50,9 @@ def pack(model: Path, data: Path, folder: Path) -> None:
     if heads != HEADS:
         raise HeadPruningError(f"{model} has {heads} heads, but the grid is for {HEADS}; give another encoder.")
     if len(tokenizer) > 2**16:
-        raise HeadPruningError(f"{model} has more than {2**16} tokens, which 16 bits do not hold; give another encoder.")
+        raise HeadPruningError(
+            f"{model} has more than {2**16} tokens, which 16 bits do not hold; give another encoder."
+        )
     broken = [name for name, tensor in encoder.named_parameters() if not torch.isfinite(tensor).all()]
     if broken:
         raise HeadPruningError(f"{broken[0]} of {model} does not fit float16; give another encoder.")
@@ -59,7 +64,8 @@ def pack(model: Path, data: Path, folder: Path) -> None:
     digest = hashlib.sha256()
     for path in [folder / "model" / "model.safetensors", *(folder / f"{name}.npz" for name in TASKS)]:
         digest.update(path.read_bytes())
-    write_json(folder / "pack.json", {"model": model.name, "digest": digest.hexdigest()[:16], "rows": rows})
+    name = json.loads((model / "config.json").read_text(encoding="utf-8")).get("_name_or_path") or model.name
+    write_json(folder / "pack.json", {"model": name, "digest": digest.hexdigest()[:16], "rows": rows})
 
 
 def _pack_task(task: Task, tokenizer: Any, data: Path, folder: Path, cache: str) -> dict[str, int]:

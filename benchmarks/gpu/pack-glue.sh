@@ -26,9 +26,10 @@ python=${PYTHON:-.venv/bin/python}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-export HF_HUB_OFFLINE=1 PYTHONPATH=$PWD
+export HF_HUB_OFFLINE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 PYTHONPATH=$PWD
 "$python" -W ignore -m benchmarks.gpu.glue_pack "$model" "$data" "$work/pack"
 within_limit "$work/pack" "clean the working tree"
 rm -rf "$folder"
+mkdir -p "$(dirname "$folder")"
 mv "$work/pack" "$folder"
 echo "wrote $folder"
