@@ -194,7 +194,14 @@ class GateBank:
         """Raise UnfiredSiteError with the names of the sites whose hook never ran."""
         silent = self.silent_sites()
         if silent:
+            sites = [site for site in self.unit_map.attention if site.name in silent]
+            lines = [
+                f'    AttentionSite("{site.name}", "{site.kind}", "{site.layer}", heads={site.heads}, '
+                f'head_dim={site.head_dim}, out_proj="{site.out_proj}"),'
+                for site in sites[:4]
+            ]
             raise UnfiredSiteError(
-                f"The gates of {', '.join(silent)} never ran, so pruning them would do nothing; "
-                "leave these sites out of the unit map, or map the module whose forward the model really calls."
+                f"The gates of {', '.join(silent)} never ran, so pruning them would do nothing; leave these sites out "
+                "of the unit map, or describe them by the module that the model really calls (out_proj below).\n\n"
+                + "\n".join(lines)
             )

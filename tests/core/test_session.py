@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -507,8 +508,13 @@ def test_a_site_that_never_ran_is_named(toy):
     model.forward = lambda source, target: model.head(
         model.encoder[0](source, source) + model.encoder[1](target, target)
     )
-    with pytest.raises(UnfiredSiteError, match="cross, decoder never ran"):
+    with pytest.raises(UnfiredSiteError, match="cross, decoder never ran") as error:
         update(toy, model, session, 0)
+    # The lines that describe them, to be corrected.
+    lines = str(error.value).partition("\n\n")[2]
+    described = eval(f"[{lines}]", {"AttentionSite": AttentionSite})
+    ours = [site for site in session.unit_map.attention if site.name in ("cross", "decoder")]
+    assert described == [replace(site, projections=()) for site in ours]
 
 
 def test_models_that_drop_layers_get_some_updates(toy):
