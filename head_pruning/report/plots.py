@@ -21,7 +21,8 @@ def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
     first = next(iter(masks.values()))
     sites = first.unit_map.attention
     widest = max(site.heads for site in sites)
-    figure = _figure(2.2 + len(masks) * (0.45 + 0.22 * widest), 1.0 + 0.24 * len(sites))
+    lines = 2 + max(title.count("\n") for title in masks)
+    figure = _figure(2.2 + len(masks) * (0.45 + 0.22 * widest), 0.7 + 0.25 * lines + 0.24 * len(sites))
     panels = figure.subplots(1, len(masks), sharey=True, squeeze=False)[0]
     for panel, (title, mask) in zip(panels, masks.items()):
         for row, (site, where) in enumerate(mask.unit_map.slices()):
