@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import transformers
 
 
 def free_port() -> str:
@@ -64,6 +65,9 @@ def test_other_methods(repo, tmp_path, options):
     check(run(repo, tmp_path / "two", options), *run(repo, tmp_path / "one", options, ranks=1))
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="transformers 5.0 cannot resume two ranks on a CPU (cpu:0)"
+)
 def test_resumed_ranks_end_bit_equal(repo, joint):
     folder, (whole, _) = joint
     again, other = run(repo, folder, "resume")
