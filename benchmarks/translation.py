@@ -7,7 +7,6 @@ measured is never run again (its result lies in the work folder); the table and 
 """
 
 import argparse
-import concurrent.futures
 import json
 import os
 import re
@@ -17,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from tqdm import tqdm
-
+from benchmarks.cells import run_cells
 from fairseq_plugin.running import bleu_of
 from head_pruning import HeadMask
 from head_pruning.artifacts import atomic_path, write_json
@@ -133,9 +131,13 @@ class Bench:
             *"--log-format simple --save-interval-updates 200 --keep-interval-updates 1".split(),
         ]
 
+    def result(self, name: str) -> Path:
+        """Where a measured cell lies."""
+        return self.work / "results" / f"{name}.json"
+
     def run(self, cell: Cell) -> list[dict]:
         """Measure a cell (or read what was measured): one result per row of the table."""
-        result = self.work / "results" / f"{cell.name}.json"
+        result = self.result(cell.name)
         key = {"corpus": str(self.corpus), "updates": self.updates, "options": list(cell.options)}
         if result.exists():
             measured = json.loads(result.read_text())
@@ -231,46 +233,20 @@ def main() -> None:
 
     bench = Bench(options.corpus.resolve(), options.work.resolve(), options.updates, options.threads)
     bench.prepare()
-    known = {path.stem for path in (bench.work / "results").glob("*.json")}
     wanted = [
         cell
         for cell in cells(options.updates)
-        if not options.only or cell.name in known or re.fullmatch(options.only, cell.name)
+        if not options.only or bench.result(cell.name).exists() or re.fullmatch(options.only, cell.name)
     ]
-    order = [cell.name for cell in cells(options.updates)]
     command = f"python -m benchmarks.translation CORPUS --work DIR --updates {options.updates}"
-    measured: dict[str, list[dict]] = {}
-    failed = []
-    waiting = list(wanted)
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(wanted), unit="cell") as bar:
-        running: dict[concurrent.futures.Future, Cell] = {}
-        while waiting or running:
-            ready = [c for c in waiting if c.after is None or c.after in known | set(measured)]
-            while ready and len(running) < options.jobs:
-                cell = ready.pop(0)
-                waiting.remove(cell)
-                running[pool.submit(bench.run, cell)] = cell
-            if not running:
-                sys.exit(
-                    f"error: {', '.join(c.name for c in waiting)} start from cells that were not run; drop --only."
-                )
-            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                cell = running.pop(future)
-                bar.update()
-                try:
-                    measured[cell.name] = future.result()
-                except RuntimeError as error:
-                    failed.append(str(error))
-                    tqdm.write(f"error: {error}")
-                    continue
-                tqdm.write(
-                    f"{cell.name}: " + ", ".join(f"{r['heads']} heads {r['bleu']:.2f}" for r in measured[cell.name])
-                )
-            rows = [row for name in order for row in measured.get(name, [])]
-            if rows:
-                write_results(rows, options.results, options.name, command)
-    sys.exit(f"error: {len(failed)} cells failed" if failed else 0)
+    run_cells(
+        wanted,
+        bench.run,
+        jobs=options.jobs,
+        ready=lambda cell: cell.after is None or bench.result(cell.after).exists(),
+        score="bleu",
+        write=lambda rows: write_results(rows, options.results, options.name, command),
+    )
 
 
 if __name__ == "__main__":

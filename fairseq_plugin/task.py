@@ -88,7 +88,7 @@ class HeadPruningMixin:
         self._optimizer = None
         self._epochs: Optional[float] = None
         if self.session.freezes_model:
-            _freeze(model)
+            self.session.freeze()
         logger.info(
             "pruning with %s: %d heads in %d attention layers, the model's own weights are %s",
             method.name,
@@ -200,13 +200,6 @@ def _ranks() -> int:
 
 def _all_reduce(tensor: torch.Tensor) -> None:
     distributed_utils.all_reduce(tensor, group=distributed_utils.get_data_parallel_group())
-
-
-def _freeze(model: torch.nn.Module) -> None:
-    """Freeze all but the smallest parameter: fairseq refuses a model without any, and it is never stepped."""
-    smallest = min((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel())
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter is smallest)
 
 
 TranslationHeadPruningConfig = pruning_config(TranslationConfig, "TranslationHeadPruningConfig")

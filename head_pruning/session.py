@@ -136,6 +136,22 @@ class PruningSession:
         while self._at_detach:
             self._at_detach.pop()()
 
+    def freeze(self) -> None:
+        """Freeze the model for pipelined pruning, but for the last of its smallest parameters, until :meth:`detach`.
+
+        Optimizers, loss scalers and data-parallel wrappers refuse a model without any; the host must not step it.
+
+        Raises:
+            HeadPruningError: nothing of the model is trainable.
+        """
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise HeadPruningError("All parameters of the model are frozen; leave at least one trainable.")
+        spare = min(reversed(trainable), key=lambda parameter: parameter.numel())
+        for parameter in trainable:
+            parameter.requires_grad_(parameter is spare)
+        self.on_detach(lambda: [parameter.requires_grad_(True) for parameter in trainable])
+
     def on_detach(self, undo: Callable[[], Any]) -> None:
         """Have :meth:`detach` call ``undo``: for what a host changed to make the gates run."""
         self._at_detach.append(undo)

@@ -4,7 +4,7 @@ from typing import Any, Optional, Sequence
 
 from torch import nn
 
-from head_pruning import HeadPruningError, Pruner, PruningSession, UnitMap
+from head_pruning import Pruner, PruningSession, UnitMap
 
 from .unit_map import unit_map as map_units
 
@@ -41,24 +41,5 @@ def open_session(
     options.setdefault("fired_within", _LAYERDROP_UPDATES if drops_layers else 1)
     session = PruningSession(model, unit_map or map_units(model), pruners, seed=seed, **options).attach()
     if session.freezes_model:
-        _freeze(session)
+        session.freeze()  # HeadPruningCallback never steps what is left
     return session
-
-
-def _freeze(session: PruningSession) -> None:
-    """Freeze all but the last of the smallest parameters: optimizers, loss scalers and DDP refuse a model without any.
-
-    That one is never stepped (:class:`hf_plugin.HeadPruningCallback`).
-    """
-    trainable = [p for p in session.model.parameters() if p.requires_grad]
-    if not trainable:
-        raise HeadPruningError("All parameters of the model are frozen; leave at least one trainable.")
-    spare = min(reversed(trainable), key=lambda p: p.numel())
-    for parameter in trainable:
-        parameter.requires_grad_(parameter is spare)
-
-    def thaw() -> None:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-    session.on_detach(thaw)

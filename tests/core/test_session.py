@@ -756,3 +756,18 @@ def test_pipelined_pruning_says_so(toy):
     assert not build(toy, "dsp")[1].freezes_model
     assert not build(toy, "voita", joint_pruning=False)[1].freezes_model
     assert build(toy, "voita", l0_pipelined=True)[1].freezes_model
+
+
+def test_freezing_leaves_one_small_parameter_and_detaching_thaws(toy):
+    model, session, _ = build(toy)
+    first = next(model.parameters())
+    first.requires_grad_(False)  # frozen by the user: stays so
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    session.freeze()
+    (spare,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert spare.numel() == min(p.numel() for p, trained in zip(model.parameters(), before) if trained)
+    session.detach()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    model.requires_grad_(False)
+    with pytest.raises(HeadPruningError, match="leave at least one trainable"):
+        session.freeze()
