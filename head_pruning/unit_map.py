@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -60,6 +60,8 @@ class UnitMap:
 
     attention: tuple[AttentionSite, ...]
     feed_forward: tuple[FeedForwardSite, ...] = ()
+    #: Says what of the model belongs to the heads of a site, see head_pruning.surgery; the host's, never stored.
+    planner: Optional[Callable[[Any, AttentionSite], Any]] = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [site.name for site in self.attention]
@@ -106,7 +108,10 @@ class UnitMap:
 
     def to_dict(self) -> dict:
         """A JSON-ready description; :meth:`from_dict` is its inverse."""
-        return dataclasses.asdict(self)
+        return {
+            "attention": [dataclasses.asdict(site) for site in self.attention],
+            "feed_forward": [dataclasses.asdict(site) for site in self.feed_forward],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "UnitMap":

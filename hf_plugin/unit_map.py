@@ -11,6 +11,7 @@ from head_pruning.unit_map import ATTENTION_KINDS
 from .feed_forward import feed_forward_outputs, feed_forward_sites
 from .head_counts import count_heads
 from .layouts import ATTENTION_LAYOUTS, features, find_parts, parse_layout
+from .surgery import plan_site
 from .tree import Tree
 from .unmapped import Unmapped, raise_unmapped
 
@@ -61,7 +62,7 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
         raise_unmapped(tree, unmapped)
     order = {name: position for position, name in enumerate(tree.modules)}
     attention = sorted([*found, *sites], key=lambda site: (ATTENTION_KINDS.index(site.kind), order[site.name]))
-    return UnitMap(tuple(attention), feed_forward_sites(tree, attention, keep))
+    return UnitMap(tuple(attention), feed_forward_sites(tree, attention, keep), planner=plan_site)
 
 
 def _keep(tree: Tree, ignore: Optional[str]) -> Callable[[str], bool]:
