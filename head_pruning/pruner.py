@@ -1,6 +1,7 @@
 """What a session asks of every method."""
 
-from typing import TYPE_CHECKING, Any, Optional
+import contextlib
+from typing import TYPE_CHECKING, Any, ContextManager, Optional
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ class Pruner:
     needs: frozenset = frozenset()
     #: Whether the model's own weights stay as they are (pipelined pruning).
     freezes_model = False
+    #: Whether head gates must be on the model.
+    needs_gates = True
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -44,6 +47,9 @@ class Pruner:
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
         """Use the gradients of a whole update; see :meth:`PruningSession.after_backward`."""
+
+    def before_step(self, step: int) -> None:
+        """The gradients are final (unscaled, reduced, clipped) and the host's optimizer is about to step."""
 
     def after_step(self, step: int, lr_factor: float) -> None:
         """The host's optimizer has stepped."""
@@ -68,6 +74,10 @@ class Pruner:
         """A new number asks the host for a new optimizer and schedule."""
         return 0
 
+    def evaluating(self) -> ContextManager[None]:
+        """Inside the block the model is what would be kept if training ended now; reversible, bit for bit."""
+        return contextlib.nullcontext()
+
     def harden(self) -> None:
         """Fix the outcome: from now on training and evaluation use the final mask."""
 
@@ -84,3 +94,10 @@ class Pruner:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Restore :meth:`state_dict`."""
+
+    def tensor_state(self) -> dict[str, torch.Tensor]:
+        """What of the state is as large as the model; tensors may be the live ones, so write them at once."""
+        return {}
+
+    def load_tensor_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore :meth:`tensor_state`."""

@@ -19,19 +19,26 @@ class Method:
         config: dataclass of its options; every field has ``help`` in its metadata.
         pruner: class built as ``pruner(config)``.
         selected_by: tells from all options whether the user means this method without naming it.
+        prunes: ``heads`` or ``weights``; a run has at most one method of each.
     """
 
     name: str
     config: type
     pruner: type
     selected_by: Callable[[Any], bool]
+    prunes: str = "heads"
 
 
 _METHODS: dict[str, Method] = {}
 
 
 def register_pruner(
-    *, name: str, config: type, pruner: type, selected_by: Optional[Callable[[Any], bool]] = None
+    *,
+    name: str,
+    config: type,
+    pruner: type,
+    selected_by: Optional[Callable[[Any], bool]] = None,
+    prunes: str = "heads",
 ) -> None:
     """Register a method. Options that share a name with another method's must share type and default."""
     if name in _METHODS:
@@ -46,37 +53,39 @@ def register_pruner(
                     f"The option {field.name} of the pruner {name} differs from that of {other.name}; "
                     "inherit it from a common config."
                 )
-    _METHODS[name] = Method(name, config, pruner, selected_by or (lambda options: False))
+    _METHODS[name] = Method(name, config, pruner, selected_by or (lambda options: False), prunes)
 
 
-def methods() -> Mapping[str, Method]:
-    """All registered methods by name."""
-    from . import gates
+def methods(prunes: str = "heads") -> Mapping[str, Method]:
+    """The registered methods that prune ``heads`` or ``weights``, by name."""
+    from . import gates, weights
 
-    for module in pkgutil.iter_modules(gates.__path__):  # each method registers itself when it is imported
-        importlib.import_module(f"{gates.__name__}.{module.name}")
-    return dict(_METHODS)
+    for package in (gates, weights):
+        for module in pkgutil.iter_modules(package.__path__):  # each method registers itself when it is imported
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    return {name: method for name, method in _METHODS.items() if method.prunes == prunes}
 
 
-def option_fields(names: Optional[Iterable[str]] = None) -> dict[str, dataclasses.Field]:
-    """The union of the options of the named (default: all) methods, each once."""
-    known = methods()
+def option_fields(names: Optional[Iterable[str]] = None, prunes: str = "heads") -> dict[str, dataclasses.Field]:
+    """The union of the options of the named (default: all) methods that prune ``heads`` or ``weights``, each once."""
+    known = methods(prunes)
     return {
         field.name: field for name in (names or known) for field in dataclasses.fields(get_method(name, known).config)
     }
 
 
 def get_method(name: str, known: Optional[Mapping[str, Method]] = None) -> Method:
-    """The method called ``name``. Raises HeadPruningError with the list of names when there is none."""
+    """The method called ``name`` in any case. Raises HeadPruningError with the list of names when there is none."""
     known = known or methods()
+    name = name.lower()
     if name not in known:
         raise HeadPruningError(f"There is no pruner {name}; choose one of {', '.join(sorted(known))}.")
     return known[name]
 
 
-def owners(option: str) -> list[str]:
+def owners(option: str, prunes: str = "heads") -> list[str]:
     """The names of the methods that have ``option``."""
-    return sorted(name for name in methods() if option in option_fields([name]))
+    return sorted(name for name in methods(prunes) if option in option_fields([name], prunes))
 
 
 def implied_method(options: Any) -> Optional[Method]:

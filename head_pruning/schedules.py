@@ -36,3 +36,28 @@ def resolve_steps(value: float, total_steps: Optional[int], flag: str) -> int:
             "or limit training by updates or epochs."
         )
     return max(1, round(value * total_steps))
+
+
+def cubic_density(step: int, *, initial: float, final: float, start: int, stop: int) -> float:
+    """Remaining ratio of PLATON (Zhang et al. 2022, equation 8): cubic from ``initial`` to ``final``.
+
+    Args:
+        step: updates already made, the present one included.
+        initial: remaining ratio up to step ``start``.
+        final: remaining ratio after step ``stop``.
+        start: last step of the initial phase.
+        stop: last step of the cubic phase.
+    """
+    if step <= start:
+        return initial
+    if step > stop:
+        return final
+    return final + (initial - final) * (1 - (step - start) / (stop - start)) ** 3
+
+
+def gradual_sparsity(step: int, *, initial: float, final: float, begin: int, end: int) -> float:
+    """Removed ratio of gradual pruning (Zhu and Gupta 2017): cubic from ``initial`` at ``begin`` to ``final`` at
+    ``end``.
+    """
+    progress = 1.0 if end <= begin else (step - begin) / (end - begin)
+    return initial + (final - initial) * (1.0 - min(max((1.0 - progress) ** 3, 0.0), 1.0))

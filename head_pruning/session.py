@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ class PruningSession:
 
     Args:
         model: the model; its parameters and code are not changed.
-        unit_map: its sites.
+        unit_map: its sites; None where no pruner works by sites.
         pruners: the methods; at most one of them may own the head gates.
         seed: of every draw; the same on all ranks.
         total_steps: updates in training if known, for step counts given as fractions.
@@ -37,6 +37,7 @@ class PruningSession:
             loss = session.loss(compute_loss(model, batch))
             loss.backward()
             session.after_backward()
+            session.before_step()
             optimizer.step()
             session.after_step()
         session.harden()
@@ -45,7 +46,7 @@ class PruningSession:
     def __init__(
         self,
         model: nn.Module,
-        unit_map: UnitMap,
+        unit_map: Optional[UnitMap],
         pruners: Sequence[Pruner],
         *,
         seed: int = 1,
@@ -62,7 +63,12 @@ class PruningSession:
         self.total_steps = total_steps
         self.all_reduce = all_reduce
         self.fired_within = fired_within
-        self.gates = GateBank(model, unit_map)
+        self.gated = any(pruner.needs_gates for pruner in self.pruners)
+        if self.gated and unit_map is None:
+            raise HeadPruningError("Pruners of heads need the model's unit map; pass it to the session.")
+        self.gates = None if unit_map is None else GateBank(model, unit_map)
+        #: For hosts with float32 master copies: leads from a parameter to its copy, with ``.grad`` where it has one.
+        self.master_of: Optional[Callable[[nn.Parameter], torch.Tensor]] = None
         self.step = 0
         self._updates_here = 0
         self._at_detach: list[Callable[[], Any]] = []
@@ -75,7 +81,8 @@ class PruningSession:
             pruner.attach(self)
         if sum(pruner.head_mask() is not None for pruner in self.pruners) > 1:
             raise HeadPruningError("Two of the pruners own the head gates; keep one of them.")
-        self.gates.attach()
+        if self.gated:
+            self.gates.attach()
         return self
 
     def before_update(self, step: int) -> None:
@@ -106,31 +113,45 @@ class PruningSession:
             UnfiredSiteError: a targeted site did not run in the first ``fired_within`` updates.
         """
         self._updates_here += 1
-        if self._updates_here == self.fired_within:
+        if self.gated and self._updates_here == self.fired_within:
             self.gates.check_fired()
         for pruner in self.pruners:
             pruner.after_backward(loss_scale, denominator, micro_batches)
 
+    def before_step(self) -> None:
+        """The gradients are final and the host's optimizer is about to step (some weight pruners need this call)."""
+        for pruner in self.pruners:
+            pruner.before_step(self.step)
+
     def after_step(self, lr_factor: float = 1.0) -> None:
-        """The host's optimizer has stepped: step the gates' own, with ``lr_factor`` on their learning rate."""
+        """The host's optimizer has stepped, and the gradients are still there: step the gates' own, mask weights.
+
+        Args:
+            lr_factor: factor on the learning rate of the gates.
+        """
         for pruner in self.pruners:
             pruner.after_step(self.step, lr_factor)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside the block the model runs in its evaluation state, even if it is in training mode."""
-        with self.gates.forced("evaluation"):
+        with contextlib.ExitStack() as stack:
+            if self.gates is not None:
+                stack.enter_context(self.gates.forced("evaluation"))
+            for pruner in self.pruners:
+                stack.enter_context(pruner.evaluating())
             yield
 
     def harden(self) -> Optional[HeadMask]:
-        """Fix the outcome (exactly K heads) and return the head mask."""
+        """Fix the outcome (exactly K heads, the target density) and return the head mask, None without one."""
         for pruner in self.pruners:
             pruner.harden()
         return self.head_mask()
 
     def detach(self) -> None:
-        """Take everything off: the model is again what it was, bit for bit."""
-        self.gates.detach()
+        """Take everything off: the model is again what it was, bit for bit, but for the zeros of weight pruners."""
+        if self.gates is not None:
+            self.gates.detach()
         for pruner in self.pruners:
             pruner.detach()
         while self._at_detach:
@@ -230,6 +251,23 @@ class PruningSession:
                     f"The checkpoint's state of {pruner.name} lacks {error}; it is damaged or of another version."
                 ) from error
 
+    def tensor_state(self) -> dict[str, torch.Tensor]:
+        """The part of the state that is as large as the model, for a file of the checkpoint (safetensors).
+
+        The tensors may be the live ones: write them before the next update. A run without weight pruners has none.
+        """
+        return {
+            f"{pruner.name}.{key}": tensor for pruner in self.pruners for key, tensor in pruner.tensor_state().items()
+        }
+
+    def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore :meth:`tensor_state`, after :meth:`load_state_dict`. Raises HeadPruningError if it does not fit."""
+        for pruner in self.pruners:
+            prefix = f"{pruner.name}."
+            pruner.load_tensor_state(
+                {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+            )
+
     def reset_optimizer(self) -> None:
         """Forget the moments of the pruners' own optimizers."""
         for pruner in self.pruners:
@@ -241,6 +279,6 @@ class PruningSession:
             {
                 "version": STATE_VERSION,
                 "pruners": [pruner.name for pruner in self.pruners],
-                "unit_map": self.unit_map.to_dict(),
+                "unit_map": None if self.unit_map is None else self.unit_map.to_dict(),
             }
         )

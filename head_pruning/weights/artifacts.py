@@ -1,0 +1,220 @@
+"""Files of pruned weights: masks of one bit per weight, a compressed model, the report."""
+
+import json
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import numpy as np
+import torch
+
+from ..artifacts import MASKS_FILE, REPORT_FILE, atomic_path, write_json
+from ..errors import HeadPruningError
+from ..report.tables import text_table
+from ..unit_map import HeadMask
+
+COMPRESSED_FILE = "model.compressed.safetensors"
+_MASK, _VALUES = "mask.", "values."
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A boolean tensor as ``uint8[ceil(n / 8)]`` on the CPU, row-major, the first weight in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1)))
+
+
+def unpack_mask(packed: torch.Tensor, shape: "torch.Size | tuple[int, ...]") -> torch.Tensor:
+    """The inverse of :func:`pack_mask`. Raises HeadPruningError when the number of bits does not fit the shape."""
+    number = int(np.prod(shape))
+    if packed.dtype != torch.uint8 or packed.numel() != (number + 7) // 8:
+        raise HeadPruningError(
+            f"A packed mask of {packed.numel()} bytes does not fit a tensor of shape {list(shape)}; use masks made "
+            "for this model."
+        )
+    bits = np.unpackbits(packed.cpu().numpy().reshape(-1), count=number)
+    return torch.from_numpy(bits.view(np.bool_)).view(*shape)
+
+
+def save_weight_masks(
+    path: "str | Path", masks: Mapping[str, torch.Tensor], head_mask: Optional[HeadMask] = None
+) -> None:
+    """Write masks, packed, to a safetensors file, atomically; a head mask goes into the same file.
+
+    ``HeadMask.load`` reads the head mask of such a file, :func:`load_weight_masks` the others.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {f"weights.{name}": pack_mask(mask) for name, mask in masks.items()}
+    metadata = {"weight_shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()})}
+    if head_mask is not None:
+        for name, keep in head_mask.by_site().items():
+            tensors[f"heads.{name}"] = torch.tensor(keep, dtype=torch.uint8)
+        metadata["unit_map"] = json.dumps(head_mask.unit_map.to_dict())
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata)
+
+
+def load_weight_masks(path: "str | Path") -> dict[str, torch.Tensor]:
+    """Parameter name to boolean mask. Raises HeadPruningError when the file is missing, damaged or of another kind."""
+    tensors, metadata = _read(path)
+    try:
+        shapes = json.loads(metadata["weight_shapes"])
+        return {name: unpack_mask(tensors[f"weights.{name}"], shape) for name, shape in shapes.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise HeadPruningError(
+            f"{path} holds no weight masks ({error!r}); write them with a weight pruner."
+        ) from error
+
+
+def save_compressed(path: "str | Path", state: Mapping[str, torch.Tensor], *, min_sparsity: float = 0.25) -> None:
+    """Write tensors to a safetensors file without their zeros, atomically.
+
+    A float tensor with at least ``min_sparsity`` zeros becomes a packed mask and its other values, in row-major
+    order: at 10 % density 0.131 of its float32 size. Other tensors are written as they are. Nothing is rounded:
+    :func:`load_compressed` gives the same bits.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    written: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if id(state[name]) in written:  # one object under two names, such as a tied output layer
+            aliases[name] = written[id(state[name])]
+            continue
+        written[id(state[name])] = name
+        bits = tensor.view(_INTEGERS[tensor.element_size()]) if tensor.is_floating_point() and tensor.dim() else None
+        keep = None if bits is None else bits != 0  # of the bits: -0.0 is a value
+        if keep is None or int(torch.count_nonzero(keep)) > (1.0 - min_sparsity) * keep.numel():
+            tensors[name] = tensor.clone() if tensor._base is not None else tensor
+        else:
+            shapes[name] = list(tensor.shape)
+            tensors[_MASK + name] = pack_mask(keep)
+            tensors[_VALUES + name] = tensor[keep]
+    metadata = {"compressed": json.dumps(shapes), "aliases": json.dumps(aliases), "format": "pt"}
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata)
+
+
+def load_compressed(path: "str | Path") -> dict[str, torch.Tensor]:
+    """The dense tensors of a file of :func:`save_compressed`. Raises HeadPruningError when it is none."""
+    tensors, metadata = _read(path)
+    try:
+        shapes, aliases = json.loads(metadata["compressed"]), json.loads(metadata["aliases"])
+        state = {}
+        for name, shape in shapes.items():
+            values = tensors.pop(_VALUES + name)
+            dense = torch.zeros(shape, dtype=values.dtype)
+            dense[unpack_mask(tensors.pop(_MASK + name), shape)] = values
+            state[name] = dense
+        state.update(tensors)
+        state.update({name: state[other] for name, other in aliases.items()})
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise HeadPruningError(
+            f"{path} is no compressed model ({error!r}); write one with save_compressed."
+        ) from error
+    return state
+
+
+def _read(path: "str | Path") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise HeadPruningError(f"There is no file {path}; check the path.")
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})
+    except SafetensorError as error:
+        raise HeadPruningError(f"{path} is damaged ({error}); write it again.") from error
+
+
+def densities(masks: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Parameter name to (weights that stay, weights)."""
+    return {name: (int(torch.count_nonzero(mask)), mask.numel()) for name, mask in masks.items()}
+
+
+def density_table(masks: Mapping[str, torch.Tensor]) -> str:
+    """One line per tensor: weights that stay, weights, percent; and all together."""
+    rows = [(name, kept, total, 100.0 * kept / total) for name, (kept, total) in densities(masks).items()]
+    kept, total = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    return text_table(("tensor", "kept", "of", "percent"), [*rows, ("all", kept, total, 100.0 * kept / max(1, total))])
+
+
+def plot_densities(masks: Mapping[str, torch.Tensor], path: "str | Path") -> None:
+    """Draw the remaining ratio of each tensor as a bar, and that of all together as a line, to a PNG."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    counted = densities(masks)
+    figure = Figure(figsize=(7.5, 1.2 + 0.2 * len(counted)), layout="constrained")
+    panel = figure.subplots()
+    panel.barh(list(counted), [100.0 * kept / total for kept, total in counted.values()], color="#3b6fb6", height=0.7)
+    overall = 100.0 * sum(kept for kept, _ in counted.values()) / max(1, sum(total for _, total in counted.values()))
+    panel.axvline(overall, color="#888888", linestyle=":", label=f"all: {overall:.2f} %")
+    panel.set(xlabel="weights that stay, percent", ylim=(len(counted) - 0.4, -0.6))
+    panel.tick_params(axis="y", labelsize=7, length=0)
+    panel.legend(fontsize=8, frameon=False)
+    with atomic_path(Path(path).with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=150, metadata={"Software": None})
+
+
+def weight_report(
+    masks: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    method: str,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What pruning.json says of pruned weights.
+
+    Args:
+        masks: parameter name to mask, of all tensors under control.
+        parameters: all parameters of the model by name, masked.
+        method: registered name of the pruner.
+        options: its options.
+    """
+    counted = densities(masks)
+    kept, total = (sum(pair[i] for pair in counted.values()) for i in (0, 1))
+    every = sum(tensor.numel() for tensor in parameters.values())
+    nonzero = sum(int(torch.count_nonzero(tensor.detach())) for tensor in parameters.values())
+    return {
+        "method": method,
+        "options": dict(options),
+        "weights_kept": kept,
+        "weights_total": total,
+        "density": kept / max(1, total),
+        "parameters": every,
+        "nonzero_parameters": nonzero,
+        "zeros_of_all_parameters": 1.0 - nonzero / max(1, every),
+        "kept_by_tensor": {name: list(pair) for name, pair in counted.items()},
+    }
+
+
+def write_weight_artifacts(
+    folder: "str | Path",
+    masks: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    method: str,
+    options: Mapping[str, Any],
+    head_mask: Optional[HeadMask] = None,
+) -> None:
+    """Add ``weights`` to the folder's pruning.json (written anew if absent) and the masks to masks.safetensors.
+
+    Also writes the table and picture of densities, weight_density.txt and .png. Call it after
+    ``head_pruning.report.artifacts.write_artifacts`` where heads are pruned too, with the same head mask.
+
+    Raises:
+        HeadPruningError: there is no mask.
+    """
+    if not masks:
+        raise HeadPruningError("There is no weight mask yet; call session.harden() first.")
+    folder = Path(folder)
+    save_weight_masks(folder / MASKS_FILE, masks, head_mask)
+    known = folder / REPORT_FILE
+    report = json.loads(known.read_text(encoding="utf-8")) if head_mask is not None and known.is_file() else {}
+    report["weights"] = weight_report(masks, parameters, method=method, options=options)
+    write_json(known, report)
+    with atomic_path(folder / "weight_density.txt") as temporary:
+        temporary.write_text(density_table(masks) + "\n", encoding="utf-8")
+    plot_densities(masks, folder / "weight_density.png")

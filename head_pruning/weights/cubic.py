@@ -1,0 +1,106 @@
+"""The schedule of PLATON and its siblings: a warm-up, a cubic fall of the remaining ratio, a final phase."""
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import HeadPruningError
+from ..gates.pruner import require
+from ..schedules import cubic_density, resolve_steps
+from .pruner import MaskConfig, WeightPruner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CubicConfig(MaskConfig):
+    """Options of every method that follows PLATON's schedule."""
+
+    initial_threshold: float = field(
+        default=1.0, metadata={"help": "remaining ratio of the weights before the cubic phase, 0 to 1"}
+    )
+    final_threshold: float = field(
+        default=0.15, metadata={"help": "remaining ratio of the weights at the end, 0 to 1"}
+    )
+    warmup_steps: float = field(
+        default=5400,
+        metadata={"help": "unit of the two warm-ups, in updates; below 1: a fraction of training"},
+    )
+    initial_warmup: float = field(
+        default=1, metadata={"help": "no masks during the first so many times warmup_steps updates"}
+    )
+    final_warmup: float = field(
+        default=2, metadata={"help": "masks at the final ratio during the last so many times warmup_steps updates"}
+    )
+    deltaT: int = field(default=1, metadata={"help": "updates from one mask of the cubic phase to the next"})
+
+
+class CubicPruner(WeightPruner):
+    """Masks every deltaT updates while the remaining ratio falls, and at every update of the final phase."""
+
+    def attach(self, session) -> None:
+        for option in ("initial_threshold", "final_threshold"):
+            require(self.config, option, lambda value: 0 <= value <= 1, "a remaining ratio from 0 to 1")
+        for option in ("initial_warmup", "final_warmup"):
+            require(self.config, option, lambda value: value >= 0, "0 or more")
+        require(self.config, "deltaT", lambda value: value >= 1, "1 or more updates")
+        self.warmup = -1
+        super().attach(session)
+        self._density = self.config.final_threshold
+        if self.selection.scope == "pattern":
+            fixed = self.selection.keep / self.selection.size[0]
+            default = CubicConfig.__dataclass_fields__["final_threshold"].default
+            if self.config.final_threshold not in (default, fixed):
+                raise HeadPruningError(
+                    f"--weight-selection {self.config.weight_selection} keeps {fixed:g} of the weights, which "
+                    f"contradicts --final-threshold {self.config.final_threshold}; leave one of them out."
+                )
+            self._density = fixed
+
+    def plan(self) -> None:
+        total = self.session.total_steps
+        if not total:
+            raise HeadPruningError(
+                f"{self.name} needs the length of training, which is not known here; limit training by updates or "
+                "epochs."
+            )
+        if self.warmup < 0:
+            self.warmup = resolve_steps(self.config.warmup_steps, total, "--warmup-steps")
+        self.start = int(self.config.initial_warmup * self.warmup)
+        self.stop = total - int(self.config.final_warmup * self.warmup)
+        if self.start >= self.stop:
+            logger.warning(
+                "the pruner's warm-ups take %d + %d updates but training has %d: the remaining ratio will not fall "
+                "gradually; lower --warmup-steps (a fraction of training such as 0.1 follows its length)",
+                self.start,
+                total - self.stop,
+                total,
+            )
+
+    def density_at(self, t: int) -> float:
+        return cubic_density(
+            t,
+            initial=self.config.initial_threshold,
+            final=self._density,
+            start=self.start,
+            stop=self.stop,
+        )
+
+    def due(self, t: int) -> bool:
+        return t > self.start and (t > self.stop or t % self.config.deltaT == 0)
+
+    def final_at(self, t: int) -> bool:
+        return t > self.start and t > self.stop
+
+    def final_density(self) -> float:
+        return self._density
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        # The warm-up may have been given as a fraction: a resumed run keeps the length that it was started with.
+        return {**super().state_dict(), "schedule": np.array([float(self.warmup)])}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        super().load_state_dict(state)
+        if self.config.warmup_steps < 1:
+            self.warmup = int(state["schedule"][0])

@@ -1,0 +1,48 @@
+"""Lock: fine-tune a pruned model while its zeros stay zeros."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import HeadPruningError
+from ..registry import register_pruner
+from .pruner import WeightConfig, WeightPruner
+
+
+@dataclass
+class LockConfig(WeightConfig):
+    """Options of lock."""
+
+
+class LockPruner(WeightPruner):
+    """Keeps the zeros that the model has at the first update; tensors without zeros are left alone."""
+
+    name = "lock"
+
+    def plan(self) -> None:
+        if self.has_mask:
+            return  # resumed: the masks come with the checkpoint
+        master = self.session.master_of or (lambda parameter: parameter)
+        found = [
+            t for t in self.targets if torch.count_nonzero(master(t.parameter).detach()).item() < t.parameter.numel()
+        ]
+        if not found:
+            raise HeadPruningError(
+                "The model has no zeros to lock; start from a pruned one, or name its weights with --weights-include."
+            )
+        self.active = found
+        self._lay_out()
+        kept = 0
+        for portion in self.portions:
+            keep = [value != 0 for value in portion.values]
+            kept += sum(int(torch.count_nonzero(mask)) for mask in keep)
+            self.masks.store(portion, keep)
+        self.has_mask = self.clean = self.locked = True
+        self.selected = kept / sum(self.sizes[target.name] for target in self.active)
+
+    def final_density(self) -> float:
+        return self.selected if not math.isnan(self.selected) else 1.0
+
+
+register_pruner(name="lock", config=LockConfig, pruner=LockPruner, prunes="weights")

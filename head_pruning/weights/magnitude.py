@@ -1,0 +1,151 @@
+"""Pruning by magnitude: on PLATON's schedule, and gradually per tensor (Zhu and Gupta 2017)."""
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..errors import HeadPruningError
+from ..gates.pruner import require
+from ..registry import register_pruner
+from ..schedules import gradual_sparsity, resolve_steps
+from .cubic import CubicConfig, CubicPruner
+from .pieces import Portion
+from .pruner import MaskConfig, WeightPruner
+
+logger = logging.getLogger(__name__)
+
+
+class _Magnitude(WeightPruner):
+    def scores(self, portion: Portion) -> list[torch.Tensor]:
+        scores = portion.scratch()
+        for value, x in zip(portion.values, scores):
+            x.copy_(value).abs_()
+        return scores
+
+
+class MagnitudePruner(_Magnitude, CubicPruner):
+    """Prunes the weights of smallest magnitude on PLATON's schedule."""
+
+    name = "magnitude"
+
+
+@dataclass
+class GradualConfig(MaskConfig):
+    """Options of gradual magnitude pruning."""
+
+    target_sparsity: float = field(default=0.0, metadata={"help": "ratio of weights removed at the end, 0 to 1"})
+    initial_sparsity: float = field(default=0.0, metadata={"help": "ratio of weights removed at first, 0 to 1"})
+    threshold_decay: float = field(
+        default=0.0, metadata={"help": "weight of the previous threshold of a tensor in its next, 0 to below 1"}
+    )
+    pruning_frequency: int = field(default=100, metadata={"help": "updates from one mask to the next"})
+    begin_pruning_step: float = field(
+        default=0, metadata={"help": "first update (from 0) with a mask; below 1: a fraction of training"}
+    )
+    end_pruning_step: float = field(
+        default=-1,
+        metadata={"help": "last update that may move masks; below 1: a fraction of training; -1: never frozen"},
+    )
+    policy_begin_step: float = field(
+        default=0, metadata={"help": "update from which the sparsity rises; below 1: a fraction of training"}
+    )
+    policy_end_step: float = field(
+        default=1000, metadata={"help": "update by which the target is reached; below 1: a fraction of training"}
+    )
+
+
+class GradualMagnitudePruner(_Magnitude):
+    """Prunes the smallest weights of each tensor, a few more at each mask; pruned ones may come back."""
+
+    name = "gradual_magnitude"
+    inclusive = True
+    default_selection, default_policy = "tensor", "retained"
+    first_step = 0
+
+    def attach(self, session) -> None:
+        for option in ("target_sparsity", "initial_sparsity"):
+            require(self.config, option, lambda value: 0 <= value <= 1, "a removed ratio from 0 to 1")
+        require(self.config, "threshold_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        require(self.config, "pruning_frequency", lambda value: value >= 1, "1 or more updates")
+        self.steps: dict[str, int] = {}
+        super().attach(session)
+        self._target = self.config.target_sparsity
+        if self.selection.scope == "pattern":
+            fixed = 1.0 - self.selection.keep / self.selection.size[0]
+            if self._target not in (0.0, fixed):
+                raise HeadPruningError(
+                    f"--weight-selection {self.config.weight_selection} removes {fixed:g} of the weights, which "
+                    f"contradicts --target-sparsity {self._target}; leave one of them out."
+                )
+            self._target = fixed
+        if self._target <= 0:
+            raise HeadPruningError("--target-sparsity is 0, so nothing would be pruned; give a ratio such as 0.9.")
+
+    def plan(self) -> None:
+        total = self.session.total_steps
+        for name in ("begin_pruning_step", "end_pruning_step", "policy_begin_step", "policy_end_step"):
+            value = getattr(self.config, name)
+            if name not in self.steps:
+                never = name == "end_pruning_step" and value == -1
+                self.steps[name] = -1 if never else resolve_steps(value, total, f"--{name.replace('_', '-')}")
+        if total and self.steps["policy_end_step"] >= total:
+            logger.warning(
+                "the sparsity rises until update %d but training has %d: the model will not be trained at the target; "
+                "lower --policy-end-step",
+                self.steps["policy_end_step"],
+                total,
+            )
+
+    def before_update(self, step: int) -> None:
+        super().before_update(step)
+        fresh = not self.has_mask and self.t == self.first_step - 1
+        if fresh and (self.config.initial_sparsity or self.config.threshold_decay):
+            self.mask_now(1.0 - self.config.initial_sparsity)
+
+    def _sparsity(self, t: int) -> float:
+        return gradual_sparsity(
+            t,
+            initial=self.config.initial_sparsity,
+            final=self._target,
+            begin=self.steps["policy_begin_step"],
+            end=self.steps["policy_end_step"],
+        )
+
+    def density_at(self, t: int) -> float:
+        return 1.0 - self._sparsity(t)
+
+    def due(self, t: int) -> bool:
+        begin, end = self.steps["begin_pruning_step"], self.steps["end_pruning_step"]
+        return t >= begin and (end == -1 or t <= end) and (t - begin) % self.config.pruning_frequency == 0
+
+    def final_at(self, t: int) -> bool:
+        return t >= self.steps["policy_end_step"]
+
+    def final_density(self) -> float:
+        return 1.0 - self._target
+
+    def _threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
+        decay = self.config.threshold_decay
+        if not decay:
+            return super()._threshold(name, score, k)
+        # As in the published code: it starts from 0, and from the smallest score less 1 where nothing is pruned.
+        new = score.min() - 1.0 if k == 0 else super()._threshold(name, score, k)
+        self.thresholds[name] = decay * self.thresholds.get(name, torch.zeros_like(new)) + (1.0 - decay) * new
+        return self.thresholds[name]
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        # Steps may have been given as fractions: a resumed run keeps those that it was started with.
+        return {**super().state_dict(), "schedule": np.array([float(step) for step in self.steps.values()])}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        super().load_state_dict(state)
+        names = ("begin_pruning_step", "end_pruning_step", "policy_begin_step", "policy_end_step")
+        for name, step in zip(names, state["schedule"]):
+            if 0 < getattr(self.config, name) < 1:
+                self.steps[name] = int(step)
+
+
+register_pruner(name="magnitude", config=CubicConfig, pruner=MagnitudePruner, prunes="weights")
+register_pruner(name="gradual_magnitude", config=GradualConfig, pruner=GradualMagnitudePruner, prunes="weights")
