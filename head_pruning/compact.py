@@ -3,28 +3,35 @@
 This file imports nothing but torch: a copy of it travels with compact checkpoints, so that they load without the
 package. A recipe is JSON::
 
-    {"version": 1, "sites": {"encoder.layer.0.attention": {
+    {"version": 1, "unit_map": {...}, "sites": {"encoder.layer.0.attention": {
         "heads": 12, "kept": [0, 7],
         "tensors": [["encoder.layer.0.attention.self.query.weight", 0, [[1, 64]]], ...],
         "counts": [["encoder.layer.0.attention.self.num_attention_heads", 1], ...],
-        "select": [["encoder.layer.0.attention.self", "position_bias", 4, 1, false], ...],
+        "hooks": [["select", "encoder.layer.0.attention.self", {"argument": "position_bias", ...}], ...],
         "empty": ["encoder.layer.0.attention.self", {...}]}}}
 
-``kept`` are the heads that stay, numbered as in the original model. ``tensors``: name, dimension and the blocks that
-the dimension is made of; ``[1, width]`` is so many slices of every head, head after head, ``[0, width]`` so many that
-all heads share. ``counts``: attributes and
-what each head adds to them. ``select``: arguments of a module's forward (name, position or null) whose dimension runs
-over the original heads; true: it also runs over the examples, in front. ``empty``: the module that becomes a
-:class:`NoHeads` when no head stays, and its options.
+``kept`` are the heads that stay, numbered as in the original model, whose sites ``unit_map`` lists. ``tensors``: name,
+dimension and the blocks that the dimension is made of; ``[1, width]`` is so many slices of every head, head after
+head, ``[1, width, first, end]`` of the heads from ``first`` to before ``end`` only, ``[0, width]`` so many that all
+heads share; ``[2, width]`` is so many slices of every query head, where query heads share keys (``per_group`` of them
+each). ``counts``: attributes and what each head adds to them, or with ``"queries"`` each query head; a last
+``config.`` is the module's own view of its configuration. ``hooks``: see :data:`HOOKS`. ``empty``: what is left when
+no head stays: a module that becomes :class:`NoHeads` and its options; without options, the output projection of a site
+that keeps the head ``dummy`` then, whose output counts as zero. ``queries``, where heads are groups that lost single
+query heads: the query heads that stay; ``expanded``: keys and values are repeated, one for each of them.
 """
 
-from typing import Any, Mapping, Optional, Sequence
+import copy
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 VERSION = 1
+HEADS, QUERIES = 1, 2  # kinds of blocks
 ATTRIBUTE = "_removed_heads"  # a plain attribute of the model: its recipe
+HOOK_ATTRIBUTE = "_head_hooks"  # of a module: its hooks by kind and argument
 
 
 class Select:
@@ -33,17 +40,19 @@ class Select:
     Args:
         argument: its name.
         position: its position among the positional arguments, or None.
-        dim: the dimension of the heads.
-        folded: whether examples and heads share that dimension, examples first.
+        dim: the dimension of the heads, counted from the last.
+        folded: whether examples and heads may share that dimension, examples first.
+        width: slices per head.
         heads: H of the original.
         kept: the heads that stay.
     """
 
-    def __init__(
-        self, argument: str, position: Optional[int], dim: int, folded: bool, heads: int, kept: Sequence[int]
-    ) -> None:
-        self.argument, self.position, self.dim, self.folded = argument, position, dim, folded
-        self.heads, self.kept = heads, list(kept)
+    def __init__(self, argument: str, position: Optional[int], dim: int, folded: bool, width: int) -> None:
+        self.argument, self.position, self.dim, self.folded, self.width = argument, position, dim, folded, width
+        self.heads, self.kept = 0, []
+
+    def attach(self, module: nn.Module) -> list:
+        return [module.register_forward_pre_hook(self, with_kwargs=True)]
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kwargs.get(self.argument) is not None:
@@ -52,15 +61,184 @@ class Select:
             args = (*args[: self.position], self.taken(args[self.position]), *args[self.position + 1 :])
         return args, kwargs
 
-    def taken(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slices that stay; what is as wide as one head is shared by all."""
-        if not isinstance(tensor, torch.Tensor) or tensor.shape[self.dim] == 1:
-            return tensor
-        index = torch.tensor(self.kept, device=tensor.device)
-        if self.folded:
-            whole = tensor.unflatten(self.dim, (-1, self.heads)).index_select(self.dim + 1, index)
-            return whole.flatten(self.dim, self.dim + 1)
-        return tensor.index_select(self.dim, index)
+    def taken(self, whole: Any) -> Any:
+        """The slices that stay; what has no slice per head is shared by all."""
+        if not isinstance(whole, torch.Tensor) or whole.ndim < -self.dim:
+            return whole
+        dim, size = self.dim % whole.ndim, self.heads * self.width
+        index = torch.tensor(slices([(1, self.width)], range(self.heads), self.kept), device=whole.device)
+        if whole.shape[dim] == size:
+            taken = whole.index_select(dim, index)
+            taken.of_all_heads = whole  # for the layers to come, see SharedBias
+            return taken
+        if self.folded and whole.shape[dim] % size == 0:
+            return whole.unflatten(dim, (-1, size)).index_select(dim + 1, index).flatten(dim, dim + 1)
+        return whole
+
+
+class SharedBias:
+    """A position bias that one layer returns for the layers to come, which have other heads: return that of all heads.
+
+    Where the layer was given the bias, it is the one that :class:`Select` got. Where the layer made it, it is what its
+    table of all heads says, plus whatever was added for all heads alike (a mask).
+
+    Args:
+        output: position of the bias among the values that the module returns.
+        table: the embedding within the module whose output is ``[queries, keys, heads]``; None: the bias is the same
+            for all heads.
+    """
+
+    def __init__(self, output: int, table: Optional[str]) -> None:
+        self.output, self.table = output, table
+        self.heads, self.kept = 0, []
+        self.whole: dict[torch.device, torch.Tensor] = {}
+
+    def attach(self, module: nn.Module) -> list:
+        handles = [module.register_forward_hook(self)]
+        if self.table is not None:
+            handles.append(module.get_submodule(self.table).register_forward_hook(self.read))
+        return handles
+
+    def read(self, table: nn.Module, args: tuple, values: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the table: what it says of the heads that stay."""
+        self.whole[values.device] = values
+        return values.index_select(-1, torch.tensor(self.kept, device=values.device))
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple) -> tuple:
+        bias = output[self.output]
+        whole = self.whole.pop(bias.device, None) if isinstance(bias, torch.Tensor) else None
+        if not isinstance(bias, torch.Tensor):
+            return output
+        if hasattr(bias, "of_all_heads"):
+            full = bias.of_all_heads
+        elif whole is None:
+            full = bias[..., :1, :, :].expand(*bias.shape[:-3], self.heads, *bias.shape[-2:])
+        else:
+            whole = whole.permute(2, 0, 1)[:, -bias.shape[-2] :, :]
+            added = (bias[..., :1, :, :] - whole[self.kept[:1]]).detach()
+            full = whole + added
+        return (*output[: self.output], full, *output[self.output + 1 :])
+
+
+class Reshape:
+    """Inside a module's forward, reshape to what the heads that stay have where the width of all is asked for.
+
+    For modules that merge heads into the width of their input, or divide it by the number of heads.
+
+    Args:
+        width: features of one head.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.heads, self.kept = 0, []
+
+    def attach(self, module: nn.Module) -> list:
+        return [
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        _Reshaping(self.heads * self.width, len(self.kept)).__enter__()
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        _Reshaping(0, 1).__exit__(None, None, None)  # leaves the innermost mode, whichever object says so
+
+
+class _Reshaping(TorchFunctionMode):
+    def __init__(self, whole: int, heads: int) -> None:
+        super().__init__()
+        self.whole, self.heads = whole, heads
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Optional[dict] = None) -> Any:
+        if func in (torch.Tensor.view, torch.Tensor.reshape) and isinstance(args[-1], (int, tuple)):
+            *leading, last = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+            if leading and last in (self.whole, self.whole // self.heads):
+                size = 1
+                for extent in leading:
+                    size *= extent
+                if size > 0 and args[0].numel() != size * last and args[0].numel() % size == 0:
+                    args = (args[0], *leading, args[0].numel() // size)
+        return func(*args, **(kwargs or {}))
+
+
+class Arrange:
+    """Hooks for code that takes a fused projection apart into a fixed number of parts of equally many heads: its
+    activations get dummy heads up to the next multiple, which the output projection does not read.
+
+    Args:
+        parts: number of parts; each is made of blocks with a slice per head of the part.
+        blocks: number of blocks in a part.
+        width: features of one head in each block, and in the input of the output projection.
+        projection: the fused projection within the module.
+        out: the output projection within the module.
+    """
+
+    def __init__(self, parts: int, blocks: int, width: int, projection: str, out: str) -> None:
+        self.parts, self.blocks, self.width = parts, blocks, width
+        self.projection, self.out = projection, out
+        self.heads, self.kept = 0, []
+
+    def attach(self, module: nn.Module) -> list:
+        return [
+            module.get_submodule(self.projection).register_forward_hook(self.pad),
+            module.get_submodule(self.out).register_forward_pre_hook(self.narrow),
+        ]
+
+    def padded(self) -> int:
+        """Number of heads that the module computes with."""
+        return -(-len(self.kept) // self.parts) * self.parts
+
+    def pad(self, projection: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """From the parts that the heads had in the original to parts of equally many heads."""
+        per_part, now = self.heads // self.parts, self.padded() // self.parts
+        order = sorted(
+            ((head // per_part, block, head) for head in self.kept for block in range(self.blocks)),
+        )
+        found = {(block, head): piece for (_, block, head), piece in zip(order, output.split(self.width, -1))}
+        dummy = output.new_zeros(*output.shape[:-1], self.width)
+        heads = [*self.kept, *[None] * (self.padded() - len(self.kept))]
+        pieces = [
+            found.get((block, head), dummy)
+            for part in range(self.parts)
+            for block in range(self.blocks)
+            for head in heads[part * now : (part + 1) * now]
+        ]
+        return torch.cat(pieces, -1)
+
+    def narrow(self, out: nn.Module, args: tuple) -> tuple:
+        """What the heads that stay made."""
+        return (args[0][..., : len(self.kept) * self.width], *args[1:])
+
+
+class Silence:
+    """Forward pre-hook of an output projection: what it reads counts as zero."""
+
+    def __init__(self) -> None:
+        self.heads, self.kept = 0, []
+
+    def attach(self, module: nn.Module) -> list:
+        return [module.register_forward_pre_hook(self)]
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        return (torch.zeros_like(args[0]), *args[1:])
+
+
+#: The kinds of hooks that a recipe names.
+HOOKS = {"select": Select, "shared_bias": SharedBias, "reshape": Reshape, "arrange": Arrange, "silence": Silence}
+
+
+class ConfigView:
+    """A module's configuration with some values of its own; all else is read from the model's."""
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["_config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_config" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_config"], name)
 
 
 class NoHeads(nn.Module):
@@ -68,53 +246,154 @@ class NoHeads(nn.Module):
 
     An attention module becomes one by a change of its class; its attributes stay. Options (``_no_heads``):
 
+    - ``inputs``: name and position of the argument whose shape each of its constants has; usually one.
     - ``out``: name of the output projection within the module; null: it is outside and gets an input of width 0.
-    - ``after``: names of modules (dropout) that run on the output projection's output.
-    - ``returns``: how many values the module returns (0: the bare tensor); all but the first are None.
+    - ``after``: what runs on the output projection's output: names of modules, or of attributes that say a dropout's
+      probability.
+    - ``residual``: name and position of the argument that is added then, or null; ``norm``: the module that follows.
+    - ``returns``: what it returns after the constants: name and position of an argument, or null for None; null: the
+      bare tensor; ``list``: true where it returns a list instead of a tuple.
+    - ``attentions``: name and position of the argument that asks for attentions, or null, and how many values more it
+      returns then.
     - ``drop``: names of its modules and parameters that are no longer needed.
-    - ``cache``: whether it keeps keys and values, so that a cache counts its tokens.
+    - ``cache``: name and position of the argument with keys and values of earlier tokens, and the attribute that says
+      which of its layers this is, and whether they are those of another sequence; or null.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The constant, in the shape of the first tensor given."""
+        """The constant, in the shape of the input."""
         options: Mapping[str, Any] = self._no_heads
-        given = (
-            *args,
-            *(kwargs[name] for name in ("hidden_states", "query", "x") if name in kwargs),
-            *kwargs.values(),
-        )
-        hidden = next(value for value in given if isinstance(value, torch.Tensor))
-        output = hidden.new_zeros(*hidden.shape[:-1], 0)
-        if options.get("out"):
-            output = self.get_submodule(options["out"])(output)
-            for name in options.get("after", ()):
-                output = self.get_submodule(name)(output)
+        given = [_argument(where, args, kwargs) for where in options["inputs"]]
+        constants = [None if each is None else self.constant(each, args, kwargs) for each in given]
         if options.get("cache"):
-            count_tokens(self, hidden, kwargs)
-        return (output, *[None] * (options["returns"] - 1)) if options["returns"] else output
+            name, position, layer, cross = options["cache"]
+            cache = _argument((name, position), args, kwargs)
+            count_tokens(cache, given[0], getattr(self, layer), cross, kwargs.get("cache_position"))
+        if options["returns"] is None:
+            return constants[0]
+        where, more = options["attentions"]
+        if not _argument((where or ("output_attentions", None)), args, kwargs):
+            more = 0
+        passed = [None if where is None else _argument(where, args, kwargs) for where in options["returns"]]
+        returned = (*constants, *passed, *[None] * more)
+        return list(returned) if options.get("list") else returned
+
+    def constant(self, like: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What the attention of queries in the shape of ``like`` has become."""
+        options: Mapping[str, Any] = self._no_heads
+        output = like.new_zeros(*like.shape[:-1], 0)
+        if not options.get("out"):
+            return output
+        out = self.get_submodule(options["out"])
+        if hasattr(out, "nf"):  # GPT-2's Conv1D cannot read nothing
+            output = like.new_zeros(*like.shape[:-1], out.nf) + out.bias
+        else:
+            output = out(output)
+        for name in options["after"]:
+            step = getattr(self, name)
+            if isinstance(step, nn.Module):
+                output = step(output)
+            else:
+                output = nn.functional.dropout(output, step, self.training)
+        if options.get("residual"):
+            output = _argument(options["residual"], args, kwargs) + output
+        return self.get_submodule(options["norm"])(output) if options.get("norm") else output
 
 
-def count_tokens(module: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
-    """Let a cache count the tokens of a layer that has no keys: positions are read off the length of its entries."""
-    cache = kwargs.get("past_key_values", kwargs.get("past_key_value", kwargs.get("layer_past")))
-    layer = getattr(module, "layer_idx", None)
-    if cache is not None and layer is not None and hasattr(cache, "update"):
-        nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
-        cache.update(nothing, nothing, layer)
+def _argument(where: Sequence, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    name, position = where
+    if name in kwargs:
+        return kwargs[name]
+    return args[position] if position is not None and len(args) > position else None
 
 
-def slices(blocks: Sequence[Sequence[int]], heads: int, kept: Sequence[int]) -> torch.Tensor:
-    """Indices of what stays of a dimension that is made of ``blocks`` for ``heads`` heads."""
-    found, start = [], 0
-    for per_head, width in blocks:
-        if not per_head:
-            found.append(torch.arange(start, start + width))
+def count_tokens(cache: Any, hidden: torch.Tensor, layer: int, cross: bool, where: Optional[torch.Tensor]) -> None:
+    """Fill the place that a layer without keys has in a cache: positions are read off the length of its entries.
+
+    Args:
+        cache: of transformers, or None.
+        hidden: the queries' input, ``[examples, tokens, features]``.
+        layer: the layer's number in the cache.
+        cross: whether its keys are those of another sequence.
+        where: the tokens' positions, where the caller knows them; older caches need to be told.
+    """
+    # Ones: some caches count the keys that are not zero.
+    nothing = hidden.new_ones(hidden.shape[0], 1, 1 if cross else hidden.shape[1], 1)
+    if cross:
+        if hasattr(cache, "cross_attention_cache") and not cache.is_updated.get(layer):
+            cache.cross_attention_cache.update(nothing, nothing, layer)
+            cache.is_updated[layer] = True
+        return
+    cache = getattr(cache, "self_attention_cache", cache)
+    if hasattr(cache, "update"):
+        cache.update(nothing, nothing, layer, *([] if where is None else [{"cache_position": where}]))
+
+
+def slices(
+    blocks: Iterable[Sequence[int]],
+    held: Sequence[int],
+    kept: Sequence[int],
+    queries: Optional[tuple[Sequence[int], Sequence[int]]] = None,
+    repeat: int = 0,
+) -> list[int]:
+    """Indices of what stays of a dimension that is made of ``blocks`` for the heads ``held``.
+
+    Args:
+        blocks: see the top of the file.
+        held: the heads there are.
+        kept: the heads that stay.
+        queries: the query heads there are, and those that stay; needed for blocks of query heads.
+        repeat: query heads per head of the original, where the slices of a head are to be repeated for each of its
+            query heads that stay; else 0.
+    """
+    found: list[int] = []
+    start = 0
+    for kind, width, *of in blocks:
+        there, stay = (queries if kind == QUERIES and queries else (held, kept)) if kind else ([None], [None])
+        for head in there:
+            if of and not of[0] <= head < of[1]:
+                continue
+            if head in stay:
+                times = sum(query // repeat == head for query in queries[1]) if repeat and kind == HEADS else 1
+                found.extend(list(range(start, start + width)) * times)
             start += width
-            continue
-        rows = torch.arange(start, start + heads * width).view(heads, width)
-        found.append(rows[list(kept)].flatten())
-        start += heads * width
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+    return found
+
+
+def stays(site: Mapping[str, Any], earlier: Optional[Mapping[str, Any]], blocks: Iterable[Sequence[int]]) -> list[int]:
+    """Indices of what a site's recipe keeps of a dimension, whose tensor holds what the ``earlier`` recipe kept."""
+    held, queries = _held(site, earlier)
+    repeat = site["per_group"] if site.get("expanded") else 0
+    return slices(blocks, held, held_heads(site), (queries, held_queries(site)), repeat)
+
+
+def was(site: Mapping[str, Any], earlier: Optional[Mapping[str, Any]], blocks: Iterable[Sequence[int]]) -> int:
+    """The size of that dimension before."""
+    held, queries = _held(site, earlier)
+    return len(slices(blocks, held, held, (queries, queries)))
+
+
+def _held(site: Mapping[str, Any], earlier: Optional[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    if earlier is None:
+        return list(range(site["heads"])), list(range(site["heads"] * site.get("per_group", 1)))
+    return held_heads(earlier), held_queries(earlier)
+
+
+def held_heads(site: Mapping[str, Any]) -> list[int]:
+    """The heads of a site that its tensors hold: those that stay, or the dummy."""
+    return site["kept"] or ([site["dummy"]] if site.get("dummy") is not None else [])
+
+
+def held_queries(site: Mapping[str, Any]) -> list[int]:
+    """The query heads of a site that its tensors hold, numbered as in the original."""
+    of = site.get("per_group", 1)
+    there = site.get("queries")
+    return [
+        query
+        for head in held_heads(site)
+        for query in range(head * of, head * of + of)
+        if there is None or query in there
+    ]
 
 
 def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], before: Optional[Mapping[str, Any]] = None) -> nn.Module:
@@ -130,45 +409,35 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], before: Optional[M
     """
     if recipe.get("version") != VERSION:
         raise ValueError(f"the recipe of removed heads is of version {recipe.get('version')}, not {VERSION}")
-    cut: set[int] = set()
+    done: dict[tuple, tuple] = {}
     for name, site in recipe["sites"].items():
-        held = list(range(site["heads"]))
-        if before is not None and name in before["sites"]:
-            held = before["sites"][name]["kept"]
-        if held == site["kept"]:
-            if before is None:
-                _adapt(model, site)
+        earlier = before["sites"].get(name) if before is not None else None
+        if earlier == site:
             continue
-        position = {head: i for i, head in enumerate(held)}
-        index = [position[head] for head in site["kept"]]
+        if earlier is not None and earlier.get("expanded"):
+            raise ValueError(f"nothing more can be cut out of {name}, whose keys and values are repeated")
         for tensor, dim, blocks in site["tensors"]:
-            _cut(model, tensor, dim, slices(blocks, len(held), index), _width(blocks, len(held)), cut)
+            _cut(model, tensor, dim, stays(site, earlier, blocks), was(site, earlier, blocks), done)
         _adapt(model, site)
-        if not site["kept"]:
-            _silence(model, *site["empty"])
-    setattr(model, ATTRIBUTE, recipe)
+    setattr(model, ATTRIBUTE, copy.deepcopy(dict(recipe)))
     return model
 
 
-def _width(blocks: Sequence[Sequence[int]], heads: int) -> int:
-    return sum(width * (heads if per_head else 1) for per_head, width in blocks)
-
-
-def _cut(model: nn.Module, name: str, dim: int, index: torch.Tensor, width: int, cut: set[int]) -> None:
+def _cut(model: nn.Module, name: str, dim: int, index: list[int], width: int, done: dict[tuple, tuple]) -> None:
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     tensor = getattr(owner, leaf)
-    if id(tensor) in cut:  # shared with another site, and already cut
-        return
     if tensor.shape[dim] != width:
         raise ValueError(f"{name} has {tensor.shape[dim]} slices where the recipe expects {width}")
-    if tensor.is_meta:
-        index = index.to("meta")
-    new = tensor.detach().index_select(dim, index.to(tensor.device))
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    setattr(owner, leaf, new)
-    cut.add(id(new))
+    if index == list(range(width)):
+        return
+    key = (id(tensor), dim, tuple(index))
+    if key not in done:  # tied weights stay tied
+        new = tensor.detach().index_select(dim, torch.tensor(index, dtype=torch.long, device=tensor.device))
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        done[key] = (new, tensor)
+    setattr(owner, leaf, done[key][0])
     _sizes(owner)
 
 
@@ -187,26 +456,61 @@ def _sizes(owner: nn.Module) -> None:
         owner.embedding_dim = weight.shape[1]
 
 
-def _silence(model: nn.Module, name: str, options: Mapping[str, Any]) -> None:
+def _adapt(model: nn.Module, site: Mapping[str, Any]) -> None:
+    """Everything about a site but its tensors: attributes, hooks, and its module when it has no heads."""
+    held = held_heads(site)
+    hooks = site["hooks"] if held else ()
+    if held and not site["kept"]:
+        hooks = [*hooks, ["silence", site["empty"][0], {}]]
+    heads = len(held)
+    for kind, name, options in hooks:
+        hook = _hook(model.get_submodule(name), kind, options)
+        hook.heads, hook.kept = site["heads"], list(held)
+        if isinstance(hook, Arrange):
+            heads = hook.padded()
+    queries = held_queries(site)
+    if site.get("expanded"):
+        heads = len(queries)
+    for name, each, *of in site["counts"]:
+        path, _, leaf = name.rpartition(".")
+        value = each * (len(queries) if of == ["queries"] else heads)
+        if of == ["per_group"]:
+            value = len(queries) // heads if heads else each
+        if path.rpartition(".")[2] == "config":
+            module = model.get_submodule(path.rpartition(".")[0])
+            if not isinstance(module.config, ConfigView):
+                module.config = ConfigView(module.config)
+            setattr(module.config, leaf, value)
+        else:
+            setattr(model.get_submodule(path), leaf, value)
+    if not held:
+        _remove_hooks(model, site)
+        _empty(model, *site["empty"])
+
+
+def _hook(module: nn.Module, kind: str, options: Mapping[str, Any]) -> Any:
+    """The module's hook of this kind, attached when it has none yet."""
+    hooks = module.__dict__.setdefault(HOOK_ATTRIBUTE, {})
+    key = f"{kind} {options.get('argument', '')}"
+    if key not in hooks:
+        hook = HOOKS[kind](**options)
+        hooks[key] = (hook, hook.attach(module))
+    return hooks[key][0]
+
+
+def _remove_hooks(model: nn.Module, site: Mapping[str, Any]) -> None:
+    for _, name, _ in site["hooks"]:
+        for _, handles in model.get_submodule(name).__dict__.pop(HOOK_ATTRIBUTE, {}).values():
+            for handle in handles:
+                handle.remove()
+
+
+def _empty(model: nn.Module, name: str, options: Mapping[str, Any]) -> None:
     """Make the module of a site without heads a :class:`NoHeads`, without its projections."""
     module = model.get_submodule(name)
     for gone in options["drop"]:
         parent, _, leaf = gone.rpartition(".")
         setattr(module.get_submodule(parent), leaf, None)
-    module._no_heads = options
+    module.__dict__.pop("forward", None)  # older transformers leave one there when they have recorded outputs
+    module._no_heads = dict(options)
     module.__class__ = NoHeads
-
-
-def _adapt(model: nn.Module, site: Mapping[str, Any]) -> None:
-    """Set the attributes that count heads, and select from the arguments that have one slice per head."""
-    for name, each in site.get("counts", ()):
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, each * len(site["kept"]))
-    for name, argument, position, dim, folded in site.get("select", ()):
-        module = model.get_submodule(name)
-        hooks = module.__dict__.setdefault("_selects", {})
-        if argument in hooks:
-            hooks[argument].kept = list(site["kept"])
-        else:
-            hooks[argument] = Select(argument, position, dim, folded, site["heads"], site["kept"])
-            module.register_forward_pre_hook(hooks[argument], with_kwargs=True)

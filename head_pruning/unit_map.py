@@ -62,6 +62,8 @@ class UnitMap:
     feed_forward: tuple[FeedForwardSite, ...] = ()
     #: Says what of the model belongs to the heads of a site, see head_pruning.surgery; the host's, never stored.
     planner: Optional[Callable[[Any, AttentionSite], Any]] = field(default=None, compare=False, repr=False)
+    #: What else the host does to a model whose heads were removed, e.g. changing classes; the host's, never stored.
+    adapt: Optional[Callable[[Any], None]] = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [site.name for site in self.attention]

@@ -1,4 +1,4 @@
-"""The masked export: an ordinary model folder whose pruned heads are zero."""
+"""The masked export, an ordinary model folder whose pruned heads are zero, and the compact one without them."""
 
 import contextlib
 import os
@@ -13,8 +13,10 @@ from torch import nn
 from head_pruning import HeadMask, HeadPruningError, Pruner
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.plots import plot_head_masks
+from head_pruning.surgery import heads_left
 
 from .card import model_card
+from .loading import dense_twin, mark_compact
 
 PICTURE = "head_mask.png"
 
@@ -99,24 +101,114 @@ def save_pruned(
         dataset: what the scores were measured on.
         history: one entry per scored state.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    adapter = hasattr(model, "peft_config")
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or {name: value for p in pruners for name, value in vars(p.config).items()})
-    adapter = hasattr(model, "peft_config")
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+    with _appearing_at_once(folder) as temporary:
         with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
             model.save_pretrained(temporary)
-            counts = torch.stack([torch.count_nonzero(p.detach()) for p in model.parameters()]).sum()
+            sizes = (_size(model), _nonzero(model))
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
-        sizes = (sum(p.numel() for p in model.parameters()), int(counts))
-        versions = {"transformers": transformers.__version__}
-        write_artifacts(
-            temporary, mask, method=method, options=options, history=history, versions=versions, parameters=sizes
+        _describe(temporary, model, mask, sizes, None, method, options, history, scores, dataset)
+
+
+def save_compact(
+    model: transformers.PreTrainedModel,
+    folder: "str | Path",
+    *,
+    processing_class: Any = None,
+    method: str = "mask",
+    options: Optional[Mapping[str, Any]] = None,
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+    history: Optional[list] = None,
+) -> None:
+    """Write a model whose heads are removed: a folder that ``AutoModel*.from_pretrained`` loads.
+
+    It loads after ``import hf_plugin``, or with ``trust_remote_code=True`` where this package is not installed. The
+    model's own ``save_pretrained`` writes as much of it as is needed to load; here its tokenizer, ``pruning.json``,
+    ``masks.safetensors`` and ``head_mask.png``, which tell the heads of the original that each site still has, and a
+    model card come on top. Every file appears whole or not at all.
+
+    Args:
+        model: what :func:`head_pruning.surgery.remove_heads` made, or ``from_pretrained`` loaded.
+        folder: where to; made if missing.
+        processing_class: tokenizer or processor to save along.
+        method: name of the method that chose the heads, for the report.
+        options: its options.
+        scores: metrics for the model card.
+        dataset: what the scores were measured on.
+        history: one entry per scored state.
+
+    Raises:
+        HeadPruningError: the model has all of its heads, or is not of transformers.
+    """
+    mask = heads_left(model)
+    if mask is None or not isinstance(model, transformers.PreTrainedModel):
+        raise HeadPruningError(
+            "No heads were cut out of the model; remove them with head_pruning.surgery.remove_heads first (of a "
+            "model wrapped by PEFT, after merging), or write it with save_pruned."
         )
-        plot_head_masks({method: mask}, Path(temporary) / PICTURE)
-        card = model_card(model, mask, method=method, options=options, scores=scores, dataset=dataset)
-        (Path(temporary) / "README.md").write_text(card, encoding="utf-8")
+    mark_compact(model)
+    with _appearing_at_once(folder) as temporary:
+        model.save_pretrained(temporary)
+        if processing_class is not None:
+            processing_class.save_pretrained(temporary)
+        sizes = (_size(dense_twin(model)), _nonzero(model))
+        _describe(temporary, model, mask, sizes, _size(model), method, options or {}, history, scores, dataset)
+
+
+@contextlib.contextmanager
+def _appearing_at_once(folder: "str | Path") -> Iterator[Path]:
+    """A temporary folder in ``folder`` whose files move there when the block is done."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        yield Path(temporary)
         for path in Path(temporary).iterdir():
             os.replace(path, folder / path.name)
+
+
+def _describe(
+    folder: Path,
+    model: nn.Module,
+    mask: HeadMask,
+    sizes: tuple[int, int],
+    compact: Optional[int],
+    method: str,
+    options: Mapping[str, Any],
+    history: Optional[list],
+    scores: Optional[Mapping[str, float]],
+    dataset: Optional[str],
+) -> None:
+    """Everything beside the model: report, masks, picture and card."""
+    write_artifacts(
+        folder,
+        mask,
+        method=method,
+        options=options,
+        history=history,
+        versions={"transformers": transformers.__version__},
+        parameters=sizes,
+        compact_parameters=compact,
+    )
+    plot_head_masks({method: mask}, folder / PICTURE)
+    card = model_card(
+        model,
+        mask,
+        method=method,
+        options=options,
+        scores=scores,
+        dataset=dataset,
+        parameters=None if compact is None else (sizes[0], compact),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _nonzero(model: nn.Module) -> int:
+    return int(torch.stack([torch.count_nonzero(parameter.detach()) for parameter in model.parameters()]).sum())

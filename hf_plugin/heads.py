@@ -1,6 +1,7 @@
-"""What transformers v5 took away, from outside of the model: ``prune_heads`` and ``head_mask``."""
+"""What transformers v5 took away, from outside of the model: ``prune_heads`` and ``head_mask``, and undoable masks."""
 
 import contextlib
+import dataclasses
 import operator
 from typing import Any, Iterator, Mapping, Optional, Sequence, Union
 
@@ -8,13 +9,18 @@ import torch
 from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
+from head_pruning.compact import held_queries
 from head_pruning.gates import GateBank
+from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
+from head_pruning.surgery import remove_query_heads as cut_query_heads
 from head_pruning.unit_map import mask_without
 
+from .loading import mark_compact
+from .surgery import plan_site
 from .unit_map import unit_map as map_units
 
 # A plain attribute of the model: neither a parameter nor a buffer nor a module, so in no state dict.
-_ATTRIBUTE = "_pruned_heads"
+_ATTRIBUTE = "_masked_heads"
 
 
 class _Gates:
@@ -57,18 +63,100 @@ def prune_heads(
     *,
     unit_map: Optional[UnitMap] = None,
 ) -> HeadMask:
-    """Remove heads by mask: their outputs count as zero from now on, in training and in evaluation.
+    """Remove heads for good: the model gets smaller and faster, and gives what it gives with those heads masked.
+
+    Sites may keep different numbers of heads, also none. ``save_pretrained`` and ``from_pretrained`` work as before.
+    Heads are numbered as in the original model, as in transformers 4: a model can be pruned again, and heads that are
+    gone already are ignored. To undo, or to compare, use :func:`mask_heads`.
+
+    Args:
+        model: any model that :func:`hf_plugin.unit_map` can map, without adapters, quantization or gates.
+        heads: ``{layer: [head, ...]}`` with the layer's index, as in transformers 4, for models with one kind of
+            attention; ``{site name: [head, ...]}`` for all models; or a mask of the original model's heads, whose
+            missing heads are removed. Under grouped-query attention a head is a key/value group: its key, its value
+            and the queries that share them.
+        unit_map: the sites of the original model; default: found by :func:`hf_plugin.unit_map`.
+
+    Returns:
+        Which heads of the original model stay, of all calls together.
+
+    Raises:
+        HeadPruningError: there is no such layer, site or head, a layer's index is ambiguous, the model cannot be
+            mapped, its heads are gated, or a site cannot be cut exactly; the model is unchanged then.
+    """
+    before = heads_left(model)
+    if before is None:
+        original = now = unit_map or map_units(model)
+    else:
+        original = before.unit_map
+        now = _sites_now(model)
+        if unit_map is not None:
+            original.check_same_heads(unit_map, "The unit map")
+    mask = _mask(model, original, heads)
+    if before is not None:
+        mask = HeadMask(original, mask.keep & before.keep)
+    keep = mask.keep if before is None else mask.keep[before.keep]
+    if not keep.all():
+        remove_heads(model, now, HeadMask(now, keep))
+        vars(model).pop("_cache", None)  # of an earlier generation, with as many heads as there were
+    return mask
+
+
+def remove_query_heads(
+    model: nn.Module, heads: Mapping[Union[int, str], Sequence[int]], *, expand: bool = False
+) -> dict[str, list[int]]:
+    """Remove single query heads for good, of models whose query heads share keys and values in groups.
+
+    What :func:`prune_heads` removes there are whole groups. Every group must keep equally many query heads; a group
+    that keeps none goes.
+
+    Args:
+        model: as for :func:`prune_heads`.
+        heads: ``{layer or site name: [query head, ...]}``, numbered as in the original model, group after group.
+        expand: let the groups of a site keep different numbers: keys and values are repeated, one for each query
+            head, so nothing of the cache is saved there, and no more heads can be removed there.
+
+    Returns:
+        Site name to the query heads that stay, of the sites that heads were removed from.
+
+    Raises:
+        HeadPruningError: there is no such site or query head, a site has no groups or cannot be cut exactly, or groups
+            would keep different numbers and ``expand`` is false; the model is unchanged then.
+    """
+    units = map_units(model) if heads_left(model) is None else _sites_now(model)
+    named = {
+        layer if isinstance(layer, str) else _site_of_layer(units, layer): listed for layer, listed in heads.items()
+    }
+    recipe = cut_query_heads(model, units, named, expand=expand)
+    vars(model).pop("_cache", None)
+    return {name: held_queries(entry) if entry["kept"] else [] for name, entry in recipe["sites"].items()}
+
+
+def pruned_heads(model: nn.Module) -> Optional[HeadMask]:
+    """Which heads of the original model :func:`prune_heads` left, or None when all are there."""
+    return heads_left(model)
+
+
+def _sites_now(model: nn.Module) -> UnitMap:
+    """The sites of a model that :func:`prune_heads` cut, with the heads that they have now, also those without any."""
+    return dataclasses.replace(sites_left(recipe_of(model)), planner=plan_site, adapt=mark_compact)
+
+
+def mask_heads(
+    model: nn.Module,
+    heads: Union[Mapping[Union[int, str], Sequence[int]], HeadMask],
+    *,
+    unit_map: Optional[UnitMap] = None,
+) -> HeadMask:
+    """Take heads out by a mask: their outputs count as zero from now on, in training and in evaluation.
 
     The tensors keep their sizes, and the model's parameters, state dict and config stay as they are: what
     ``save_pretrained`` writes is the dense model, so keep the returned mask (:meth:`HeadMask.save`), or write the
-    model with :func:`hf_plugin.save_pruned`. Wrap a model with PEFT first and prune it then.
+    model with :func:`hf_plugin.save_pruned`. Wrap a model with PEFT first and mask it then.
 
     Args:
-        model: any model that :func:`hf_plugin.unit_map` can map; its deep copies stay pruned.
-        heads: ``{layer: [head, ...]}`` with the layer's index, as in transformers 4, for models with one kind of
-            attention; ``{site name: [head, ...]}`` for all models; or a mask whose missing heads are removed. Added
-            to what was removed before. Under grouped-query attention a head is a key/value group: its key, its value
-            and the queries that share them.
+        model: any model that :func:`hf_plugin.unit_map` can map; its deep copies stay masked.
+        heads: as :func:`prune_heads` takes them. Added to what was masked before.
         unit_map: the sites; default: found by :func:`hf_plugin.unit_map`.
 
     Returns:
@@ -77,18 +165,14 @@ def prune_heads(
     Raises:
         HeadPruningError: there is no such layer, site or head, a layer's index is ambiguous, or the model cannot be
             mapped.
-        UnfiredSiteError: raised by the first forward pass in evaluation mode in which a pruned module does not run.
+        UnfiredSiteError: raised by the first forward pass in evaluation mode in which a masked module does not run.
     """
-    before = pruned_heads(model)
+    before = masked_heads(model)
     if unit_map is None:
         unit_map = before.unit_map if before is not None else map_units(model)
     elif before is not None:
         before.unit_map.check_same_heads(unit_map, "The unit map")
-    if isinstance(heads, HeadMask):
-        unit_map.check_same_heads(heads.unit_map, "The head mask")
-        mask = heads
-    else:
-        mask = mask_without(unit_map, _removed(model, unit_map, heads))
+    mask = _mask(model, unit_map, heads)
     mask = HeadMask(unit_map, mask.keep if before is None else mask.keep & before.keep)
     gates = _Gates(model, unit_map)
     gates.bank.set_fixed(mask.keep)
@@ -98,25 +182,35 @@ def prune_heads(
     return mask
 
 
-def pruned_heads(model: nn.Module) -> Optional[HeadMask]:
-    """The heads that :func:`prune_heads` left, or None when it removed none."""
+def masked_heads(model: nn.Module) -> Optional[HeadMask]:
+    """The heads that :func:`mask_heads` left, or None when it masked none."""
     held: Optional[_Gates] = vars(model).get(_ATTRIBUTE)
     return None if held is None else HeadMask(held.bank.unit_map, held.values.cpu().numpy() > 0)
 
 
 def restore_heads(model: nn.Module) -> None:
-    """Undo :func:`prune_heads`: the model is again what it was, bit for bit. Without pruned heads nothing happens."""
+    """Undo :func:`mask_heads`: the model is again what it was, bit for bit. Without masked heads nothing happens."""
     held: Optional[_Gates] = vars(model).pop(_ATTRIBUTE, None)
     if held is not None:
         held.remove()
+
+
+def _mask(
+    model: nn.Module, unit_map: UnitMap, heads: Union[Mapping[Union[int, str], Sequence[int]], HeadMask]
+) -> HeadMask:
+    """What :func:`prune_heads` and :func:`mask_heads` take, as the mask of the heads that it leaves."""
+    if isinstance(heads, HeadMask):
+        unit_map.check_same_heads(heads.unit_map, "The head mask")
+        return heads
+    return mask_without(unit_map, _removed(model, unit_map, heads))
 
 
 @contextlib.contextmanager
 def head_mask(model: nn.Module, mask: Any, *, unit_map: Optional[UnitMap] = None) -> Iterator[None]:
     """Inside the block each head's output is multiplied by its entry of ``mask``, in training and in evaluation.
 
-    Gradients flow into a tensor that requires them, through any number of passes. Heads removed by
-    :func:`prune_heads` stay removed, and nested masks multiply. With gradient checkpointing the backward pass belongs
+    Gradients flow into a tensor that requires them, through any number of passes. Heads taken out by
+    :func:`mask_heads` stay out, and nested masks multiply. With gradient checkpointing the backward pass belongs
     into the block too, since it runs the layers again::
 
         ones = torch.ones(sites, heads, requires_grad=True)

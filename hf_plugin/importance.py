@@ -12,7 +12,7 @@ from head_pruning import HeadMask, HeadPruningError, UnitMap, full_mask
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, normalize_importance
 
-from .heads import pruned_heads
+from .heads import masked_heads, pruned_heads
 from .unit_map import unit_map as map_units
 
 
@@ -31,7 +31,7 @@ def head_importance(
     """How much the loss feels each head: the sum of ``|d loss / d gate|``, by Michel, Levy and Neubig (section 4.1).
 
     The model runs in evaluation mode without gradients of its weights, and is left as it was. Heads removed by
-    :func:`hf_plugin.prune_heads` stay removed, their importance is 0.
+    :func:`hf_plugin.mask_heads` stay removed, their importance is 0.
 
     Args:
         model: any model that :func:`hf_plugin.unit_map` can map.
@@ -39,7 +39,7 @@ def head_importance(
         per_example: take the absolute value for each example, as the paper does; default: for each batch, as its code
             does, where derivatives of opposite sign cancel. The inputs of the gated modules must start with the
             examples' dimension.
-        mask: heads taken as removed while measuring; unlike the heads removed by ``prune_heads`` they have
+        mask: heads taken as removed while measuring; unlike the heads masked by ``mask_heads`` they have
             derivatives too, as in the published code.
         loss: ``(model, batch) -> loss``, ``[]`` as the mean over the examples or ``[B]`` with one for each; default:
             the loss that the model returns. In a mean over all tokens of a batch longer examples weigh more.
@@ -95,7 +95,8 @@ def least_important(
 ) -> dict[str, list[int]]:
     """The ``count`` heads with the lowest scores, as :func:`hf_plugin.prune_heads` takes them; ties: the lower index.
 
-    Heads that ``prune_heads`` removed already are not among them.
+    Heads that ``mask_heads`` or ``prune_heads`` removed already are not among them; of a model that was pruned, the
+    heads are numbered as in the original.
 
     Args:
         model: the model that the scores are of.
@@ -107,7 +108,7 @@ def least_important(
         HeadPruningError: the model has no ``count`` heads left, or the scores are of another model.
     """
     unit_map = unit_map or map_units(model)
-    mask = pruned_heads(model) or full_mask(unit_map)
+    mask = masked_heads(model) or full_mask(unit_map)
     unit_map.check_same_heads(mask.unit_map, "The unit map")
     if len(scores) != unit_map.num_heads:
         raise HeadPruningError(
@@ -118,7 +119,12 @@ def least_important(
         raise HeadPruningError(f"The model has {left.size} heads left; choose from 0 to {left.size} of them.")
     chosen = np.zeros(unit_map.num_heads, dtype=bool)
     chosen[left[np.argsort(np.asarray(scores)[left], kind="stable")[:count]]] = True
-    return {name: np.flatnonzero(heads).tolist() for name, heads in unit_map.by_site(chosen).items()}
+    original = pruned_heads(model)
+    numbers = {} if original is None else original.kept_heads()
+    return {
+        name: [int(numbers[name][head]) if name in numbers else int(head) for head in np.flatnonzero(heads)]
+        for name, heads in unit_map.by_site(chosen).items()
+    }
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """How attention and feed-forward modules name their projections: adding a layout is adding a line."""
 
+import re
 from typing import Mapping, Optional
 
 from torch import nn
@@ -38,6 +39,50 @@ ATTENTION_LAYOUTS = (
     "k=k_proj v=v_proj out=output_proj",  # pooling with a learned query
     "q=q_proj out=o_proj",  # keys and values of an earlier layer
     "v=value_proj out=output_proj",  # deformable attention
+)
+
+# How the heads lie in the rows of a fused projection, by its name and, where that is not enough, the output's:
+# "blocks": all queries, all keys, all values; "heads": each head's query, key and value side by side (where keys are
+# shared: each group's); "parts": in four parts of the heads, each with all queries, all values, all keys.
+FUSED_ROWS = {
+    "qkv_proj out_proj": "parts",  # CodeGen
+    "c_attn": "blocks",  # in Linear projections, which GPTBigCode alone has: "heads"
+    "Wqkv": "blocks",
+    "att_proj": "blocks",
+    "in_proj": "heads",
+    "qkv": "blocks",
+    "qkv_proj": "blocks",
+    "query_key_value": "heads",
+    "to_kv": "blocks",
+}
+PARTS = 4
+
+# Parameters of attention modules other than the projections above, by their names relative to the module: where the
+# heads lie in them. "rows": a projection's outputs; a number: that dimension, head after head; "buckets": a
+# projection's outputs, with the heads of each bucket side by side.
+HEAD_PARAMETERS = {
+    r"(q|k|v)_bias": 0,
+    r"pos_(q_|key_|query_)?proj": "rows",  # DeBERTa
+    r"(query|key|value)_global": "rows",  # Longformer
+    r"(w2e|e2w|e2e)_query": "rows",  # LUKE
+    r"linear_pos": "rows",  # conformers
+    r"pos_bias_[uv]": 0,
+    r"r_[wrs]_bias": 0,  # Funnel
+    r"r_kernel|seg_embed": 1,
+    r"conv": 0,  # Nystromformer
+    r"(relative_position_bias\.)?relative_position_bias_table": 1,
+    r"relative_attention_bias": 1,  # T5
+    r"relative_pos_embeddings": "buckets",  # ProphetNet
+    r"logit_scale": 0,  # Swin 2
+    r"continuous_position_bias_mlp\.2": "rows",
+    r"sinks": 0,
+}
+
+# Parameters that all heads share: latent vectors, norms of the module's input or output (those of queries and keys are
+# looked at), networks in front of a bias.
+SHARED_PARAMETERS = re.compile(
+    r"(q_a_proj|q_a_layernorm|kv_a_proj_with_mqa|kv_a_layernorm|continuous_position_bias_mlp\.0"
+    r"|LayerNorm|layer_norm|layernorm[12]|ln|pre_norm|self_attn_layer_norm)(\.|$)"
 )
 
 # The first projection may also make the gates of its units, fused: then it is twice as wide.

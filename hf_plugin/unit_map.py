@@ -1,16 +1,19 @@
 """The sites of a transformers model, found by how its attention modules name their projections."""
 
+import dataclasses
 import re
 from typing import Callable, Iterator, Optional, Sequence
 
 from torch import nn
 
 from head_pruning import AttentionSite, HeadPruningError, UnitMap
+from head_pruning.surgery import recipe_of, site_now
 from head_pruning.unit_map import ATTENTION_KINDS
 
 from .feed_forward import feed_forward_outputs, feed_forward_sites
 from .head_counts import count_heads
 from .layouts import ATTENTION_LAYOUTS, features, find_parts, parse_layout
+from .loading import mark_compact
 from .surgery import plan_site
 from .tree import Tree
 from .unmapped import Unmapped, raise_unmapped
@@ -32,7 +35,8 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
     Rows are in the order of the published code: encoder self-attention, decoder cross-attention, decoder
     self-attention, each by layer; the attention of a decoder-only model is decoder self-attention, and one sequence
     attending to another counts as cross-attention. Under grouped-query attention a head is a key/value group with all
-    its query heads. A module that a model uses several times is one site.
+    its query heads. A module that a model uses several times is one site. Modules whose heads were all removed for
+    good are left out.
 
     Args:
         model: the model, bare or with a task head, also wrapped by PEFT.
@@ -48,13 +52,16 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
     for site in sites:
         _check_site(tree, site)
     by_hand = [site.name for site in sites]
+    compact = list(_compact_sites(tree))
+    sites = [*sites, *(site for site in compact if site.heads and keep(site.name) and site.name not in by_hand)]
+    given = [*by_hand, *(site.name for site in compact)]
     found: list[AttentionSite] = []
     unmapped: list[Unmapped] = []
     for name, parts in _candidates(tree):
-        if keep(name) and not any(_nested(name, given) for given in by_hand):
+        if keep(name) and not any(_nested(name, other) for other in given):
             site = _site(tree, name, parts)
             (unmapped if isinstance(site, Unmapped) else found).append(site)
-    covered = [*by_hand, *(site.name for site in found), *(each.name for each in unmapped)]
+    covered = [*given, *(site.name for site in found), *(each.name for each in unmapped)]
     for name in _attention_modules(tree):
         if keep(name) and not any(_nested(name, other) for other in covered):
             unmapped.append(Unmapped(name, _unknown(tree.modules[name])))
@@ -62,7 +69,21 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
         raise_unmapped(tree, unmapped)
     order = {name: position for position, name in enumerate(tree.modules)}
     attention = sorted([*found, *sites], key=lambda site: (ATTENTION_KINDS.index(site.kind), order[site.name]))
-    return UnitMap(tuple(attention), feed_forward_sites(tree, attention, keep), planner=plan_site)
+    return UnitMap(tuple(attention), feed_forward_sites(tree, attention, keep), planner=plan_site, adapt=mark_compact)
+
+
+def _compact_sites(tree: Tree) -> Iterator[AttentionSite]:
+    """The sites that heads were removed from, as they are now; without heads where none is left."""
+    for holder, module in tree.modules.items():
+        recipe = recipe_of(module)
+        if recipe is not None:
+            prefix = f"{holder}." if holder else ""
+            for site in UnitMap.from_dict(recipe["unit_map"]).attention:
+                entry = recipe["sites"].get(site.name)
+                if entry is not None and prefix + site.name in tree.modules:
+                    names = {name: prefix + getattr(site, name) for name in ("name", "layer", "out_proj")}
+                    projections = tuple(prefix + name for name in site.projections)
+                    yield dataclasses.replace(site_now(site, entry), **names, projections=projections)
 
 
 def _keep(tree: Tree, ignore: Optional[str]) -> Callable[[str], bool]:

@@ -21,6 +21,7 @@ def write_artifacts(
     history: Optional[list] = None,
     versions: Optional[Mapping[str, str]] = None,
     parameters: Optional[tuple[int, int]] = None,
+    compact_parameters: Optional[int] = None,
 ) -> None:
     """Write masks.safetensors and pruning.json into ``folder``, atomically.
 
@@ -32,6 +33,7 @@ def write_artifacts(
         history: one entry per scored state.
         versions: versions of the host's libraries.
         parameters: parameters of the dense model, and how many of them are not zero once the heads are zeroed.
+        compact_parameters: parameters of the model that is left when its heads are cut out.
     """
     from .. import __version__
 
@@ -41,6 +43,8 @@ def write_artifacts(
     if parameters is not None:
         sparsity["parameters"], sparsity["nonzero_parameters"] = parameters
         sparsity["zeros_of_all_parameters"] = 1.0 - parameters[1] / parameters[0]
+    if compact_parameters is not None:
+        sparsity["compact_parameters"] = compact_parameters
     write_json(
         folder / REPORT_FILE,
         {

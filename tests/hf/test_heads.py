@@ -1,4 +1,4 @@
-"""prune_heads and head_mask as users of transformers 4 knew them, on an encoder, a decoder and two sequence models."""
+"""mask_heads and head_mask as users of transformers 4 knew them, on an encoder, a decoder and two sequence models."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from head_pruning import AttentionSite, HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
 from head_pruning.unit_map import mask_without
-from hf_plugin.heads import head_mask, prune_heads, pruned_heads, restore_heads
+from hf_plugin.heads import head_mask, mask_heads, masked_heads, restore_heads
 from hf_plugin.unit_map import unit_map
 from tests.hf.few_models import MODELS, batch_of, logits, make, with_scaled_columns
 
@@ -42,7 +42,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
-# -- prune_heads ---------------------------------------------------------------------------------------------------
+# -- mask_heads ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -51,32 +51,32 @@ def test_pruned_heads_equal_zeroed_columns_and_come_back(name, training):
     model = make(name).train(training)
     dense, state = logits(model, name), {key: value.clone() for key, value in model.state_dict().items()}
     removed = some_removed(unit_map(model))
-    mask = prune_heads(model, removed)
-    assert mask == mask_without(unit_map(model), removed) == pruned_heads(model)
+    mask = mask_heads(model, removed)
+    assert mask == mask_without(unit_map(model), removed) == masked_heads(model)
     found = logits(model, name)
     assert torch.equal(found, logits(with_zeroed_columns(make(name).train(training), mask), name))
     assert not torch.allclose(found, dense, atol=1e-3)
     after = model.state_dict()
     assert list(after) == list(state) and all(torch.equal(after[key], state[key]) for key in state)
     restore_heads(model)
-    assert torch.equal(logits(model, name), dense) and pruned_heads(model) is None
+    assert torch.equal(logits(model, name), dense) and masked_heads(model) is None
     assert hooks(model) == 0 and vars(model).keys() == vars(make(name)).keys()
     restore_heads(model)
 
 
 def test_layers_are_counted_as_in_transformers_4():
     by_index, by_name = make("bert"), make("bert")
-    assert prune_heads(by_index, {0: [0, 2], np.int64(1): {3}}) == prune_heads(
+    assert mask_heads(by_index, {0: [0, 2], np.int64(1): {3}}) == mask_heads(
         by_name, {BERT_SITES[0]: [0, 2], BERT_SITES[1]: [3]}
     )
     assert torch.equal(logits(by_index, "bert"), logits(by_name, "bert"))
-    assert pruned_heads(by_index).kept_heads() == {BERT_SITES[0]: [1, 3], BERT_SITES[1]: [0, 1, 2]}
+    assert masked_heads(by_index).kept_heads() == {BERT_SITES[0]: [1, 3], BERT_SITES[1]: [0, 1, 2]}
 
 
 def test_a_saved_mask_prunes_another_copy(tmp_path):
     model, other = make("bart"), make("bart")
-    prune_heads(model, some_removed(unit_map(model))).save(tmp_path / "mask.safetensors")
-    prune_heads(other, HeadMask.load(tmp_path / "mask.safetensors"))
+    mask_heads(model, some_removed(unit_map(model))).save(tmp_path / "mask.safetensors")
+    mask_heads(other, HeadMask.load(tmp_path / "mask.safetensors"))
     assert torch.equal(logits(model, "bart"), logits(other, "bart"))
 
 
@@ -87,13 +87,13 @@ removals = st.dictionaries(st.integers(0, 1), st.sets(st.integers(0, 3)), max_si
 def test_calls_add_up(calls):
     model = make("bert")
     dense = logits(model, "bert")
-    masks = [prune_heads(model, call) for call in calls]
+    masks = [mask_heads(model, call) for call in calls]
     gone = {layer: set().union(*(call.get(layer, ()) for call in calls)) for layer in range(2)}
     for layer, site in enumerate(BERT_SITES):
         assert set(range(4)) - set(masks[-1].kept_heads()[site]) == gone[layer]
     assert all((after.keep <= before.keep).all() for before, after in zip(masks, masks[1:]))
     together = make("bert")
-    prune_heads(together, gone)
+    mask_heads(together, gone)
     assert torch.equal(logits(model, "bert"), logits(together, "bert"))
     restore_heads(model)
     assert torch.equal(logits(model, "bert"), dense)
@@ -103,14 +103,14 @@ def test_calls_add_up(calls):
 def test_a_copy_stays_pruned_and_is_its_own(clone):
     model = make("bert")
     dense = logits(model, "bert")
-    prune_heads(model, {0: [1]})
+    mask_heads(model, {0: [1]})
     pruned = logits(model, "bert")
     twin = clone(model)
-    assert torch.equal(logits(twin, "bert"), pruned) and pruned_heads(twin) == pruned_heads(model)
-    prune_heads(twin, {1: [0, 1, 2]})
+    assert torch.equal(logits(twin, "bert"), pruned) and masked_heads(twin) == masked_heads(model)
+    mask_heads(twin, {1: [0, 1, 2]})
     further = logits(twin, "bert")
-    assert pruned_heads(twin).kept == 4 and not torch.equal(further, pruned)
-    assert pruned_heads(model).kept == 7 and torch.equal(logits(model, "bert"), pruned)
+    assert masked_heads(twin).kept == 4 and not torch.equal(further, pruned)
+    assert masked_heads(model).kept == 7 and torch.equal(logits(model, "bert"), pruned)
     restore_heads(model)
     assert torch.equal(logits(model, "bert"), dense) and torch.equal(logits(twin, "bert"), further)
     restore_heads(twin)
@@ -121,7 +121,7 @@ def test_what_is_saved_is_the_dense_model(tmp_path):
     model = make("bert")
     dense = logits(model, "bert")
     model.save_pretrained(tmp_path / "before")
-    prune_heads(model, {0: [0, 1, 2, 3]})
+    mask_heads(model, {0: [0, 1, 2, 3]})
     model.save_pretrained(tmp_path / "after")
     files = sorted(path.name for path in (tmp_path / "before").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "after").iterdir())
@@ -133,7 +133,7 @@ def test_what_is_saved_is_the_dense_model(tmp_path):
 
 def test_a_pruned_model_trains_and_changes_its_precision():
     model = make("bert").train()
-    prune_heads(model, {0: [1], 1: [0, 2]})
+    mask_heads(model, {0: [1], 1: [0, 2]})
     model(**batch_of("bert")).loss.backward()
     out = model.bert.encoder.layer[0].attention.output.dense.weight.grad
     assert not out[:, 4:8].any() and out[:, :4].any() and out[:, 8:].any()
@@ -147,7 +147,7 @@ def test_generation_uses_the_pruned_heads(name):
     inputs = {key: value for key, value in batch_of(name).items() if key != "labels"}
     settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
     dense = model.generate(**inputs, **settings)
-    mask = prune_heads(model, some_removed(unit_map(model)))
+    mask = mask_heads(model, some_removed(unit_map(model)))
     pruned = model.generate(**inputs, **settings)
     assert torch.equal(pruned, with_zeroed_columns(make(name), mask).generate(**inputs, **settings))
     assert not torch.equal(pruned, dense)
@@ -157,7 +157,7 @@ def test_generation_uses_the_pruned_heads(name):
 def test_under_grouped_query_attention_a_head_is_a_group(group):
     """Group g holds the query heads 2g and 2g + 1: removing it is the same as zeroing their value."""
     model, twin = make("llama"), make("llama")
-    prune_heads(model, {1: [group]})
+    mask_heads(model, {1: [group]})
     with torch.no_grad():
         twin.model.layers[1].self_attn.v_proj.weight[4 * group : 4 * group + 4] = 0.0
     torch.testing.assert_close(logits(model, "llama"), logits(twin, "llama"), rtol=0, atol=1e-5)
@@ -173,9 +173,9 @@ def never_run(model: nn.Module) -> UnitMap:
 def test_pruning_a_module_that_does_not_run_is_an_error():
     model = make("bert")
     units = never_run(model)
-    prune_heads(model, {0: [1]}, unit_map=units)
+    mask_heads(model, {0: [1]}, unit_map=units)
     logits(model, "bert")
-    prune_heads(model, {2: [1]})
+    mask_heads(model, {2: [1]})
     logits(model.train(), "bert")  # layers may be dropped
     for _ in range(2):
         with pytest.raises(UnfiredSiteError, match="gates of unused_attention did not run"):
@@ -204,22 +204,22 @@ BAD = [
 def test_bad_heads_are_refused_and_change_nothing(name, heads, message):
     model = make(name)
     with pytest.raises(HeadPruningError, match=message):
-        prune_heads(model, heads)
-    assert pruned_heads(model) is None and hooks(model) == 0
+        mask_heads(model, heads)
+    assert masked_heads(model) is None and hooks(model) == 0
 
 
 def test_masks_and_maps_of_other_models_are_refused():
     model, other = make("bert"), make("bart")
     foreign = mask_without(unit_map(other), {})
     with pytest.raises(HeadPruningError, match="The head mask belongs to another architecture"):
-        prune_heads(model, foreign)
+        mask_heads(model, foreign)
     with pytest.raises(HeadPruningError, match="The head mask belongs to another architecture"):
         with head_mask(model, foreign):
             pass
-    prune_heads(model, {0: [0]})
+    mask_heads(model, {0: [0]})
     with pytest.raises(HeadPruningError, match="The unit map belongs to another architecture"):
-        prune_heads(model, {0: [0]}, unit_map=unit_map(other))
-    assert pruned_heads(model).kept == 7
+        mask_heads(model, {0: [0]}, unit_map=unit_map(other))
+    assert masked_heads(model).kept == 7
 
 
 # -- head_mask -----------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_masks_multiply_and_leave_nothing_behind(first, second, removed):
     model = make("bert")
     units = unit_map(model)
     dense = logits(model, "bert")
-    prune_heads(model, removed)
+    mask_heads(model, removed)
     with head_mask(model, first):
         with head_mask(model, second):
             found = logits(model, "bert")
@@ -353,7 +353,7 @@ def test_a_model_wrapped_by_peft_is_pruned_with_its_adapters():
         return get_peft_model(make("bert"), config).eval()
 
     model, twin = wrapped(), wrapped()
-    mask = prune_heads(model, {0: [1], 1: [0, 2]})
+    mask = mask_heads(model, {0: [1], 1: [0, 2]})
     with torch.no_grad():
         for site, where in mask.unit_map.slices():
             keep = torch.from_numpy(mask.keep[where]).repeat_interleave(site.head_dim)

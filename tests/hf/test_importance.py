@@ -9,7 +9,7 @@ from transformers import BatchEncoding
 from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
 from head_pruning.importance import normalize_importance
 from head_pruning.unit_map import mask_without
-from hf_plugin.heads import prune_heads
+from hf_plugin.heads import mask_heads
 from hf_plugin.importance import head_importance, least_important
 from hf_plugin.unit_map import unit_map
 from tests.hf.few_models import MODELS, batch_of, make, with_scaled_columns
@@ -85,7 +85,7 @@ def test_masked_heads_have_derivatives_and_pruned_heads_have_none(per_example):
     expected = sum(np.abs(derivatives(model, batch, mask.keep)) for batch in batches)
     close(masked, expected / sum(int(batch["attention_mask"].sum()) for batch in batches))
     assert masked[~mask.keep].any()
-    prune_heads(model, mask)
+    mask_heads(model, mask)
     pruned = head_importance(model, batches, per_example=per_example, **RAW)
     close(pruned, np.where(mask.keep, masked, 0.0))
 
@@ -144,9 +144,9 @@ def test_the_least_important_heads_that_are_left():
     scores = np.array([5.0, 1.0, 4.0, 1.0, 2.0, 6.0, 0.0, 3.0])
     assert least_important(model, scores, 3) == {encoder: [1, 3], cross: [], decoder: [0]}
     assert least_important(model, scores, 2) == {encoder: [1], cross: [], decoder: [0]}
-    prune_heads(model, least_important(model, scores, 3))
+    mask_heads(model, least_important(model, scores, 3))
     assert least_important(model, scores, 2) == {encoder: [], cross: [0], decoder: [1]}
-    assert prune_heads(model, least_important(model, scores, 5)).kept == 0
+    assert mask_heads(model, least_important(model, scores, 5)).kept == 0
     assert least_important(model, scores, 0) == {encoder: [], cross: [], decoder: []}
     for count in (1, -1):
         with pytest.raises(HeadPruningError, match="The model has 0 heads left; choose from 0 to 0"):

@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from head_pruning import HeadMask
-from hf_plugin.heads import head_mask, prune_heads
+from hf_plugin.heads import head_mask, mask_heads
 from hf_plugin.importance import head_importance
 from hf_plugin.unit_map import unit_map
 
@@ -50,7 +50,7 @@ def test_outputs_plain_and_masked(model, recorded, attention):
     with head_mask(model, mask):
         check("masked")
     check("plain")
-    prune_heads(model, HeadMask(unit_map(model), mask))
+    mask_heads(model, HeadMask(unit_map(model), mask))
     check("masked")
 
 

@@ -1,0 +1,45 @@
+"""Head masks of the published DSP code: ``mask{K}.pt``, a matrix of zeros and ones."""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from .errors import HeadPruningError
+from .unit_map import HeadMask, UnitMap
+
+
+def read_old_mask(path: "str | Path", unit_map: UnitMap) -> HeadMask:
+    """Read a mask that the published DSP code wrote.
+
+    Its rows are a BERT's layers, or a fairseq translation model's encoder self-attention, decoder cross-attention and
+    decoder self-attention layers; its columns are heads. Nothing but a tensor is unpickled.
+
+    Args:
+        path: the file.
+        unit_map: the sites of the model that the mask is for, one per row.
+
+    Raises:
+        HeadPruningError: the file is missing, holds something else, or is the mask of another architecture.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise HeadPruningError(f"There is no file {path}; check the path.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise HeadPruningError(
+            f"{path} is no head mask of the published code ({str(error).partition(chr(10))[0]:.120}); give a file "
+            "such as mask12.pt."
+        ) from error
+    if not isinstance(values, torch.Tensor) or not bool(((values == 0) | (values == 1)).all()):
+        raise HeadPruningError(
+            f"{path} does not hold a matrix of zeros and ones; give a mask of the published code, such as mask12.pt."
+        )
+    heads = {site.heads for site in unit_map.attention}
+    shape = (len(unit_map.attention), *heads)
+    if tuple(values.shape) != shape:
+        raise HeadPruningError(
+            f"{path} holds a mask of the shape {list(values.shape)}, but the model's sites and heads are "
+            f"{list(shape)}; give the model that the mask was made for."
+        )
+    return HeadMask(unit_map, values.numpy())
