@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacrebleu>=2.0", "sacremoses>=0.1", "subword-nmt>=0.3.8", "tqdm", "babel"]
 HF = ["transformers>=5.0", "datasets>=3.0", "accelerate", "scikit-learn", "scipy", "tqdm"]
+ONNX = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "peft"]
 
 setup(
@@ -19,12 +20,16 @@ setup(
     packages=find_packages(include=["head_pruning*", "fairseq_plugin*", "hf_plugin*", "prepare*"]),
     package_data={"prepare": ["*.sh"]},
     install_requires=["torch>=2.6", "numpy", "safetensors", "matplotlib"],
-    extras_require={"fairseq": FAIRSEQ, "hf": HF, "dev": DEV, "all": FAIRSEQ + HF + DEV},
+    extras_require={"fairseq": FAIRSEQ, "hf": HF, "onnx": ONNX, "dev": DEV, "all": FAIRSEQ + HF + ONNX + DEV},
     entry_points={
         "console_scripts": [
             "head-pruning = head_pruning.cli:main",
-            *(f"head-pruning-{name} = hf_plugin.run_{name}:main" for name in ("dsp", "voita", "michel", "glue")),
+            *(
+                f"head-pruning-{name} = hf_plugin.run_{name}:main"
+                for name in ("dsp", "voita", "michel", "glue", "squad")
+            ),
         ],
         "head_pruning.commands": ["export-fairseq = fairseq_plugin.export:add_command"],
+        "head_pruning.hosts": ["transformers = hf_plugin.host", "fairseq = fairseq_plugin.host"],
     },
 )

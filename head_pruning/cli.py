@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import logging
 import sys
-from typing import Optional
+from typing import Optional, Sequence
 
+from .commands import benchmark, export, inspect, masks
 from .errors import HeadPruningError
 from .registry import methods
-from .report.tables import text_table
-from .unit_map import HeadMask
 
 
 def _user_dir(args: argparse.Namespace) -> None:
@@ -21,24 +21,10 @@ def _user_dir(args: argparse.Namespace) -> None:
 
 
 def _pruners(args: argparse.Namespace) -> None:
-    for method in methods().values():
-        print(f"{method.name}: {(method.pruner.__doc__ or '').strip().splitlines()[0]}")
+    for method in [*methods("heads").values(), *methods("weights").values()]:
+        print(f"{method.name} ({method.prunes}): {(method.pruner.__doc__ or '').strip().splitlines()[0]}")
         for field in dataclasses.fields(method.config):
             print(f"    --{field.name.replace('_', '-')} (default {field.default}): {field.metadata['help']}")
-
-
-def _show(args: argparse.Namespace) -> None:
-    masks = {path: HeadMask.load(path) for path in args.masks}
-    for path, mask in masks.items():
-        print(f"{path}\n{mask}\n")
-    first = next(iter(masks.values()))
-    rows = [(path, *first.compare(mask).values()) for path, mask in list(masks.items())[1:]]
-    if rows:
-        print(text_table(("compared with the first", "both", "only first", "only this", "jaccard"), rows))
-    if args.plot:
-        from .report.plots import plot_head_masks
-
-        plot_head_masks(masks, args.plot)
 
 
 def build_parser(asked: Optional[str] = None) -> argparse.ArgumentParser:
@@ -49,10 +35,9 @@ def build_parser(asked: Optional[str] = None) -> argparse.ArgumentParser:
     command.set_defaults(run=_user_dir)
     command = commands.add_parser("pruners", help="list the registered pruners and their options")
     command.set_defaults(run=_pruners)
-    command = commands.add_parser("show", help="print head masks, compare them, draw them")
-    command.add_argument("masks", nargs="+", help="masks.safetensors files")
-    command.add_argument("--plot", help="PNG to draw them in, side by side")
-    command.set_defaults(run=_show)
+    for own in (inspect, export, benchmark):
+        own.add_command(commands)
+    masks.add_commands(commands)
     for entry in importlib.metadata.entry_points(group="head_pruning.commands"):
         if entry.name == asked:  # importing a host takes seconds
             try:
@@ -64,10 +49,13 @@ def build_parser(asked: Optional[str] = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Command line; ``arguments`` default to those of the process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        args = build_parser(sys.argv[1] if len(sys.argv) > 1 else None).parse_args()
+        # First, so that no host's own set-up of the logs takes effect.
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        args = build_parser(next(iter(arguments), None)).parse_args(arguments)
         args.run(args)
     except HeadPruningError as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,97 @@
+"""``head-pruning inspect``: where the heads of a model are, how large it is, how fast it can become."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, Optional
+
+from ..errors import HeadPruningError
+from ..hosts import HostModel, find_host, kept_heads
+from ..report.plots import plot_head_masks
+from ..report.sizes import Sizes, mac_bound, measure_sizes
+from ..report.tables import text_table
+from ..surgery import recipe_of, remove_heads
+from ..unit_map import full_mask
+from .options import count, given_mask, note, print_json, short
+
+
+def add_command(commands) -> None:
+    """Add it."""
+    command = commands.add_parser("inspect", help="where a model's heads are, its parameters and MACs")
+    command.add_argument("model", help="folder of save_pretrained, or checkpoint of fairseq")
+    command.add_argument("--mask", metavar="FILE", help="head mask to look at instead of the model's own")
+    command.add_argument("--length", type=int, default=128, help="tokens that MACs are of (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--plot", metavar="PNG", help="file to draw the heads in")
+    command.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    host = find_host(args.model)
+    note(f"loading {args.model}")
+    loaded = host.load(Path(args.model), given_mask(args.mask))
+    found = describe(loaded, args.length)
+    mask = kept_heads(loaded) or full_mask(loaded.unit_map)
+    if args.json:
+        print_json({"model": args.model, "host": host.name, **found})
+    else:
+        print(f"{args.model}: {found['class']} of {host.name}, {found['state']}")
+        print(f"{mask}\n")
+        print(_sizes_table(found))
+    if args.plot:
+        plot_head_masks({short(args.model): mask}, args.plot)
+
+
+def describe(loaded: HostModel, length: int) -> dict[str, Any]:
+    """What ``--json`` prints; the heads that the mask removes are cut out of the model to count the rest."""
+    if length < 1:
+        raise HeadPruningError(f"--length {length} is no number of tokens; give 1 or more.")
+    mask = kept_heads(loaded)
+    compact = recipe_of(loaded.model) is not None
+    pending = not compact and mask is not None and not mask.keep.all()
+    inputs = loaded.example(1, length)
+    sizes: dict[str, Sizes] = {"now": measure_sizes(loaded.model, loaded.unit_map, inputs)}
+    refusal: Optional[str] = None
+    name = type(loaded.model).__name__
+    if pending:
+        try:
+            remove_heads(loaded.model, loaded.unit_map, mask)
+            sizes["compact"] = measure_sizes(loaded.model, loaded.unit_map, inputs)
+        except HeadPruningError as error:
+            refusal = str(error)
+    shown = mask or full_mask(loaded.unit_map)
+    return {
+        "class": name,
+        "state": "compact" if compact else "with a head mask" if pending else "dense",
+        "heads_kept": shown.kept,
+        "heads_total": int(shown.keep.size),
+        "sites": [
+            {
+                "site": site.name,
+                "kind": site.kind,
+                "heads": site.heads,
+                "kept": shown.keep[where].nonzero()[0].tolist(),
+            }
+            for site, where in shown.unit_map.slices()
+        ],
+        "length": length,
+        "sizes": {state: dataclasses.asdict(size) for state, size in sizes.items()},
+        "mac_bound": round(mac_bound(sizes["now"], sizes["compact"]), 4) if "compact" in sizes else None,
+        "cannot_be_compact": refusal,
+    }
+
+
+def _sizes_table(found: dict[str, Any]) -> str:
+    sizes = found["sizes"]
+    lines = {"parameters": "parameters", "bytes": "bytes of parameters", "macs": f"MACs of {found['length']} tokens"}
+    rows: list[tuple] = [(words, *(count(size[key]) for size in sizes.values())) for key, words in lines.items()]
+    rows.append(("of them in attention", *(f"{size['attention_macs'] / size['macs']:.1%}" for size in sizes.values())))
+    header = ("", "compact" if found["state"] == "compact" else "dense", *["compact"] * (len(sizes) - 1))
+    table = text_table(header, rows)
+    if found["mac_bound"]:
+        share = sizes["compact"]["parameters"] / sizes["now"]["parameters"]
+        table += f"\nThe compact model has {share:.1%} of the parameters; by its MACs it can be "
+        table += f"{found['mac_bound']:.2f} times as fast."
+    if found["cannot_be_compact"]:
+        table += f"\n{found['cannot_be_compact']}"
+    return table

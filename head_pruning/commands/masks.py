@@ -1,0 +1,74 @@
+"""``head-pruning show`` and ``head-pruning diff``: head masks, and where they differ."""
+
+import argparse
+
+from ..hosts import read_mask
+from ..report.plots import plot_head_masks
+from ..report.tables import text_table
+from ..unit_map import HeadMask
+from .options import print_json, short
+
+
+def add_commands(commands) -> None:
+    """Add both."""
+    command = commands.add_parser("show", help="print head masks, compare them, draw them")
+    command.add_argument("masks", nargs="+", help="head mask files, or pruned models")
+    command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
+    command.set_defaults(run=_show)
+    command = commands.add_parser("diff", help="the heads that two masks share, and those that one has alone")
+    command.add_argument("first", help="a head mask file, or a pruned model")
+    command.add_argument("second", help="another of the same architecture")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
+    command.set_defaults(run=_diff)
+
+
+def _show(args: argparse.Namespace) -> None:
+    masks = {path: read_mask(path) for path in args.masks}
+    for path, mask in masks.items():
+        print(f"{path}\n{mask}\n")
+    first = next(iter(masks.values()))
+    rows = [(path, *first.compare(mask).values()) for path, mask in list(masks.items())[1:]]
+    if rows:
+        print(text_table(("compared with the first", "both", "only first", "only this", "jaccard"), rows))
+    if args.plot:
+        plot_head_masks(masks, args.plot)
+
+
+def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[int]]]:
+    """By site: the heads that both keep, and those that only one of them keeps."""
+    one, other = first.kept_heads(), second.kept_heads()
+    return {
+        name: {
+            "both": sorted(set(one[name]) & set(other[name])),
+            "only_first": sorted(set(one[name]) - set(other[name])),
+            "only_second": sorted(set(other[name]) - set(one[name])),
+        }
+        for name in one
+    }
+
+
+def _diff(args: argparse.Namespace) -> None:
+    first, second = read_mask(args.first), read_mask(args.second)
+    overlap = first.compare(second)
+    sites = difference(first, second)
+    if args.json:
+        files = {"first": args.first, "second": args.second, "kept": [first.kept, second.kept]}
+        print_json({**files, **overlap, "sites": sites})
+    else:
+        rows = []
+        for name, parts in sites.items():
+            signs = dict.fromkeys(range(len(first.by_site()[name])), ".")
+            for part, sign in (("both", "#"), ("only_first", "<"), ("only_second", ">")):
+                signs.update(dict.fromkeys(parts[part], sign))
+            rows.append((name, "".join(signs.values()), *(len(heads) for heads in parts.values())))
+        rows.append(("all", "", *list(overlap.values())[:3]))
+        print(f"< {args.first}: {first.kept} of {first.keep.size} heads")
+        print(f"> {args.second}: {second.kept} of {second.keep.size} heads")
+        print(text_table(("site", "heads", "both #", "only <", "only >"), rows))
+        print(f"jaccard index {overlap['jaccard']:.2f}")
+    if args.plot:
+        titles = [short(args.first), short(args.second)]
+        if titles[0] == titles[1]:
+            titles = ["first", "second"]
+        plot_head_masks(dict(zip(titles, (first, second))), args.plot)

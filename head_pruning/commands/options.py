@@ -1,0 +1,39 @@
+"""What several commands share."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+from ..unit_map import HeadMask
+
+
+def note(text: str) -> None:
+    """Progress, on the error stream."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def note_step(text: str) -> None:
+    """Progress of many steps: on a terminal one line that is overwritten, at last by an empty one; else nothing."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def given_mask(path: Optional[str]) -> Optional[HeadMask]:
+    """The mask of ``--mask``."""
+    return HeadMask.load(path) if path else None
+
+
+def print_json(data: Any) -> None:
+    """One JSON object and nothing else."""
+    print(json.dumps(data, allow_nan=False))
+
+
+def count(value: float) -> str:
+    """A count for people: 109,484,547; or 11.17 G."""
+    return f"{value:,}" if value < 1e9 else f"{value / 1e9:,.2f} G"
+
+
+def short(path: "str | Path") -> str:
+    """The last two parts of a path, which tell models apart."""
+    return "/".join(Path(path).parts[-2:])

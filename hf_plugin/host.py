@@ -1,0 +1,181 @@
+"""Folders of ``save_pretrained`` for the ``head-pruning`` command: how they load and what they export to."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Optional
+
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import logging
+
+from head_pruning import HeadMask, HeadPruningError
+from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
+from head_pruning.hosts import HostModel
+from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
+
+from .example import example_inputs
+from .export import save_compact, save_pruned
+from .onnx_export import export_onnx, export_program
+from .surgery import plan_site
+from .unit_map import unit_map
+
+name = "transformers"
+
+# What a model's folder holds besides the model: tokenizers and processors.
+COMPANIONS = re.compile(
+    r"(.*tokenizer.*|vocab.*|merges\.txt|.*\.(model|bpe)|added_tokens\.json|special_tokens_map\.json|spiece.*"
+    r"|.*processor_config\.json|chat_template.*|source\.spm|target\.spm)"
+)
+
+
+def recognises(path: Path) -> bool:
+    """Whether ``path`` is a folder with a configuration of transformers."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
+    """Load a folder of ``save_pretrained``: dense, masked or compact.
+
+    Args:
+        path: the folder.
+        mask: the heads that stay, instead of those of ``masks.safetensors``.
+
+    Raises:
+        HeadPruningError: it cannot be loaded or mapped, or the mask is of another model.
+    """
+    model = load_model(path)
+    recipe = recipe_of(model)
+    sites = unit_map(model) if recipe is None else dataclasses.replace(sites_left(recipe), planner=plan_site)
+    if mask is None and recipe is None and (path / MASKS_FILE).is_file():
+        mask = HeadMask.load(path / MASKS_FILE)
+    if mask is not None:
+        sites.check_same_heads(mask.unit_map, "The head mask")
+    return HostModel(model, sites, mask, lambda batch, length: example_inputs(model, batch, length))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars, and without the report of what a broken checkpoint lacks: the error says it."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    """The model in the class that its configuration names, in evaluation mode."""
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(path)
+            named = (config.architectures or [""])[0]
+            model_class = getattr(transformers, named, AutoModel)
+            return model_class.from_pretrained(path).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, HeadPruningError):
+            raise
+        reason = " ".join(str(error).split()) or repr(error)
+        raise HeadPruningError(f"transformers cannot load {path} ({reason:.300}); write it again.") from error
+
+
+@contextlib.contextmanager
+def _whole_folder(target: Path, source: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its place at the end, with the tokenizer files of ``source``."""
+    if target.is_file():
+        raise HeadPruningError(f"{target} is a file; name a folder to write the model to.")
+    if target.is_dir() and any(target.iterdir()) and not recognises(target):
+        raise HeadPruningError(f"{target} holds something else than a model; name another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        yield new
+        for file in source.iterdir():
+            if file.is_file() and COMPANIONS.fullmatch(file.name) and not (new / file.name).exists():
+                shutil.copy(file, new / file.name)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+
+
+def _history(source: Path) -> dict[str, Any]:
+    """Method, options and history of the run that left ``pruning.json``."""
+    try:
+        report = json.loads((source / REPORT_FILE).read_text(encoding="utf-8"))
+        return {key: report[key] for key in ("method", "options", "history")}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _pruned(source: Path, mask: Optional[HeadMask]) -> HostModel:
+    """The model and the heads that it keeps, which must be known. Raises HeadPruningError when they are not."""
+    loaded = load(source, mask)
+    if loaded.mask is None and recipe_of(loaded.model) is None:
+        raise HeadPruningError(f"{source} has no head mask ({MASKS_FILE}); give one with --mask.")
+    return loaded
+
+
+def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+    """Write the folder that plain transformers loads: the removed heads' weights are zero."""
+    loaded = _pruned(source, mask)
+    if recipe_of(loaded.model) is not None:
+        raise HeadPruningError(f"The heads of {source} are cut out already; export the model that it was made from.")
+    with _whole_folder(target, source) as folder, _quiet():
+        save_pruned(loaded.model, loaded.mask, folder, **_history(source))
+    return f"{target}: {loaded.mask.kept} of {loaded.mask.keep.size} heads, the others are zero"
+
+
+def _cut(loaded: HostModel) -> str:
+    """Cut the heads out that the mask does not keep; the words for what is left."""
+    if loaded.mask is not None and not loaded.mask.keep.all():
+        remove_heads(loaded.model, loaded.unit_map, loaded.mask)
+    left = heads_left(loaded.model)
+    return "all heads" if left is None else f"{left.kept} of {left.keep.size} heads"
+
+
+def export_compact(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+    """Write the folder of the model whose removed heads are cut out."""
+    loaded = _pruned(source, mask)
+    words = _cut(loaded)
+    if recipe_of(loaded.model) is None:
+        raise HeadPruningError(f"The head mask of {source} keeps every head, so there is nothing to cut out.")
+    with _whole_folder(target, source) as folder, _quiet():
+        save_compact(loaded.model, folder, **_history(source))
+    return f"{target}: {words}, the others are cut out"
+
+
+def _export_onnx(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+    loaded = load(source, mask)
+    words = _cut(loaded)
+    difference = export_onnx(loaded.model, loaded.example, target)
+    return f"{target}: {words}; largest difference between onnxruntime and torch {difference:.1e}"
+
+
+def _export_program(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+    loaded = load(source, mask)
+    words = _cut(loaded)
+    difference = export_program(loaded.model, loaded.example, target)
+    return f"{target}: {words}; largest difference between the exported program and the model {difference:.1e}"
+
+
+exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
+    "masked": export_masked,
+    "compact": export_compact,
+    "onnx": _export_onnx,
+    "torch-export": _export_program,
+}

@@ -1,0 +1,176 @@
+"""A transformers model for other runtimes: ONNX, and programs of ``torch.export``; batch and length stay free."""
+
+import contextlib
+import inspect
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from head_pruning import HeadPruningError
+from head_pruning.artifacts import atomic_path
+from head_pruning.runtimes import NEEDS_ONNX, onnx_pass, onnx_session
+
+Example = Callable[[int, int], Mapping[str, torch.Tensor]]
+OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
+OPSET = 20  # the first with Gelu
+LIMIT = 2 << 30  # bytes of weights from which ONNX keeps them in a second file
+
+
+class _Exportable(nn.Module):
+    """The model with its inputs by name and its results as a dict of tensors, without a cache."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        options: dict[str, Any] = {"return_dict": True}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            options["use_cache"] = False
+
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, torch.Tensor]:
+            found = model(**dict(zip(names, args)), **kwargs, **options)
+            return {name: found[name] for name in OUTPUTS if isinstance(found.get(name), torch.Tensor)}
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        self.forward = forward
+
+
+def _axes(inputs: Mapping[str, torch.Tensor], free: Any = None) -> dict[str, dict[int, Any]]:
+    """What varies: the batch of every input, and the length of tokens and sounds."""
+
+    def axis(name: str) -> Any:
+        return free if free is not None else name
+
+    axes = {}
+    for name, tensor in inputs.items():
+        axes[name] = {0: axis("batch")}
+        if tensor.ndim == 2:
+            axes[name][1] = axis("target_length" if name.startswith("decoder") else "length")
+    return axes
+
+
+@contextlib.contextmanager
+def _one_sentence(model: nn.Module, what: str) -> Iterator[None]:
+    """Quiet exporters; what they cannot do becomes one sentence."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except HeadPruningError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()) or repr(cause)
+        raise HeadPruningError(
+            f"torch cannot export {type(model).__name__} to {what} ({reason:.200}); export it compact instead, and "
+            "run it in torch."
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    return max(float((found[name].float() - tensor.float()).abs().max()) for name, tensor in expected.items())
+
+
+def _check(
+    model: nn.Module, outputs: nn.Module, example: Example, run: Callable[[Mapping], Mapping], what: str
+) -> float:
+    """The largest difference between an export and the model, for another batch and length than it was made with."""
+    inputs = dict(example(3, 9))
+    with torch.no_grad():
+        expected = outputs(**inputs)
+    difference = _difference(run(inputs), expected)
+    scale = max(1.0, *(float(tensor.abs().max()) for tensor in expected.values()))
+    if not difference <= (1e-3 if model.dtype == torch.float32 else 5e-2) * scale:
+        raise HeadPruningError(
+            f"The {what} export of {type(model).__name__} differs by {difference:.1e} from the model, so it was not "
+            "written; export it compact and run it in torch."
+        )
+    return difference
+
+
+def export_onnx(model: PreTrainedModel, example: Example, target: "str | Path") -> float:
+    """Write ``target``, an ONNX file with free batch and length, once onnxruntime has given the model's outputs.
+
+    Args:
+        model: dense or compact, in evaluation mode, without gates; at most 2 GB of weights.
+        example: ``(batch, length)`` to inputs, see :class:`head_pruning.hosts.HostModel`.
+        target: the file, written atomically.
+
+    Returns:
+        The largest difference between the outputs of onnxruntime and of torch.
+
+    Raises:
+        HeadPruningError: torch cannot export the model, the outputs differ, or a package is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise HeadPruningError(NEEDS_ONNX) from error
+    target = Path(target)
+    if target.is_dir():
+        raise HeadPruningError(f"{target} is a folder; name a file to write, such as {target / 'model.onnx'}.")
+    if sum(p.numel() * p.element_size() for p in model.parameters()) >= LIMIT:
+        raise HeadPruningError("An ONNX file holds less than 2 GB of weights; export the model compact instead.")
+    inputs = dict(example(2, 16))
+    outputs = _Exportable(model, list(inputs))
+    with _one_sentence(model, "ONNX"), torch.no_grad(), contextlib.redirect_stdout(None):
+        program = torch.onnx.export(
+            outputs,
+            (),
+            kwargs=inputs,
+            dynamic_shapes=_axes(inputs),
+            input_names=list(inputs),
+            output_names=list(outputs(**inputs)),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    with atomic_path(target) as temporary:
+        program.save(str(temporary), external_data=False)
+        with _one_sentence(model, "ONNX"):
+            session = onnx_session(temporary)
+
+            def run(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+                names = [output.name for output in session.get_outputs()]
+                return dict(zip(names, map(torch.from_numpy, onnx_pass(session, given)())))
+
+            difference = _check(model, outputs, example, run, "ONNX")
+    return difference
+
+
+def export_program(model: PreTrainedModel, example: Example, target: "str | Path") -> float:
+    """Write ``target``, which ``torch.export.load(target).module()`` runs without transformers or this package.
+
+    The program takes the inputs by name and returns a dict of tensors. Arguments, result and errors are those of
+    :func:`export_onnx`; there is no limit of size.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise HeadPruningError(f"{target} is a folder; name a file to write, such as {target / 'model.pt2'}.")
+    inputs = dict(example(2, 16))
+    outputs = _Exportable(model, list(inputs))
+    with _one_sentence(model, "torch.export"), torch.no_grad():
+        axes = _axes(inputs, free=torch.export.Dim.AUTO)
+        program = torch.export.export(outputs, (), kwargs=inputs, dynamic_shapes=axes, strict=False)
+        difference = _check(model, outputs, example, lambda given: program.module()(**given), "torch.export")
+    with atomic_path(target) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with temporary.open("wb") as file:  # a path would be warned of unless it ends in .pt2
+            torch.export.save(program, file)
+    return difference

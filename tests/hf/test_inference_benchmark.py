@@ -1,0 +1,45 @@
+"""The benchmark of pruned models' speed runs, prints what it promises and goes on where it was stopped."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+TINY = ("--layers", "2", "--hidden", "48", "--heads", "12", "--rounds", "2", "--seconds", "0", "--runtimes", "torch")
+KEEPS = ["12 heads", "6 heads", "2 heads", "2 heads in 2 layers", "0 heads"]
+
+
+@pytest.fixture
+def run(repo):
+    def call(*arguments: object) -> str:
+        command = [sys.executable, "-m", "benchmarks.inference", *TINY, *map(str, arguments)]
+        done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout
+
+    return call
+
+
+def test_json_holds_speed_ups_bounds_and_sizes_and_a_second_run_goes_on(run, tmp_path):
+    found = json.loads(run("--json", "--results", tmp_path, "--lengths", "8", "--batches", "1"))
+    rows = found["rows"]
+    assert [row["model"] for row in rows] == ["dense", *KEEPS]
+    for row in rows:
+        assert row["speed_up"] == pytest.approx(rows[0]["ms"] / row["ms"], rel=0.01)
+        assert row["fraction_of_bound"] == pytest.approx(row["speed_up"] / row["mac_bound"], abs=1e-3)
+    assert found["min_fraction_of_bound"] == min(row["fraction_of_bound"] for row in rows[1:])
+    assert rows[3]["mac_bound"] == rows[4]["mac_bound"] > rows[2]["mac_bound"] > 1.0
+    dense, none = found["sizes"]["dense"], found["sizes"]["0 heads"]
+    # Without heads each layer keeps the output projection's bias.
+    assert dense["parameters"] - none["parameters"] == 2 * (4 * 48 * 48 + 3 * 48)
+    assert all(0 < size["file_bytes"] - size["parameter_bytes"] < 10_000 for size in found["sizes"].values())
+
+    longer = json.loads(run("--json", "--results", tmp_path, "--lengths", "8", "16", "--batches", "1"))
+    assert longer["rows"][:6] == rows and len(longer["rows"]) == 12
+    table = (tmp_path / "inference.md").read_text(encoding="utf-8")
+    assert table.count("| torch | 8 | 1 |") == table.count("| torch | 16 | 1 |") == 6
+
+
+def test_table_has_a_line_per_model(run):
+    lines = run("--lengths", "8", "--batches", "2").splitlines()
+    assert [" ".join(line.split()[3:-4]) for line in lines[2:8]] == ["dense", *KEEPS]
