@@ -1,72 +1,24 @@
-"""The command lines of the GLUE scripts: one group of flags per purpose, and one per registered pruning method."""
+"""The command lines of the scripts: one group of flags per purpose, and one per registered pruning method."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 from transformers import TrainingArguments
 
-from head_pruning import HeadPruningError, methods
-from head_pruning.registry import Method, get_method, implied_method, option_fields, owners
+from head_pruning import HeadPruningError, Pruner, methods
+from head_pruning.registry import Method, build_pruner, get_method, implied_method, option_fields, owners
 
 from .defaults import complete_options
 from .flags import FlagParser, flag_group
-from .legacy import MICHEL_SPELLINGS, add_legacy_flags
+from .legacy import MICHEL_SPELLINGS, SPELLINGS, SQUAD_SPELLINGS, Spelling, add_legacy_flags
+from .presets import PRESETS, add_preset
+from .script_arguments import DataArguments, GlueArguments, ModelArguments, SquadArguments, complete_squad
 
-
-@dataclass(frozen=True)
-class ModelArguments:
-    """The model to start from."""
-
-    model_name_or_path: str = field(metadata={"help": "folder or hub name of the model to start from"})
-    config_name: Optional[str] = field(
-        default=None, metadata={"help": "folder or hub name of the configuration, if it is not the model's"}
-    )
-    tokenizer_name: Optional[str] = field(
-        default=None, metadata={"help": "folder or hub name of the tokenizer, if it is not the model's"}
-    )
-    cache_dir: Optional[str] = field(
-        default=None, metadata={"help": "folder for downloads and tokenised data, if not the usual ones"}
-    )
-    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit of a model on the hub"})
-    token: Optional[str] = field(default=None, metadata={"help": "token for the hub, if not that of the stored login"})
-
-    def hub_options(self) -> dict[str, Any]:
-        """What ``from_pretrained`` takes of this beside the name."""
-        return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
-
-
-@dataclass(frozen=True)
-class DataArguments:
-    """The task, and what the script writes beside the model."""
-
-    task_name: str = field(
-        metadata={"help": "GLUE task: CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI, in any spelling"}
-    )
-    data_dir: Optional[str] = field(
-        default=None, metadata={"help": "the task's folder in GLUE's TSV layout; without it the hub's copy is loaded"}
-    )
-    max_seq_length: int = field(
-        default=128, metadata={"help": "cut examples to this many tokens (batches are padded to their longest)"}
-    )
-    overwrite_cache: bool = field(default=False, metadata={"help": "tokenise again what is in the cache"})
-    max_train_samples: Optional[int] = field(
-        default=None, metadata={"help": "train on the first so many examples only"}
-    )
-    max_eval_samples: Optional[int] = field(
-        default=None, metadata={"help": "evaluate on the first so many examples of each validation set only"}
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "start anew in an output_dir that is in use; without it a run is resumed from its last "
-            "checkpoint, and a folder that holds a model is refused"
-        },
-    )
-    intermediate_masks: bool = field(
-        default=False, metadata={"help": "save the head mask every 1000 updates and at the end of training"}
-    )
+# Options of pruners that are also flags of transformers: one flag, which a pruner that has the option takes for its
+# own; the flag of the other name is always transformers'.
+_SHARED = {"warmup_steps": "optimizer_warmup_steps"}
 
 
 @dataclass(frozen=True)
@@ -75,11 +27,13 @@ class Arguments:
 
     Args:
         model: the model to start from.
-        data: the task, and what the script writes.
+        data: the task, and what the script writes (GlueArguments or SquadArguments).
         training: transformers' own.
-        method: the pruning method; None to train the dense model.
-        options: all options of the method, so that ``hf_plugin.defaults.pruner(method.name, **options)`` builds it.
+        method: the method that prunes heads; None for none.
+        options: all its options, so that ``hf_plugin.defaults.pruner(method.name, **options)`` builds it.
         notes: one line for each old spelling that was used, to be logged.
+        weight_method: the method that prunes weights; None for none.
+        weight_options: all its options.
     """
 
     model: ModelArguments
@@ -88,6 +42,18 @@ class Arguments:
     method: Optional[Method]
     options: dict[str, Any]
     notes: list[str]
+    weight_method: Optional[Method] = None
+    weight_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> list[tuple[Method, dict[str, Any]]]:
+        """The methods with their options: that of heads, then that of weights; empty to train the dense model."""
+        found = [(self.method, self.options), (self.weight_method, self.weight_options)]
+        return [(method, options) for method, options in found if method is not None]
+
+    def pruners(self) -> list[Pruner]:
+        """New pruners, of all methods that were chosen."""
+        return [build_pruner(method, SimpleNamespace(**options)) for method, options in self.chosen]
 
 
 @dataclass(frozen=True)
@@ -96,6 +62,14 @@ class _Script:
     methods: Optional[tuple[str, ...]]  # None: all
     needs: tuple[str, ...] = ("output_dir",)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    data: type[DataArguments] = GlueArguments
+    sizes: tuple[str, ...] = ("max_seq_length",)
+    training_defaults: Mapping[str, Any] = field(default_factory=dict)
+    # What the script's flags say of transformers' own.
+    complete: Callable[[dict[str, Any], list[str]], None] = lambda given, notes: None
+    spellings: tuple[Spelling, ...] = SPELLINGS
+    # Whether --warmup_steps is a pruner's even where the pruner has none.
+    own_warmup: bool = False
 
 
 _SCRIPTS = {
@@ -110,6 +84,16 @@ _SCRIPTS = {
     "run_glue": _Script(
         "Fine-tune on a GLUE task: dense, or with the pruning method that --pruner names or the options imply.", None
     ),
+    "run_squad": _Script(
+        "Fine-tune on SQuAD: dense, or with the pruning method that --pruner_name names or the options imply.",
+        None,
+        data=SquadArguments,
+        sizes=SquadArguments.SIZES,
+        training_defaults={"per_device_train_batch_size": 16, "per_device_eval_batch_size": 64},
+        complete=complete_squad,
+        spellings=(*SPELLINGS, *SQUAD_SPELLINGS),
+        own_warmup=True,
+    ),
 }
 
 
@@ -118,33 +102,69 @@ def parse(argv: Sequence[str], script: str) -> Arguments:
 
     Args:
         argv: the words after the script's name.
-        script: ``run_dsp`` (DSP or STE), ``run_voita`` or ``run_glue`` (any method, or none).
+        script: ``run_dsp`` (DSP or STE), ``run_voita``, ``run_glue`` or ``run_squad`` (any method, or none).
 
     Raises:
         HeadPruningError: a flag is missing, unknown, has an impossible value, or belongs to another method.
         SystemExit: ``--help``.
     """
-    notes: list[str] = []
+    about, notes = _SCRIPTS[script], []
     parser = _parser(script)
-    add_legacy_flags(parser, notes)
+    add_legacy_flags(parser, notes, about.spellings)
     given = parser.parse_set(argv)
+    add_preset(given, notes)
     if given.get("debug") == []:
         del given["debug"]
         notes.append("--debug without a value is ignored: it printed figures of TPUs.")
-    _require_positive(given, "max_seq_length", "max_train_samples", "max_eval_samples")
-    method = _method(given, script)
-    options = {}
+    _require_positive(given, *about.sizes, "max_train_samples", "max_eval_samples")
+    about.complete(given, notes)
+    method, weight_method = _methods(given, script)
+    training = {**about.training_defaults, **_subset(given, dataclasses.fields(TrainingArguments))}
+    training["warmup_steps"] = _warmup(given, weight_method, script)
+    training.pop("warmup_ratio", None)  # a field of transformers 5.0 too
+    options, weight_options = {}, {}
     if method is not None:
         mine = _subset(given, dataclasses.fields(method.config))
-        options = complete_options(method.name, {**_SCRIPTS[script].defaults, **mine})
+        options = complete_options(method.name, {**about.defaults, **mine})
+    if weight_method is not None:
+        fields = dataclasses.fields(weight_method.config)
+        weight_options = {f.name: f.default for f in fields} | _subset(given, fields)
+        for shared, ours in _SHARED.items():
+            if shared in weight_options:
+                notes.append(
+                    f"--{shared} ({weight_options[shared]:g}) is that of the pruner {weight_method.name}; the "
+                    f"learning rate's is --{ours} ({training[shared]:g})."
+                )
     return Arguments(
         model=ModelArguments(**_subset(given, dataclasses.fields(ModelArguments))),
-        data=DataArguments(**_subset(given, dataclasses.fields(DataArguments))),
-        training=_training_arguments(_subset(given, dataclasses.fields(TrainingArguments))),
+        data=about.data(**_subset(given, dataclasses.fields(about.data))),
+        training=_training_arguments(training),
         method=method,
         options=options,
         notes=notes,
+        weight_method=weight_method,
+        weight_options=weight_options,
     )
+
+
+def _warmup(given: dict[str, Any], method: Optional[Method], script: str) -> float:
+    """The learning rate's warm-up. ``warmup_steps`` stays in ``given`` if it is the weight pruner's."""
+    steps = given.get("optimizer_warmup_steps")
+    if method is None or "warmup_steps" not in _names(method):
+        first = given.pop("warmup_steps", None)
+        if first and _SCRIPTS[script].own_warmup:
+            reason = f"{method.name} has none" if method else "no pruner of weights is chosen"
+            raise HeadPruningError(
+                f"--warmup_steps is the weight pruner's warm-up in {script}.py, but {reason}; give the learning "
+                f"rate's as --optimizer_warmup_steps."
+            )
+        if first and steps not in (None, first):
+            raise HeadPruningError(
+                f"--warmup_steps {first:g} and --optimizer_warmup_steps {steps:g} are both the learning rate's "
+                f"warm-up, as the pruner has none; drop one of them."
+            )
+        steps = steps or first
+    return steps or given.get("warmup_ratio") or 0  # steps win, as they did
 
 
 def _subset(given: Mapping[str, Any], fields: Iterable[dataclasses.Field]) -> dict[str, Any]:
@@ -165,89 +185,150 @@ def _require_positive(given: Mapping[str, Any], *names: str) -> None:
             raise HeadPruningError(f"--{name} is {given[name]}; it must be 1 or more.")
 
 
-def _method(given: Mapping[str, Any], script: str) -> Optional[Method]:
-    """The method asked for. Raises HeadPruningError when a flag was set that is not its."""
-    if script == "run_glue":
-        pruner = given.get("pruner")
-        method = get_method(pruner) if pruner else implied_method(SimpleNamespace(**given))
-    else:
-        names = _SCRIPTS[script].methods
-        method = get_method("ste" if "ste" in names and given.get("use_ste") else names[0])
-    mine = set(option_fields([method.name])) if method else set()
-    for name in option_fields():
+def _names(method: Method) -> set[str]:
+    return {found.name for found in dataclasses.fields(method.config)}
+
+
+def _all_options() -> dict[str, dataclasses.Field]:
+    return {**option_fields(), **option_fields(prunes="weights")}
+
+
+def _methods(given: Mapping[str, Any], script: str) -> tuple[Optional[Method], Optional[Method]]:
+    """The methods of heads and of weights. Raises HeadPruningError when a flag was set that is not theirs."""
+    known = {**methods(), **methods("weights")}
+    found: dict[str, Method] = {}
+    own = _SCRIPTS[script].methods
+    if own is not None:
+        found["heads"] = known["ste" if "ste" in own and given.get("use_ste") else own[0]]
+    for flag in ("pruner", "pruner_name"):
+        if given.get(flag):
+            named = get_method(given[flag], known)
+            other = found.setdefault(named.prunes, named)
+            if other is not named:
+                raise HeadPruningError(
+                    f"--{flag} {named.name} and {other.name} both prune {named.prunes}, of which a run prunes in one "
+                    f"way; choose one of them."
+                )
+    if "heads" not in found:
+        implied = implied_method(SimpleNamespace(**given))
+        found |= {"heads": implied} if implied else {}
+    mine = set(_SHARED).union(*map(_names, found.values()))
+    for name in _all_options():
         # What was switched off may stand in a file of arguments.
         if name in given and name not in mine and given[name] not in (False, None):
-            raise HeadPruningError(_foreign(name, method, script))
-    if method is None and given.get("intermediate_masks"):
+            raise HeadPruningError(_foreign(name, found, script))
+    if not found.get("heads") and given.get("intermediate_masks"):
         raise HeadPruningError("--intermediate_masks saves head masks, but no pruner is chosen; drop it or prune.")
-    return method
+    return found.get("heads"), found.get("weights")
 
 
-def _foreign(option: str, method: Optional[Method], script: str) -> str:
-    theirs = owners(option)
+def _foreign(option: str, found: Mapping[str, Method], script: str) -> str:
+    kind = "heads" if owners(option) else "weights"
+    theirs, method = owners(option, kind), found.get(kind)
+    what, flag = ("pruner", "--pruner") if kind == "heads" else ("pruner of weights", "--pruner_name")
     if method is None:
-        chosen, cure = "no pruner is chosen", f"add --pruner {theirs[0]}"
+        chosen, cure = f"no {what} is chosen", f"add {flag} {theirs[0]}"
     else:
-        chosen = f"the pruner is {method.name}"
+        chosen = f"the {what} is {method.name}"
         if script == "run_dsp" and "dsp" in theirs:
             cure = "leave out --use_ste"
         else:
-            cure = f"choose {'--pruner' if script == 'run_glue' else 'run_glue.py --pruner'} {theirs[0]}"
+            elsewhere = "run_glue.py " if kind == "heads" and _SCRIPTS[script].methods else ""
+            cure = f"choose {elsewhere}{flag} {theirs[0]}"
     return f"--{option} belongs to {', '.join(theirs)}, but {chosen}; drop it or {cure}."
 
 
 def _parser(script: str) -> FlagParser:
-    names = _SCRIPTS[script].methods or tuple(sorted(methods()))
-    run = [f for f in dataclasses.fields(DataArguments) if f.name in ("overwrite_output_dir", "intermediate_masks")]
-    data = [f for f in dataclasses.fields(DataArguments) if f not in run]
-    if script == "run_glue":
+    about = _SCRIPTS[script]
+    names = about.methods or tuple(sorted(methods()))
+    run = [f for f in dataclasses.fields(about.data) if f.name in ("overwrite_output_dir", "intermediate_masks")]
+    data = [f for f in dataclasses.fields(about.data) if f not in run]
+    if about.methods is None:
         run = [*dataclasses.fields(_Pruner), *run]
     training = type("Training", (TrainingArguments,), {"_argument_group_name": "training"})
     host = [
         flag_group("model", dataclasses.fields(ModelArguments)),
         flag_group("data", data),
-        flag_group("run", run),
+        flag_group("run", [*dataclasses.fields(_WeightPruner), *run]),
         training,
     ]
     _refuse_clashes({f.name for group in host for f in dataclasses.fields(group)})
     parser = FlagParser(
         script,
-        [*host, *_method_groups(names)],
-        _SCRIPTS[script].description,
-        needs=_SCRIPTS[script].needs,
-        defaults=_shown_defaults(script, names),
+        [*host, *_method_groups(names, "heads"), *_method_groups(tuple(methods("weights")), "weights")],
+        about.description,
+        needs=about.needs,
+        defaults={**_shown_defaults(script, names), **about.training_defaults},
     )
     for option in option_fields():
         if not set(owners(option)) & set(names):
             parser.hide(option)
+    for option, ours in _SHARED.items():
+        theirs = owners(option, "weights")
+        found = _field(option_fields(theirs, "weights")[option], f" [{', '.join(theirs)}]").metadata["help"]
+        other = "" if about.own_warmup else f"; without such a pruner the same as --{ours}"
+        parser.action(option).help = f"{found} (default: {option_fields(theirs, 'weights')[option].default}){other}"
     return parser
 
 
 @dataclass(frozen=True)
 class _Pruner:
     pruner: Optional[str] = field(
-        default=None, metadata={"help": "pruning method by its registered name; default: the one that the flags imply"}
+        default=None,
+        metadata={"help": "method that prunes heads, by its registered name; default: the one that the flags imply"},
+    )
+
+
+@dataclass(frozen=True)
+class _WeightPruner:
+    pruner_name: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "method that prunes weights, such as PLATON, or heads, by its registered name; beside one of the "
+            "other kind too",
+            "aliases": ["--weight_pruner"],
+        },
+    )
+    preset: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": f"a published recipe, whose flags are added unless they are set: {', '.join(PRESETS)}; those of "
+            "GLUE were published with the optimizer Adamax, here they train with --optim (AdamW)"
+        },
+    )
+    optimizer_warmup_steps: Optional[float] = field(
+        default=None, metadata={"help": "updates in which the learning rate rises; below 1: a share of training"}
     )
 
 
 def _refuse_clashes(taken: set[str]) -> None:
-    for option in option_fields():
-        if option in taken:
+    for option in _all_options():
+        if option in taken and option not in _SHARED:
+            owner = [*owners(option), *owners(option, "weights")][0]
             raise HeadPruningError(
-                f"The option {option} of the pruner {owners(option)[0]} is also a flag of the script; rename it."
+                f"The option {option} of the pruner {owner} is also a flag of the script; rename it."
             )
 
 
-def _method_groups(names: Sequence[str]) -> list[type]:
+def _method_groups(names: Sequence[str], kind: str) -> list[type]:
     """One group per method, and one for what several have; also of methods beyond ``names``, to be refused by name."""
-    several = []
-    for option, found in option_fields().items():
-        here = [owner for owner in owners(option) if owner in names]
-        if len(owners(option)) > 1:
-            several.append(_field(found, f" [{', '.join(here)}]"))
-    groups = [flag_group("options of several pruners", several)]
-    for name, method in sorted(methods().items()):
-        own = [_field(found) for found in dataclasses.fields(method.config) if owners(found.name) == [name]]
+    known = methods(kind)
+    theirs: dict[str, list[str]] = {}
+    for name in sorted(known):
+        for option in sorted(_names(known[name])):
+            theirs.setdefault(option, []).append(name)
+    several = [
+        _field(found, f" [{', '.join(owner for owner in theirs[option] if owner in names)}]")
+        for option, found in option_fields(prunes=kind).items()
+        if len(theirs[option]) > 1 and option not in _SHARED
+    ]
+    groups = [flag_group(f"options of several pruners{' of weights' if kind == 'weights' else ''}", several)]
+    for name, method in sorted(known.items()):
+        own = [
+            _field(found)
+            for found in dataclasses.fields(method.config)
+            if theirs[found.name] == [name] and found.name not in _SHARED
+        ]
         summary = (method.pruner.__doc__ or "").strip().partition("\n")[0].rstrip(".")
         groups.append(flag_group(f"pruner {name}" + (f" ({summary})" if summary else ""), own))
     return groups

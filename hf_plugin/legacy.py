@@ -67,8 +67,7 @@ def _evaluate_during_training(given: dict[str, Any], on: bool) -> None:
 
 
 def _warmup_ratio(given: dict[str, Any], ratio: float) -> None:
-    if not given.get("warmup_steps"):  # steps win, as they did
-        given["warmup_steps"] = ratio
+    given["warmup_ratio"] = ratio
 
 
 def _logging_dir(given: dict[str, Any], folder: str) -> None:
@@ -97,7 +96,7 @@ _IGNORED = {
     "use_ipex": "torch has its own optimisations for CPUs",
     "jit_mode_eval": "use --torch_compile",
     "xpu_backend": "the backend follows the device, or --ddp_backend",
-    "past_index": "no GLUE model reads its own past",
+    "past_index": "the models of these tasks do not read their own past",
     "model_parallel": _SHARDED,
     "mp_parameters": _SHARDED,
     "sharded_ddp": _SHARDED,
@@ -138,9 +137,15 @@ SPELLINGS = (
         string_to_bool,
         only_on=True,
     ),
-    Spelling("warmup_ratio", "--warmup_steps", "warmup_steps", _warmup_ratio, _ratio),
+    Spelling("warmup_ratio", "--optimizer_warmup_steps", "optimizer_warmup_steps", _warmup_ratio, _ratio),
     Spelling("logging_dir", "the variable TENSORBOARD_LOGGING_DIR", "report_to", _logging_dir, str),
     *(Spelling(name, why) for name, why in {**_IGNORED, **_DEBUGGER}.items()),
+)
+SQUAD_SPELLINGS = (
+    Spelling("output_root_folder", "everything is written into --output_dir"),
+    Spelling("verbose_logging", "answers are cut out of the text by their place in it, so no search can go wrong"),
+    Spelling("lang_id", "only XLM has languages, and it is not answered with"),
+    Spelling("threads", "the tokenizer uses all cores"),
 )
 MICHEL_SPELLINGS = (
     Spelling("local_rank", "importance is measured by one process"),

@@ -24,9 +24,10 @@ from head_pruning.report.tables import head_table, text_table
 from hf_plugin import logs, running
 from hf_plugin.arguments import MichelArguments, parse_michel
 from hf_plugin.data import compute_metrics, find_task, load_task
-from hf_plugin.glue import first_examples, load_pieces
+from hf_plugin.glue import load_pieces
 from hf_plugin.heads import head_mask
 from hf_plugin.importance import head_importance
+from hf_plugin.task_run import first_examples
 from hf_plugin.unit_map import unit_map
 
 logger = logging.getLogger("hf_plugin.run_michel")

@@ -18,5 +18,7 @@ def main(run: Callable[[], None]) -> None:
 
 def with_underscores(sentence: str) -> str:
     """The pruners' options in ``sentence`` as these scripts spell them: ``--num_of_heads``, not ``--num-of-heads``."""
-    ours = {f"--{name.replace('_', '-')}": f"--{name}" for name in option_fields()}
+    ours = {
+        f"--{name.replace('_', '-')}": f"--{name}" for name in (*option_fields(), *option_fields(prunes="weights"))
+    }
     return re.sub(r"(?<![\w-])--[\w-]+", lambda found: ours.get(found[0], found[0]), sentence)

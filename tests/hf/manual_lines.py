@@ -1,4 +1,4 @@
-"""The flags of the manual's "BERT on MNLI" command lines, word for word as a shell hands them over."""
+"""The flags of the manuals' command lines for MNLI and SQuAD, word for word as a shell hands them over."""
 
 import shlex
 
@@ -19,3 +19,16 @@ PIPELINED_DSP = shlex.split(f"""--data_dir data/MNLI/ --model_name_or_path outpu
     --final_temperature 1e-8 --cooldown_steps 8333""")
 MICHEL = shlex.split("""--data_dir data/MNLI/ --model_name_or_path output/ --task_name MNLI --output_dir michel_output/
     --cache_dir cache/ --tokenizer_name bert-base-uncased --exact_pruning --num_of_heads 12""")
+
+_PLATON = shlex.split("""--pruner_name PLATON --initial_threshold 1 --final_threshold 0.10 --warmup_steps 5400
+    --initial_warmup 1 --final_warmup 5 --beta1 0.85 --beta2 0.950 --deltaT 10 --num_train_epochs 10 --seed 9
+    --learning_rate 3e-5 --per_gpu_train_batch_size 16 --per_gpu_eval_batch_size 256 --do_train --do_eval
+    --do_lower_case""")
+_SQUAD = shlex.split("""--logging_steps 300 --eval_steps 3000 --save_steps 100000 --data_dir data/squad
+    --output_dir log/deberta-v3-base/PLATON/ --overwrite_output_dir""")
+PLATON_BERT = [*_PLATON, *shlex.split("--model_type bert --model_name_or_path bert-base-uncased"), *_SQUAD]
+PLATON_DEBERTA = [
+    *_PLATON,
+    *shlex.split("--model_type deberta --model_name_or_path microsoft/deberta-v3-base"),
+    *_SQUAD,
+]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 
 from head_pruning import HeadPruningError, Pruner, methods, register_pruner, registry
-from head_pruning.registry import option_fields
+from head_pruning.registry import option_fields, owners
 from hf_plugin import running
 from hf_plugin.arguments import parse, parse_michel
 from hf_plugin.defaults import pruner
@@ -226,7 +226,7 @@ def test_flags_of_other_methods_are_refused(script, words, sentence, cure):
 
 
 @pytest.mark.parametrize("script, words, sentence", [
-    ("run_glue", "--pruner dsq", "There is no pruner dsq; choose one of dsp, random, ste, voita."),
+    ("run_glue", "--pruner dsq", "There is no pruner dsq; choose one of dsp, "),
     ("run_glue", "--use_ste --l0_penalty 1", "The options fit several pruners (ste, voita); choose one with "),
     ("run_glue", "--intermediate_masks", "--intermediate_masks saves head masks, but no pruner is chosen; drop it "),
     ("run_voita", "--joint_pruning --l0_pipelined", "joint_pruning and l0_pipelined contradict each other; give one "),
@@ -404,12 +404,22 @@ def test_more_mistakes_in_files(tmp_path):
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
+def pruners_of_weights() -> list[str]:
+    """The titles of the methods that have options of their own."""
+    known = methods("weights")
+    fields = {name: [f.name for f in dataclasses.fields(known[name].config)] for name in sorted(known)}
+    alone = {name for name in known if any(owners(option, "weights") == [name] for option in fields[name])}
+    return [f"pruner {name}" for name in fields if name in alone]
+
+
 def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
     groups = help_of(capsys, "run_glue")
     titles = [title.partition(" (")[0] for title in groups]
     assert titles == [
         *("options", "model", "data", "run", "training", "options of several pruners"),
         *(f"pruner {name}" for name in sorted(methods())),
+        "options of several pruners of weights",
+        *pruners_of_weights(),
         "old spellings",
     ]
     text = dict(zip(titles, groups.values()))
@@ -422,20 +432,21 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
     assert "--model_name_or_path VALUE folder or hub name of the model to start from (required)" in text["model"]
     assert "--per_gpu_train_batch_size" in text["old spellings"] and "--learning_rate X" in text["training"]
     everything = " ".join(text.values())
-    for option in option_fields():
+    for option in (*option_fields(), *option_fields(prunes="weights")):
         assert len(re.findall(rf"--{option}(?= )", everything)) >= 1, option
     assert not re.search(r"--[a-z0-9_]*-[a-z]", everything)
 
 
 def test_the_help_of_run_dsp_and_run_voita_shows_what_they_take(capsys):
     groups = help_of(capsys, "run_dsp")
-    assert [t.partition(" (")[0] for t in groups if t.startswith("pruner")] == ["pruner dsp", "pruner ste"]
+    shown = [title.partition(" (")[0] for title in groups if title.startswith("pruner")]
+    assert shown == ["pruner dsp", "pruner ste", *pruners_of_weights()]
     several = groups["options of several pruners"]
     assert "(K) [dsp, ste] (required)" in several and "(Adam) [dsp, ste] (default: 0.5)" in several
     everything = " ".join(groups.values())
-    assert "l0_penalty" not in everything and "random_heads_seed" not in everything
+    assert "--l0_penalty" not in everything and "--random_heads_seed" not in everything
     groups = help_of(capsys, "run_voita")
-    (voita,) = (text for title, text in groups.items() if title.startswith("pruner"))
+    (voita,) = (text for title, text in groups.items() if title.startswith("pruner voita"))
     assert "fewer heads (default: 0.5)" in voita and "annealing" not in " ".join(groups.values())
 
 

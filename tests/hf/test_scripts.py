@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from head_pruning import HeadMask, HeadPruningError
 from hf_plugin.arguments import parse, parse_michel
-from hf_plugin.glue import run
+from hf_plugin.glue import GlueRun, run
 from hf_plugin.run_michel import run as run_michel
 from tests.hf.glue_files import FOLDERS
 from tests.hf.manual_lines import FINE_TUNING, JOINT_DSP, MICHEL, PIPELINED_DSP, STE, VOITA
@@ -230,6 +230,22 @@ class TestDefectsOfThePublishedScripts:
             for name in ("plain", "decay")
         ]
         assert steps == 3 and norms[1] < 0.99 * norms[0]
+
+    def test_predictions_keep_the_order_of_the_test_set(self, data, tmp_path):
+        rows = (data / "data" / "STS-B" / "test.tsv").read_text().splitlines()
+        (tmp_path / "data").mkdir()
+        longer = [row + " w1" * (i % 9) for i, row in enumerate(rows)]
+        (tmp_path / "data" / "test.tsv").write_text("\n".join([rows[0], *longer[1:]]) + "\n")
+        line = ["--task_name", "STS-B", "--data_dir", str(tmp_path / "data"), "--do_predict", "--use_cpu"]
+        line += ["--model_name_or_path", str(data / "model"), "--cache_dir", str(tmp_path / "cache")]
+        for name, more in (("plain", []), ("grouped", ["--group_by_length", "--per_device_eval_batch_size", "4"])):
+            ours = GlueRun(parse([*line, "--output_dir", str(tmp_path / name), *more], "run_glue"))
+            with torch.no_grad():  # scores that differ
+                ours.trainer.model.classifier.weight.mul_(100)
+                ours.trainer.model.classifier.bias.fill_(2.5)
+            ours.predict()
+        files = [(tmp_path / name / "STS-B.tsv").read_text() for name in ("plain", "grouped")]
+        assert files[0] == files[1] and len({line.split("\t")[1] for line in files[0].splitlines()}) > 5
 
     def test_training_needs_do_train(self, here):
         line = [word for word in JOINT_DSP if word != "--do_train"]

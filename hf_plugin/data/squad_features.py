@@ -1,0 +1,197 @@
+"""Questions and their texts as windows of tokens, with the way back from tokens to characters."""
+
+import copy
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, Features, Value
+from datasets.fingerprint import Hasher
+
+from head_pruning import HeadPruningError
+
+logger = logging.getLogger(__name__)
+
+#: What ``make_features(..., with_text=True)`` adds to what the model reads.
+TEXT_COLUMNS = ["example", "null", "first", "starts", "ends"]
+
+
+def make_features(
+    rows: Dataset,
+    tokenizer: Any,
+    *,
+    max_seq_length: int = 384,
+    doc_stride: int = 128,
+    max_query_length: int = 64,
+    with_text: bool = False,
+    cache_dir: "str | Path | None" = None,
+    overwrite_cache: bool = False,
+    name: str = "train",
+) -> Dataset:
+    """Tokenise questions with their texts; a text that does not fit becomes several windows.
+
+    The question is cut to ``max_query_length`` tokens. Windows start every ``doc_stride`` tokens of the text (they
+    overlap where that is less than what a window holds, and never leave a gap).
+
+    Args:
+        rows: as ``read_squad`` returns them.
+        tokenizer: a transformers tokenizer of the fast kind.
+        max_seq_length: tokens of a whole window, special ones included; lowered to the tokenizer's own limit.
+        doc_stride: tokens of the text from one window's start to the next.
+        max_query_length: tokens of the question.
+        with_text: also say which characters the tokens stand for, as ``find_answers`` needs; the windows are then
+            sorted, longest first, so that batches need little padding.
+        cache_dir: where the windows are kept; None for the default of ``datasets``.
+        overwrite_cache: tokenise again even if the cache has them.
+        name: of the split, for the cache.
+
+    Returns:
+        One row per window, not padded: ``input_ids``, ``token_type_ids`` if the model reads them, ``start_positions``
+        and ``end_positions`` (tokens of the first answer; both that of the null answer where the window lacks it).
+        With text also ``example`` (row of the question), ``null`` (position of the null answer), ``first`` (position
+        of the text's first token), ``starts`` and ``ends`` (the characters of the context that each token of the
+        text begins and ends at).
+
+    Raises:
+        HeadPruningError: the tokenizer is not of the fast kind, the lengths leave no room for text, or the cache
+            cannot be written.
+    """
+    if not tokenizer.is_fast:
+        raise HeadPruningError(
+            f"{type(tokenizer).__name__} cannot tell where in the text its tokens stand; choose a model with a "
+            f"tokenizer.json (a fast tokenizer)."
+        )
+    length = _usable_length(tokenizer, max_seq_length, max_query_length)
+    settings = {"length": length, "doc_stride": doc_stride, "max_query_length": max_query_length}
+    with_types = "token_type_ids" in tokenizer.model_input_names
+    digest = Hasher.hash((rows._fingerprint, tokenizer, settings, with_types, with_text))
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "squad-tokenised"
+    # A copy, because the tokenizer may have been saved with a length or a padding of its own.
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    work = partial(
+        _windows, backend=backend, null=tokenizer.cls_token_id, with_types=with_types, with_text=with_text, **settings
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        features = rows.map(
+            work,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=_columns(with_types, with_text),
+            cache_file_name=str(folder / f"{name}-{digest}.arrow"),
+            load_from_cache_file=False if overwrite_cache else None,
+            new_fingerprint=digest,
+            desc=f"Tokenising SQuAD {name}",
+        )
+    except OSError as error:
+        raise HeadPruningError(
+            f"The tokenised data cannot be written to {folder} ({error.strerror or error}); "
+            f"give --cache_dir with a folder that can be written."
+        ) from error
+    if with_text:
+        lengths = np.diff(ragged(features, "input_ids")[1])
+        features = features.select(np.argsort(-lengths, kind="stable"))
+    return features
+
+
+def ragged(features: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of lists as one array of all values, and the offsets (rows + 1) at which each row begins."""
+    lists = features.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    return lists.flatten().to_numpy(), np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())])
+
+
+def _columns(with_types: bool, with_text: bool) -> Features:
+    number, numbers = Value("int32"), [Value("int32")]
+    columns: dict[str, Any] = {"input_ids": numbers}
+    if with_types:
+        columns["token_type_ids"] = [Value("int8")]
+    columns |= {"start_positions": number, "end_positions": number}
+    if with_text:
+        columns |= dict(zip(TEXT_COLUMNS, [number, number, number, numbers, numbers], strict=True))
+    return Features(columns)
+
+
+def _windows(
+    batch: dict[str, list],
+    rows: list[int],
+    *,
+    backend: Any,
+    null: "int | None",
+    length: int,
+    doc_stride: int,
+    max_query_length: int,
+    with_types: bool,
+    with_text: bool,
+) -> dict[str, list]:
+    """The windows of a batch of questions, as columns."""
+    texts = list(dict.fromkeys(batch["context"]))  # several questions share a text
+    encoded = dict(zip(texts, backend.encode_batch(texts, add_special_tokens=False)))
+    # Some questions of SQuAD begin with many spaces.
+    questions = backend.encode_batch([question.strip() for question in batch["question"]], add_special_tokens=False)
+    columns: dict[str, list] = {name: [] for name in _columns(with_types, with_text)}
+    for i, question in enumerate(questions):
+        text = encoded[batch["context"][i]]
+        starts, ends = (list(side) for side in zip(*text.offsets)) if text.offsets else ([], [])
+        question.truncate(max_query_length)
+        pair = backend.post_process(question, text, True)
+        first = pair.sequence_ids.index(1) if starts else len(pair.ids)
+        after = first + len(starts)
+        room = length - (len(pair.ids) - len(starts))
+        answer = _answer_tokens(batch, i, starts, ends)
+        for begin in _begins(len(starts), room, min(doc_stride, room)):
+            part = slice(first + begin, first + min(begin + room, len(starts)))
+
+            def window(values: list[int], part: slice = part, first: int = first, after: int = after) -> list[int]:
+                return values[:first] + values[part] + values[after:]
+
+            ids = window(pair.ids)
+            nothing = ids.index(null) if null in ids else 0
+            inside = answer is not None and begin <= answer[0] and answer[1] < min(begin + room, len(starts))
+            columns["input_ids"].append(ids)
+            if with_types:
+                columns["token_type_ids"].append(window(pair.type_ids))
+            columns["start_positions"].append(first + answer[0] - begin if inside else nothing)
+            columns["end_positions"].append(first + answer[1] - begin if inside else nothing)
+            if with_text:
+                columns["example"].append(rows[i])
+                columns["null"].append(nothing)
+                columns["first"].append(first)
+                columns["starts"].append(starts[begin : begin + room])
+                columns["ends"].append(ends[begin : begin + room])
+    return columns
+
+
+def _begins(tokens: int, room: int, step: int) -> range:
+    """Where windows of ``room`` tokens begin, until one holds the last token."""
+    more = max(0, tokens - room)
+    return range(0, -(-more // step) * step + 1, step)
+
+
+def _answer_tokens(batch: dict[str, list], i: int, starts: list[int], ends: list[int]) -> "tuple[int, int] | None":
+    """The first and last token of a text that touch its first answer; None if there is no answer."""
+    if not batch["answers"][i]:
+        return None
+    begin = batch["starts"][i][0]
+    end = begin + len(batch["answers"][i][0])
+    first, last = int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(starts, end, side="left")) - 1
+    return (first, last) if first <= last else None
+
+
+def _usable_length(tokenizer: Any, wanted: int, max_query_length: int) -> int:
+    """``wanted``, or the tokenizer's limit if that is lower."""
+    length = min(wanted, tokenizer.model_max_length)
+    if length < wanted:
+        logger.warning("max_seq_length %d is above the tokenizer's limit; %d is used.", wanted, length)
+    least = max_query_length + tokenizer.num_special_tokens_to_add(pair=True) + 1
+    if length < least:
+        raise HeadPruningError(
+            f"A window of {length} tokens has no room for text beside a question of {max_query_length} and the "
+            f"special tokens; raise --max_seq_length to {least} or more, or lower --max_query_length."
+        )
+    return length

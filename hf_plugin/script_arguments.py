@@ -1,0 +1,122 @@
+"""What the command lines of the scripts can say of models and data, as one dataclass per script."""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """The model to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "folder or hub name of the model to start from"})
+    config_name: Optional[str] = field(
+        default=None, metadata={"help": "folder or hub name of the configuration, if it is not the model's"}
+    )
+    tokenizer_name: Optional[str] = field(
+        default=None, metadata={"help": "folder or hub name of the tokenizer, if it is not the model's"}
+    )
+    cache_dir: Optional[str] = field(
+        default=None, metadata={"help": "folder for downloads and tokenised data, if not the usual ones"}
+    )
+    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit of a model on the hub"})
+    token: Optional[str] = field(default=None, metadata={"help": "token for the hub, if not that of the stored login"})
+
+    def hub_options(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes of this beside the name."""
+        return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """What every script says of its data, and of what it writes beside the model."""
+
+    overwrite_cache: bool = field(default=False, metadata={"help": "tokenise again what is in the cache"})
+    max_train_samples: Optional[int] = field(
+        default=None, metadata={"help": "train on the first so many examples only"}
+    )
+    max_eval_samples: Optional[int] = field(
+        default=None, metadata={"help": "evaluate on the first so many examples of each validation set only"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "start anew in an output_dir that is in use; without it a run is resumed from its last "
+            "checkpoint, and a folder that holds a model is refused"
+        },
+    )
+    intermediate_masks: bool = field(
+        default=False, metadata={"help": "save the head mask every 1000 updates and at the end of training"}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueArguments(DataArguments):
+    """A GLUE task."""
+
+    task_name: str = field(
+        metadata={"help": "GLUE task: CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI, in any spelling"}
+    )
+    data_dir: Optional[str] = field(
+        default=None, metadata={"help": "the task's folder in GLUE's TSV layout; without it the hub's copy is loaded"}
+    )
+    max_seq_length: int = field(
+        default=128, metadata={"help": "cut examples to this many tokens (batches are padded to their longest)"}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquadArguments(DataArguments):
+    """Question answering on SQuAD."""
+
+    model_type: Optional[str] = field(
+        default=None, metadata={"help": "architecture that the model must have, such as bert or deberta"}
+    )
+    do_lower_case: bool = field(
+        default=False,
+        metadata={"help": "lower the case of the text; ignored when the model's vocabulary has capitals"},
+    )
+    data_dir: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder with train-v1.1.json and dev-v1.1.json (or v2.0); without it and the two files below the "
+            "hub's copy is loaded"
+        },
+    )
+    train_file: Optional[str] = field(
+        default=None, metadata={"help": "file to train on, in data_dir or elsewhere, if it has another name"}
+    )
+    predict_file: Optional[str] = field(
+        default=None, metadata={"help": "file to evaluate on, in data_dir or elsewhere, if it has another name"}
+    )
+    version_2_with_negative: bool = field(
+        default=False, metadata={"help": "SQuAD v2.0: some questions have no answer in their text"}
+    )
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={"help": "v2.0: give no answer where its score beats the best answer's by more than this"},
+    )
+    max_seq_length: int = field(default=384, metadata={"help": "tokens of question and text together in one window"})
+    doc_stride: int = field(
+        default=128, metadata={"help": "longer texts are read in windows that start every so many tokens"}
+    )
+    max_query_length: int = field(default=64, metadata={"help": "cut questions to this many tokens"})
+    n_best_size: int = field(
+        default=20, metadata={"help": "starts and ends tried per window, and answers listed per question"}
+    )
+    max_answer_length: int = field(default=30, metadata={"help": "tokens of the longest answer"})
+    eval_all_checkpoints: bool = field(
+        default=False, metadata={"help": "evaluate every checkpoint in output_dir too, after training"}
+    )
+
+    #: The sizes among them.
+    SIZES = ("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length")
+
+
+def complete_squad(given: dict[str, Any], notes: list[str]) -> None:
+    """Write into the flags that were set what run_squad's say of transformers' own; each adds a line to ``notes``."""
+    if given.get("eval_steps") and "eval_strategy" not in given:
+        given["eval_strategy"] = "steps"
+        notes.append("--eval_steps is read as --eval_strategy steps too.")
+    if given.pop("do_predict", False):
+        given["do_eval"] = True
+        notes.append("--do_predict is read as --do_eval: the answers are written whenever the model is evaluated.")
