@@ -14,6 +14,7 @@ def run_cells(
     jobs: int,
     ready: Callable[[Any], bool],
     score: str,
+    kept: str = "heads",
     write: Callable[[list[dict]], None],
 ) -> None:
     """Run ``cells`` in their order and end the process, with status 1 if one failed.
@@ -24,6 +25,7 @@ def run_cells(
         jobs: cells at a time.
         ready: whether the cell that one starts from has been measured.
         score: key of a row's score, to be shown.
+        kept: key of what a row's model keeps, to be shown.
         write: is given the rows of all finished cells, in the order of ``cells``, after each.
     """
     measured: dict[str, list[dict]] = {}
@@ -48,7 +50,7 @@ def run_cells(
                     failed += 1
                     tqdm.write(f"error: {error}")
                     continue
-                tqdm.write(f"{cell.name}: " + ", ".join(f"{row['heads']} heads {row[score]:.2f}" for row in rows))
+                tqdm.write(f"{cell.name}: " + ", ".join(f"{row[kept]} {kept} {row[score]:.2f}" for row in rows))
             rows = [row for cell in cells for row in measured.get(cell.name, [])]
             if rows:
                 write(rows)

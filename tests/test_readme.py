@@ -98,7 +98,10 @@ def test_the_transformers_commands_parse():
     for line in lines:
         script, _, flags = line.partition("hf_plugin.")[2].partition(" ")
         found = parse([*shlex.split(flags), "--use_cpu"], script)
-        assert found.method.name == "dsp" and found.options["num_of_heads"] == 12
+        if script == "run_squad":
+            assert found.weight_method.name == "platon" and found.weight_options["final_threshold"] == 0.1
+        else:
+            assert found.method.name == "dsp" and found.options["num_of_heads"] == 12
 
 
 def test_the_trainer_example_prunes_to_twelve_heads(tmp_path, monkeypatch):
@@ -112,6 +115,22 @@ def test_the_trainer_example_prunes_to_twelve_heads(tmp_path, monkeypatch):
     exec(code, {"model": tiny_bert(num_hidden_layers=4), "args": arguments(tmp_path), "train_dataset": rows})
     mask = HeadMask.load(tmp_path / "pruned" / "masks.safetensors")
     assert mask.kept == 12 and mask.keep.size == 16
+
+
+def test_the_surgery_example_cuts_heads_out(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForSequenceClassification
+
+    from tests.hf.tiny import tiny_bert
+
+    (code,) = [block for block in _blocks() if "hf_plugin.prune_heads(" in block]
+    monkeypatch.chdir(tmp_path)
+    model = tiny_bert(num_hidden_layers=4, num_attention_heads=6, hidden_size=48)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    exec(code, {"model": model})
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    left = sum(parameter.numel() for parameter in loaded.parameters())
+    assert dense - left == 6 * 8 * (4 * 48 + 3)  # rows with a bias each of q, k, v; columns of the output
 
 
 def test_the_list_of_families_is_that_of_the_tests():

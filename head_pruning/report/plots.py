@@ -51,10 +51,11 @@ def plot_scores(
     *,
     dense: tuple[str, float],
     score: str,
-    total: int,
+    total: float,
     spread: Optional[Mapping[str, Sequence[tuple[float, float, float]]]] = None,
+    unit: str = "heads",
 ) -> None:
-    """Score over heads kept, one line per method.
+    """Score over what is kept, one line per method.
 
     Args:
         curves: method to its (heads kept, score) points.
@@ -62,18 +63,19 @@ def plot_scores(
         dense: label and score of the unpruned model, drawn as a level line.
         score: name of the score, for the axis.
         total: number of heads of the unpruned model.
+        unit: what is kept, such as ``% of the weights`` (then ``total`` is 100).
         spread: method to its (heads kept, lowest, highest) of several runs, drawn as bars.
     """
     figure = _figure(6.4, 5.0)
     panel = figure.subplots()
-    panel.axhline(dense[1], color="#888888", linestyle=":", label=f"{dense[0]} ({total} heads)")
+    panel.axhline(dense[1], color="#888888", linestyle=":", label=f"{dense[0]} ({total} {unit})")
     for marker, (name, points) in zip("osD^vP*X<>", curves.items()):
         points = sorted(points)
         (line,) = panel.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=5, label=name)
         for heads, low, high in (spread or {}).get(name, ()):
             panel.vlines(heads, low, high, color=line.get_color(), alpha=0.6)
     panel.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
-    panel.set(xlabel=f"heads kept of {total}", ylabel=score)
+    panel.set(xlabel=f"{unit} kept of {total}", ylabel=score)
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     _save(figure, path)
