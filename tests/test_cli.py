@@ -101,7 +101,8 @@ def test_user_dir_prints_the_plugin_folder_and_errors_end_the_command_with_statu
 
 def test_pruners_lists_every_method_with_its_options(call):
     printed = call("pruners")
-    for name in ("dsp:", "ste:", "voita:", "random:", "--num-of-heads", "--cooldown-steps", "--l0-penalty"):
+    options = ("--num-of-heads", "--cooldown-steps", "--final-threshold")
+    for name in ("dsp (heads):", "ste (heads):", "platon (weights):", *options):
         assert name in printed
 
 
