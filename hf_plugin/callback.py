@@ -1,5 +1,6 @@
 """A pruning session driven from the events of a Trainer."""
 
+import functools
 import json
 import logging
 import math
@@ -12,26 +13,41 @@ import torch.distributed
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from head_pruning import HeadPruningError, PruningSession
+from head_pruning.weights import save_weight_masks
+
+from .checkpoints import read_tensor_state, write_tensor_state
+from .weights import weight_masks, weight_pruners
 
 logger = logging.getLogger(__name__)
 
+# The option that says how long a pruner's schedule takes.
+_SCHEDULES = ("cooldown_steps", "warmup_steps", "policy_end_step")
+
 
 class HeadPruningCallback(TrainerCallback, ExportableState):
-    """Drives a session from any Trainer; its state, the size of the gates, is in every ``trainer_state.json``.
+    """Drives a session from any Trainer; its state is in every checkpoint.
+
+    What is the size of the gates lies in ``trainer_state.json``, what is the size of the model (averages and masks of
+    weight pruners) in ``pruning_state.safetensors`` beside it.
 
         session = open_session(model, [pruner("dsp", num_of_heads=12, joint_pruning=True)])
         trainer = Trainer(model=model, ...)
         HeadPruningCallback(session).add_to(trainer)
 
-    Evaluation during training uses the hard mask. Only states at the target (exactly K heads, annealing over) count
-    as best checkpoints. After training the mask is final and the gates stay on the model.
+    Evaluation during training uses the hard mask and masked weights. Only states at the target (exactly K heads and
+    the final density, annealing over) count as best checkpoints. After training the masks are final and the gates
+    stay on the model.
 
     Args:
         session: an open session on the Trainer's model.
-        mask_steps: write the current mask into ``output_dir`` every so many updates and at the end; 0: never.
+        mask_steps: write the current masks into ``output_dir`` every so many updates and at the end; 0: never.
     """
+
+    #: The checkpoint that training goes on from; None: the folder of that step in ``output_dir``.
+    resumed_from: "str | Path | None" = None
 
     def __init__(self, session: Optional[PruningSession] = None, *, mask_steps: int = 0) -> None:
         if session is None:
@@ -42,10 +58,35 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self.session = session
         self.mask_steps = mask_steps
         self._scale = 1.0
+        self._added = False
+        self._saved_step: Optional[int] = None
 
     def add_to(self, trainer: Any) -> "HeadPruningCallback":
-        """Add to a Trainer, before its other callbacks, so that trackers report the gates' metrics too."""
+        """Add to a Trainer, before its other callbacks, so that trackers report the gates' metrics too.
+
+        The Trainer's ``evaluation_loop`` runs with the masks on from now on: between two masks the weights of some
+        pruners are all there.
+
+        Raises:
+            HeadPruningError: weights are to be pruned but the Trainer shards them.
+        """
+        if weight_pruners(self.session):
+            for flag, host in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+                if getattr(trainer, flag, False):
+                    raise HeadPruningError(
+                        f"Weights are not pruned under {host}, which splits them over processes; use plain data "
+                        "parallelism (DDP), or prune heads only."
+                    )
         trainer.callback_handler.callbacks.insert(0, self)
+        loop = trainer.evaluation_loop
+
+        @functools.wraps(loop)
+        def evaluation_loop(*args: Any, **options: Any) -> Any:
+            with self.session.evaluating():
+                return loop(*args, **options)
+
+        trainer.evaluation_loop = evaluation_loop
+        self._added = True
         return self
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -54,29 +95,48 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         """What ``trainer_state.json`` keeps of the session."""
         values = {name: np.asarray(value).tolist() for name, value in self.session.state_dict().items()}
         description = json.loads(self.session.description())
-        return {"args": {}, "attributes": {**description, "session": values}}
+        tensors = sorted(self.session.tensor_state())
+        return {"args": {}, "attributes": {**description, "session": values, "tensors": tensors}}
 
-    def restore(self, stateful_callbacks: Mapping[str, Any], where: str) -> None:
-        """Take the session's state out of a checkpoint's ``stateful_callbacks``.
+    def save_tensors(self, folder: "str | Path", step: int) -> None:
+        """Write what of the session's state is the size of the model into the checkpoint of update ``step``."""
+        tensors = self.session.tensor_state()
+        if tensors:
+            write_tensor_state(folder, tensors, step)
+        self._saved_step = step
+
+    def restore(self, stateful_callbacks: Mapping[str, Any], folder: "str | Path", step: int) -> None:
+        """Take the session's state out of the checkpoint of update ``step``.
+
+        Args:
+            stateful_callbacks: those in its ``trainer_state.json``.
+            folder: the checkpoint.
+            step: its update.
 
         Raises:
-            HeadPruningError: it has none, or one of other pruners or another model.
+            HeadPruningError: it has none, or one of other pruners or another model, or its tensors are missing.
         """
         stored = stateful_callbacks.get(type(self).__name__)
         stored = stored[0] if isinstance(stored, list) and stored else stored
         if not stored:
             raise HeadPruningError(
-                f"{where} was not written by a pruning run; start from its model (--model_name_or_path) instead of "
+                f"{folder} was not written by a pruning run; start from its model (--model_name_or_path) instead of "
                 "resuming it."
             )
         attributes = stored["attributes"]
         mine = [pruner.name for pruner in self.session.pruners]
         if attributes.get("pruners") != mine:
             raise HeadPruningError(
-                f"{where} was pruned with {', '.join(attributes.get('pruners', ['another version']))}, this run uses "
+                f"{folder} was pruned with {', '.join(attributes.get('pruners', ['another version']))}, this run uses "
                 f"{', '.join(mine)}; resume with the same pruner or choose another output_dir."
             )
         self.session.load_state_dict({n: np.array(v, dtype=np.float64) for n, v in attributes["session"].items()})
+        if attributes.get("tensors"):
+            tensors = read_tensor_state(folder, step)
+            missing = sorted(set(attributes["tensors"]) - set(tensors))
+            if missing:
+                raise HeadPruningError(f"The pruning state in {folder} lacks {missing[0]}; resume from another one.")
+            self.session.load_tensor_state(tensors)
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -85,11 +145,18 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         if not any(module is self.session.model for module in model.modules()):
             raise HeadPruningError("The gates are on another model than the Trainer's; open the session on its model.")
         self.session.total_steps = state.max_steps
+        self._saved_step = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:
                 self.session.all_reduce = torch.distributed.all_reduce
+        if weight_pruners(self.session) and not self._added:
+            raise HeadPruningError(
+                "Add the callback with its add_to(trainer), not through the Trainer's callbacks: evaluations must see "
+                "the masked weights."
+            )
         if state.global_step > 0:
-            self.restore(state.stateful_callbacks, "The checkpoint")
+            own = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.restore(state.stateful_callbacks, self.resumed_from or own, state.global_step)
         if self.session.freezes_model:
             for group in optimizer.param_groups:
                 group["weight_decay"] = 0.0  # the one parameter left to the optimizer must not move
@@ -100,20 +167,26 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self.session.before_update(state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """Keep the loss scale of this update; in pipelined pruning leave the model as it is."""
+        """The gradients are final. Keep their loss scale; in pipelined pruning leave the model as it is."""
         scaler = getattr(optimizer, "scaler", None)
-        self._scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        scaled = scaler is not None and scaler.is_enabled()
+        self._scale = scaler.get_scale() if scaled else 1.0
+        if scaled and args.max_grad_norm <= 0 and (self.session.freezes_model or weight_pruners(self.session)):
+            scaler.unscale_(optimizer.optimizer)  # and looks for overflows, as clipping would have
         if self.session.freezes_model:
-            if scaler is not None and scaler.is_enabled() and args.max_grad_norm <= 0:
-                scaler.unscale_(optimizer.optimizer)  # looks for overflows, as clipping would have
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         parameter.grad.zero_()
+        self.session.before_step()
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """The model has stepped: step the gates, unless the loss scaler found an overflow."""
-        if getattr(optimizer, "step_was_skipped", False):
+        """The model has stepped: step the gates and mask the weights, unless the loss scaler found an overflow."""
+        # Fused optimizers look for overflows themselves, which accelerate does not notice; but the scale falls.
+        scaler = getattr(optimizer, "scaler", None)
+        overflow = scaler is not None and scaler.is_enabled() and scaler.get_scale() < self._scale
+        if overflow or getattr(optimizer, "step_was_skipped", False):
+            self.session.before_update(self.session.step)  # takes back what before_step() did
             return
         self.session.after_backward(self._scale)
         self.session.after_step(_lr_factor(optimizer))
@@ -123,11 +196,25 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._only_at_target(state)
         if self.mask_steps and (state.global_step % self.mask_steps == 0 or state.global_step == state.max_steps):
             if state.is_world_process_zero:
-                self.session.head_mask().save(Path(args.output_dir) / f"mask{state.global_step}.safetensors")
+                self._save_masks(Path(args.output_dir) / f"mask{state.global_step}.safetensors")
 
     def on_save(self, args, state, control, **kwargs):
-        """As :meth:`on_step_end`: the last evaluation comes after the last step."""
+        """As :meth:`on_step_end`: the last evaluation comes after the last step.
+
+        HeadPruningTrainer has written the tensors before ``trainer_state.json``; here they are for other Trainers.
+        """
         self._only_at_target(state)
+        if args.should_save and self._saved_step != state.global_step:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            if folder.is_dir():
+                self.save_tensors(folder, state.global_step)
+
+    def _save_masks(self, path: Path) -> None:
+        heads, weights = self.session.head_mask(), weight_masks(self.session)
+        if weights:
+            save_weight_masks(path, weights, heads)
+        elif heads is not None:
+            heads.save(path)
 
     def _only_at_target(self, state) -> None:
         if not self.session.at_target():
@@ -150,15 +237,20 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Fix the outcome. If the Trainer went back to its best checkpoint, the gates go back as well."""
+        """Fix the outcome. If the Trainer went back to its best checkpoint, gates and masks go back as well."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME
-            self.restore(json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"], str(path.parent))
-        if not self.session.at_target():
-            logger.warning(
-                "training ended before the pruning schedule did: the model was never trained with exactly the heads "
-                "that are kept; lower --cooldown_steps (a fraction such as 0.6 follows the length of training)"
-            )
+            folder = Path(state.best_model_checkpoint)
+            stored = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            self.restore(stored["stateful_callbacks"], folder, stored["global_step"])
+        for pruner in self.session.pruners:
+            if not pruner.at_target():
+                flags = [name for name in _SCHEDULES if hasattr(pruner.config, name)]
+                logger.warning(
+                    "training ended before the pruning schedule did: the model was never trained with exactly the %s "
+                    "that are kept%s",
+                    "weights" if pruner in weight_pruners(self.session) else "heads",
+                    f"; lower --{flags[0]} (a fraction of 1 follows the length of training)" if flags else "",
+                )
         self.session.harden()
 
 

@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 from typing import Any, Mapping
 
-from head_pruning import HeadPruningError, Pruner, build_pruner
-from head_pruning.registry import get_method, option_fields
+from head_pruning import HeadPruningError, Pruner, build_pruner, methods
+from head_pruning.registry import Method, get_method, option_fields
 
-# Where the published BERT scripts differ from the core's (the fairseq scripts') defaults.
+# Where the published BERT scripts differ from the core's (the fairseq scripts') defaults; of pruners of heads.
 COMMON = {
     "pruning_lr": 0.5,
     "initial_temperature": 1000.0,
@@ -16,10 +16,16 @@ COMMON = {
 BY_METHOD: dict[str, dict[str, Any]] = {"voita": {"pruning_lr": 0.1}}
 
 
+def find_method(name: str) -> Method:
+    """The method of heads or of weights that is called ``name``. Raises HeadPruningError when there is none."""
+    return get_method(name, {**methods(), **methods("weights")})
+
+
 def default_options(name: str) -> dict[str, Any]:
     """All options of the method ``name`` with the defaults of the BERT scripts."""
-    known = {option: field.default for option, field in option_fields([name]).items()}
-    ours = {**COMMON, **BY_METHOD.get(name, {})}
+    method = find_method(name)
+    known = {option: field.default for option, field in option_fields([name], method.prunes).items()}
+    ours = {**COMMON, **BY_METHOD.get(method.name, {})} if method.prunes == "heads" else {}
     return {option: ours.get(option, default) for option, default in known.items()}
 
 
@@ -45,10 +51,11 @@ def pruner(name: str, **options: Any) -> Pruner:
     """Build the pruner ``name`` with the defaults of the BERT scripts.
 
     Args:
-        name: a registered method: ``dsp``, ``ste``, ``voita``, ``random``, ...
+        name: a registered method, of heads (``dsp``, ``ste``, ``voita``, ``random``, ...) or of weights (``platon``,
+            ``magnitude``, ``movement``, ``lock``, ...).
         **options: its options; ``head-pruning pruners`` lists them.
 
     Raises:
         HeadPruningError: no such method, it has no such option, or options contradict each other.
     """
-    return build_pruner(get_method(name), SimpleNamespace(**complete_options(name, options)))
+    return build_pruner(find_method(name), SimpleNamespace(**complete_options(name, options)))

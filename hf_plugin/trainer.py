@@ -1,4 +1,4 @@
-"""A Trainer that prunes heads while it trains."""
+"""A Trainer that prunes heads and weights while it trains."""
 
 from pathlib import Path
 from typing import Any, Optional, Sequence
@@ -12,6 +12,7 @@ from .callback import HeadPruningCallback
 from .checkpoints import check_checkpoint, last_checkpoint
 from .export import save_pruned
 from .session import open_session
+from .weights import save_weight_masks_and_report, weight_pruners
 
 
 class HeadPruningTrainer(Trainer):
@@ -24,6 +25,8 @@ class HeadPruningTrainer(Trainer):
         trainer.train()
         trainer.save_model("pruned")      # an ordinary folder: loads without this package
 
+    ``pruner("platon", final_threshold=0.1, warmup_steps=0.1, ...)`` prunes weights, alone or beside a pruner of heads.
+
     Args:
         pruners: the methods, see :func:`hf_plugin.pruner`.
         session: an open session on ``model`` instead of ``pruners``.
@@ -31,8 +34,8 @@ class HeadPruningTrainer(Trainer):
         mask_steps: see :class:`HeadPruningCallback`.
 
     Raises:
-        HeadPruningError: neither or both of ``pruners`` and ``session``, a ``model_init``, or a model that cannot
-            be mapped.
+        HeadPruningError: neither or both of ``pruners`` and ``session``, a ``model_init``, a model that cannot be
+            mapped, or weights to be pruned under FSDP or DeepSpeed.
     """
 
     def __init__(
@@ -54,11 +57,11 @@ class HeadPruningTrainer(Trainer):
             session = open_session(model, pruners, unit_map=unit_map, seed=getattr(args, "seed", 42))
         self.session = session
         super().__init__(model, args, *more, **options)
-        HeadPruningCallback(session, mask_steps=mask_steps).add_to(self)
+        self._pruning = HeadPruningCallback(session, mask_steps=mask_steps).add_to(self)
 
     @property
     def head_mask(self) -> Optional[HeadMask]:
-        """The heads that stay."""
+        """The heads that stay; None when no pruner prunes heads."""
         return self.session.head_mask()
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
@@ -77,17 +80,32 @@ class HeadPruningTrainer(Trainer):
             resume_from_checkpoint = str(found)
         elif resume_from_checkpoint:
             resume_from_checkpoint = str(check_checkpoint(resume_from_checkpoint))
+        self._pruning.resumed_from = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint, *more, **options)
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
-        """Save the pruned model with the pruned heads zeroed (checkpoints keep all weights)."""
+        """Save the pruned model: removed heads zeroed, weights masked, masks and report beside it.
+
+        Checkpoints keep all weights, and what pruners know of them.
+        """
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
-        elif self.is_world_process_zero():
-            save_pruned(
-                self.accelerator.unwrap_model(self.model),
-                self.session.head_mask(),
-                Path(output_dir or self.args.output_dir),
-                processing_class=self.processing_class,
-                pruners=self.session.pruners,
-            )
+            if output_dir is not None and self.args.should_save:  # a checkpoint; its trainer_state.json comes last
+                self._pruning.save_tensors(output_dir, self.state.global_step)
+            return
+        weights = weight_pruners(self.session)
+        folder, mask = Path(output_dir or self.args.output_dir), self.session.head_mask()
+        with self.session.evaluating():
+            model = self.accelerator.unwrap_model(self.model)
+            if mask is None:
+                super().save_model(str(folder), _internal_call=True)
+            elif self.is_world_process_zero():
+                save_pruned(
+                    model,
+                    mask,
+                    folder,
+                    processing_class=self.processing_class,
+                    pruners=self.session.pruners,
+                )
+            if weights and self.is_world_process_zero():
+                save_weight_masks_and_report(folder, model, self.session)

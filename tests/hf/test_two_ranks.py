@@ -16,9 +16,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run(repo, folder, *options, ranks=2) -> list[dict]:
-    """Train on ``ranks`` processes; what each of them ends with."""
-    folder.mkdir(parents=True, exist_ok=True)
+def run(repo, folder, *options, ranks=2) -> dict[str, list[dict]]:
+    """Train variants on ``ranks`` processes; what each of them ends with, by variant."""
     port = free_port()
     processes = []
     for rank in range(ranks):
@@ -33,17 +32,22 @@ def run(repo, folder, *options, ranks=2) -> list[dict]:
     for process in processes:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
-    results = []
-    for rank in range(ranks):
-        with np.load(folder / f"rank{rank}.npz") as data:
-            results.append(dict(data))
+    results = {}
+    for variant in set(options) - {"resume"}:
+        results[variant] = []
+        for rank in range(ranks):
+            with np.load(folder / variant / f"rank{rank}.npz") as data:
+                results[variant].append(dict(data))
     return results
 
 
+JOINT = ("heads", "weights")
+
+
 @pytest.fixture(scope="module")
-def joint(repo, tmp_path_factory):
+def two(repo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return folder, run(repo, folder)
+    return folder, run(repo, folder, *JOINT)
 
 
 def check(two, alone) -> None:
@@ -55,21 +59,29 @@ def check(two, alone) -> None:
         np.testing.assert_allclose(first[name], alone[name], atol=1e-4, err_msg=name)
 
 
-def test_ranks_agree_with_each_other_and_with_one_process(repo, joint, tmp_path):
-    check(joint[1], *run(repo, tmp_path, ranks=1))
+def test_ranks_agree_with_each_other_and_with_one_process(repo, two, tmp_path):
+    alone = run(repo, tmp_path, *JOINT, ranks=1)
+    for variant in JOINT:
+        check(two[1][variant], *alone[variant])
+    ranks = [*two[1]["weights"], *alone["weights"]]
+    masks = [name for name in ranks[0] if name.startswith("mask.")]
+    total = sum(ranks[0][name].size for name in masks)
+    assert [sum(int(rank[name].sum()) for name in masks) for rank in ranks] == [total - int(total * 0.8) + 1] * 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["voita", "pipelined"])
-def test_other_methods(repo, tmp_path, options):
-    check(run(repo, tmp_path / "two", options), *run(repo, tmp_path / "one", options, ranks=1))
+@pytest.mark.parametrize("variant", ["voita", "pipelined"])
+def test_other_methods(repo, tmp_path, variant):
+    check(run(repo, tmp_path / "two", variant)[variant], *run(repo, tmp_path / "one", variant, ranks=1)[variant])
 
 
 @pytest.mark.skipif(
     transformers.__version__.startswith("5.0."), reason="transformers 5.0 cannot resume two ranks on a CPU (cpu:0)"
 )
-def test_resumed_ranks_end_bit_equal(repo, joint):
-    folder, (whole, _) = joint
-    again, other = run(repo, folder, "resume")
-    for name in whole.keys() - {"gradients"}:
-        assert np.array_equal(whole[name], again[name]) and np.array_equal(again[name], other[name]), name
+def test_resumed_ranks_end_bit_equal(repo, two):
+    folder, whole = two
+    again = run(repo, folder, *JOINT, "resume")
+    for variant in JOINT:
+        (expected, _), (one, other) = whole[variant], again[variant]
+        for name in expected.keys() - {"gradients"}:
+            assert np.array_equal(expected[name], one[name]) and np.array_equal(one[name], other[name]), name
