@@ -10,5 +10,6 @@ state.install()
 
 from . import criterion, task  # noqa: E402, F401  (importing registers them with fairseq)
 from .session import open_session  # noqa: E402
+from .state import remove_heads  # noqa: E402
 
-__all__ = ["open_session"]
+__all__ = ["open_session", "remove_heads"]

@@ -16,9 +16,12 @@ def additive_masks(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) ->
     mask: Optional[torch.Tensor] = kwargs.get("attn_mask")
     if mask is None or mask.dtype != torch.bool:
         return args, kwargs
-    dtype = args[0].dtype if args else kwargs["query"].dtype
-    lowest = torch.finfo(dtype).min / 2
-    return args, {**kwargs, "attn_mask": torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, lowest)}
+    return args, {**kwargs, "attn_mask": additive(mask, args[0].dtype if args else kwargs["query"].dtype)}
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask (True: not attended to) as numbers to add."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, torch.finfo(dtype).min / 2)
 
 
 class UnfusedAttention:

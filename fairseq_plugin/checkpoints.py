@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import functools
 import json
 import logging
@@ -10,6 +11,7 @@ import os
 import sys
 import weakref
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable, Optional
 
 import fairseq
@@ -20,9 +22,14 @@ from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
 from head_pruning import PruningSession
-from head_pruning.artifacts import REPORT_FILE
+from head_pruning.artifacts import REPORT_FILE, write_json
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
+from head_pruning.weights import write_weight_artifacts
+from head_pruning.weights.artifacts import density_table
+
+from .export import zero_heads
+from .weights import finish, weight_masks, weight_pruners
 
 logger = logging.getLogger(__name__)
 _current: Callable[[], Optional[PruningSession]] = lambda: None  # noqa: E731  (a weak reference once there is one)
@@ -75,8 +82,10 @@ def install() -> None:
     def save_checkpoint(cfg, trainer, epoch_itr, val_loss):
         session = getattr(trainer.task, "session", None)
         if session is not None and val_loss is not None and not session.at_target():
-            logger.info("not a candidate for checkpoint_best: the gates have not reached their target yet")
+            logger.info("not a candidate for checkpoint_best: pruning has not reached its target yet")
             val_loss = None
+        if session is not None and trainer.get_num_updates() >= (session.total_steps or math.inf):
+            finish(session)
         saved = original(cfg, trainer, epoch_itr, val_loss)
         if session is not None and not cfg.no_save and trainer.data_parallel_rank == 0:
             last = trainer.get_num_updates() >= (session.total_steps or math.inf)
@@ -87,43 +96,86 @@ def install() -> None:
     checkpoint_utils.save_checkpoint = save_checkpoint
 
 
-def watch_target(session: PruningSession) -> None:
-    """Let ``--patience`` count validations only once ``session``, from now on the current one, is at its target."""
+def watch_training(session: PruningSession) -> None:
+    """Let fairseq-train validate ``session``, from now on the current one, masked.
+
+    ``--patience`` counts validations only once it is at its target.
+    """
     global _current
     _current = weakref.ref(session)
     for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
         module = sys.modules.get(name)
-        original = getattr(module, "should_stop_early", None)
-        if original is None or getattr(original, "knows_head_pruning", False):
-            continue
+        if hasattr(module, "should_stop_early") and not hasattr(module.validate, "knows_head_pruning"):
+            _watch(module)
 
-        def should_stop_early(cfg, valid_loss, original=original):
-            session = _current()
-            return (session is None or session.at_target()) and original(cfg, valid_loss)
 
-        should_stop_early.knows_head_pruning = True
-        module.should_stop_early = should_stop_early
+def _watch(module: ModuleType) -> None:
+    stop, validate = module.should_stop_early, module.validate
+
+    @functools.wraps(stop)
+    def should_stop_early(cfg, valid_loss):
+        session = _current()
+        return (session is None or session.at_target()) and stop(cfg, valid_loss)
+
+    @functools.wraps(validate)
+    def masked_validate(cfg, trainer, task, *args, **kwargs):
+        # Here, not batch by batch: masking and taking back is work for every weight.
+        with getattr(task, "evaluating", contextlib.nullcontext)():
+            return validate(cfg, trainer, task, *args, **kwargs)
+
+    masked_validate.knows_head_pruning = True
+    module.should_stop_early, module.validate = should_stop_early, masked_validate
 
 
 def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
-    """Write pruning.json and masks.safetensors into ``save_dir``; with ``log_heads`` log the kept heads by site."""
-    session = trainer.task.session
-    mask = session.head_mask()
-    if mask is None:
+    """Write pruning.json and masks.safetensors into ``save_dir``, with weight masks also their table and picture.
+
+    With ``log_heads`` also log the kept heads by site, and the kept weights by tensor.
+    """
+    session, folder = trainer.task.session, Path(save_dir)
+    mask, masks = session.head_mask(), weight_masks(session)
+    if mask is None and not masks:
         return
     numbers = {name: value if math.isfinite(value) else None for name, value in session.metrics().items()}
     entry = {"updates": trainer.get_num_updates(), "at_target": session.at_target(), **numbers}
-    write_artifacts(
-        Path(save_dir),
-        mask,
-        method="+".join(pruner.name for pruner in session.pruners),
-        options={name: value for pruner in session.pruners for name, value in vars(pruner.config).items()},
-        history=[*_history(Path(save_dir), entry["updates"]), entry],
-        versions={"fairseq": fairseq.__version__},
-        parameters=mask_parameters(trainer.get_model(), mask),
-    )
-    if log_heads:
+    history, versions = [*_history(folder, entry["updates"]), entry], {"fairseq": fairseq.__version__}
+    if mask is not None:
+        write_artifacts(
+            folder,
+            mask,
+            method="+".join(pruner.name for pruner in session.pruners),
+            options={name: value for pruner in session.pruners for name, value in vars(pruner.config).items()},
+            history=history,
+            versions=versions,
+            parameters=mask_parameters(trainer.get_model(), mask),
+        )
+    if masks:
+        _write_weights(folder, trainer.get_model(), session, masks)
+    if mask is None:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        write_json(folder / REPORT_FILE, {**report, "history": history, "versions": versions})
+    if log_heads and mask is not None:
         logger.info("kept heads by site:%s%s", os.linesep, head_table(mask))
+    if log_heads and masks:
+        logger.info("kept weights by tensor:%s%s", os.linesep, density_table(masks))
+
+
+def _write_weights(folder: Path, model: torch.nn.Module, session: PruningSession, masks: dict) -> None:
+    """Add the weight masks to the files in ``folder``; the numbers are of the model masked, without removed heads."""
+    pruners, mask = weight_pruners(session), session.head_mask()
+    with session.evaluating():
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        if mask is not None:
+            parameters = {name: parameter.clone() for name, parameter in parameters.items()}
+            zero_heads(parameters, mask)
+        write_weight_artifacts(
+            folder,
+            masks,
+            parameters,
+            method="+".join(pruner.name for pruner in pruners),
+            options={name: value for pruner in pruners for name, value in vars(pruner.config).items()},
+            head_mask=mask,
+        )
 
 
 def _history(save_dir: Path, updates: int) -> list[dict]:

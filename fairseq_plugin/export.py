@@ -1,19 +1,27 @@
-"""Turn a pruned checkpoint into an ordinary one that plain fairseq loads: the removed heads' weights are zero."""
+"""What a pruned checkpoint is turned into: an ordinary one with zeros, or one whose heads are cut out.
 
-import argparse
+Pruned weights are zero in both.
+"""
+
 import dataclasses
 from pathlib import Path
-from typing import Optional
+from typing import Iterator, Optional
 
 import torch
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.artifacts import atomic_path
+from head_pruning.compact import ATTRIBUTE
+from head_pruning.surgery import remove_heads
 
-from .state import mask_of_state, split_state
+from .state import KEEP, META, RECIPE, mask_of_state, read_description, recipe_of_state, split_state
+from .surgery import encode, plan_site
+from .weights import KEY, stored_masks, zero_weights
 
 TASK_SUFFIX = "_head_pruning"
+FP32_PARAMETERS = "ema_fp32_params"
 
 
 def load_checkpoint(path: "str | Path") -> dict:
@@ -55,8 +63,120 @@ def plain_config(cfg: dict) -> None:
         criterion["_name"] = criterion["_name"][: -len(TASK_SUFFIX)]
 
 
-def export_masked(source: "str | Path", target: "str | Path", mask: Optional[HeadMask] = None) -> HeadMask:
-    """Write the masked export of ``source`` to ``target``.
+def cut_heads(weights: dict, mask: HeadMask, before: Optional[dict]) -> tuple[dict, dict]:
+    """Cut a model state dict.
+
+    Args:
+        weights: dotted names to tensors; not changed.
+        mask: the heads to keep.
+        before: the recipe of what was cut earlier, None if nothing was.
+
+    Returns:
+        The tensors that are left, in their order, and the recipe.
+
+    Raises:
+        HeadPruningError, AttributeError or ValueError: the mask is of another model.
+    """
+    for site in mask.unit_map.attention:
+        known = (before or {"sites": {}})["sites"].get(site.name)
+        if known is not None and len(known["kept"]) != site.heads:
+            raise HeadPruningError(
+                f"{site.name} has {len(known['kept'])} heads left, and the mask is for {site.heads}; use a mask made "
+                "for the compact model."
+            )
+    tree = nn.Module()
+    for name, tensor in weights.items():
+        *path, leaf = name.split(".")
+        module = tree
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.register_buffer(leaf, tensor)
+    if before is not None:
+        setattr(tree, ATTRIBUTE, before)
+    recipe = remove_heads(tree, dataclasses.replace(mask.unit_map, planner=plan_site, adapt=None), mask)
+    left = dict(tree.named_buffers(remove_duplicate=False))
+    return {name: left[name] for name in weights if name in left}, recipe
+
+
+def parameters(weights: dict) -> int:
+    """The numbers in a model state dict; what is shared under several names counts once."""
+    counted = {
+        tensor.data_ptr(): tensor.numel()
+        for name, tensor in weights.items()
+        if tensor.is_floating_point() and not name.endswith(("version", "_float_tensor"))  # buffers of fairseq
+    }
+    return sum(counted.values())
+
+
+def _weights(state: dict) -> Iterator[tuple[dict, str]]:
+    """Where a checkpoint holds weights of the model: a dictionary and its key."""
+    yield state, "model"
+    averages = state.get("extra_state") or {}
+    yield from ((averages, key) for key in ("ema", FP32_PARAMETERS) if averages.get(key) is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exported:
+    """The head mask that was applied, the model's parameters before and after, weights that stay and all of them."""
+
+    mask: Optional[HeadMask]
+    parameters: tuple[int, int]
+    weights: tuple[int, int]
+
+    def pruned(self) -> str:
+        """What stays, for a line to print."""
+        heads = [f"{self.mask.kept} of {self.mask.keep.size} heads"] if self.mask is not None else []
+        weights = [f"{self.weights[0]:,} of {self.weights[1]:,} weights"] if self.weights[1] else []
+        return ", ".join(heads + weights)
+
+
+def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask], compact: bool) -> _Exported:
+    state = load_checkpoint(source)
+    masks = stored_masks(state)
+    stored = split_state(state["model"])[1]
+    before = recipe_of_state(stored)
+    if before is not None and not compact:
+        raise HeadPruningError(f"{source} is compact, the heads are gone; export the checkpoint it was made from.")
+    if before is not None and mask is None and KEEP not in stored:
+        raise HeadPruningError(f"{source} is compact already; give a mask to cut more heads.")
+    if mask is None and (KEEP in stored or compact or not masks):
+        mask = mask_of_state(stored)
+    elif mask is not None and META in stored:
+        read_description(stored)["unit_map"].check_same_heads(mask.unit_map, "The mask")
+    sizes = [parameters(split_state(state["model"])[0])]
+    try:
+        for place, key in _weights(state):
+            own = split_state(place[key])[0]
+            zero_weights(own, masks)
+            if compact:
+                own, recipe = cut_heads(own, mask, before)
+                if key != FP32_PARAMETERS:  # is no state dict of a model
+                    own[RECIPE] = encode(recipe)
+            elif mask is not None:
+                zero_heads(own, mask)
+            place[key] = own
+    except HeadPruningError:
+        raise
+    except (AttributeError, KeyError, IndexError, ValueError) as error:
+        raise HeadPruningError(f"The mask does not fit {source} ({error}); use a mask made for this model.") from error
+    if isinstance(state.get("cfg"), dict):
+        plain_config(state["cfg"])
+    # The optimizer's moments and the pruner's averages belong to weights that are gone.
+    state.pop("last_optimizer_state", None)
+    (state.get("extra_state") or {}).pop(KEY, None)
+    sizes.append(parameters(split_state(state["model"])[0]))
+    with atomic_path(target) as temporary:
+        torch.save(state, temporary)
+    kept = sum(int(torch.count_nonzero(keep)) for keep in masks.values())
+    return _Exported(mask, (sizes[0], sizes[1]), (kept, sum(keep.numel() for keep in masks.values())))
+
+
+def export_masked(source: "str | Path", target: "str | Path", mask: Optional[HeadMask] = None) -> Optional[HeadMask]:
+    """Write the masked export of ``source`` to ``target``: plain fairseq loads it, what was pruned is zero.
+
+    Weights are those of the checkpoint's own masks; the moving average of weights is masked too.
 
     Args:
         source: a checkpoint of a pruning run, or a dense one together with ``mask``.
@@ -64,38 +184,52 @@ def export_masked(source: "str | Path", target: "str | Path", mask: Optional[Hea
         mask: the heads to keep; default: those of the checkpoint.
 
     Returns:
-        The mask that was applied.
+        The head mask that was applied, None where weights alone were pruned.
+
+    Raises:
+        HeadPruningError: the checkpoint is missing, damaged or compact, has no mask, or the mask is of another model.
     """
-    state = load_checkpoint(source)
-    state["model"], stored = split_state(state["model"])
-    if mask is None:
-        mask = mask_of_state(stored)
-    try:
-        zero_heads(state["model"], mask)
-        averaged = state.get("extra_state", {}).get("ema")
-        if averaged is not None:
-            state["extra_state"]["ema"] = split_state(averaged)[0]
-            zero_heads(state["extra_state"]["ema"], mask)
-    except (KeyError, IndexError) as error:
-        raise HeadPruningError(f"The mask does not fit {source} ({error}); use a mask made for this model.") from error
-    if isinstance(state.get("cfg"), dict):
-        plain_config(state["cfg"])
-    # The optimizer's moments belong to weights that are gone.
-    state.pop("last_optimizer_state", None)
-    with atomic_path(target) as temporary:
-        torch.save(state, temporary)
-    return mask
+    return _export(source, target, mask, compact=False).mask
+
+
+def export_compact(source: "str | Path", target: "str | Path", mask: Optional[HeadMask] = None) -> HeadMask:
+    """Write the compact export of ``source`` to ``target``: the heads are cut out of its tensors.
+
+    Every command of fairseq with ``--user-dir fairseq_plugin`` loads it, to decode and to train on; plain fairseq
+    stops at sizes that do not match. Epochs are counted on from those of ``source``: train on with
+    ``--finetune-from-model``, which starts anew, or with ``--restore-file``.
+
+    Args:
+        source: a checkpoint of a pruning run, or a dense or compact one together with ``mask``.
+        target: the file to write, atomically.
+        mask: the heads to keep, of those that ``source`` has; default: those of the checkpoint.
+
+    Returns:
+        The mask that was applied.
+
+    Raises:
+        HeadPruningError: the checkpoint is missing or damaged, has no mask, or the mask is of another model.
+    """
+    return _export(source, target, mask, compact=True).mask
+
+
+def masked(source: Path, target: Path, mask: Optional[HeadMask]) -> str:
+    """:func:`export_masked` for the command line: the line to print."""
+    return f"{target}: {_export(source, target, mask, compact=False).pruned()}, the others are zero"
+
+
+def compact(source: Path, target: Path, mask: Optional[HeadMask]) -> str:
+    """:func:`export_compact` for the command line: the line to print."""
+    done = _export(source, target, mask, compact=True)
+    return f"{target}: {done.pruned()}, {done.parameters[1]:,} of {done.parameters[0]:,} parameters"
 
 
 def add_command(commands) -> None:
-    """Add ``head-pruning export-fairseq`` to the command line."""
+    """Add ``head-pruning export-fairseq``, the older spelling of ``head-pruning export --to masked``."""
     parser = commands.add_parser("export-fairseq", help="write a pruned fairseq checkpoint that plain fairseq loads")
     parser.add_argument("checkpoint", help="checkpoint of a pruning run, or a dense one with --mask")
     parser.add_argument("output", help="file to write")
     parser.add_argument("--mask", help="head mask file to apply instead of the checkpoint's own")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
-    mask = export_masked(args.checkpoint, args.output, HeadMask.load(args.mask) if args.mask else None)
-    print(f"{args.output}: {mask.kept} of {mask.keep.size} heads, the others are zero")
+    parser.set_defaults(
+        run=lambda args: print(masked(args.checkpoint, args.output, HeadMask.load(args.mask) if args.mask else None))
+    )

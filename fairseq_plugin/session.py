@@ -11,7 +11,7 @@ from .unit_map import unit_map
 
 
 def open_session(model: nn.Module, pruners: Sequence[Pruner], **options) -> PruningSession:
-    """Map a fairseq model, put gates on it and make every attention module run them.
+    """Map a fairseq model, put gates on it and make every attention module run them (for pruners of heads).
 
     Args:
         model: any fairseq model built on MultiheadAttention.
@@ -22,7 +22,8 @@ def open_session(model: nn.Module, pruners: Sequence[Pruner], **options) -> Prun
         The attached session; its ``detach()`` leaves the model as it was.
     """
     session = PruningSession(model, unit_map(model), pruners, **options).attach()
-    unfused = UnfusedAttention(model)
-    unfused.attach()
-    session.on_detach(unfused.detach)
+    if session.gated:
+        unfused = UnfusedAttention(model)
+        unfused.attach()
+        session.on_detach(unfused.detach)
     return session

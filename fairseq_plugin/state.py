@@ -3,18 +3,22 @@
 import functools
 import json
 import logging
+from pathlib import Path
 from typing import Any, Mapping, Optional
 
 import numpy as np
 import torch
 from fairseq.models import BaseFairseqModel
+from fairseq.trainer import Trainer
 
-from head_pruning import HeadMask, HeadPruningError, PruningSession, UnitMap
+from head_pruning import HeadMask, HeadPruningError, PruningSession, UnitMap, surgery
 from head_pruning.gates import GateBank
 from head_pruning.session import STATE_VERSION
 
 from .attention import UnfusedAttention
+from .surgery import decode, encode, take_shape
 from .unit_map import unit_map
+from .weights import KEY, own_state, restore_state, stored_state, weight_pruners
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +26,10 @@ PREFIX = "head_pruning."
 KEEP = PREFIX + "keep"
 SESSION = PREFIX + "session."
 # fairseq's moving average of weights multiplies every entry of the state dict by a float, except those with
-# "version" in their name; this one holds bytes.
+# "version" in their name; these hold bytes,
+# in a wide type: averaging checkpoints adds them up before it divides.
 META = PREFIX + "meta.version1"
+RECIPE = PREFIX + "removed.version1"
 DAMAGED = "The checkpoint's pruning state is damaged or of an unknown version; use the checkpoint before it."
 
 
@@ -31,7 +37,7 @@ class StateKeeper:
     """Hangs on a model: writes the pruning state into its state dict and restores it.
 
     Either of a ``session`` (training) or of a fixed mask with the ``stored`` state of the run that made it
-    (decoding, or training on with a task that does not prune).
+    (decoding, or training on with a task that does not prune). A compact model's recipe is part of it.
     """
 
     def __init__(
@@ -62,22 +68,51 @@ class StateKeeper:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Flat names to fresh tensors."""
+        recipe = surgery.recipe_of(self.model)
+        shape = {RECIPE: encode(recipe)} if recipe is not None else {}
         if self.session is None:
-            return {name: value.clone() for name, value in self.stored.items()}
+            return {**{name: value.clone() for name, value in self.stored.items()}, **shape}
+        if not self._of_heads():
+            return shape
+        of_weights = own_state(self.session)  # goes elsewhere, see Trainer.state_dict below
         state = {
-            SESSION + name: torch.from_numpy(np.array(value)) for name, value in self.session.state_dict().items()
+            SESSION + name: torch.from_numpy(np.array(value))
+            for name, value in self.session.state_dict().items()
+            if name not in of_weights
         }
         mask = self.session.head_mask()
         if mask is not None:
             state[KEEP] = torch.from_numpy(mask.keep.astype(np.float64))
-        state[META] = torch.tensor(list(self.session.description().encode()), dtype=torch.uint8)
-        return state
+        state[META] = torch.tensor(list(self.session.description().encode()), dtype=torch.int32)
+        return {**state, **shape}
+
+    def _of_heads(self) -> list[str]:
+        """The names of the session's pruners but for those of weights."""
+        others = weight_pruners(self.session)
+        return [pruner.name for pruner in self.session.pruners if pruner not in others]
+
+    def let_go(self) -> None:
+        """Take off the gates of a fixed mask: the model is about to be cut."""
+        if self.gates is not None:
+            self.gates.detach()
+            self.unfused.detach()
+        self.gates, self.stored = None, {}
+
+    def remove(self) -> None:
+        """Hang on the model no more."""
+        self._handle.remove()
+        del self.model._head_pruning
 
     def check(self, state: Mapping[str, torch.Tensor]) -> None:
         """Raise, before any weight is loaded, when the state that comes with a checkpoint cannot be taken."""
         if state:
             theirs = read_description(state)["unit_map"]
             theirs.check_same_heads(unit_map(self.model), "The pruned checkpoint")
+        if self.session is not None and KEEP in state and not self._of_heads():
+            raise HeadPruningError(
+                "The checkpoint has heads that are pruned, and pruning its weights alone would bring them back; add "
+                "the options of its pruner of heads, or start from its export (head-pruning export --to compact)."
+            )
         if state and self.session is not None and not self.reset_optimizer:
             self._check_pruners(state)
 
@@ -94,12 +129,12 @@ class StateKeeper:
         self.loaded = True
         if self.session is None:
             self._fix(state)
-        elif state and read_description(state)["pruners"] != [pruner.name for pruner in self.session.pruners]:
+        elif state and not set(self._of_heads()).issubset(read_description(state)["pruners"]):
             logger.info("gates start anew: the checkpoint was pruned with another method")
         elif state:
             values = {name[len(SESSION) :]: value.numpy() for name, value in state.items() if name.startswith(SESSION)}
             try:
-                self.session.load_state_dict(values)
+                self.session.load_state_dict({**own_state(self.session), **values})
             except (KeyError, IndexError) as error:
                 raise HeadPruningError(DAMAGED) from error
             if self.reset_optimizer:
@@ -107,9 +142,7 @@ class StateKeeper:
 
     def _fix(self, state: Mapping[str, torch.Tensor]) -> None:
         """Gate the model with the mask of ``state``, in place of the one before."""
-        if self.gates is not None:
-            self.gates.detach()
-            self.unfused.detach()
+        self.let_go()
         self.gates = attach_mask(self.model, mask_of_state(state)) if KEEP in state else None
         if self.gates is not None:
             self.unfused.attach()
@@ -137,6 +170,25 @@ def split_state(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
     return own, {name: value for name, value in state_dict.items() if name.startswith(PREFIX)}
 
 
+def recipe_of_state(state: Mapping[str, torch.Tensor]) -> Optional[dict]:
+    """The recipe of a compact checkpoint, None of one with all its heads. Raises HeadPruningError when damaged."""
+    if RECIPE not in state:
+        return None
+    try:
+        return decode(state[RECIPE])
+    except (TypeError, ValueError) as error:
+        raise HeadPruningError(DAMAGED) from error
+
+
+def recipe_of_file(path: "str | Path") -> Optional[dict]:
+    """The recipe of a checkpoint file; None when it has none, or is no file that could be read."""
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
+    except Exception:  # whoever loads the file says what is wrong with it
+        return None
+    return recipe_of_state(model)
+
+
 def mask_of_state(state: Mapping[str, torch.Tensor]) -> HeadMask:
     """The head mask stored with a pruned checkpoint."""
     if KEEP not in state:
@@ -152,8 +204,35 @@ def attach_mask(model: BaseFairseqModel, mask: HeadMask) -> GateBank:
     return gates
 
 
+def remove_heads(model: BaseFairseqModel, mask: Optional[HeadMask] = None) -> dict:
+    """Cut heads out of a fairseq model for good, in place; checkpoints of it carry what was cut.
+
+    Args:
+        model: dense, with the fixed mask of a pruned checkpoint, or compact already; no session may be on it.
+        mask: the heads that stay; default: those of the checkpoint that was loaded.
+
+    Returns:
+        The recipe, see :func:`head_pruning.surgery.remove_heads`.
+
+    Raises:
+        HeadPruningError: there is no mask, it is of another model, or a session is on the model.
+    """
+    keeper = getattr(model, "_head_pruning", None)
+    if keeper is not None and keeper.session is not None:
+        raise HeadPruningError("A pruning session is on the model; detach it before its heads are cut out.")
+    if mask is None:
+        mask = mask_of_state(keeper.stored if keeper is not None else {})
+    unit_map(model).check_same_heads(mask.unit_map, "The head mask")
+    if keeper is not None:
+        keeper.let_go()
+    recipe = surgery.remove_heads(model, unit_map(model), mask)
+    if keeper is None:
+        StateKeeper(model)
+    return recipe
+
+
 def install() -> None:
-    """Teach every fairseq model to load pruned checkpoints; once per process."""
+    """Teach every fairseq model, and the trainer, to load pruned checkpoints; once per process."""
     original = BaseFairseqModel.load_state_dict
     if getattr(original, "reads_head_pruning", False):
         return
@@ -164,7 +243,18 @@ def install() -> None:
         keeper = getattr(self, "_head_pruning", None)
         if keeper is not None and keeper.model is not self:  # a copy of the model: its gates stay what they are
             return original(self, own, *args, **kwargs)
-        if keeper is None and state:
+        recipe = recipe_of_state(state)
+        state.pop(RECIPE, None)
+        if recipe != surgery.recipe_of(self):
+            if keeper is not None:
+                if keeper.session is not None:
+                    raise HeadPruningError(
+                        "The checkpoint is compact and the gates are on a model that is not; load it with "
+                        "--restore-file or --finetune-from-model, or cut the model before its session is opened."
+                    )
+                keeper.let_go()
+            take_shape(self, recipe)
+        if keeper is None and (state or recipe is not None):
             keeper = StateKeeper(self)
         if keeper is not None:
             keeper.check(state)
@@ -175,3 +265,27 @@ def install() -> None:
 
     load_state_dict.reads_head_pruning = True
     BaseFairseqModel.load_state_dict = load_state_dict
+    load_checkpoint, state_dict = Trainer.load_checkpoint, Trainer.state_dict
+
+    @functools.wraps(load_checkpoint)
+    def cut_and_load(self, filename, *args, **kwargs):
+        # Before the data-parallel wrapper and the optimizer see the parameters.
+        recipe, model = recipe_of_file(filename), self.get_model()
+        if recipe is not None and recipe != surgery.recipe_of(model):
+            getattr(self.task, "cut_for_checkpoint", take_shape)(model, recipe)
+            self.reinitialize()
+        extra_state = load_checkpoint(self, filename, *args, **kwargs)
+        if extra_state is not None and KEY in extra_state:
+            keeper, session = getattr(model, "_head_pruning", None), getattr(self.task, "session", None)
+            restore_state(session, extra_state.pop(KEY), reset=keeper is not None and keeper.reset_optimizer)
+        return extra_state
+
+    @functools.wraps(state_dict)
+    def state_dict_with_weights(self):
+        state, session = state_dict(self), getattr(self.task, "session", None)
+        if weight_pruners(session):
+            resumable = not self.cfg.checkpoint.no_save_optimizer_state
+            state["extra_state"][KEY] = stored_state(session, resumable=resumable)
+        return state
+
+    Trainer.load_checkpoint, Trainer.state_dict = cut_and_load, state_dict_with_weights

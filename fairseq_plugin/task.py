@@ -1,10 +1,10 @@
 """Tasks that prune while they train: any task of fairseq plus one mixin."""
 
+import contextlib
 import logging
 import math
-from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 import torch.distributed
@@ -15,45 +15,37 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from omegaconf import II
 
-from head_pruning import HeadPruningError, PruningSession, build_pruner, choose_method
-from head_pruning.registry import option_fields
+from head_pruning import HeadPruningError, Pruner, PruningSession
 
-from .checkpoints import watch_target
+from .checkpoints import watch_training
+from .masters import master_of, unscale
+from .options import add_flags, build_pruners, pruning_config
 from .session import open_session
 from .state import StateKeeper
+from .surgery import take_shape
+from .weights import refuse_hosts, weight_pruners
 
 logger = logging.getLogger(__name__)
 
 # Models that skip whole layers at random need some updates until every site has run.
 _LAYERDROP_UPDATES = 100
-_METRIC_ROUND = {"temperature": None, "gate_norm": None, "penalty": 3, "heads_expected": 2}
-
-
-def pruning_config(base: type, name: str) -> type:
-    """``base`` (a task's dataclass) plus the options of every registered method and what they read of the run."""
-    host = [
-        ("pruner", Optional[str], field(default=None, metadata={"help": "pruning method by its registered name"})),
-        ("seed", int, II("common.seed")),
-        ("max_update", int, II("optimization.max_update")),
-        ("max_epoch", int, II("optimization.max_epoch")),
-        ("update_freq", List[int], II("optimization.update_freq")),
-        ("reset_optimizer", bool, II("checkpoint.reset_optimizer")),
-        ("finetune_from_model", Optional[str], II("checkpoint.finetune_from_model")),
-        ("save_dir", str, II("checkpoint.save_dir")),
-        ("train_subset", str, II("dataset.train_subset")),
-    ]
-    taken = set(base.__dataclass_fields__)
-    own = [entry for entry in host if entry[0] not in taken]
-    own += [(f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in option_fields().values()]
-    return make_dataclass(name, own, bases=(base,), namespace={"__module__": __name__})
+_METRIC_ROUND = {
+    **{"temperature": None, "gate_norm": None, "penalty": 3, "heads_expected": 2},
+    **{"prune_target": 6, "weights_kept": 6, "mask_threshold": None},
+}
 
 
 class HeadPruningMixin:
     """Drives a pruning session from fairseq's trainer."""
 
     session: Optional[PruningSession] = None
+    _evaluating = False
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """As the base task; flags that a scheduler or optimizer has too are left to it."""
+        add_flags(super().add_args, parser)
 
     @property
     def options(self) -> Any:
@@ -64,13 +56,12 @@ class HeadPruningMixin:
         """Build the model and, in training, put the gates on."""
         model = super().build_model(cfg, from_checkpoint)
         if not from_checkpoint:  # a stored model brings its mask and needs no method
-            method = choose_method(self.options, self.options.pruner)
-            if method is not None:
-                self._start_session(model, method)
+            pruners = build_pruners(self.options)
+            if pruners:
+                self._start_session(model, pruners)
         return model
 
-    def _start_session(self, model, method) -> None:
-        pruner = build_pruner(method, self.options)
+    def _start_session(self, model, pruners: list[Pruner]) -> None:
         drops_layers = any(
             getattr(getattr(model, part, None), f"{part}_layerdrop", 0)
             or getattr(getattr(model, part, None), "layerdrop", 0)
@@ -78,24 +69,50 @@ class HeadPruningMixin:
         )
         self.session = open_session(
             model,
-            [pruner],
+            pruners,
             seed=self.options.seed,
             all_reduce=_all_reduce if _ranks() > 1 else None,
             fired_within=_LAYERDROP_UPDATES if drops_layers else 1,
         )
+        self._of_weights = weight_pruners(self.session)
+        if self._of_weights:
+            refuse_hosts(self.options)
         self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
-        watch_target(self.session)
+        self.session.on_detach(self._keeper.remove)
+        watch_training(self.session)
         self._optimizer = None
         self._epochs: Optional[float] = None
         if self.session.freezes_model:
+            if self._of_weights:
+                raise HeadPruningError(
+                    "Pipelined pruning of heads leaves the model's weights as they are, and pruning weights changes "
+                    "them; add --joint-pruning, or prune one after the other."
+                )
             self.session.freeze()
-        logger.info(
-            "pruning with %s: %d heads in %d attention layers, the model's own weights are %s",
-            method.name,
-            self.session.unit_map.num_heads,
-            len(self.session.unit_map.attention),
-            "kept as they are (pipelined)" if self.session.freezes_model else "trained too (joint)",
-        )
+        self._tell(pruners)
+
+    def _tell(self, pruners: list[Pruner]) -> None:
+        for pruner in pruners:
+            if pruner in self._of_weights:
+                options = " ".join(f"{name}={value}" for name, value in vars(pruner.config).items())
+                number = sum(pruner.sizes.values())
+                logger.info("pruning with %s: %d weights; %s", pruner.name, number, options)
+                continue
+            logger.info(
+                "pruning with %s: %d heads in %d attention layers, the model's own weights are %s",
+                pruner.name,
+                self.session.unit_map.num_heads,
+                len(self.session.unit_map.attention),
+                "kept as they are (pipelined)" if self.session.freezes_model else "trained too (joint)",
+            )
+
+    def cut_for_checkpoint(self, model, recipe) -> None:
+        """Give the model the shape of the compact checkpoint that it is about to load: gates go on what is left."""
+        if self.session is not None:
+            self.session.detach()
+        take_shape(model, recipe)
+        if self.session is not None:
+            self._start_session(model, build_pruners(self.options))
 
     def _resets_optimizer(self) -> bool:
         """Whether fairseq will load a model without its optimizer: when told to, and when it first finetunes."""
@@ -130,7 +147,30 @@ class HeadPruningMixin:
                 "Pipelined pruning trains the gates of a trained model, and no checkpoint was loaded; add "
                 "--restore-file (with --reset-optimizer), or --joint-pruning to train the model too."
             )
+        if not self._keeper.loaded and any(pruner.name == "lock" for pruner in self._of_weights):
+            raise HeadPruningError(
+                "--weight-pruner lock keeps the zeros of a pruned model, and no checkpoint was loaded; add "
+                "--finetune-from-model or --restore-file."
+            )
         self.session.metrics()  # settles the schedules, now that the length of training is known
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside the block the model is what would be kept if training ended now; inner blocks change nothing."""
+        if self.session is None or self._evaluating:
+            yield
+            return
+        self._evaluating = True
+        try:
+            with self.session.evaluating():
+                yield
+        finally:
+            self._evaluating = False
+
+    def valid_step(self, sample, model, criterion, *args, **kwargs):
+        """As the base task, with the masks on."""
+        with self.evaluating():
+            return super().valid_step(sample, model, criterion, *args, **kwargs)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         """One micro-batch; the first of an update draws the gates."""
@@ -157,6 +197,7 @@ class HeadPruningMixin:
         if self._optimizer is optimizer:
             return
         self._optimizer, self._new_update = optimizer, True
+        self.session.master_of = master_of(optimizer)
         original = optimizer.zero_grad
 
         def zero_grad(*args, **kwargs):
@@ -176,20 +217,26 @@ class HeadPruningMixin:
             self._loss_scale = getattr(scaler, "loss_scale", 1.0)
 
     def optimizer_step(self, optimizer, model, update_num) -> None:
-        """The gates step beside the model's optimizer (which rests in pipelined pruning)."""
+        """The gates step beside the model's optimizer (which rests in pipelined pruning), weights are masked after."""
         if self.session is None:
             super().optimizer_step(optimizer, model, update_num)
             return
         self.session.after_backward(self._loss_scale, float(self._denominator), self._micro_batches)
+        if self._of_weights:
+            unscale(optimizer)
+        self.session.before_step()
         if not self.session.freezes_model:
             super().optimizer_step(optimizer, model, update_num)
         elif getattr(optimizer, "scaler", None) is not None:
             optimizer.scaler.update()
         if isinstance(optimizer, AMPOptimizer) and optimizer.scaler.get_scale() < self._loss_scale:
+            if self._of_weights:
+                self.session.before_update(update_num)  # takes back what before_step() did
             return  # an overflow: the model has not stepped, and fairseq tries the batch again
         self.session.after_step()
         for name, value in self.session.metrics().items():
-            metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 1))
+            if math.isfinite(value):  # a mask's numbers arrive from the device a little later
+                metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 1))
 
 
 def _ranks() -> int:
@@ -202,21 +249,23 @@ def _all_reduce(tensor: torch.Tensor) -> None:
     distributed_utils.all_reduce(tensor, group=distributed_utils.get_data_parallel_group())
 
 
-TranslationHeadPruningConfig = pruning_config(TranslationConfig, "TranslationHeadPruningConfig")
-LanguageModelingHeadPruningConfig = pruning_config(LanguageModelingConfig, "LanguageModelingHeadPruningConfig")
-MaskedLMHeadPruningConfig = pruning_config(MaskedLMConfig, "MaskedLMHeadPruningConfig")
+TranslationHeadPruningConfig = pruning_config(TranslationConfig, "TranslationHeadPruningConfig", __name__)
+LanguageModelingHeadPruningConfig = pruning_config(
+    LanguageModelingConfig, "LanguageModelingHeadPruningConfig", __name__
+)
+MaskedLMHeadPruningConfig = pruning_config(MaskedLMConfig, "MaskedLMHeadPruningConfig", __name__)
 
 
 @register_task("translation_head_pruning", dataclass=TranslationHeadPruningConfig)
 class TranslationHeadPruningTask(HeadPruningMixin, TranslationTask):
-    """``translation`` with head pruning."""
+    """``translation`` with pruning of heads and weights."""
 
 
 @register_task("language_modeling_head_pruning", dataclass=LanguageModelingHeadPruningConfig)
 class LanguageModelingHeadPruningTask(HeadPruningMixin, LanguageModelingTask):
-    """``language_modeling`` with head pruning."""
+    """``language_modeling`` with pruning of heads and weights."""
 
 
 @register_task("masked_lm_head_pruning", dataclass=MaskedLMHeadPruningConfig)
 class MaskedLMHeadPruningTask(HeadPruningMixin, MaskedLMTask):
-    """``masked_lm`` with head pruning."""
+    """``masked_lm`` with pruning of heads and weights."""

@@ -6,6 +6,8 @@ from torch import nn
 from head_pruning import AttentionSite, FeedForwardSite, UnitMap
 from head_pruning.unit_map import ATTENTION_KINDS
 
+from .surgery import adapt, plan_site
+
 
 def _kind(name: str, module: MultiheadAttention) -> str:
     if module.encoder_decoder_attention:
@@ -17,7 +19,7 @@ def unit_map(model: nn.Module) -> UnitMap:
     """Map a fairseq model.
 
     The rows are in the order of the published code: encoder self-attention, decoder cross-attention, decoder
-    self-attention, each by layer.
+    self-attention, each by layer. Modules whose heads were all removed are left out.
 
     Raises:
         HeadPruningError: the model has no MultiheadAttention.
@@ -26,6 +28,8 @@ def unit_map(model: nn.Module) -> UnitMap:
     for name, module in model.named_modules():
         layer = name.rpartition(".")[0]
         if isinstance(module, MultiheadAttention):
+            if not module.num_heads:
+                continue
             attention.append(
                 AttentionSite(
                     name=name,
@@ -50,4 +54,4 @@ def unit_map(model: nn.Module) -> UnitMap:
                 )
             )
     attention.sort(key=lambda site: ATTENTION_KINDS.index(site.kind))
-    return UnitMap(tuple(attention), tuple(feed_forward))
+    return UnitMap(tuple(attention), tuple(feed_forward), planner=plan_site, adapt=adapt)

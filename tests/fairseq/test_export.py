@@ -10,7 +10,7 @@ from tests.fairseq.command_lines import DSP, decoded
 from tests.fairseq.runner import ROOT
 
 
-def _plain_user_dir(folder):
+def plain_user_dir(folder):
     """What plain fairseq needs to read any of its own checkpoints under torch 2.6 and later."""
     folder.mkdir()
     (folder / "__init__.py").write_text(
@@ -33,7 +33,7 @@ def test_plain_fairseq_decodes_the_export_as_the_plugin_decodes_the_checkpoint(t
 
     pruned = decoded(runner.run("generate", translation.generate(checkpoint)).out)
     plain = translation.generate(exported)
-    plain[plain.index("--user-dir") + 1] = str(_plain_user_dir(tmp_path / "plain_reader"))
+    plain[plain.index("--user-dir") + 1] = str(plain_user_dir(tmp_path / "plain_reader"))
     assert decoded(runner.run("generate", plain).out) == pruned
 
     state = torch.load(exported, weights_only=False)

@@ -1,0 +1,124 @@
+"""Checkpoints of fairseq for the ``head-pruning`` command: how they load and what they export to.
+
+Of the formats of other hosts, ``onnx`` and ``torch-export`` are not offered: torch.export fails to trace fairseq's
+transformer, and a program of one forward pass could not decode: beam search hands the decoder a dictionary of states
+that it changes at every step.
+"""
+
+import copy
+import inspect
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Mapping, MutableMapping, Optional
+
+import torch
+from fairseq import checkpoint_utils, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import BaseFairseqModel, FairseqEncoderDecoderModel
+from omegaconf import open_dict
+
+from head_pruning import HeadMask, HeadPruningError
+from head_pruning.hosts import HostModel
+
+from .export import TASK_SUFFIX, compact, load_checkpoint, masked
+from .state import KEEP, RECIPE, mask_of_state, split_state
+from .unit_map import unit_map
+
+name = "fairseq"
+exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {"masked": masked, "compact": compact}
+
+_SPECIALS = 4  # what every dictionary begins with: <s>, <pad>, </s>, <unk>
+
+
+def recognises(path: Path) -> bool:
+    """Whether ``path`` is a ``.pt`` file; loading says what is wrong with one that fairseq did not write."""
+    return path.is_file() and path.suffix == ".pt"
+
+
+def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
+    """Load a checkpoint of fairseq: dense, pruned or compact. The data it was trained on need not be there.
+
+    Args:
+        path: the checkpoint.
+        mask: the heads that stay, instead of those of the checkpoint.
+
+    Raises:
+        HeadPruningError: it cannot be loaded or mapped, or the mask is of another model.
+    """
+    weights, stored = split_state(load_checkpoint(path)["model"])
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    if mask is None and KEEP in stored:
+        mask = mask_of_state(stored)
+    model = build_model(state, weights)
+    shape = {RECIPE: stored[RECIPE]} if RECIPE in stored else {}
+    try:
+        model.load_state_dict({**weights, **shape}, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise HeadPruningError(f"The weights in {path} do not fit its model ({reason:.300}).") from error
+    model.eval()
+    sites = unit_map(model)
+    if mask is not None:
+        sites.check_same_heads(mask.unit_map, "The head mask")
+    return HostModel(model, sites, mask, lambda batch, length: example(model, batch, length))
+
+
+def build_model(state: dict, weights: Mapping[str, torch.Tensor]) -> BaseFairseqModel:
+    """The model of a checkpoint, with random weights.
+
+    A task wants its dictionaries; only their sizes matter here, and the embeddings tell them.
+    """
+    cfg = state["cfg"] if state.get("cfg") is not None else convert_namespace_to_omegaconf(state["args"])
+    cfg = copy.deepcopy(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        with open_dict(cfg):
+            names = _dictionaries(cfg.task, weights)
+            cfg.task.data = folder if names else cfg.task.get("data")
+        for file, words in names.items():
+            lines = "".join(f"word{number} 1\n" for number in range(words))
+            (Path(folder) / file).write_text(lines, encoding="utf-8")
+        try:
+            task = tasks.setup_task(cfg.task, from_checkpoint=True)
+            if state.get("task_state"):
+                task.load_state_dict(state["task_state"])
+            if "from_checkpoint" in inspect.signature(task.build_model).parameters:
+                return task.build_model(cfg.model, from_checkpoint=True)
+            return task.build_model(cfg.model)
+        except Exception as error:  # whatever a task does not find
+            reason = " ".join(str(error).split()) or repr(error)
+            raise HeadPruningError(
+                f"fairseq cannot build the model of the checkpoint ({reason:.300}); its data must lie where it was "
+                f"trained: {cfg.task.get('data', 'unknown')}."
+            ) from error
+
+
+def _dictionaries(task: MutableMapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The dictionary files that a task of fairseq's own will look for, and how many words each must have."""
+
+    def words(*names: str) -> int:
+        return next(weights[name].shape[0] for name in names if name in weights) - _SPECIALS
+
+    kind = str(task["_name"]).removesuffix(TASK_SUFFIX)
+    if kind == "translation":
+        task["source_lang"] = task["source_lang"] or "source"  # None where fairseq read them off the files
+        task["target_lang"] = task["target_lang"] or "target"
+        return {
+            f"dict.{task['source_lang']}.txt": words("encoder.embed_tokens.weight"),
+            f"dict.{task['target_lang']}.txt": words("decoder.embed_tokens.weight"),
+        }
+    if kind == "language_modeling":
+        return {"dict.txt": words("decoder.embed_tokens.weight")}
+    if kind == "masked_lm":  # adds a <mask> of its own
+        return {"dict.txt": words("encoder.sentence_encoder.embed_tokens.weight") - 1}
+    return {}
+
+
+def example(model: BaseFairseqModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Arguments of a forward pass on random tokens without padding: ``[batch, length]``, the same on every call."""
+    parts = [getattr(model, part) for part in ("encoder", "decoder") if hasattr(model, part)]
+    known = min(len(part.dictionary) for part in parts)
+    generator = torch.Generator().manual_seed(0)
+    source, target = (torch.randint(_SPECIALS, known, (batch, length), generator=generator) for _ in range(2))
+    if isinstance(model, FairseqEncoderDecoderModel):
+        return {"src_tokens": source, "src_lengths": torch.full((batch,), length), "prev_output_tokens": target}
+    return {"src_tokens": source}

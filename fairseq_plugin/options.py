@@ -1,0 +1,117 @@
+"""The flags of pruning, and the pruners that they ask for."""
+
+from dataclasses import Field, field, make_dataclass
+from types import SimpleNamespace
+from typing import Any, List, Optional
+
+from omegaconf import II
+
+from head_pruning import HeadPruningError, Pruner, build_pruner, choose_method
+from head_pruning.registry import Method, get_method, methods, option_fields, owners
+
+_PRUNER = "method that prunes heads, by its registered name"
+_WEIGHT_PRUNER = "method that prunes weights, by its registered name; one of heads can run beside it"
+# Flags that some optimizer or scheduler of fairseq has too. Under their short names they are the pruner's only where
+# no component that is in use wants them.
+_PREFIX = "pruner_"
+_SHARED = ("warmup_steps", "beta1", "beta2")
+_ALIASES = {"deltaT": "--delta-t"}
+
+
+def pruning_config(base: type, name: str, module: str) -> type:
+    """``base`` (a task's dataclass) plus the options of every registered method and what they read of the run.
+
+    Options of weight pruners are called as in the registry, but for ``pruner_warmup_steps``, ``pruner_beta1`` and
+    ``pruner_beta2``, which have the names in the registry as second flags, and for what is on by default, which
+    ``no_...`` switches off.
+    """
+    host = [
+        ("pruner", Optional[str], field(default=None, metadata={"help": _PRUNER})),
+        ("weight_pruner", Optional[str], field(default=None, metadata={"help": _WEIGHT_PRUNER})),
+        ("seed", int, II("common.seed")),
+        ("max_update", int, II("optimization.max_update")),
+        ("max_epoch", int, II("optimization.max_epoch")),
+        ("update_freq", List[int], II("optimization.update_freq")),
+        ("use_bmuf", bool, II("optimization.use_bmuf")),
+        ("ddp_backend", str, II("distributed_training.ddp_backend")),
+        ("reset_optimizer", bool, II("checkpoint.reset_optimizer")),
+        ("finetune_from_model", Optional[str], II("checkpoint.finetune_from_model")),
+        ("save_dir", str, II("checkpoint.save_dir")),
+        ("train_subset", str, II("dataset.train_subset")),
+    ]
+    taken = set(base.__dataclass_fields__)
+    own = [entry for entry in host if entry[0] not in taken]
+    own += [(f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in option_fields().values()]
+    own += [_weight_flag(option) for option in option_fields(prunes="weights").values()]
+    return make_dataclass(name, own, bases=(base,), namespace={"__module__": module})
+
+
+def add_flags(add_args: Any, parser: Any) -> None:
+    """Call ``add_args(parser)``, and let whatever fairseq adds later have the second flags of what was added."""
+    add_args(parser)
+    second = {f"--{name.replace('_', '-')}" for name in _SHARED}
+    optional = getattr(parser, "_optionals", parser)  # the group that a parser's own flags are in
+    check = optional._check_conflict
+
+    def give_way(action: Any) -> None:
+        for flag in second.intersection(action.option_strings):
+            mine = parser._option_string_actions.get(flag)
+            if mine is not None and mine.dest.startswith(_PREFIX) and mine.dest != action.dest:
+                mine.option_strings.remove(flag)
+                del parser._option_string_actions[flag]
+        check(action)
+
+    optional._check_conflict = give_way
+
+
+def build_pruners(options: Any) -> list[Pruner]:
+    """The pruners that a task's options ask for: that of heads, then that of weights; empty for none.
+
+    Raises:
+        HeadPruningError: an unknown method, or an option that belongs to others only.
+    """
+    weights = methods("weights")
+    if options.pruner and options.pruner.lower() in weights:
+        raise HeadPruningError(f"{options.pruner} prunes weights; choose it with --weight-pruner.")
+    of_heads = choose_method(options, options.pruner)
+    of_weights = get_method(options.weight_pruner, weights) if options.weight_pruner else None
+    values = {name: _value(options, option) for name, option in option_fields(prunes="weights").items()}
+    _refuse_foreign(values, of_weights)
+    found = [build_pruner(of_heads, options)] if of_heads else []
+    return [*found, *([build_pruner(of_weights, SimpleNamespace(**values))] if of_weights else [])]
+
+
+def _weight_flag(option: Field) -> tuple:
+    name = _name(option)
+    known = f"{option.metadata['help']} (weight pruners: {', '.join(owners(option.name, 'weights'))})"
+    metadata = {"help": f"do not: {known}" if option.default is True else known}
+    alias = f"--{option.name.replace('_', '-')}" if option.name in _SHARED else _ALIASES.get(option.name)
+    if alias:
+        metadata["argparse_alias"] = alias
+    return name, option.type, field(default=False if option.default is True else option.default, metadata=metadata)
+
+
+def _name(option: Field) -> str:
+    """What the task's dataclass calls an option: fairseq's flags of what is true by default switch it off."""
+    if option.default is True:
+        return f"no_{option.name}"
+    return _PREFIX + option.name if option.name in _SHARED else option.name
+
+
+def _value(options: Any, option: Field) -> Any:
+    if option.default is True:
+        return not getattr(options, _name(option), False)
+    return getattr(options, _name(option), option.default)
+
+
+def _refuse_foreign(values: dict[str, Any], method: Optional[Method]) -> None:
+    """Raise when an option was set that only weight pruners other than the chosen one have."""
+    mine = option_fields([method.name], "weights") if method else {}
+    for name, option in option_fields(prunes="weights").items():
+        if name not in mine and values[name] != option.default:
+            theirs = owners(name, "weights")
+            chosen = f"the pruner of weights is {method.name}" if method else "no pruner of weights is chosen"
+            raise HeadPruningError(
+                f"--{_name(option).replace('_', '-')} belongs to {', '.join(theirs)}, but {chosen}; drop the option "
+                f"or choose its pruner, such as --weight-pruner {theirs[0]}."
+            )
