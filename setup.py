@@ -12,7 +12,7 @@ DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "peft"]
 setup(
     name="head-pruning",
     version="0.1.0",
-    description="Prune the attention heads of transformers while they train",
+    description="Prune the attention heads and weights of transformers while they train, and make the models smaller",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -29,7 +29,6 @@ setup(
                 for name in ("dsp", "voita", "michel", "glue", "squad")
             ),
         ],
-        "head_pruning.commands": ["export-fairseq = fairseq_plugin.export:add_command"],
         "head_pruning.hosts": ["transformers = hf_plugin.host", "fairseq = fairseq_plugin.host"],
     },
 )

@@ -222,14 +222,3 @@ def compact(source: Path, target: Path, mask: Optional[HeadMask]) -> str:
     """:func:`export_compact` for the command line: the line to print."""
     done = _export(source, target, mask, compact=True)
     return f"{target}: {done.pruned()}, {done.parameters[1]:,} of {done.parameters[0]:,} parameters"
-
-
-def add_command(commands) -> None:
-    """Add ``head-pruning export-fairseq``, the older spelling of ``head-pruning export --to masked``."""
-    parser = commands.add_parser("export-fairseq", help="write a pruned fairseq checkpoint that plain fairseq loads")
-    parser.add_argument("checkpoint", help="checkpoint of a pruning run, or a dense one with --mask")
-    parser.add_argument("output", help="file to write")
-    parser.add_argument("--mask", help="head mask file to apply instead of the checkpoint's own")
-    parser.set_defaults(
-        run=lambda args: print(masked(args.checkpoint, args.output, HeadMask.load(args.mask) if args.mask else None))
-    )

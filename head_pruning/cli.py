@@ -1,8 +1,7 @@
-"""The ``head-pruning`` command. Plugins add their own commands through the entry points ``head_pruning.commands``."""
+"""The ``head-pruning`` command; what it knows of models comes from the hosts (:mod:`head_pruning.hosts`)."""
 
 import argparse
 import dataclasses
-import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -27,8 +26,8 @@ def _pruners(args: argparse.Namespace) -> None:
             print(f"    --{field.name.replace('_', '-')} (default {field.default}): {field.metadata['help']}")
 
 
-def build_parser(asked: Optional[str] = None) -> argparse.ArgumentParser:
-    """The parser with every command; of the plugins' commands only ``asked`` is loaded."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command."""
     parser = argparse.ArgumentParser(prog="head-pruning", description="Tools around pruned attention heads.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("user-dir", help="print the folder for fairseq's --user-dir")
@@ -38,14 +37,6 @@ def build_parser(asked: Optional[str] = None) -> argparse.ArgumentParser:
     for own in (inspect, export, benchmark):
         own.add_command(commands)
     masks.add_commands(commands)
-    for entry in importlib.metadata.entry_points(group="head_pruning.commands"):
-        if entry.name == asked:  # importing a host takes seconds
-            try:
-                entry.load()(commands)
-            except ImportError as error:
-                raise HeadPruningError(f"{entry.name} needs its framework ({error}); install it first.") from error
-        else:
-            commands.add_parser(entry.name, help=f"from {entry.module.partition('.')[0]}")
     return parser
 
 
@@ -55,7 +46,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     try:
         # First, so that no host's own set-up of the logs takes effect.
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        args = build_parser(next(iter(arguments), None)).parse_args(arguments)
+        args = build_parser().parse_args(arguments)
         args.run(args)
     except HeadPruningError as error:
         sys.exit(f"error: {error}")

@@ -21,7 +21,7 @@ def plain_user_dir(folder):
 
 def _export(*arguments):
     code = "import sys; from head_pruning.cli import main; sys.argv[0] = 'head-pruning'; main()"
-    command = [sys.executable, "-c", code, "export-fairseq", *map(str, arguments)]
+    command = [sys.executable, "-c", code, "export", *map(str, arguments), "--to", "masked"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -66,9 +66,9 @@ def test_export_applies_a_mask_file_to_a_dense_checkpoint(translation, runner, t
 
 def test_export_refuses_bad_files_and_writes_nothing(tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"no checkpoint")
-    torch.save({"model": {}}, tmp_path / "dense.pt")
+    torch.save({"model": {}, "extra_state": {}, "args": None, "cfg": {}}, tmp_path / "dense.pt")
     for name, words in (
-        ("missing.pt", "There is no checkpoint"),
+        ("missing.pt", "missing.pt; check the path"),
         ("damaged.pt", "damaged"),
         ("dense.pt", "no head mask"),
     ):
