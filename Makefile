@@ -5,7 +5,8 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/hf.txt requirements/dev.txt
-THREADS ?= 2
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo demo-hf test test-slow test-oldest lint format clean
@@ -29,14 +30,14 @@ demo-hf: $(STAMP)
 	$(BIN)/python -m hf_plugin.demo
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 
 # The transformers tests on the oldest version that is supported, in a virtual environment of their own.
 test-oldest: $(OLDEST)/.set-up
-	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/bin/python -m pytest tests/hf
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) tests/hf
 
 $(OLDEST)/.set-up: requirements/oldest/hf.txt $(REQUIREMENTS)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -20,7 +20,7 @@ from torch import nn
 from .artifacts import MASKS_FILE
 from .errors import HeadPruningError
 from .surgery import heads_left
-from .unit_map import HeadMask, UnitMap
+from .unit_map import HeadMask, UnitMap, lifted
 
 GROUP = "head_pruning.hosts"
 
@@ -32,7 +32,8 @@ class HostModel:
     Args:
         model: dense or compact, in evaluation mode, without gates.
         unit_map: its sites as they are now, with 0 heads where none is left (:func:`head_pruning.surgery.sites_left`).
-        mask: the heads that its run decided to keep; None if there was no run, or they are already cut out.
+        mask: the heads of ``unit_map`` that its run decided to keep; None if there was no run, or the others are
+            already cut out.
         example: ``(batch, length)`` to the keyword arguments of a forward pass.
     """
 
@@ -80,11 +81,14 @@ def find_host(path: "str | Path") -> Host:
 
 
 def kept_heads(loaded: HostModel) -> Optional[HeadMask]:
-    """The heads of the original model that stay: those of the mask, or those that a compact model was left with.
+    """The heads of the original model that stay: those of the mask, of those that a compact model was left with.
 
     None for a dense model without a mask.
     """
-    return loaded.mask if loaded.mask is not None else heads_left(loaded.model)
+    left = heads_left(loaded.model)
+    if left is None or loaded.mask is None:
+        return loaded.mask if left is None else left
+    return lifted(left, loaded.mask) if loaded.mask.keep.size == left.kept else loaded.mask
 
 
 def read_mask(path: "str | Path") -> HeadMask:

@@ -124,9 +124,9 @@ class UnitMap:
         return cls(attention, tuple(FeedForwardSite(**site) for site in data["feed_forward"]))
 
     def check_same_heads(self, other: "UnitMap", what: str) -> None:
-        """Raise unless both maps number the same heads of the same sites."""
-        mine = [(site.name, site.heads) for site in self.attention]
-        theirs = [(site.name, site.heads) for site in other.attention]
+        """Raise unless both maps number the same heads of the same sites; sites without heads do not count."""
+        mine = [(site.name, site.heads) for site in self.attention if site.heads]
+        theirs = [(site.name, site.heads) for site in other.attention if site.heads]
         if mine != theirs:
             odd = sorted({name for name, _ in set(mine) ^ set(theirs)}) or ["the order of the sites"]
             raise HeadPruningError(
@@ -187,8 +187,10 @@ class HeadMask:
 
     @classmethod
     def load(cls, path: "str | Path") -> "HeadMask":
-        """Read what :meth:`save` wrote. Raises HeadPruningError when the file is missing or damaged."""
+        """Read what :meth:`save` wrote. Raises HeadPruningError when the file is missing, damaged or has no heads."""
         tensors, metadata = read_safetensors(path)
+        if "weight_shapes" in metadata and "unit_map" not in metadata:
+            raise HeadPruningError(f"{path} holds masks of weights but no head mask: its run pruned no heads.")
         try:
             unit_map = UnitMap.from_dict(json.loads(metadata["unit_map"]))
             keep = [tensors[f"heads.{site.name}"].reshape(site.heads) for site in unit_map.attention]
@@ -205,6 +207,13 @@ class HeadMask:
 def full_mask(unit_map: UnitMap) -> HeadMask:
     """The mask that keeps every head."""
     return HeadMask(unit_map, np.ones(unit_map.num_heads, dtype=bool))
+
+
+def lifted(left: HeadMask, mask: HeadMask) -> HeadMask:
+    """``mask``, of the heads that ``left`` keeps, as a mask of all the heads that ``left`` is of."""
+    keep = left.keep.copy()
+    keep[left.keep] = mask.keep
+    return HeadMask(left.unit_map, keep)
 
 
 def mask_without(unit_map: UnitMap, removed: Mapping[str, Sequence[int]], base: Optional[HeadMask] = None) -> HeadMask:

@@ -26,7 +26,7 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str,
     made: dict[str, torch.Tensor] = {}
     main = model.main_input_name
     if "input_ids" in takes and (main == "input_ids" or getattr(config, "text_config", None) is not None):
-        text = getattr(config, "text_config", None) or config
+        text = getattr(config, "text_config", None) or getattr(config, "encoder", None) or config
         _check_length(text, length)
         words = _value(text, "vocab_size", "src_vocab_size")
         # The first few are special in most vocabularies.
@@ -47,7 +47,7 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str,
             f"It is not known what {type(model).__name__} reads ({main}); text, images and sounds are."
         )
     if config.is_encoder_decoder and "decoder_input_ids" in takes:
-        words = _value(config, "vocab_size", "tgt_vocab_size")
+        words = _value(getattr(config, "decoder", None) or config, "vocab_size", "tgt_vocab_size")
         made["decoder_input_ids"] = torch.randint(min(5, words - 1), words, (batch, length), generator=draw)
     return made
 

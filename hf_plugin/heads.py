@@ -5,6 +5,7 @@ import dataclasses
 import operator
 from typing import Any, Iterator, Mapping, Optional, Sequence, Union
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +14,7 @@ from head_pruning.compact import held_queries
 from head_pruning.gates import GateBank
 from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
 from head_pruning.surgery import remove_query_heads as cut_query_heads
-from head_pruning.unit_map import mask_without
+from head_pruning.unit_map import lifted, mask_without
 
 from .loading import mark_compact
 from .surgery import plan_site
@@ -72,9 +73,9 @@ def prune_heads(
     Args:
         model: any model that :func:`hf_plugin.unit_map` can map, without adapters, quantization or gates.
         heads: ``{layer: [head, ...]}`` with the layer's index, as in transformers 4, for models with one kind of
-            attention; ``{site name: [head, ...]}`` for all models; or a mask of the original model's heads, whose
-            missing heads are removed. Under grouped-query attention a head is a key/value group: its key, its value
-            and the queries that share them.
+            attention; ``{site name: [head, ...]}`` for all models; or a mask of the original model's heads, or of
+            those that are left, whose missing heads are removed. Under grouped-query attention a head is a key/value
+            group: its key, its value and the queries that share them.
         unit_map: the sites of the original model; default: found by :func:`hf_plugin.unit_map`.
 
     Returns:
@@ -92,10 +93,10 @@ def prune_heads(
         now = _sites_now(model)
         if unit_map is not None:
             original.check_same_heads(unit_map, "The unit map")
-    mask = _mask(model, original, heads)
+    mask = _mask(model, original, heads) if before is None else _mask_of_original(model, before, heads)
     if before is not None:
         mask = HeadMask(original, mask.keep & before.keep)
-    keep = mask.keep if before is None else mask.keep[before.keep]
+    keep = mask.keep if before is None else _keep_now(model, mask)
     if not keep.all():
         remove_heads(model, now, HeadMask(now, keep))
         vars(model).pop("_cache", None)  # of an earlier generation, with as many heads as there were
@@ -124,9 +125,12 @@ def remove_query_heads(
             would keep different numbers and ``expand`` is false; the model is unchanged then.
     """
     units = map_units(model) if heads_left(model) is None else _sites_now(model)
-    named = {
-        layer if isinstance(layer, str) else _site_of_layer(units, layer): listed for layer, listed in heads.items()
-    }
+    if not isinstance(heads, Mapping):
+        raise HeadPruningError("The query heads to remove must be a dict such as {0: [1, 2]}.")
+    named: dict[str, list[int]] = {}
+    for layer, listed in heads.items():
+        name = layer if isinstance(layer, str) else _site_of_layer(units, layer)
+        named.setdefault(name, []).extend(_indices(name, listed))
     recipe = cut_query_heads(model, units, named, expand=expand)
     vars(model).pop("_cache", None)
     return {name: held_queries(entry) if entry["kept"] else [] for name, entry in recipe["sites"].items()}
@@ -156,7 +160,7 @@ def mask_heads(
 
     Args:
         model: any model that :func:`hf_plugin.unit_map` can map; its deep copies stay masked.
-        heads: as :func:`prune_heads` takes them. Added to what was masked before.
+        heads: as :func:`prune_heads` takes them, a mask of the heads that are there. Added to what was masked before.
         unit_map: the sites; default: found by :func:`hf_plugin.unit_map`.
 
     Returns:
@@ -172,7 +176,11 @@ def mask_heads(
         unit_map = before.unit_map if before is not None else map_units(model)
     elif before is not None:
         before.unit_map.check_same_heads(unit_map, "The unit map")
-    mask = _mask(model, unit_map, heads)
+    left = heads_left(model)
+    if left is not None and not isinstance(heads, HeadMask):
+        mask = HeadMask(unit_map, _keep_now(model, _mask_of_original(model, left, heads)))
+    else:
+        mask = _mask(model, unit_map, heads)
     mask = HeadMask(unit_map, mask.keep if before is None else mask.keep & before.keep)
     gates = _Gates(model, unit_map)
     gates.bank.set_fixed(mask.keep)
@@ -203,6 +211,30 @@ def _mask(
         unit_map.check_same_heads(heads.unit_map, "The head mask")
         return heads
     return mask_without(unit_map, _removed(model, unit_map, heads))
+
+
+def _mask_of_original(
+    model: nn.Module, left: HeadMask, heads: Union[Mapping[Union[int, str], Sequence[int]], HeadMask]
+) -> HeadMask:
+    """As :func:`_mask`, for a model that has only the heads ``left`` of the original, whose numbers count."""
+    if isinstance(heads, HeadMask):
+        there = [(name, len(kept)) for name, kept in left.kept_heads().items() if kept]
+        if there == [(site.name, site.heads) for site in heads.unit_map.attention if site.heads]:
+            return lifted(left, heads)
+    return _mask(model, left.unit_map, heads)
+
+
+def _keep_now(model: nn.Module, mask: HeadMask) -> np.ndarray:
+    """A mask of the original's heads for those that a compact model has now, where keys may have been repeated."""
+    recipe, left = recipe_of(model), heads_left(model)
+    parts = []
+    for site, where in mask.unit_map.slices():
+        entry = recipe["sites"].get(site.name, {})
+        held = np.flatnonzero(left.keep[where])
+        if entry.get("expanded"):
+            held = np.array(held_queries(entry)) // entry["per_group"]
+        parts.append(mask.keep[where][held])
+    return np.concatenate(parts)
 
 
 @contextlib.contextmanager
@@ -253,10 +285,7 @@ def _removed(
         name = layer if isinstance(layer, str) else _site_of_layer(unit_map, layer)
         if name not in sites:
             raise HeadPruningError(f"There is no attention site {name}; the model has {', '.join(sites)}.")
-        try:
-            indices = [operator.index(head) for head in listed]
-        except TypeError:
-            raise HeadPruningError(f"The heads to remove from {name} must be a list of integers.") from None
+        indices = _indices(name, listed)
         bad = [head for head in indices if not 0 <= head < sites[name].heads]
         if bad:
             unit = " (key/value groups, which query heads share)" if _grouped(model) else ""
@@ -265,6 +294,13 @@ def _removed(
             )
         removed.setdefault(name, []).extend(indices)
     return removed
+
+
+def _indices(name: str, listed: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(head) for head in listed]
+    except TypeError:
+        raise HeadPruningError(f"The heads to remove from {name} must be a list of integers.") from None
 
 
 def _site_of_layer(unit_map: UnitMap, layer: Any) -> str:

@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from head_pruning import HeadMask, HeadPruningError
-from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
+from head_pruning import HeadMask, HeadPruningError, UnitMap
+from head_pruning.artifacts import MASKS_FILE, REPORT_FILE, read_safetensors
 from head_pruning.hosts import HostModel
 from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
+from head_pruning.weights import save_compressed
 
 from .example import example_inputs
-from .export import save_compact, save_pruned
+from .export import save_compact, save_pruned, zeroed_heads
 from .onnx_export import export_onnx, export_program
 from .surgery import plan_site
 from .unit_map import unit_map
@@ -57,11 +58,29 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     model = load_model(path)
     recipe = recipe_of(model)
     sites = unit_map(model) if recipe is None else dataclasses.replace(sites_left(recipe), planner=plan_site)
-    if mask is None and recipe is None and (path / MASKS_FILE).is_file():
-        mask = HeadMask.load(path / MASKS_FILE)
+    if mask is None:
+        mask = _own_mask(path / MASKS_FILE)
+        if mask is not None and recipe is not None and not _same_heads(mask.unit_map, sites):
+            mask = None  # of the original: it tells what is cut out already
     if mask is not None:
         sites.check_same_heads(mask.unit_map, "The head mask")
     return HostModel(model, sites, mask, lambda batch, length: example_inputs(model, batch, length))
+
+
+def _own_mask(file: Path) -> Optional[HeadMask]:
+    """The head mask in a model's folder; None without one, or if only weights were pruned."""
+    if not file.is_file():
+        return None
+    _, metadata = read_safetensors(file)
+    return None if "weight_shapes" in metadata and "unit_map" not in metadata else HeadMask.load(file)
+
+
+def _same_heads(one: UnitMap, other: UnitMap) -> bool:
+    try:
+        one.check_same_heads(other, "")
+    except HeadPruningError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -173,9 +192,21 @@ def _export_program(source: Path, target: Path, mask: Optional[HeadMask] = None)
     return f"{target}: {words}; largest difference between the exported program and the model {difference:.1e}"
 
 
+def _export_compressed(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+    if target.is_dir():
+        raise HeadPruningError(f"{target} is a folder; name a file to write the tensors to.")
+    loaded = load(source, mask)
+    with contextlib.nullcontext() if loaded.mask is None else zeroed_heads(loaded.model, loaded.mask):
+        save_compressed(target, loaded.model.state_dict())
+    dense = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    share = target.stat().st_size / dense
+    return f"{target}: {share:.1%} of the model's {dense:,} bytes; head_pruning.weights.load_compressed reads it"
+
+
 exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
     "masked": export_masked,
     "compact": export_compact,
     "onnx": _export_onnx,
     "torch-export": _export_program,
+    "compressed": _export_compressed,
 }

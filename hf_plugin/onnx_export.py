@@ -16,7 +16,7 @@ from head_pruning.artifacts import atomic_path
 from head_pruning.runtimes import NEEDS_ONNX, onnx_pass, onnx_session
 
 Example = Callable[[int, int], Mapping[str, torch.Tensor]]
-OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
 OPSET = 20  # the first with Gelu
 LIMIT = 2 << 30  # bytes of weights from which ONNX keeps them in a second file
 

@@ -210,7 +210,7 @@ class TaskRun:
                 processing_class=self.trainer.processing_class,
                 method="+".join(method.name for method, _ in chosen),
                 options={name: value for _, options in chosen for name, value in options.items()},
-                scores={name: value for name, value in self.results.items() if name.startswith("eval_")},
+                scores=self._final_scores(),
                 dataset=self.dataset,
                 history=[entry for entry in self.trainer.state.log_history if "eval_loss" in entry],
             )
@@ -226,10 +226,19 @@ class TaskRun:
         if self.arguments.weight_method is not None and self.trainer.is_world_process_zero():
             self._save_weight_masks()
 
+    def _final_scores(self) -> dict[str, float]:
+        return {name: value for name, value in self.results.items() if name.startswith("eval_")}
+
     def _save_weight_masks(self) -> None:
         """Add the masks and the densities reached to the model's folder."""
         trainer, kept = self.trainer, self.kept_metrics()
-        save_weight_masks_and_report(self.out, trainer.accelerator.unwrap_model(trainer.model), trainer.session)
+        save_weight_masks_and_report(
+            self.out,
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.session,
+            scores=self._final_scores(),
+            dataset=self.dataset,
+        )
         logger.info(
             "%d of %d weights are left; masks and densities are in %s",
             kept["weights_kept"],

@@ -2,13 +2,16 @@
 
 import contextlib
 from pathlib import Path
+from typing import Mapping, Optional
 
 import torch
 from torch import nn
 
 from head_pruning import PruningSession
+from head_pruning.artifacts import atomic_path
 from head_pruning.weights import WeightPruner, write_weight_artifacts
 
+from .card import weight_card, weight_section
 from .export import zeroed_heads
 
 
@@ -22,21 +25,38 @@ def weight_masks(session: PruningSession) -> dict[str, torch.Tensor]:
     return {name: mask for pruner in weight_pruners(session) for name, mask in pruner.weight_masks().items()}
 
 
-def save_weight_masks_and_report(folder: "str | Path", model: nn.Module, session: PruningSession) -> None:
-    """Add masks, densities and their picture to the folder of a pruned model.
+def save_weight_masks_and_report(
+    folder: "str | Path",
+    model: nn.Module,
+    session: PruningSession,
+    *,
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+) -> None:
+    """Add masks, densities and their picture to the folder of a pruned model, and to its card (new if no heads went).
 
     The numbers are those of the model as it is saved: with the weights of removed heads at zero too.
+
+    Args:
+        folder: where the model was saved.
+        model: the model.
+        session: the session that pruned it.
+        scores: metrics for a new card.
+        dataset: what they were measured on.
 
     Raises:
         HeadPruningError: there is no mask yet.
     """
-    pruners, mask = weight_pruners(session), session.head_mask()
+    pruners, mask, masks = weight_pruners(session), session.head_mask(), weight_masks(session)
+    method = "+".join(pruner.name for pruner in pruners)
+    options = {name: value for pruner in pruners for name, value in vars(pruner.config).items()}
     with contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
-        write_weight_artifacts(
-            folder,
-            weight_masks(session),
-            dict(model.named_parameters()),
-            method="+".join(pruner.name for pruner in pruners),
-            options={name: value for pruner in pruners for name, value in vars(pruner.config).items()},
-            head_mask=mask,
-        )
+        parameters = dict(model.named_parameters())
+        write_weight_artifacts(folder, masks, parameters, method=method, options=options, head_mask=mask)
+    path = Path(folder) / "README.md"
+    if mask is None:
+        card = weight_card(model, masks, method=method, options=options, scores=scores, dataset=dataset)
+    else:  # save_pruned wrote it just before
+        card = "\n".join([path.read_text(encoding="utf-8"), *weight_section()])
+    with atomic_path(path) as temporary:
+        temporary.write_text(card, encoding="utf-8")

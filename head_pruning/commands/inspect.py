@@ -30,8 +30,8 @@ def _run(args: argparse.Namespace) -> None:
     host = find_host(args.model)
     note(f"loading {args.model}")
     loaded = host.load(Path(args.model), given_mask(args.mask))
-    found = describe(loaded, args.length)
     mask = kept_heads(loaded) or full_mask(loaded.unit_map)
+    found = describe(loaded, args.length)
     if args.json:
         print_json({"model": args.model, "host": host.name, **found})
     else:
@@ -48,21 +48,21 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
         raise HeadPruningError(f"--length {length} is no number of tokens; give 1 or more.")
     mask = kept_heads(loaded)
     compact = recipe_of(loaded.model) is not None
-    pending = not compact and mask is not None and not mask.keep.all()
+    pending = loaded.mask is not None and not loaded.mask.keep.all()
     inputs = loaded.example(1, length)
     sizes: dict[str, Sizes] = {"now": measure_sizes(loaded.model, loaded.unit_map, inputs)}
     refusal: Optional[str] = None
     name = type(loaded.model).__name__
     if pending:
         try:
-            remove_heads(loaded.model, loaded.unit_map, mask)
+            remove_heads(loaded.model, loaded.unit_map, loaded.mask)
             sizes["compact"] = measure_sizes(loaded.model, loaded.unit_map, inputs)
         except HeadPruningError as error:
             refusal = str(error)
     shown = mask or full_mask(loaded.unit_map)
     return {
         "class": name,
-        "state": "compact" if compact else "with a head mask" if pending else "dense",
+        "state": _state(compact, pending),
         "heads_kept": shown.kept,
         "heads_total": int(shown.keep.size),
         "sites": [
@@ -81,12 +81,18 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
     }
 
 
+def _state(compact: bool, pending: bool) -> str:
+    words = ["compact"] * compact + ["with a head mask"] * pending
+    return ", ".join(words) or "dense"
+
+
 def _sizes_table(found: dict[str, Any]) -> str:
     sizes = found["sizes"]
     lines = {"parameters": "parameters", "bytes": "bytes of parameters", "macs": f"MACs of {found['length']} tokens"}
     rows: list[tuple] = [(words, *(count(size[key]) for size in sizes.values())) for key, words in lines.items()]
     rows.append(("of them in attention", *(f"{size['attention_macs'] / size['macs']:.1%}" for size in sizes.values())))
-    header = ("", "compact" if found["state"] == "compact" else "dense", *["compact"] * (len(sizes) - 1))
+    first = "dense" if not found["state"].startswith("compact") else "now" if len(sizes) > 1 else "compact"
+    header = ("", first, *["compact"] * (len(sizes) - 1))
     table = text_table(header, rows)
     if found["mac_bound"]:
         share = sizes["compact"]["parameters"] / sizes["now"]["parameters"]

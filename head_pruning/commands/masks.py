@@ -1,6 +1,7 @@
 """``head-pruning show`` and ``head-pruning diff``: head masks, and where they differ."""
 
 import argparse
+from collections import defaultdict
 
 from ..hosts import read_mask
 from ..report.plots import plot_head_masks
@@ -37,7 +38,7 @@ def _show(args: argparse.Namespace) -> None:
 
 def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[int]]]:
     """By site: the heads that both keep, and those that only one of them keeps."""
-    one, other = first.kept_heads(), second.kept_heads()
+    one, other = first.kept_heads(), defaultdict(list, second.kept_heads())  # sites without heads may be left out
     return {
         name: {
             "both": sorted(set(one[name]) & set(other[name])),

@@ -58,10 +58,10 @@ class HeadGateConfig(HeadCountConfig):
 
 
 def require(config, option: str, holds: Callable[[float], bool], words: str) -> None:
-    """Raise HeadPruningError unless ``holds`` for the option's value (NaN and infinity never do)."""
+    """Raise HeadPruningError unless ``holds`` for the option's value (NaN, infinity and other types never do)."""
     value = getattr(config, option)
-    if not (math.isfinite(value) and holds(value)):
-        raise HeadPruningError(f"--{option.replace('_', '-')} is {value}; it must be {words}.")
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and holds(value)):
+        raise HeadPruningError(f"--{option.replace('_', '-')} is {value!r}; it must be {words}.")
 
 
 class HeadPruner(Pruner):

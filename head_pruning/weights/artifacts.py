@@ -13,6 +13,7 @@ from ..report.tables import text_table
 from ..unit_map import HeadMask
 
 COMPRESSED_FILE = "model.compressed.safetensors"
+DENSITY_PICTURE = "weight_density.png"
 _MASK, _VALUES = "mask.", "values."
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,18 +77,22 @@ def save_compressed(path: "str | Path", state: Mapping[str, torch.Tensor], *, mi
 
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
-    written: dict[int, str] = {}
+    written: dict[tuple, str] = {}
     aliases: dict[str, str] = {}
+    storages: set[int] = set()
     for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if id(state[name]) in written:  # one object under two names, such as a tied output layer
-            aliases[name] = written[id(state[name])]
+        memory = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if tensor.numel() and memory in written:  # one tensor under two names, such as a tied output layer
+            aliases[name] = written[memory]
             continue
-        written[id(state[name])] = name
+        written[memory] = name
+        tensor = tensor.detach().cpu().contiguous()
         bits = tensor.view(_INTEGERS[tensor.element_size()]) if tensor.is_floating_point() and tensor.dim() else None
         keep = None if bits is None else bits != 0  # of the bits: -0.0 is a value
         if keep is None or int(torch.count_nonzero(keep)) > (1.0 - min_sparsity) * keep.numel():
-            tensors[name] = tensor.clone() if tensor._base is not None else tensor
+            storage = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses what overlaps
+            storages.add(storage)
         else:
             shapes[name] = list(tensor.shape)
             tensors[_MASK + name] = pack_mask(keep)
@@ -217,4 +222,4 @@ def write_weight_artifacts(
     write_json(known, report)
     with atomic_path(folder / "weight_density.txt") as temporary:
         temporary.write_text(density_table(masks) + "\n", encoding="utf-8")
-    plot_densities(masks, folder / "weight_density.png")
+    plot_densities(masks, folder / DENSITY_PICTURE)

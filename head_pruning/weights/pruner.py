@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from .targets import Target, require_whole, shortened, weight_targets
 logger = logging.getLogger(__name__)
 
 POLICIES = ("revive", "nested", "retained")
+# A density above the target by more than this is not the rounding of small tensors.
+_UNEVEN = 0.05
 
 
 @dataclass
@@ -153,6 +155,7 @@ class WeightPruner(Pruner):
         if self.selection.structured:
             for target in self.targets:
                 self.selection.check(target.name, target.parameter)
+        self._refuse_shared_targets(session.pruners)
         self.sizes = {target.name: target.parameter.numel() for target in self.targets}
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.thresholds: dict[str, torch.Tensor] = {}
@@ -164,6 +167,15 @@ class WeightPruner(Pruner):
         self._planned = self._told = self._ready = False
         self._layout: tuple = ()
         self._numbers: Optional[_Numbers] = None
+
+    def _refuse_shared_targets(self, pruners: Sequence[Pruner]) -> None:
+        mine = {target.name for target in self.targets}
+        for other in pruners[: pruners.index(self)]:
+            if isinstance(other, WeightPruner) and (other.name == self.name or mine & {t.name for t in other.targets}):
+                raise HeadPruningError(
+                    f"The pruners {other.name} and {self.name} cannot prune weights in one session: they are of one "
+                    "name or share weights; give them different methods and different --weights-include."
+                )
 
     def detach(self) -> None:
         super().detach()
@@ -243,6 +255,19 @@ class WeightPruner(Pruner):
             self._select(self.final_density())
         self._apply()
         self.clean = self.locked = True
+        self._warn_of_ties()
+
+    def _warn_of_ties(self) -> None:
+        kept = sum(int(torch.count_nonzero(keep)) for portion in self.portions for keep in self.masks.keep(portion))
+        total, wanted = sum(self.sizes[target.name] for target in self.active), self.final_density()
+        if kept > (wanted + _UNEVEN) * total:
+            logger.warning(
+                "%d of %d weights stay where %.4g of them should: too many scores are equal, as averages are until "
+                "deltaT updates have passed; train longer or lower --deltaT",
+                kept,
+                total,
+                wanted,
+            )
 
     def at_target(self) -> bool:
         return self.locked or (self.has_mask and self.final_at(self.t) and self.selected == self.final_density())

@@ -641,6 +641,7 @@ def test_warm_ups_longer_than_training_are_told(toy, caplog):
     ("platon", {"beta2": 1.5}, "--beta2 is 1.5; it must be from 0 to 1, or 2"),
     ("platon", {"beta1": 1.0}, "--beta1 is 1.0; it must be at least 0 and below 1"),
     ("platon", {"final_threshold": 1.2}, "--final-threshold is 1.2; it must be a remaining ratio"),
+    ("platon", {"final_threshold": "0.1"}, "--final-threshold is '0.1'; it must be a remaining ratio"),
     ("platon", {"deltaT": 0}, "--deltaT is 0; it must be 1 or more"),
     ("platon", {"mask_policy": "never"}, "--mask-policy is 'never'; choose one of revive, nested, retained"),
     ("platon", {"weight_selection": "rows"}, "--weight-selection is 'rows'"),
@@ -652,6 +653,26 @@ def test_warm_ups_longer_than_training_are_told(toy, caplog):
 def test_bad_options_are_refused(toy, case, options, words):
     with pytest.raises(HeadPruningError, match=words):
         start(toy, case, **options)
+
+
+def test_two_pruners_of_the_same_weights_are_refused(toy):
+    model, unit_map = toy.make()
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
+    apart = [make_pruner(case, weights_include=name) for case, name in zip(("platon", "magnitude"), names)]
+    PruningSession(model, unit_map, apart, total_steps=TOTAL).attach().detach()
+    for more in (make_pruner("movement", weights_include=names[0]), make_pruner("platon", weights_include=names[2])):
+        with pytest.raises(HeadPruningError, match=f"platon and {more.name} cannot prune weights in one session"):
+            PruningSession(model, unit_map, [*apart, more], total_steps=TOTAL).attach()
+
+
+def test_scores_that_are_all_equal_are_told(toy, caplog):
+    for delta, told in ((3, False), (TOTAL, True)):  # no window of so many updates ends within training
+        caplog.clear()
+        model, optimizer, session, pruner = start(toy, "platon", deltaT=delta)
+        for step in range(TOTAL - 1):
+            update(toy, model, optimizer, session, step)
+        session.harden()
+        assert ("too many scores are equal" in caplog.text) == told == (zeros(pruner) == 0)
 
 
 def test_an_unknown_length_of_training_is_refused(toy):

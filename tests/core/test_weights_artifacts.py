@@ -60,6 +60,20 @@ def test_a_compressed_file_is_small_and_exact(tmp_path):
     assert path.stat().st_size < 0.2 * state["a"].numel() * 4
 
 
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_a_compressed_file_has_shared_memory_once(tmp_path, density):
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(50, 40), "out": torch.nn.Linear(40, 50, bias=False)})
+    model["out"].weight = model["embed"].weight
+    weight = model["out"].weight.data.copy_(pruned((50, 40), density))
+    state = {**model.state_dict(), "half": weight[:25], "flat": weight.detach().view(-1)}
+    save_compressed(tmp_path / "model", state)
+    found = load_compressed(tmp_path / "model")
+    assert set(found) == set(state) and all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    save_compressed(tmp_path / "model", model.state_dict())
+    once = (tmp_path / "model").stat().st_size
+    assert found["embed.weight"] is found["out.weight"] and once < 1000 + (0.2 if density < 1 else 1.0) * 8000
+
+
 def test_weight_files_and_report(tmp_path):
     masks = {"a.weight": pruned((10, 20), 0.3) != 0, "a.bias": torch.ones(10, dtype=torch.bool)}
     parameters = {"a.weight": masks["a.weight"].float(), "a.bias": torch.ones(10), "head": torch.ones(5)}

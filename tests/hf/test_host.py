@@ -10,7 +10,10 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
     ViTConfig,
@@ -18,10 +21,12 @@ from transformers import (
 )
 
 from head_pruning import HeadMask, HeadPruningError, full_mask
+from head_pruning.cli import main
 from head_pruning.hosts import kept_heads, read_mask
 from head_pruning.report.sizes import mac_bound, measure_sizes, stack_macs
 from head_pruning.surgery import remove_heads
-from hf_plugin import host, save_pruned, unit_map
+from head_pruning.weights import load_compressed, save_weight_masks
+from hf_plugin import host, prune_heads, save_pruned, unit_map
 from hf_plugin.example import example_inputs
 from tests.hf.families import FAMILIES, make, missing
 
@@ -122,6 +127,32 @@ def test_a_model_is_loaded_in_the_class_of_its_config(saved):
     assert type(AutoModelForSeq2SeqLM.from_pretrained(folder)).__name__ == "BartForConditionalGeneration"
 
 
+def test_a_run_on_a_compact_model_is_inspected_and_cut_out(tmp_path, capsys):
+    model = BertForSequenceClassification(BertConfig(**SIZES, vocab_size=40)).eval()
+    prune_heads(model, {0: range(4), 1: [1]})
+    second = HeadMask(unit_map(model), np.array([True, False, True]))
+    save_pruned(model, second, tmp_path / "run")
+    with torch.no_grad():
+        expected = host.load_model(tmp_path / "run")(**example_inputs(model, 2, 6)).logits
+    main(["inspect", str(tmp_path / "run"), "--length", "8", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["state"] == "compact, with a head mask" and (found["heads_kept"], found["heads_total"]) == (2, 8)
+    assert found["sizes"]["compact"]["parameters"] < found["sizes"]["now"]["parameters"]
+    for name, mask in (("own", None), ("given", HeadMask.load(tmp_path / "run" / "masks.safetensors"))):
+        assert "2 of 8 heads" in host.exports["compact"](tmp_path / "run", tmp_path / name, mask)
+        compact = host.load(tmp_path / name)
+        assert compact.mask is None and [kept for kept in kept_heads(compact).kept_heads().values()] == [[], [0, 3]]
+        with torch.no_grad():
+            torch.testing.assert_close(compact.model(**compact.example(2, 6)).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_example_inputs_of_two_models_in_one():
+    sides = [BertConfig(**SIZES, vocab_size=40), BertConfig(**SIZES, vocab_size=30, is_decoder=True)]
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*sides)).eval()
+    inputs = example_inputs(model, 2, 8)
+    assert inputs["decoder_input_ids"].max() < 30 and model(**inputs).logits.shape == (2, 8, 30)
+
+
 def test_what_cannot_be_exported_is_said(saved, tmp_path):
     source = saved("gpt2")
     whole = full_mask(host.load(source).unit_map)
@@ -140,3 +171,45 @@ def test_a_folder_is_replaced_as_a_whole(saved, tmp_path):
     host.exports["compact"](source, tmp_path / "out", None)
     assert not (tmp_path / "out" / "left-over.bin").exists()
     assert kept_heads(host.load(tmp_path / "out")) == read_mask(source)
+
+
+def test_a_model_of_which_only_weights_were_pruned(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    model = BertForQuestionAnswering(BertConfig(**sizes, vocab_size=40, max_position_embeddings=64)).eval()
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "encoder" in name}
+    masks = {name: torch.rand_like(p) < 0.1 for name, p in matrices.items()}
+    for name, p in matrices.items():
+        p.data *= masks[name]
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    save_weight_masks(source / "masks.safetensors", masks)
+    assert host.load(source).mask is None
+    with pytest.raises(HeadPruningError, match="masks of weights but no head mask"):
+        read_mask(source)
+    with pytest.raises(HeadPruningError, match="has no head mask"):
+        host.exports["masked"](source, tmp_path / "out", None)
+    words = host.exports["compressed"](source, tmp_path / "sparse", None)
+    found = load_compressed(tmp_path / "sparse")
+    state = model.state_dict()
+    assert set(found) == set(state) and all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert float(words.split(": ")[1].partition("%")[0]) < 75
+    with pytest.raises(HeadPruningError, match="is a folder"):
+        host.exports["compressed"](source, tmp_path, None)
+
+
+def test_compressed_are_the_zeros_of_removed_heads_too(saved, tmp_path):
+    source = saved("vit")
+    host.exports["compressed"](source, tmp_path / "sparse", None)
+    stored = host.load_model(source).state_dict()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in load_compressed(tmp_path / "sparse").items())
+
+
+def test_question_answering_runs_in_onnxruntime(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model = BertForQuestionAnswering(BertConfig(**SIZES, vocab_size=40, max_position_embeddings=64))
+    model.save_pretrained(tmp_path / "model")
+    printed = host.exports["onnx"](tmp_path / "model", tmp_path / "model.onnx", None)
+    assert float(printed.split()[-1]) < 1e-4
+    names = [output.name for output in runtime.InferenceSession(tmp_path / "model.onnx").get_outputs()]
+    assert names == ["start_logits", "end_logits"]

@@ -391,6 +391,26 @@ def test_a_compact_model_is_measured_masked_and_trained():
     assert losses[-1] < losses[0]
 
 
+def test_heads_of_a_pruned_model_are_masked_by_their_original_numbers():
+    model, twin = tiny_bert(), tiny_bert()
+    prune_heads(model, {0: range(4), 1: [0]})
+    assert mask_heads(model, {0: [1], 1: [0, 2]}).kept_heads() == {SITES[1]: [0, 2]}
+    mask_heads(twin, {0: range(4), 1: [0, 2]})
+    torch.testing.assert_close(logits(model), logits(twin), rtol=0, atol=1e-5)
+    expanded = grouped("llama")
+    remove_query_heads(expanded, {0: [0]}, expand=True)
+    assert mask_heads(expanded, {0: [1], 1: [0]}).keep.tolist() == [True, False, False, False, True]
+
+
+def test_a_mask_of_the_heads_that_are_left_prunes_again():
+    model = tiny_bert()
+    prune_heads(model, {0: range(4), 1: [0]})
+    mask = HeadMask(unit_map(model), np.array([True, False, True]))
+    assert prune_heads(model, mask).kept_heads() == {SITES[0]: [], SITES[1]: [1, 3]}
+    with pytest.raises(HeadPruningError, match="another architecture"):
+        prune_heads(model, mask)
+
+
 def test_gated_and_adapted_models_are_refused():
     model = tiny_bert()
     mask_heads(model, {0: [1]})
@@ -498,6 +518,9 @@ def test_query_heads_that_cannot_be_removed():
         ({0: [0]}, "groups of .* would keep 1, 2 query heads; remove equally many from each, or pass expand=True"),
         ({0: [4]}, "query heads 0 to 3; 4 is not one of them"),
         ({"no": [0]}, "no attention site no"),
+        ({0: 1}, "must be a list of integers"),
+        ({0: ["1"]}, "must be a list of integers"),
+        ([0], "must be a dict"),
     ):
         with pytest.raises(HeadPruningError, match=message):
             remove_query_heads(model, heads)

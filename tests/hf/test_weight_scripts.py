@@ -61,6 +61,8 @@ def test_heads_and_weights_in_one_run(here, both):
     for name, keep in masks.items():
         assert not model.get_parameter(name)[~keep].any(), name
     assert {"weight_density.png", "head_mask.png"} <= {path.name for path in (here / "both").iterdir()}
+    card = (here / "both" / "README.md").read_text()
+    assert f"12 of {heads.keep.size} attention heads" in card and "![densities](weight_density.png)" in card
     # The model in the folder is the one that was scored, with its masks on.
     line = [word for word in LINE if word != "--do_train"]
     again = run(parse([*line, "--model_name_or_path", "both", "--output_dir", "again"], "run_glue"))
@@ -86,6 +88,10 @@ def test_another_pruner_of_weights_on_the_same_schedule(here):
     report = json.loads((here / "size" / "pruning.json").read_text())["weights"]
     assert report["method"] == "magnitude" and report["options"]["final_warmup"] == 5
     assert report["options"]["deltaT"] == 2  # what is set wins
+    card = (here / "size" / "README.md").read_text()
+    assert "- magnitude\n---" in card and f"10.0% of the weights of {len(report['kept_by_tensor'])} tensors" in card
+    assert f"{results['weights_total']:,} weights of these tensors {results['weights_kept']:,} stay" in card
+    assert "## Results on GLUE MNLI" in card and "eval_mm_accuracy" in card and "needs no other package" in card
 
 
 class TestPresets:
