@@ -19,7 +19,7 @@ from head_pruning import HeadMask, HeadPruningError, UnitMap
 from head_pruning.artifacts import MASKS_FILE, REPORT_FILE, read_safetensors
 from head_pruning.hosts import HostModel
 from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
-from head_pruning.weights import save_compressed
+from head_pruning.weights import load_weight_masks, save_compressed, write_weight_artifacts
 
 from .example import example_inputs
 from .export import save_compact, save_pruned, zeroed_heads
@@ -134,10 +134,15 @@ def _whole_folder(target: Path, source: Path) -> Iterator[Path]:
 
 def _history(source: Path) -> dict[str, Any]:
     """Method, options and history of the run that left ``pruning.json``."""
+    report = _report(source)
+    return {key: report[key] for key in ("method", "options", "history") if key in report}
+
+
+def _report(source: Path) -> dict[str, Any]:
+    """A run's ``pruning.json``; empty where there is none."""
     try:
-        report = json.loads((source / REPORT_FILE).read_text(encoding="utf-8"))
-        return {key: report[key] for key in ("method", "options", "history")}
-    except (OSError, ValueError, KeyError):
+        return dict(json.loads((source / REPORT_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -156,7 +161,24 @@ def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -
         raise HeadPruningError(f"The heads of {source} are cut out already; export the model that it was made from.")
     with _whole_folder(target, source) as folder, _quiet():
         save_pruned(loaded.model, loaded.mask, folder, **_history(source))
+        _carry_weight_masks(source, folder, loaded)
     return f"{target}: {loaded.mask.kept} of {loaded.mask.keep.size} heads, the others are zero"
+
+
+def _carry_weight_masks(source: Path, folder: Path, loaded: HostModel) -> None:
+    """Add what the run's files tell of pruned weights, which are zero in the model already."""
+    told = _report(source).get("weights")
+    if told:
+        masks = load_weight_masks(source / MASKS_FILE)
+        with zeroed_heads(loaded.model, loaded.mask):
+            write_weight_artifacts(
+                folder,
+                masks,
+                dict(loaded.model.named_parameters()),
+                method=told["method"],
+                options=told["options"],
+                head_mask=loaded.mask,
+            )
 
 
 def _cut(loaded: HostModel) -> str:

@@ -42,6 +42,11 @@ class CubicPruner(WeightPruner):
     def attach(self, session) -> None:
         for option in ("initial_threshold", "final_threshold"):
             require(self.config, option, lambda value: 0 <= value <= 1, "a remaining ratio from 0 to 1")
+        if self.config.initial_threshold < self.config.final_threshold:
+            raise HeadPruningError(
+                f"--initial-threshold {self.config.initial_threshold} is below --final-threshold "
+                f"{self.config.final_threshold}: both are remaining ratios, and the first must not be the smaller."
+            )
         for option in ("initial_warmup", "final_warmup"):
             require(self.config, option, lambda value: value >= 0, "0 or more")
         require(self.config, "deltaT", lambda value: value >= 1, "1 or more updates")

@@ -27,7 +27,8 @@ class LockPruner(WeightPruner):
         found = [
             t for t in self.targets if torch.count_nonzero(master(t.parameter).detach()).item() < t.parameter.numel()
         ]
-        if not found:
+        # A fresh model's biases are all zero: they alone are no sign of pruning.
+        if not any(target.parameter.dim() > 1 for target in found):
             raise HeadPruningError(
                 "The model has no zeros to lock; start from a pruned one, or name its weights with --weights-include."
             )

@@ -501,8 +501,12 @@ def test_lock_keeps_the_zeros_of_a_pruned_model(toy):
     assert same(bits(model), bits(again))
 
 
-def test_lock_refuses_a_dense_model(toy):
+@pytest.mark.parametrize("biases", ["drawn", "zero"])
+def test_lock_refuses_a_dense_model(toy, biases):
     model, unit_map = toy.make()
+    if biases == "zero":  # as those of a model that was never trained
+        for parameter in model.parameters():
+            parameter.data *= parameter.dim() > 1
     session = PruningSession(model, unit_map, [make_pruner("lock")]).attach()
     with pytest.raises(HeadPruningError, match="no zeros to lock"):
         session.before_update(0)
@@ -640,6 +644,7 @@ def test_warm_ups_longer_than_training_are_told(toy, caplog):
 @pytest.mark.parametrize("case, options, words", [
     ("platon", {"beta2": 1.5}, "--beta2 is 1.5; it must be from 0 to 1, or 2"),
     ("platon", {"beta1": 1.0}, "--beta1 is 1.0; it must be at least 0 and below 1"),
+    ("platon", {"initial_threshold": 0.1, "final_threshold": 0.5}, "--initial-threshold 0.1 is below"),
     ("platon", {"final_threshold": 1.2}, "--final-threshold is 1.2; it must be a remaining ratio"),
     ("platon", {"final_threshold": "0.1"}, "--final-threshold is '0.1'; it must be a remaining ratio"),
     ("platon", {"deltaT": 0}, "--deltaT is 0; it must be 1 or more"),

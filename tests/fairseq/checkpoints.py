@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import fairseq_plugin  # noqa: F401  (allows what fairseq's checkpoints hold)
+from fairseq_plugin.checkpoints import allow_safe_globals
 from head_pruning import HeadMask
 
 
 def read(path) -> dict:
     """The whole checkpoint."""
+    allow_safe_globals()  # anew: a Trainer of transformers that resumed in this process took them away
     return torch.load(path, map_location="cpu")
 
 

@@ -1,6 +1,7 @@
 """Transformers as a host of the command: loading, example inputs, sizes and exports of many kinds of models."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from head_pruning.cli import main
 from head_pruning.hosts import kept_heads, read_mask
 from head_pruning.report.sizes import mac_bound, measure_sizes, stack_macs
 from head_pruning.surgery import remove_heads
-from head_pruning.weights import load_compressed, save_weight_masks
+from head_pruning.weights import load_compressed, load_weight_masks, save_weight_masks, write_weight_artifacts
 from hf_plugin import host, prune_heads, save_pruned, unit_map
 from hf_plugin.example import example_inputs
 from tests.hf.families import FAMILIES, make, missing
@@ -171,6 +172,21 @@ def test_a_folder_is_replaced_as_a_whole(saved, tmp_path):
     host.exports["compact"](source, tmp_path / "out", None)
     assert not (tmp_path / "out" / "left-over.bin").exists()
     assert kept_heads(host.load(tmp_path / "out")) == read_mask(source)
+
+
+def test_the_masked_export_keeps_what_is_told_of_pruned_weights(saved, tmp_path):
+    source = saved("vit")
+    model = host.load(source).model
+    (name, weight), *_ = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
+    masks = {name: torch.rand_like(weight) < 0.5}
+    folder = tmp_path / "both"
+    shutil.copytree(source, folder)
+    parameters, mask = dict(model.named_parameters()), read_mask(source)
+    write_weight_artifacts(folder, masks, parameters, method="platon", options={}, head_mask=mask)
+    host.exports["masked"](folder, tmp_path / "out", None)
+    assert torch.equal(load_weight_masks(tmp_path / "out" / "masks.safetensors")[name], masks[name])
+    assert read_mask(tmp_path / "out") == mask
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["weights"]["method"] == "platon"
 
 
 def test_a_model_of_which_only_weights_were_pruned(tmp_path):
