@@ -1,5 +1,6 @@
 """Walking over many tensors in portions that fit the processor's cache, without copying them together."""
 
+import threading
 from typing import Optional, Sequence
 
 import torch
@@ -40,9 +41,9 @@ class Portion:
         ]
 
     def scratch(self, number: int = 0) -> list[torch.Tensor]:
-        """float32 temporaries; the next call with the same ``number``, by any portion, reuses the memory."""
-        key = self.device, number
-        if number not in self._views or self._views[number][0] is not self._scratch[key]:
+        """float32 temporaries; the thread's next call with the same ``number``, by any portion, reuses the memory."""
+        key = self.device, number, threading.get_ident()
+        if number not in self._views or self._views[number][0] is not self._scratch.get(key):
             need = sum(shape.numel() for shape in self._shapes)
             if key not in self._scratch or self._scratch[key].numel() < need:
                 self._scratch[key] = torch.empty(need, device=self.device)

@@ -16,6 +16,7 @@ from .masks import TINY, BoolMasks, SignMasks
 from .pieces import Portion, cut_into_portions, sample_portion
 from .select import Selection, Threshold, bracketed, expand_blocks, kth_smallest, n_of_m, pool_blocks
 from .targets import Target, require_whole, shortened, weight_targets
+from .workers import each
 
 logger = logging.getLogger(__name__)
 
@@ -230,10 +231,13 @@ class WeightPruner(Pruner):
         masks = (due or self.policy != "revive") and (select or self.has_mask)
         if self.kinds:
             gradients = self._gradients()
-            for portion in self.portions:
+
+            def work(portion: Portion) -> None:
                 self.track(t, portion, portion.cut(gradients))
                 if masks and not select:
                     self._mask(portion)  # while the portion is in the cache
+
+            each(self.portions, work)
         if select:
             self._select(density)
         if masks and (select or not self.kinds):
@@ -409,8 +413,7 @@ class WeightPruner(Pruner):
         self.masks.apply(portion, portion.values, *([portion.cut(copies)] if self._doubled else []))
 
     def _apply(self) -> None:
-        for portion in self.portions:
-            self._mask(portion)
+        each(self.portions, self._mask)
 
     def _select(self, density: float) -> None:
         self._tell_inactive()
@@ -447,20 +450,13 @@ class WeightPruner(Pruner):
     def _select_by_sample(self, k: int, number: int) -> Optional[Threshold]:
         """Select and store in one pass over the portions; None if the sample was misleading."""
         between: list[tuple[Portion, int, np.ndarray, np.ndarray]] = []
-        latest: list = []
 
-        def passing() -> Iterator[list[torch.Tensor]]:
-            for portion in self.portions:
-                latest[:] = portion, self.scores(portion)
-                yield latest[1]
-
-        def visit(low: float, found: list) -> None:
-            portion, taken = latest
-            between.extend((portion, i, *pair) for i, pair in enumerate(found) if pair[0].size)
+        def visit(portion: Portion, taken: list[torch.Tensor], low: float, found: list) -> None:
+            between.extend([(portion, i, *pair) for i, pair in enumerate(found) if pair[0].size])
             self.masks.store_above(portion, taken, torch.tensor(low), False)
 
         sample = torch.cat([score.reshape(-1) for score in self.scores(self._sample)]).numpy()
-        found = bracketed(sample, passing, k, number, visit)
+        found = bracketed(sample, self.portions, self.scores, k, number, visit)
         if found is not None:
             value = found.value.numpy()
             for portion, i, places, taken in between:

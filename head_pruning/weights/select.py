@@ -3,12 +3,14 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Callable, Iterable, Optional
+from typing import Callable, Iterable, Optional, Sequence
 
 import numpy as np
 import torch
 
 from ..errors import HeadPruningError
+from .pieces import Portion
+from .workers import each
 
 _LOW = 16  # bits that the second pass tells apart; the first pass tells the others
 _SIGN = 0x7FFFFFFF
@@ -54,7 +56,12 @@ def kth_smallest(scores: Scores, k: int, *, signed: bool = False) -> Threshold:
 
 
 def bracketed(
-    sample: np.ndarray, scores: Scores, k: int, number: int, visit: Callable[[float, list], None]
+    sample: np.ndarray,
+    portions: Sequence[Portion],
+    scores: Callable[[Portion], list[torch.Tensor]],
+    k: int,
+    number: int,
+    visit: Callable[[Portion, list[torch.Tensor], float, list], None],
 ) -> Optional[Threshold]:
     """:func:`kth_smallest` in one pass on the CPU, or None if the sample was misleading.
 
@@ -63,11 +70,12 @@ def bracketed(
 
     Args:
         sample: some of the scores.
-        scores: yields, per portion, its scores as contiguous float32 tensors on the CPU.
+        portions: where the scores are; taken side by side, see :func:`each`.
+        scores: a portion's scores, as contiguous float32 tensors on the CPU.
         k: rank, from 1 to ``number``.
         number: how many scores there are.
-        visit: called after each portion with the lower bound and, per tensor, the places and the scores between the
-            bounds; the scores themselves are no longer needed then.
+        visit: called once for each portion with its scores, which are no longer needed then, the lower bound and, per
+            tensor, the places and the scores between the bounds.
     """
     middle, spread = k / number * sample.size, 5.0 * math.sqrt(sample.size * k / number * (1 - k / number)) + 2.0
     ranks = [int(middle - spread) - 1, int(middle + spread)]
@@ -75,17 +83,22 @@ def bracketed(
     ordered = np.partition(sample, inside) if inside else sample
     low = float(ordered[ranks[0]]) if ranks[0] >= 0 else -math.inf
     high = float(ordered[ranks[1]]) if ranks[1] < sample.size else math.inf
-    below, found = 0, []
-    for tensors in scores():
-        between = []
-        for score in tensors:
+    counts: list[int] = []
+    found: list[np.ndarray] = []
+
+    def count(portion: Portion) -> None:
+        taken, between = scores(portion), []
+        for score in taken:
             flat = score.numpy().reshape(-1)
             less = np.less(flat, np.float32(low))
-            below += int(np.count_nonzero(less))
+            counts.append(int(np.count_nonzero(less)))
             places = np.flatnonzero(np.logical_xor(np.less_equal(flat, np.float32(high)), less))
             between.append((places, flat[places]))
-        found.extend(values for _, values in between)
-        visit(low, between)
+        found.extend([values for _, values in between])
+        visit(portion, taken, low, between)
+
+    each(portions, count)
+    below = sum(counts)
     candidates, rank = np.concatenate(found), k - below
     if not 1 <= rank <= candidates.size:
         return None

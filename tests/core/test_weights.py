@@ -456,6 +456,26 @@ def test_nothing_to_prune_is_no_crash(toy, first, last):
     assert zeros(pruner) == 0 and session.at_target()
 
 
+@pytest.mark.parametrize("name", ["platon", "magnitude", "random_weights"])
+def test_portions_side_by_side_give_the_same(toy, name, monkeypatch):
+    def trained(threads: int) -> list[torch.Tensor]:
+        model, optimizer, session, _ = start(toy, name)
+        after_step = session.after_step
+
+        def threaded() -> None:  # the rest of training rounds otherwise with more threads
+            torch.set_num_threads(threads)
+            after_step()
+            torch.set_num_threads(1)
+
+        session.after_step = threaded
+        for step in range(TOTAL):
+            update(toy, model, optimizer, session, step)
+        return bits(model)
+
+    monkeypatch.setattr("head_pruning.weights.pieces.CPU_PORTION", 40)  # many portions
+    assert same(trained(1), trained(2))
+
+
 def test_random_masks_depend_on_the_seed_alone(toy):
     def masks(**options):
         model, optimizer, session, pruner = start(toy, "random_weights", **options)

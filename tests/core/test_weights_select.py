@@ -1,6 +1,7 @@
 """Which weights stay: thresholds exact to the bit, N:M patterns, blocks."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ def split(values: list[float], parts: int) -> list[list[torch.Tensor]]:
     """The values as float32 tensors, two to a portion."""
     tensors = [torch.from_numpy(x) for x in np.array_split(np.array(values, dtype=np.float32), parts) if x.size]
     return [tensors[i : i + 2] for i in range(0, len(tensors), 2)]
+
+
+def numbered(number: int) -> SimpleNamespace:
+    """What stands for a portion on the CPU."""
+    return SimpleNamespace(number=number, device=torch.device("cpu"))
 
 
 def check(found, values: list[float], k: int) -> None:
@@ -52,17 +58,24 @@ def test_a_bracket_finds_the_same_or_says_that_it_missed(values, data):
     portions = split(values, data.draw(st.integers(1, 5)))
     some = data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=20))
     for sample, may_miss in ((some, True), (values, False)):
-        visits: list = []
+        visits: dict = {}
 
-        def visit(low, between, visits=visits):
-            visits.append((low, between))
+        def visit(portion, taken, low, between, visits=visits):
+            visits[portion.number] = low, between
 
-        found = bracketed(np.array(sample, dtype=np.float32), lambda: portions, k, len(values), visit)
+        found = bracketed(
+            np.array(sample, dtype=np.float32),
+            [numbered(i) for i in range(len(portions))],
+            lambda portion, portions=portions: portions[portion.number],
+            k,
+            len(values),
+            visit,
+        )
         assert len(visits) == len(portions)
         assert may_miss or found is not None
         if found is not None:
             check(found, values, k)
-            for tensors, (low, between) in zip(portions, visits):
+            for tensors, (low, between) in zip(portions, (visits[i] for i in range(len(portions)))):
                 for score, (places, scores) in zip(tensors, between):
                     assert np.array_equal(score.numpy()[places], scores) and not (scores < low).any()
 
@@ -73,10 +86,11 @@ def test_a_bracket_around_a_large_set_holds_few():
     k = int(scores.numel() * 0.9)
     found = bracketed(
         scores[::31].numpy(),
-        lambda: [[scores]],
+        [numbered(0)],
+        lambda portion: [scores],
         k,
         scores.numel(),
-        lambda low, between: held.append(between[0][0].size),
+        lambda portion, taken, low, between: held.append(between[0][0].size),
     )
     check(found, scores.tolist(), k)
     assert held[0] < 0.03 * scores.numel()
