@@ -144,6 +144,8 @@ def cells() -> list[Cell]:
 class Bench:
     """Runs cells in a work folder."""
 
+    tasks = TASKS
+
     def __init__(self, model: Path, data: Path, work: Path, threads: int) -> None:
         self.model, self.data, self.work = model, data, work
         self.env = {**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
@@ -154,7 +156,7 @@ class Bench:
 
     def run(self, cell: Cell) -> list[dict]:
         """Measure a cell (or read what was measured): one row per number of heads."""
-        key = {"options": list(cell.options), "task": vars(TASKS[cell.task]), "model": self.model.name}
+        key = {"options": list(cell.options), "task": vars(self.tasks[cell.task]), "model": self.model.name}
         if self.result(cell).exists():
             measured = json.loads(self.result(cell).read_text())
             if measured["key"] != key:
@@ -164,13 +166,17 @@ class Bench:
         write_json(self.result(cell), {"key": key, "rows": rows})
         return rows
 
+    def data_flags(self, cell: Cell) -> list[str]:
+        """The flags that name a cell's data."""
+        return ["--task_name", cell.task, "--data_dir", str(self.data / cell.task)]
+
     def call(self, cell: Cell, arguments: list[str]) -> Path:
         """Run one of the scripts; its output goes to a log."""
-        task, out, log = TASKS[cell.task], self.work / "runs" / cell.name, self.work / "logs" / f"{cell.name}.log"
+        out, log = self.work / "runs" / cell.name, self.work / "logs" / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         common = [
-            *("-m", f"hf_plugin.{cell.script}", "--task_name", task.name, "--data_dir", str(self.data / task.name)),
-            *("--max_seq_length", str(task.length), "--output_dir", str(out), "--seed", str(cell.seed)),
+            *("-m", f"hf_plugin.{cell.script}", *self.data_flags(cell), "--output_dir", str(out)),
+            *("--max_seq_length", str(self.tasks[cell.task].length), "--seed", str(cell.seed)),
             *("--cache_dir", str(self.work / "cache")),
         ]
         with log.open("w") as stream:
@@ -185,22 +191,26 @@ class Bench:
         """One measured number, in percent."""
         return {"task": cell.task, "method": cell.method, "heads": heads, "seed": cell.seed, "score": score}
 
+    def fine_tune(self, cell: Cell, start: Path, epochs: float, recipe: str = RECIPE) -> Path:
+        """Train and evaluate with the cell's script; the folder of the results."""
+        samples = self.tasks[cell.task].samples
+        return self.call(
+            cell,
+            [
+                *("--model_name_or_path", str(start), "--do_train", "--do_eval", "--overwrite_output_dir"),
+                *recipe.split(),
+                *("--per_device_eval_batch_size", "64", "--num_train_epochs", str(epochs)),
+                *([] if torch.cuda.is_available() else ["--use_cpu"]),
+                *(["--max_train_samples", str(samples)] if samples else []),
+                *cell.options,
+            ],
+        )
+
     def train(self, cell: Cell) -> dict:
         """Train and score on the validation set."""
         task = TASKS[cell.task]
         start = self.work / "runs" / cell.dense.name if cell.pipelined else self.model
-        epochs = 1 if cell.pipelined else task.epochs
-        device = [] if torch.cuda.is_available() else ["--use_cpu"]
-        samples = ["--max_train_samples", str(task.samples)] if task.samples else []
-        out = self.call(
-            cell,
-            [
-                *("--model_name_or_path", str(start), "--do_train", "--do_eval", "--overwrite_output_dir"),
-                *RECIPE.split(),
-                *("--per_device_eval_batch_size", "64", "--num_train_epochs", str(epochs)),
-                *(*device, *samples, *cell.options),
-            ],
-        )
+        out = self.fine_tune(cell, start, 1 if cell.pipelined else task.epochs)
         results = json.loads((out / "all_results.json").read_text())
         if cell.method != "dense":
             (out / "model.safetensors").unlink()  # only the dense models are started from

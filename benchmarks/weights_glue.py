@@ -11,11 +11,7 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
-
-import torch
 
 from benchmarks.cells import run_cells
 from benchmarks.glue import RECIPE, ROOT, Bench, Cell, Task, shown
@@ -65,57 +61,36 @@ def cell_at(task: str, method: str, density: float, seed: int) -> Cell:
 class WeightBench(Bench):
     """Runs cells in a work folder."""
 
+    tasks = TASKS
+
     def __init__(self, model: Path, glue: Path, squad: Path, work: Path, threads: int) -> None:
         super().__init__(model, glue, work, threads)
         self.squad = squad
 
-    def run(self, cell: Cell) -> list[dict]:
-        """Measure a cell (or read what was measured): one row."""
-        key = {"options": list(cell.options), "task": vars(TASKS[cell.task]), "model": self.model.name}
-        if self.result(cell).exists():
-            measured = json.loads(self.result(cell).read_text())
-            if measured["key"] != key:
-                raise RuntimeError(f"{self.result(cell)} has other options; choose another --work folder")
-            return measured["rows"]
-        rows = [self.train(cell)]
-        write_json(self.result(cell), {"key": key, "rows": rows})
-        return rows
+    def data_flags(self, cell: Cell) -> list[str]:
+        """The flags that name a cell's data."""
+        if cell.task != "SQuAD":
+            return super().data_flags(cell)
+        train = next(iter(sorted(self.squad.glob("train*-v1.1.json"))), self.squad / "train-v1.1.json")
+        files = ["--data_dir", str(self.squad), "--train_file", train.name]
+        return [*files, "--doc_stride", "96", "--max_eval_samples", str(SQUAD_EXAMPLES)]
 
     def train(self, cell: Cell) -> dict:
         """Train and score on the validation set."""
-        task, out, log = TASKS[cell.task], self.work / "runs" / cell.name, self.work / "logs" / f"{cell.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        data = ["--task_name", task.name, "--data_dir", str(self.data / task.name)]
-        if cell.task == "SQuAD":
-            train = next((p for p in sorted(self.squad.glob("train*-v1.1.json"))), self.squad / "train-v1.1.json")
-            data = ["--data_dir", str(self.squad), "--train_file", train.name, "--doc_stride", "96"]
-            data += ["--max_eval_samples", str(SQUAD_EXAMPLES)]
-        samples = ["--max_train_samples", str(task.samples)] if task.samples else []
-        device = [] if torch.cuda.is_available() else ["--use_cpu"]
-        command = [
-            *(sys.executable, "-m", f"hf_plugin.{cell.script}", *data, "--model_name_or_path", str(self.model)),
-            *("--output_dir", str(out), "--overwrite_output_dir", "--do_train", "--do_eval", *TRAINING.split()),
-            *("--max_seq_length", str(task.length), "--cache_dir", str(self.work / "cache")),
-            *("--num_train_epochs", str(task.epochs), "--per_device_eval_batch_size", "64"),
-            *("--seed", str(cell.seed), *device, *samples, *cell.options),
-        ]
-        with log.open("w") as stream:
-            done = subprocess.run(command, cwd=ROOT, env=self.env, stdout=stream, stderr=subprocess.STDOUT)
-        if done.returncode:
-            raise RuntimeError(f"{cell.name} failed with status {done.returncode}; see {log}")
+        task = TASKS[cell.task]
+        out = self.fine_tune(cell, self.model, task.epochs, TRAINING)
         results = json.loads((out / "all_results.json").read_text())
         density = 1.0
         if cell.method != "dense":
             density = json.loads((out / "pruning.json").read_text())["weights"]["density"]
         (out / "model.safetensors").unlink()
-        score = PERCENT[cell.task] * results[f"eval_{task.metric}"]
         return {
             "task": cell.task,
             "method": cell.method,
             "percent": cell.keep or 100,
             "density": density,
             "seed": cell.seed,
-            "score": score,
+            "score": PERCENT[cell.task] * results[f"eval_{task.metric}"],
         }
 
 

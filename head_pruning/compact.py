@@ -66,7 +66,7 @@ class Select:
         if not isinstance(whole, torch.Tensor) or whole.ndim < -self.dim:
             return whole
         dim, size = self.dim % whole.ndim, self.heads * self.width
-        index = torch.tensor(slices([(1, self.width)], range(self.heads), self.kept), device=whole.device)
+        index = _index(slices([(1, self.width)], range(self.heads), self.kept), whole.device)
         if whole.shape[dim] == size:
             taken = whole.index_select(dim, index)
             taken.of_all_heads = whole  # for the layers to come, see SharedBias
@@ -102,7 +102,7 @@ class SharedBias:
     def read(self, table: nn.Module, args: tuple, values: torch.Tensor) -> torch.Tensor:
         """Forward hook of the table: what it says of the heads that stay."""
         self.whole[values.device] = values
-        return values.index_select(-1, torch.tensor(self.kept, device=values.device))
+        return values.index_select(-1, _index(self.kept, values.device))
 
     def __call__(self, module: nn.Module, args: tuple, output: tuple) -> tuple:
         bias = output[self.output]
@@ -298,6 +298,11 @@ class NoHeads(nn.Module):
         if options.get("residual"):
             output = _argument(options["residual"], args, kwargs) + output
         return self.get_submodule(options["norm"])(output) if options.get("norm") else output
+
+
+def _index(places: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Places on a device, which is not waited for."""
+    return torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
 
 
 def _argument(where: Sequence, args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,16 @@ def sha256_file(path: Path) -> str:
 def part_path(path: Path) -> Path:
     """The temporary name, in the same folder, under which ``path`` is written."""
     return path.with_name(path.name + ".part")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file; ``path`` appears whole or not at all."""
+    part = part_path(path)
+    try:
+        shutil.copyfile(source, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

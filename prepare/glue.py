@@ -10,7 +10,6 @@ already are kept, so a run that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from pathlib import Path
 
 from head_pruning import HeadPruningError
 from hf_plugin.data.tasks import HUB_REPOSITORY, TASKS, GlueTask, Split, find_task
-from prepare.files import PrepareError, part_path, write_lines
+from prepare.command import run
+from prepare.files import PrepareError, copy_file, write_lines
 from prepare.glue_copies import NoCopy, find_copies, read_table
 from prepare.glue_layout import tsv_lines
 from prepare.stages import only_run
@@ -103,20 +103,11 @@ def _from_copies(options: Options, task: GlueTask, missing: list[Split], target:
         if copy.kind == "tsv":
             # Read only to check it: the copy keeps the columns that nobody here needs.
             rows = read_tsv(copy.paths[0], task, split.labelled)
-            _copy(copy.paths[0], path)
+            copy_file(copy.paths[0], path)
         else:
             rows = from_hub(task, split, read_table(copy), copy.shown)
             write_lines(path, tsv_lines(task, split, rows))
         _report(path, split, len(rows), log)
-
-
-def _copy(source: Path, path: Path) -> None:
-    part = part_path(path)
-    try:
-        shutil.copyfile(source, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _report(path: Path, split: Split, rows: int, log: Log) -> None:
@@ -158,20 +149,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 after an error (one sentence on stderr), 130 if interrupted."""
     options = parse(arguments)
-    try:
-        folders = prepare(options)
-    except (PrepareError, HeadPruningError) as error:
-        print(f"prepare-glue: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"prepare-glue: error: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare-glue: interrupted; run it again to go on.", file=sys.stderr)
-        return 130
-    if not options.quiet:
-        print(f"done: {', '.join(map(str, folders))}", file=sys.stderr)
-    return 0
+    return run("prepare-glue", lambda: prepare(options), quiet=options.quiet, errors=(HeadPruningError,))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from prepare import bpe, moses, ted
 from prepare.archive import find_members, unpack
+from prepare.command import run
 from prepare.download import check_sha256, download
 from prepare.files import PrepareError, read_lines, write_lines
 from prepare.parallel import default_workers, map_lines
@@ -259,20 +260,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 after an error (one sentence on stderr), 130 if interrupted."""
     options = parse(arguments)
-    try:
-        output = prepare(options)
-    except PrepareError as error:
-        print(f"prepare-iwslt14: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"prepare-iwslt14: error: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare-iwslt14: interrupted; run it again to go on.", file=sys.stderr)
-        return 130
-    if not options.quiet:
-        print(f"done: {output}", file=sys.stderr)
-    return 0
+    return run("prepare-iwslt14", lambda: [prepare(options)], quiet=options.quiet)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from head_pruning import HeadPruningError
 from hf_plugin.data.squad_reading import SPLITS, VERSIONS, SquadVersion, from_squad_hub, hub_table, read_squad
+from prepare.command import run
 from prepare.download import download
-from prepare.files import PrepareError, atomic_text, part_path
+from prepare.files import PrepareError, atomic_text, copy_file
 from prepare.glue_copies import Copy, NoCopy, read_table
 from prepare.stages import only_run
 
@@ -93,10 +93,10 @@ def prepare(options: Options) -> list[Path]:
 def _write(options: Options, version: SquadVersion, split: str, target: Path) -> int:
     """Make one file; returns its number of questions."""
     if options.source is not None:
-        copy = find_copy(options.source, version, split)
+        copy = findcopy_file(options.source, version, split)
         if copy.kind == "json":
             rows = len(read_squad(copy.paths[0], version.unanswerable))  # to check it
-            _copy(copy.paths[0], target)
+            copy_file(copy.paths[0], target)
             return rows
         return _convert(read_table(copy), version, copy.shown, target)
     if options.hub:
@@ -132,7 +132,7 @@ def _question(row: dict[str, Any], version: SquadVersion) -> dict[str, Any]:
     return question
 
 
-def find_copy(source: Path, version: SquadVersion, split: str) -> Copy:
+def findcopy_file(source: Path, version: SquadVersion, split: str) -> Copy:
     """The file, or the parts of a table, of one split below ``source``: JSON first, then the least deep.
 
     NoCopy if there is none, PrepareError if parts are missing.
@@ -168,15 +168,6 @@ def find_copy(source: Path, version: SquadVersion, split: str) -> Copy:
     if len(files) != files[0][1]:
         raise PrepareError(f"{files[0][2]} is one of {files[0][1]} parts, but {len(files)} are there; add the others.")
     return Copy(("json", "parquet", "arrow")[best[0]], tuple(path for _, _, path in files))
-
-
-def _copy(source: Path, path: Path) -> None:
-    part = part_path(path)
-    try:
-        shutil.copyfile(source, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _report(path: Path, rows: int, expected: int, log: Log) -> None:
@@ -223,20 +214,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 after an error (one sentence on stderr), 130 if interrupted."""
     options = parse(arguments)
-    try:
-        files = prepare(options)
-    except (PrepareError, HeadPruningError) as error:
-        print(f"prepare-squad: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"prepare-squad: error: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare-squad: interrupted; run it again to go on.", file=sys.stderr)
-        return 130
-    if not options.quiet:
-        print(f"done: {', '.join(map(str, files))}", file=sys.stderr)
-    return 0
+    return run("prepare-squad", lambda: prepare(options), quiet=options.quiet, errors=(HeadPruningError,))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from head_pruning import AttentionSite, UnitMap
-from head_pruning.report.sizes import mac_bound, measure_sizes, stack_macs
+from head_pruning.report.sizes import mac_bound, measure_sizes
 from head_pruning.timing import fastest, stopwatch
+from tests.macs import stack_macs
 
 
 def test_counts_are_those_of_the_shapes(toy):

@@ -24,12 +24,13 @@ from transformers import (
 from head_pruning import HeadMask, HeadPruningError, full_mask
 from head_pruning.cli import main
 from head_pruning.hosts import kept_heads, read_mask
-from head_pruning.report.sizes import mac_bound, measure_sizes, stack_macs
+from head_pruning.report.sizes import mac_bound, measure_sizes
 from head_pruning.surgery import remove_heads
 from head_pruning.weights import load_compressed, load_weight_masks, save_weight_masks, write_weight_artifacts
 from hf_plugin import host, prune_heads, save_pruned, unit_map
 from hf_plugin.example import example_inputs
 from tests.hf.families import FAMILIES, make, missing
+from tests.macs import stack_macs
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
 SIDES = {

@@ -31,12 +31,6 @@ def place(tmp_path_factory):
     return write_place(tmp_path_factory.mktemp("manual"))
 
 
-@pytest.fixture
-def here(place, monkeypatch):
-    monkeypatch.chdir(place)
-    return place
-
-
 @pytest.fixture(scope="module")
 def dense(place):
     """The manual's fine-tuned model in output/."""

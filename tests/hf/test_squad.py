@@ -36,12 +36,6 @@ def place(tmp_path_factory):
     return write_squad_place(tmp_path_factory.mktemp("squad"))
 
 
-@pytest.fixture
-def here(place, monkeypatch):
-    monkeypatch.chdir(place)
-    return place
-
-
 def squad(*words: str) -> dict[str, float]:
     return run(parse(words, "run_squad"))
 

@@ -31,12 +31,6 @@ def place(tmp_path_factory):
     return write_place(tmp_path_factory.mktemp("weights"))
 
 
-@pytest.fixture
-def here(place, monkeypatch):
-    monkeypatch.chdir(place)
-    return place
-
-
 def kept(masks: dict) -> tuple[int, int]:
     return sum(int(keep.sum()) for keep in masks.values()), sum(keep.numel() for keep in masks.values())
 
