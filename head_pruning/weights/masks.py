@@ -9,6 +9,7 @@ from .pieces import Portion
 
 # The smallest normal float32: what a carrier holds in place of 0, so that its sign tells.
 TINY = torch.finfo(torch.float32).tiny
+_SIGN = -(2**31)  # the sign's bit of a float32 seen as int32
 
 
 class BoolMasks:
@@ -75,7 +76,9 @@ class SignMasks(BoolMasks):
         for carrier, score in zip(portion.state[self.kind], scores):
             # The sign of a difference of floats is exact, that of equal ones positive.
             difference = score.sub_(threshold).neg_().add_(0.0).neg_() if inclusive else score.sub_(threshold)
-            torch.copysign(carrier, difference, out=carrier)
+            # Takes half the time of copysign, which calls a function for every few numbers.
+            bits = carrier.view(torch.int32).bitwise_and_(~_SIGN)
+            bits.bitwise_or_(difference.view(torch.int32).bitwise_and_(_SIGN))
 
     def prune(self, portion: Portion, number: int, places: np.ndarray) -> None:
         flat = portion.state[self.kind][number].view(-1).numpy()

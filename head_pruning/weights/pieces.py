@@ -6,7 +6,7 @@ from typing import Optional, Sequence
 import torch
 
 # Elements per portion. On a CPU the temporaries of a portion stay in the cache; on a GPU few launches count more.
-CPU_PORTION = 1 << 19
+CPU_PORTION = 1 << 20
 GPU_PORTION = 1 << 25
 # A sample of about so many scores tells where a threshold lies to a few thousandths.
 SAMPLE = 1 << 19

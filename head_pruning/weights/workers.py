@@ -28,11 +28,14 @@ def each(portions: Sequence[Portion], work: Callable[[Portion], None]) -> None:
             work(portion)
         return
 
-    def alone(portion: Portion) -> None:
-        with torch.no_grad():  # a setting of the thread
-            work(portion)
+    waiting = iter(portions)  # all threads take from it: one call each costs less than one per portion
 
-    list(_workers(torch.get_num_threads()).map(alone, portions))
+    def share(_: int) -> None:
+        with torch.no_grad():  # a setting of the thread
+            for portion in waiting:
+                work(portion)
+
+    list(_workers(torch.get_num_threads()).map(share, range(threads)))
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:
