@@ -70,20 +70,22 @@ class HeadPruner(Pruner):
     def attach(self, session) -> None:
         super().attach(session)
         self.unit_map = session.unit_map
-        keep_heads = self.config.num_of_heads
+        self.rounds = self._plan_rounds() if isinstance(self.config, HeadCountConfig) else None
+        self.final: Optional[np.ndarray] = None
+
+    def _plan_rounds(self) -> Optional[Rounds]:
         for option in ("min_heads_per_layer", "min_heads_per_kind"):
             require(self.config, option, lambda value: value >= 0, "0 or more")
-        self.rounds: Optional[Rounds] = None
-        if keep_heads is not None:
-            self.rounds = plan_rounds(
-                self.unit_map.num_heads,
-                keep_heads,
-                rows=self.unit_map.rows(),
-                kinds=list(self.unit_map.kinds().values()),
-                min_per_row=self.config.min_heads_per_layer,
-                min_per_kind=self.config.min_heads_per_kind,
-            )
-        self.final: Optional[np.ndarray] = None
+        if self.config.num_of_heads is None:
+            return None
+        return plan_rounds(
+            self.unit_map.num_heads,
+            self.config.num_of_heads,
+            rows=self.unit_map.rows(),
+            kinds=list(self.unit_map.kinds().values()),
+            min_per_row=self.config.min_heads_per_layer,
+            min_per_kind=self.config.min_heads_per_kind,
+        )
 
     def keep(self) -> np.ndarray:
         """``bool[N]``: the heads that would stay now."""

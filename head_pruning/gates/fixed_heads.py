@@ -1,0 +1,107 @@
+"""Heads fixed from the start: K random ones, the baseline that any method must beat, or those of a file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+from ..errors import HeadPruningError
+from ..old_masks import read_old_mask
+from ..registry import register_pruner
+from ..unit_map import HeadMask
+from .pruner import HeadCountConfig, HeadPruner
+from .subset import hard_top_k
+
+
+@dataclass
+class RandomConfig(HeadCountConfig):
+    """Options of the random baseline."""
+
+    random_heads_seed: Optional[int] = field(
+        default=None, metadata={"help": "seed of the draw of random heads; default: the seed of training"}
+    )
+
+
+class FixedPruner(HeadPruner):
+    """Trains the model with one head mask from the first update on."""
+
+    def chosen(self) -> np.ndarray:
+        """``bool[N]``: the heads that stay."""
+        raise NotImplementedError
+
+    def attach(self, session) -> None:
+        super().attach(session)
+        self.kept = self.chosen()
+        self.harden()
+
+    def keep(self) -> np.ndarray:
+        return self.kept
+
+    def before_update(self, step: int) -> None:
+        self.session.gates.set_fixed(self.kept)
+
+    def metrics(self) -> dict[str, float]:
+        return {"heads_kept": float(self.kept.sum())}
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"kept": self.kept.astype(float)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        if state["kept"].size != self.kept.size:
+            raise HeadPruningError(
+                f"The checkpoint has {state['kept'].size} heads but the model has {self.kept.size}; "
+                "resume with the model that the run was started with."
+            )
+        self.kept = state["kept"].astype(bool)
+        self.harden()
+
+
+class RandomPruner(FixedPruner):
+    """Draws K heads once and trains the model with only them."""
+
+    name = "random"
+
+    def attach(self, session) -> None:
+        if self.config.num_of_heads is None:
+            raise HeadPruningError("random needs the number of heads to keep; add --num-of-heads K.")
+        super().attach(session)
+
+    def chosen(self) -> np.ndarray:
+        seed = self.session.seed if self.config.random_heads_seed is None else self.config.random_heads_seed
+        return hard_top_k(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads), self.rounds)
+
+
+@dataclass
+class GivenConfig:
+    """Options of given heads."""
+
+    head_mask_file: Optional[str] = field(
+        default=None,
+        metadata={"help": "train with the heads of this mask from the start: masks.safetensors of another run, or a "
+                  "mask of the published code (mask4.pt)"},
+    )  # fmt: skip
+
+
+class GivenPruner(FixedPruner):
+    """Trains the model with only the heads of a mask that was found before, by any method."""
+
+    name = "given"
+
+    def chosen(self) -> np.ndarray:
+        path = self.config.head_mask_file
+        if path is None:
+            raise HeadPruningError("given needs the mask of the heads to keep; add --head-mask-file FILE.")
+        old = Path(path).suffix == ".pt"
+        mask = read_old_mask(path, self.unit_map) if old else HeadMask.load(path)
+        self.unit_map.check_same_heads(mask.unit_map, f"The head mask of {path}")
+        return mask.keep
+
+
+register_pruner(name="random", config=RandomConfig, pruner=RandomPruner)
+register_pruner(
+    name="given",
+    config=GivenConfig,
+    pruner=GivenPruner,
+    selected_by=lambda options: options.head_mask_file is not None,
+)
