@@ -101,3 +101,13 @@ def test_penalty_falls_in_the_log(runner, translation, tmp_path):
     assert penalty[-1] < penalty[0] < 5 * 24
     loss, objective = logged(done.out, "loss"), logged(done.out, "objective")
     assert len(objective) >= 20 and all(a < b for a, b in zip(loss, objective))
+
+
+def test_the_heads_of_another_run_from_the_start(runner, translation, tmp_path):
+    first = translation.train(tmp_path / "first", "--pruner random --num-of-heads 5", updates=2)
+    runner.run("train", first)
+    found = tmp_path / "first" / "masks.safetensors"
+    done = runner.run("train", translation.train(tmp_path / "second", "--head-mask-file", str(found), updates=2))
+    assert HeadMask.load(tmp_path / "second" / "masks.safetensors") == HeadMask.load(found)
+    assert logged(done.out, "heads_kept") == [5.0, 5.0]
+    assert json.loads((tmp_path / "second" / "pruning.json").read_text())["method"] == "given"
