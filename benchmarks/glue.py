@@ -240,6 +240,8 @@ class Bench:
         """Michel: scores at each of KEPT, without training."""
         dense = self.work / "runs" / cell.dense.name
         metric = ["--metric_name", TASKS[cell.task].metric]
+        samples = self.tasks[cell.task].samples
+        metric += ["--max_train_samples", str(samples)] if samples else []
         options = ["--num_of_heads", str(MICHEL_ROUND), "--batch_size", "64", *metric, *cell.options]
         out = self.call(cell, ["--model_name_or_path", str(dense), *options])
         rounds = json.loads((out / "michel_rounds.json").read_text())["rounds"]

@@ -373,6 +373,9 @@ class MichelArguments(ModelArguments):
     data_subset: int = field(
         default=-1, metadata={"help": "score rounds on the first so many validation examples only; -1: all"}
     )
+    max_train_samples: Optional[int] = field(
+        default=None, metadata={"help": "measure importance on the first so many training examples only"}
+    )
     metric_name: Optional[str] = field(
         default=None, metadata={"help": "metric that scores a round; default: the task's main one"}
     )
@@ -419,7 +422,7 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
     )
     add_legacy_flags(parser, notes, MICHEL_SPELLINGS)
     given = parser.parse_set(argv)
-    _require_positive(given, "max_seq_length", "batch_size", "num_of_heads")
+    _require_positive(given, "max_seq_length", "batch_size", "num_of_heads", "max_train_samples")
     if given.get("data_subset", -1) != -1:
         _require_positive(given, "data_subset")
     return MichelArguments(**_subset(given, fields.values()), notes=notes)

@@ -75,7 +75,8 @@ class MichelRun:
     def importance(self, mask: HeadMask) -> np.ndarray:
         """The importance of all heads over the training set, in its order."""
         arguments = self.arguments
-        loader = DataLoader(self.data.train, batch_size=arguments.batch_size, collate_fn=self.collator)
+        train = first_examples(self.data.train, arguments.max_train_samples)
+        loader = DataLoader(train, batch_size=arguments.batch_size, collate_fn=self.collator)
         return head_importance(
             self.model,
             loader,
@@ -103,7 +104,15 @@ def run(arguments: MichelArguments) -> list[dict]:
     settings = {
         name: getattr(arguments, name)
         for name in (
-            *("model_name_or_path", "task_name", "data_dir", "data_subset", "exact_pruning", "num_of_heads"),
+            *(
+                "model_name_or_path",
+                "task_name",
+                "data_dir",
+                "data_subset",
+                "max_train_samples",
+                "exact_pruning",
+                "num_of_heads",
+            ),
             *("dont_normalize_importance_by_layer", "dont_normalize_global_importance", "per_example"),
             *("max_seq_length", "batch_size"),
         )

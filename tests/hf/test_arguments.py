@@ -274,6 +274,7 @@ def test_mistakes_get_one_sentence(script, words, sentence):
     (line("--num_of_heads 0"), "--num_of_heads is 0; it must be 1 or more."),
     (line("--batch_size -3"), "--batch_size is -3; it must be 1 or more."),
     (line("--data_subset 0"), "--data_subset is 0; it must be 1 or more."),
+    (line("--max_train_samples 0"), "--max_train_samples is 0; it must be 1 or more."),
     (line("--exact"), "run_michel.py has no flag --exact"),
     (line("--annealing"), "run_michel.py has no flag --annealing"),
 ])  # fmt: skip

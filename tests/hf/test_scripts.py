@@ -120,6 +120,16 @@ def test_michel(here, dense, capsys, exact):
     assert run_michel(parse_michel([*line, "--output_dir", folder, "--no_cuda"])) == rounds
 
 
+def test_michel_on_a_part_of_the_training_set(here, dense):
+    one_shot = [word for word in MICHEL if word != "--exact_pruning"] + ["--no_cuda", "--num_of_heads", "24"]
+    found = {
+        count: run_michel(parse_michel([*one_shot, "--max_train_samples", count, "--output_dir", f"part{count}"]))
+        for count in ("2", "100000")
+    }
+    whole = run_michel(parse_michel([*one_shot, "--output_dir", "whole"]))
+    assert found["100000"][1]["importance"] == whole[1]["importance"] != found["2"][1]["importance"]
+
+
 @pytest.mark.parametrize("command", [["-m", "hf_plugin.run_dsp"], [str(ROOT / "hf_plugin" / "run_dsp.py")]])
 def test_as_a_process(place, command):
     process = start(place, *command, *JOINT_DSP, *TINY, *ANNEAL, "--output_dir", "process", "--overwrite_output_dir")
