@@ -22,7 +22,7 @@ from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
 from head_pruning import PruningSession
-from head_pruning.artifacts import REPORT_FILE, write_json
+from head_pruning.artifacts import REPORT_FILE
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
 from head_pruning.weights import write_weight_artifacts
@@ -150,17 +150,16 @@ def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
             parameters=mask_parameters(trainer.get_model(), mask),
         )
     if masks:
-        _write_weights(folder, trainer.get_model(), session, masks)
-    if mask is None:
-        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        write_json(folder / REPORT_FILE, {**report, "history": history, "versions": versions})
+        _write_weights(folder, trainer.get_model(), session, masks, history, versions)
     if log_heads and mask is not None:
         logger.info("kept heads by site:%s%s", os.linesep, head_table(mask))
     if log_heads and masks:
         logger.info("kept weights by tensor:%s%s", os.linesep, density_table(masks))
 
 
-def _write_weights(folder: Path, model: torch.nn.Module, session: PruningSession, masks: dict) -> None:
+def _write_weights(
+    folder: Path, model: torch.nn.Module, session: PruningSession, masks: dict, history: list, versions: dict
+) -> None:
     """Add the weight masks to the files in ``folder``; the numbers are of the model masked, without removed heads."""
     pruners, mask = weight_pruners(session), session.head_mask()
     with session.evaluating():
@@ -175,6 +174,8 @@ def _write_weights(folder: Path, model: torch.nn.Module, session: PruningSession
             method="+".join(pruner.name for pruner in pruners),
             options={name: value for pruner in pruners for name, value in vars(pruner.config).items()},
             head_mask=mask,
+            history=history,
+            versions=versions,
         )
 
 

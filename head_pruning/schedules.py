@@ -5,6 +5,9 @@ from typing import Optional
 
 from .errors import HeadPruningError
 
+#: What a step count must be.
+STEPS = "a number of updates (1 or more) or a fraction of training (0 to 1)"
+
 
 def log_linear(step: int, *, initial: float, final: float, steps: int) -> float:
     """Temperature of DSP (Li et al. 2021, section 3.3): log-linear from ``initial`` to ``final`` in ``steps`` steps.

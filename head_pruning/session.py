@@ -78,6 +78,8 @@ class PruningSession:
     def attach(self) -> "PruningSession":
         """Put gates and masks on. Raises HeadPruningError for options that do not fit the model."""
         for pruner in self.pruners:
+            pruner.check_options()
+        for pruner in self.pruners:
             pruner.attach(self)
         if sum(pruner.head_mask() is not None for pruner in self.pruners) > 1:
             raise HeadPruningError("Two of the pruners own the head gates; keep one of them.")

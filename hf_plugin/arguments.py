@@ -13,8 +13,10 @@ from head_pruning.registry import Method, build_pruner, get_method, implied_meth
 from .defaults import complete_options
 from .flags import FlagParser, flag_group
 from .legacy import MICHEL_SPELLINGS, SPELLINGS, SQUAD_SPELLINGS, Spelling, add_legacy_flags
+from .optimizers import OPTIMIZERS
 from .presets import PRESETS, add_preset
 from .script_arguments import DataArguments, GlueArguments, ModelArguments, SquadArguments, complete_squad
+from .weights import refuse_sharded_weights
 
 # Options of pruners that are also flags of transformers: one flag, which a pruner that has the option takes for its
 # own; the flag of the other name is always transformers'.
@@ -34,6 +36,7 @@ class Arguments:
         notes: one line for each old spelling that was used, to be logged.
         weight_method: the method that prunes weights; None for none.
         weight_options: all its options.
+        optimizer: ``adamw`` (what ``training.optim`` says) or ``adamax``.
     """
 
     model: ModelArguments
@@ -44,6 +47,7 @@ class Arguments:
     notes: list[str]
     weight_method: Optional[Method] = None
     weight_options: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
 
     @property
     def chosen(self) -> list[tuple[Method, dict[str, Any]]]:
@@ -105,7 +109,8 @@ def parse(argv: Sequence[str], script: str) -> Arguments:
         script: ``run_dsp`` (DSP or STE), ``run_voita``, ``run_glue`` or ``run_squad`` (any method, or none).
 
     Raises:
-        HeadPruningError: a flag is missing, unknown, has an impossible value, or belongs to another method.
+        HeadPruningError: a flag is missing, unknown, has an impossible value, belongs to another method or contradicts
+            another flag.
         SystemExit: ``--help``.
     """
     about, notes = _SCRIPTS[script], []
@@ -119,6 +124,9 @@ def parse(argv: Sequence[str], script: str) -> Arguments:
     _require_positive(given, *about.sizes, "max_train_samples", "max_eval_samples")
     about.complete(given, notes)
     method, weight_method = _methods(given, script)
+    optimizer = _optimizer(given)
+    if weight_method is not None:
+        refuse_sharded_weights(given.get("fsdp"), given.get("deepspeed"))
     training = {**about.training_defaults, **_subset(given, dataclasses.fields(TrainingArguments))}
     training["warmup_steps"] = _warmup(given, weight_method, script)
     training.pop("warmup_ratio", None)  # a field of transformers 5.0 too
@@ -135,7 +143,7 @@ def parse(argv: Sequence[str], script: str) -> Arguments:
                     f"--{shared} ({weight_options[shared]:g}) is that of the pruner {weight_method.name}; the "
                     f"learning rate's is --{ours} ({training[shared]:g})."
                 )
-    return Arguments(
+    arguments = Arguments(
         model=ModelArguments(**_subset(given, dataclasses.fields(ModelArguments))),
         data=about.data(**_subset(given, dataclasses.fields(about.data))),
         training=_training_arguments(training),
@@ -144,7 +152,20 @@ def parse(argv: Sequence[str], script: str) -> Arguments:
         notes=notes,
         weight_method=weight_method,
         weight_options=weight_options,
+        optimizer=optimizer,
     )
+    for pruner in arguments.pruners():
+        pruner.check_options()
+    return arguments
+
+
+def _optimizer(given: Mapping[str, Any]) -> str:
+    name = given.get("optimizer", OPTIMIZERS[0])
+    if name != OPTIMIZERS[0] and given.get("optim") is not None:
+        raise HeadPruningError(
+            f"--optimizer {name} and --optim {given['optim']} are two optimizers; drop one of them."
+        )
+    return name
 
 
 def _warmup(given: dict[str, Any], method: Optional[Method], script: str) -> float:
@@ -173,10 +194,15 @@ def _subset(given: Mapping[str, Any], fields: Iterable[dataclasses.Field]) -> di
 
 def _training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
     try:
-        return TrainingArguments(**values)
+        training = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise HeadPruningError(f"The training flags do not fit: {reason}.") from error
+    if training.fsdp and not training.fsdp_config.get("xla") and training.world_size <= 1:
+        raise HeadPruningError(
+            "--fsdp splits the model over processes, but there is one; start several with torchrun, or drop it."
+        )
+    return training
 
 
 def _require_positive(given: Mapping[str, Any], *names: str) -> None:
@@ -227,7 +253,9 @@ def _foreign(option: str, found: Mapping[str, Method], script: str) -> str:
     theirs, method = owners(option, kind), found.get(kind)
     what, flag = ("pruner", "--pruner") if kind == "heads" else ("pruner of weights", "--pruner_name")
     if method is None:
-        chosen, cure = f"no {what} is chosen", f"add {flag} {theirs[0]}"
+        # PLATON is what the others of its schedule are compared with.
+        first = "platon" if "platon" in theirs else theirs[0]
+        chosen, cure = f"no {what} is chosen", f"add {flag} {first}"
     else:
         chosen = f"the {what} is {method.name}"
         if script == "run_dsp" and "dsp" in theirs:
@@ -291,9 +319,13 @@ class _WeightPruner:
     )
     preset: Optional[str] = field(
         default=None,
+        metadata={"help": f"a published recipe, whose flags are added unless they are set: {', '.join(PRESETS)}"},
+    )
+    optimizer: str = field(
+        default=OPTIMIZERS[0],
         metadata={
-            "help": f"a published recipe, whose flags are added unless they are set: {', '.join(PRESETS)}; those of "
-            "GLUE were published with the optimizer Adamax, here they train with --optim (AdamW)"
+            "help": "adamw, or the optimizer that --optim names; adamax, as in PLATON's recipes for GLUE",
+            "choices": list(OPTIMIZERS),
         },
     )
     optimizer_warmup_steps: Optional[float] = field(

@@ -19,7 +19,7 @@ from head_pruning import HeadPruningError, PruningSession
 from head_pruning.weights import save_weight_masks
 
 from .checkpoints import read_tensor_state, write_tensor_state
-from .weights import weight_masks, weight_pruners
+from .weights import refuse_sharded_weights, weight_masks, weight_pruners
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,9 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             HeadPruningError: weights are to be pruned but the Trainer shards them.
         """
         if weight_pruners(self.session):
-            for flag, host in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
-                if getattr(trainer, flag, False):
-                    raise HeadPruningError(
-                        f"Weights are not pruned under {host}, which splits them over processes; use plain data "
-                        "parallelism (DDP), or prune heads only."
-                    )
+            refuse_sharded_weights(
+                getattr(trainer, "is_fsdp_enabled", False), getattr(trainer, "is_deepspeed_enabled", False)
+            )
         trainer.callback_handler.callbacks.insert(0, self)
         loop = trainer.evaluation_loop
 

@@ -9,8 +9,14 @@ from head_pruning.registry import option_fields
 from .defaults import find_method
 
 _PLATON = {"pruner_name": "platon", "initial_threshold": 1.0, "beta1": 0.85, "deltaT": 10}
-# Adamax there; transformers' AdamW here, with its decay of weights and its warm-up.
-_GLUE = {**_PLATON, "optimizer_warmup_steps": 0.1, "weight_decay": 0.01}
+_ADAMAX = {"optimizer": "adamax", "adam_epsilon": 1e-6}
+_GLUE = {
+    **_PLATON,
+    **_ADAMAX,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "linear",
+    "optimizer_warmup_steps": 0.1,
+}
 
 
 def _glue(
@@ -94,6 +100,8 @@ def add_preset(given: dict[str, Any], notes: list[str]) -> None:
         rising |= foreign & {"warmup_steps"}
     elif given.get("pruner_name"):  # of heads
         recipe["pruner"] = recipe.pop("pruner_name")
+    if {"optimizer", "optim"} & set(given):  # of the user's choice, with its own settings
+        recipe = {flag: value for flag, value in recipe.items() if flag not in _ADAMAX}
     if rising & set(given):
         recipe.pop("optimizer_warmup_steps", None)
     added = {flag: value for flag, value in recipe.items() if flag not in given}

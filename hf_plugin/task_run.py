@@ -17,6 +17,7 @@ from .arguments import Arguments
 from .checkpoints import last_checkpoint
 from .export import save_pruned
 from .logs import set_up
+from .optimizers import trainer_options
 from .trainer import HeadPruningTrainer
 from .weights import save_weight_masks_and_report, weight_masks
 
@@ -117,14 +118,13 @@ class TaskRun:
     def build_trainer(self, **options: Any) -> Trainer:
         """The Trainer with ``options``, and with the pruners if some were chosen."""
         arguments = self.arguments
+        options = {"args": arguments.training, **trainer_options(arguments.optimizer, arguments.training), **options}
         if not arguments.chosen:
-            trainer = _DenseTrainer(args=arguments.training, **options)
+            trainer = _DenseTrainer(**options)
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
-        trainer = _PruningTrainer(
-            args=arguments.training, **options, pruners=arguments.pruners(), mask_steps=mask_steps
-        )
+        trainer = _PruningTrainer(**options, pruners=arguments.pruners(), mask_steps=mask_steps)
         trainer.in_order = self.in_order
         session = trainer.session
         if arguments.method is not None:
@@ -149,7 +149,8 @@ class TaskRun:
         training = self.arguments.training
         if training.do_train:
             outcome = self.trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
-            self.report("train", {**outcome.metrics, "train_samples": len(self.trainer.train_dataset)})
+            samples = {"train_samples": len(self.trainer.train_dataset)}
+            self.report("train", {**outcome.metrics, **samples, **self.kept_metrics()})
             self.trainer.save_state()
         elif self.arguments.chosen:
             raise HeadPruningError("Pruning learns what to keep; add --do_train.")
@@ -212,7 +213,7 @@ class TaskRun:
                 options={name: value for _, options in chosen for name, value in options.items()},
                 scores=self._final_scores(),
                 dataset=self.dataset,
-                history=[entry for entry in self.trainer.state.log_history if "eval_loss" in entry],
+                history=self._history(),
             )
             logger.info("kept heads by site:\n%s", head_table(mask))
             score = self.results.get(f"eval_{self.main_metric}")
@@ -229,6 +230,10 @@ class TaskRun:
     def _final_scores(self) -> dict[str, float]:
         return {name: value for name, value in self.results.items() if name.startswith("eval_")}
 
+    def _history(self) -> list[dict[str, float]]:
+        """The scores on the way and at the end."""
+        return [entry for entry in self.trainer.state.log_history if "eval_loss" in entry]
+
     def _save_weight_masks(self) -> None:
         """Add the masks and the densities reached to the model's folder."""
         trainer, kept = self.trainer, self.kept_metrics()
@@ -238,6 +243,7 @@ class TaskRun:
             trainer.session,
             scores=self._final_scores(),
             dataset=self.dataset,
+            history=self._history(),
         )
         logger.info(
             "%d of %d weights are left; masks and densities are in %s",

@@ -12,7 +12,7 @@ from .callback import HeadPruningCallback
 from .checkpoints import check_checkpoint, last_checkpoint
 from .export import save_pruned
 from .session import open_session
-from .weights import save_weight_masks_and_report, weight_pruners
+from .weights import refuse_sharded_weights, save_weight_masks_and_report, weight_pruners
 
 
 class HeadPruningTrainer(Trainer):
@@ -56,6 +56,8 @@ class HeadPruningTrainer(Trainer):
         if session is None:
             session = open_session(model, pruners, unit_map=unit_map, seed=getattr(args, "seed", 42))
         self.session = session
+        if weight_pruners(session):
+            refuse_sharded_weights(getattr(args, "fsdp", None), getattr(args, "deepspeed", None))
         super().__init__(model, args, *more, **options)
         self._pruning = HeadPruningCallback(session, mask_steps=mask_steps).add_to(self)
 

@@ -2,17 +2,33 @@
 
 import contextlib
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Any, Mapping, Optional
 
 import torch
+import transformers
 from torch import nn
 
-from head_pruning import PruningSession
+from head_pruning import HeadPruningError, PruningSession
 from head_pruning.artifacts import atomic_path
 from head_pruning.weights import WeightPruner, write_weight_artifacts
 
 from .card import weight_card, weight_section
 from .export import zeroed_heads
+
+
+def refuse_sharded_weights(fsdp: Any, deepspeed: Any) -> None:
+    """Raise HeadPruningError if weights are to be pruned that the host splits over processes.
+
+    Args:
+        fsdp: whether FSDP is on, as a flag's value: also a word or a list.
+        deepspeed: likewise.
+    """
+    for value, host in ((fsdp, "FSDP"), (deepspeed, "DeepSpeed")):
+        if value and str(value).lower() != "false":
+            raise HeadPruningError(
+                f"Weights are not pruned under {host}, which splits them over processes; use plain data parallelism "
+                "(DDP), or prune heads only."
+            )
 
 
 def weight_pruners(session: PruningSession) -> list[WeightPruner]:
@@ -32,6 +48,7 @@ def save_weight_masks_and_report(
     *,
     scores: Optional[Mapping[str, float]] = None,
     dataset: Optional[str] = None,
+    history: Optional[list] = None,
 ) -> None:
     """Add masks, densities and their picture to the folder of a pruned model, and to its card (new if no heads went).
 
@@ -43,6 +60,7 @@ def save_weight_masks_and_report(
         session: the session that pruned it.
         scores: metrics for a new card.
         dataset: what they were measured on.
+        history: one entry per scored state, if no heads went.
 
     Raises:
         HeadPruningError: there is no mask yet.
@@ -52,7 +70,16 @@ def save_weight_masks_and_report(
     options = {name: value for pruner in pruners for name, value in vars(pruner.config).items()}
     with contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
         parameters = dict(model.named_parameters())
-        write_weight_artifacts(folder, masks, parameters, method=method, options=options, head_mask=mask)
+        write_weight_artifacts(
+            folder,
+            masks,
+            parameters,
+            method=method,
+            options=options,
+            head_mask=mask,
+            history=history,
+            versions={"transformers": transformers.__version__},
+        )
     path = Path(folder) / "README.md"
     if mask is None:
         card = weight_card(model, masks, method=method, options=options, scores=scores, dataset=dataset)

@@ -44,10 +44,13 @@ class DSPPruner(HeadGatePruner):
 
     name = "dsp"
 
-    def attach(self, session) -> None:
+    def check_options(self) -> None:
         self.require_count()
         for option in ("initial_temperature", "final_temperature"):
             require(self.config, option, lambda value: value > 0, "above 0")
+        super().check_options()
+
+    def attach(self, session) -> None:
         super().attach(session)
         self.step = 0
         self.cooldown: Optional[int] = None

@@ -62,10 +62,10 @@ class RandomPruner(FixedPruner):
 
     name = "random"
 
-    def attach(self, session) -> None:
+    def check_options(self) -> None:
         if self.config.num_of_heads is None:
             raise HeadPruningError("random needs the number of heads to keep; add --num-of-heads K.")
-        super().attach(session)
+        super().check_options()
 
     def chosen(self) -> np.ndarray:
         seed = self.session.seed if self.config.random_heads_seed is None else self.config.random_heads_seed
@@ -88,10 +88,13 @@ class GivenPruner(FixedPruner):
 
     name = "given"
 
+    def check_options(self) -> None:
+        if self.config.head_mask_file is None:
+            raise HeadPruningError("given needs the mask of the heads to keep; add --head-mask-file FILE.")
+        super().check_options()
+
     def chosen(self) -> np.ndarray:
         path = self.config.head_mask_file
-        if path is None:
-            raise HeadPruningError("given needs the mask of the heads to keep; add --head-mask-file FILE.")
         old = Path(path).suffix == ".pt"
         mask = read_old_mask(path, self.unit_map) if old else HeadMask.load(path)
         self.unit_map.check_same_heads(mask.unit_map, f"The head mask of {path}")

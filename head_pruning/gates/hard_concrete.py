@@ -72,10 +72,10 @@ class VoitaPruner(HeadGatePruner):
         super().__init__(config)
         self.freezes_model = config.l0_pipelined
 
-    def attach(self, session) -> None:
+    def check_options(self) -> None:
         if self.config.l0_penalty is None or self.config.l0_penalty < 0:
             raise HeadPruningError("voita needs a penalty of 0 or more; add --l0-penalty LAMBDA.")
-        super().attach(session)
+        super().check_options()
 
     def initial_logits(self, generator: np.random.Generator) -> np.ndarray:
         """Xavier-uniform per attention layer, fan-in H and fan-out 1."""

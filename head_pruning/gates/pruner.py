@@ -67,6 +67,12 @@ def require(config, option: str, holds: Callable[[float], bool], words: str) -> 
 class HeadPruner(Pruner):
     """A method with a head mask: gates on the model, one value per head in training and one in evaluation."""
 
+    def check_options(self) -> None:
+        super().check_options()
+        if isinstance(self.config, HeadCountConfig):
+            for option in ("min_heads_per_layer", "min_heads_per_kind"):
+                require(self.config, option, lambda value: value >= 0, "0 or more")
+
     def attach(self, session) -> None:
         super().attach(session)
         self.unit_map = session.unit_map
@@ -74,8 +80,6 @@ class HeadPruner(Pruner):
         self.final: Optional[np.ndarray] = None
 
     def _plan_rounds(self) -> Optional[Rounds]:
-        for option in ("min_heads_per_layer", "min_heads_per_kind"):
-            require(self.config, option, lambda value: value >= 0, "0 or more")
         if self.config.num_of_heads is None:
             return None
         return plan_rounds(
@@ -111,13 +115,16 @@ class HeadGatePruner(HeadPruner):
         self.freezes_model = not config.joint_pruning
         self.noise = None  # parity with recorded runs: a function from the step to the N uniforms
 
-    def attach(self, session) -> None:
-        super().attach(session)
+    def check_options(self) -> None:
+        super().check_options()
         require(self.config, "pruning_lr", lambda value: value > 0, "above 0")
         for option in ("gate_clip_norm", "gate_weight_decay"):
             require(self.config, option, lambda value: value >= 0, "0 or more")
         for option in ("gate_adam_beta1", "gate_adam_beta2"):
             require(self.config, option, lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+    def attach(self, session) -> None:
+        super().attach(session)
         self.generator = np.random.default_rng([session.seed, 0])
         self.logits = self.initial_logits(self.generator)
         self.adam = GateAdam(

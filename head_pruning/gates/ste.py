@@ -20,9 +20,9 @@ class STEPruner(HeadGatePruner):
 
     name = "ste"
 
-    def attach(self, session) -> None:
+    def check_options(self) -> None:
         self.require_count()
-        super().attach(session)
+        super().check_options()
 
     def draw(self, step: int) -> np.ndarray:
         return self.keep().astype(np.float64)

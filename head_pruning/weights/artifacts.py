@@ -7,7 +7,15 @@ from typing import Any, Mapping, Optional
 import numpy as np
 import torch
 
-from ..artifacts import MASKS_FILE, REPORT_FILE, atomic_path, write_json
+from ..artifacts import (
+    MASKS_FILE,
+    REPORT_FILE,
+    atomic_path,
+    run_report,
+    sort_metadata,
+    write_json,
+    zeros_in_all,
+)
 from ..errors import HeadPruningError
 from ..report.tables import text_table
 from ..unit_map import HeadMask
@@ -52,6 +60,7 @@ def save_weight_masks(
         metadata["unit_map"] = json.dumps(head_mask.unit_map.to_dict())
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata)
+        sort_metadata(temporary)
 
 
 def load_weight_masks(path: "str | Path") -> dict[str, torch.Tensor]:
@@ -100,6 +109,7 @@ def save_compressed(path: "str | Path", state: Mapping[str, torch.Tensor], *, mi
     metadata = {"compressed": json.dumps(shapes), "aliases": json.dumps(aliases), "format": "pt"}
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata)
+        sort_metadata(temporary)
 
 
 def load_compressed(path: "str | Path") -> dict[str, torch.Tensor]:
@@ -170,7 +180,7 @@ def weight_report(
     method: str,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What pruning.json says of pruned weights.
+    """What pruning.json says of pruned weights, under ``weights``.
 
     Args:
         masks: parameter name to mask, of all tensors under control.
@@ -188,9 +198,7 @@ def weight_report(
         "weights_kept": kept,
         "weights_total": total,
         "density": kept / max(1, total),
-        "parameters": every,
-        "nonzero_parameters": nonzero,
-        "zeros_of_all_parameters": 1.0 - nonzero / max(1, every),
+        **zeros_in_all(every, nonzero),
         "kept_by_tensor": {name: list(pair) for name, pair in counted.items()},
     }
 
@@ -203,11 +211,23 @@ def write_weight_artifacts(
     method: str,
     options: Mapping[str, Any],
     head_mask: Optional[HeadMask] = None,
+    history: Optional[list] = None,
+    versions: Optional[Mapping[str, str]] = None,
 ) -> None:
-    """Add ``weights`` to the folder's pruning.json (written anew if absent) and the masks to masks.safetensors.
+    """Write pruning.json, masks.safetensors, and the densities as table and picture, weight_density.txt and .png.
 
-    Also writes the table and picture of densities, weight_density.txt and .png. Call it after
-    ``head_pruning.report.artifacts.write_artifacts`` where heads are pruned too, with the same head mask.
+    Where heads are pruned too, call it after ``head_pruning.report.artifacts.write_artifacts``, with the same head
+    mask: pruning.json gains ``weights``, masks.safetensors the masks.
+
+    Args:
+        folder: where to.
+        masks: parameter name to mask, of all tensors under control.
+        parameters: all parameters of the model by name, masked.
+        method: registered name of the pruner.
+        options: its options.
+        head_mask: the heads that stay; None if none were pruned.
+        history: one entry per scored state; not read where heads are pruned too.
+        versions: versions of the host's libraries; likewise.
 
     Raises:
         HeadPruningError: there is no mask.
@@ -217,9 +237,13 @@ def write_weight_artifacts(
     folder = Path(folder)
     save_weight_masks(folder / MASKS_FILE, masks, head_mask)
     known = folder / REPORT_FILE
-    report = json.loads(known.read_text(encoding="utf-8")) if head_mask is not None and known.is_file() else {}
-    report["weights"] = weight_report(masks, parameters, method=method, options=options)
-    write_json(known, report)
+    weights = weight_report(masks, parameters, method=method, options=options)
+    if head_mask is not None and known.is_file():
+        report = json.loads(known.read_text(encoding="utf-8"))
+    else:
+        sparsity = zeros_in_all(weights["parameters"], weights["nonzero_parameters"])
+        report = run_report(method=method, options=options, sparsity=sparsity, history=history, versions=versions)
+    write_json(known, {**report, "weights": weights})
     with atomic_path(folder / "weight_density.txt") as temporary:
         temporary.write_text(density_table(masks) + "\n", encoding="utf-8")
     plot_densities(masks, folder / DENSITY_PICTURE)

@@ -2,15 +2,19 @@
 
 import logging
 from dataclasses import dataclass, field
+from typing import Optional
 
 import numpy as np
 
 from ..errors import HeadPruningError
 from ..gates.pruner import require
-from ..schedules import cubic_density, resolve_steps
+from ..schedules import STEPS, cubic_density, resolve_steps
 from .pruner import MaskConfig, WeightPruner
 
 logger = logging.getLogger(__name__)
+
+# The published script's.
+_FINAL_THRESHOLD = 0.15
 
 
 @dataclass
@@ -20,8 +24,11 @@ class CubicConfig(MaskConfig):
     initial_threshold: float = field(
         default=1.0, metadata={"help": "remaining ratio of the weights before the cubic phase, 0 to 1"}
     )
-    final_threshold: float = field(
-        default=0.15, metadata={"help": "remaining ratio of the weights at the end, 0 to 1"}
+    final_threshold: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "remaining ratio of the weights at the end, 0 to 1; default: 0.15, or what an N:M selection keeps"
+        },
     )
     warmup_steps: float = field(
         default=5400,
@@ -39,29 +46,32 @@ class CubicConfig(MaskConfig):
 class CubicPruner(WeightPruner):
     """Masks every deltaT updates while the remaining ratio falls, and at every update of the final phase."""
 
-    def attach(self, session) -> None:
+    def check_options(self) -> None:
+        super().check_options()
+        options = self.config
         for option in ("initial_threshold", "final_threshold"):
-            require(self.config, option, lambda value: 0 <= value <= 1, "a remaining ratio from 0 to 1")
-        if self.config.initial_threshold < self.config.final_threshold:
+            if getattr(options, option) is not None:
+                require(options, option, lambda value: 0 <= value <= 1, "a remaining ratio from 0 to 1")
+        fixed = self.selection.density
+        if fixed is not None and options.final_threshold not in (None, fixed):
             raise HeadPruningError(
-                f"--initial-threshold {self.config.initial_threshold} is below --final-threshold "
-                f"{self.config.final_threshold}: both are remaining ratios, and the first must not be the smaller."
+                f"--weight-selection {options.weight_selection} keeps {fixed:g} of the weights, which contradicts "
+                f"--final-threshold {options.final_threshold}; leave one of them out."
+            )
+        self._density = next(d for d in (options.final_threshold, fixed, _FINAL_THRESHOLD) if d is not None)
+        if options.initial_threshold < self._density:
+            raise HeadPruningError(
+                f"--initial-threshold {options.initial_threshold} is below --final-threshold {self._density}: both "
+                "are remaining ratios, and the first must not be the smaller."
             )
         for option in ("initial_warmup", "final_warmup"):
-            require(self.config, option, lambda value: value >= 0, "0 or more")
-        require(self.config, "deltaT", lambda value: value >= 1, "1 or more updates")
+            require(options, option, lambda value: value >= 0, "0 or more")
+        require(options, "warmup_steps", lambda value: value >= 0, STEPS)
+        require(options, "deltaT", lambda value: value >= 1, "1 or more updates")
+
+    def attach(self, session) -> None:
         self.warmup = -1
         super().attach(session)
-        self._density = self.config.final_threshold
-        if self.selection.scope == "pattern":
-            fixed = self.selection.keep / self.selection.size[0]
-            default = CubicConfig.__dataclass_fields__["final_threshold"].default
-            if self.config.final_threshold not in (default, fixed):
-                raise HeadPruningError(
-                    f"--weight-selection {self.config.weight_selection} keeps {fixed:g} of the weights, which "
-                    f"contradicts --final-threshold {self.config.final_threshold}; leave one of them out."
-                )
-            self._density = fixed
 
     def plan(self) -> None:
         total = self.session.total_steps

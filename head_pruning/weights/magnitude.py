@@ -9,12 +9,14 @@ import torch
 from ..errors import HeadPruningError
 from ..gates.pruner import require
 from ..registry import register_pruner
-from ..schedules import gradual_sparsity, resolve_steps
+from ..schedules import STEPS, gradual_sparsity, resolve_steps
 from .cubic import CubicConfig, CubicPruner
 from .pieces import Portion
 from .pruner import MaskConfig, WeightPruner
 
 logger = logging.getLogger(__name__)
+
+_STEPS = ("begin_pruning_step", "end_pruning_step", "policy_begin_step", "policy_end_step")
 
 
 class _Magnitude(WeightPruner):
@@ -64,16 +66,18 @@ class GradualMagnitudePruner(_Magnitude):
     default_selection, default_policy = "tensor", "retained"
     first_step = 0
 
-    def attach(self, session) -> None:
+    def check_options(self) -> None:
+        super().check_options()
         for option in ("target_sparsity", "initial_sparsity"):
             require(self.config, option, lambda value: 0 <= value <= 1, "a removed ratio from 0 to 1")
         require(self.config, "threshold_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
         require(self.config, "pruning_frequency", lambda value: value >= 1, "1 or more updates")
-        self.steps: dict[str, int] = {}
-        super().attach(session)
+        for option in _STEPS:
+            if option != "end_pruning_step" or self.config.end_pruning_step != -1:
+                require(self.config, option, lambda value: value >= 0, STEPS)
         self._target = self.config.target_sparsity
-        if self.selection.scope == "pattern":
-            fixed = 1.0 - self.selection.keep / self.selection.size[0]
+        if self.selection.density is not None:
+            fixed = 1.0 - self.selection.density
             if self._target not in (0.0, fixed):
                 raise HeadPruningError(
                     f"--weight-selection {self.config.weight_selection} removes {fixed:g} of the weights, which "
@@ -83,9 +87,13 @@ class GradualMagnitudePruner(_Magnitude):
         if self._target <= 0:
             raise HeadPruningError("--target-sparsity is 0, so nothing would be pruned; give a ratio such as 0.9.")
 
+    def attach(self, session) -> None:
+        self.steps: dict[str, int] = {}
+        super().attach(session)
+
     def plan(self) -> None:
         total = self.session.total_steps
-        for name in ("begin_pruning_step", "end_pruning_step", "policy_begin_step", "policy_end_step"):
+        for name in _STEPS:
             value = getattr(self.config, name)
             if name not in self.steps:
                 never = name == "end_pruning_step" and value == -1
@@ -141,8 +149,7 @@ class GradualMagnitudePruner(_Magnitude):
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         super().load_state_dict(state)
-        names = ("begin_pruning_step", "end_pruning_step", "policy_begin_step", "policy_end_step")
-        for name, step in zip(names, state["schedule"]):
+        for name, step in zip(_STEPS, state["schedule"]):
             if 0 < getattr(self.config, name) < 1:
                 self.steps[name] = int(step)
 

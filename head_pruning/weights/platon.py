@@ -54,9 +54,9 @@ class SensitivityPruner(CubicPruner):
     carrier = "average"
     beta2 = 1.0
 
-    def attach(self, session) -> None:
+    def check_options(self) -> None:
         require(self.config, "beta1", lambda value: 0 <= value < 1, "at least 0 and below 1")
-        super().attach(session)
+        super().check_options()
 
     def plan(self) -> None:
         super().plan()
@@ -112,8 +112,11 @@ class PlatonPruner(SensitivityPruner):
 
     name = "platon"
 
-    def attach(self, session) -> None:
+    def check_options(self) -> None:
         require(self.config, "beta2", lambda value: 0 <= value <= 1 or value == 2, "from 0 to 1, or 2")
+        super().check_options()
+
+    def attach(self, session) -> None:
         self.beta2 = self.config.beta2
         self.kinds = ("window", "average", *(() if self.beta2 in (0, 1) else ("uncertainty",)))
         super().attach(session)

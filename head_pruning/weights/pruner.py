@@ -15,7 +15,7 @@ from .artifacts import pack_mask, unpack_mask
 from .masks import TINY, BoolMasks, SignMasks
 from .pieces import Portion, cut_into_portions, sample_portion
 from .select import Selection, Threshold, bracketed, expand_blocks, kth_smallest, n_of_m, pool_blocks
-from .targets import Target, require_whole, shortened, weight_targets
+from .targets import Target, name_pattern, require_whole, shortened, weight_targets
 from .workers import each
 
 logger = logging.getLogger(__name__)
@@ -137,15 +137,21 @@ class WeightPruner(Pruner):
 
     # -- life cycle --------------------------------------------------------------------------------------------------
 
-    def attach(self, session) -> None:
-        super().attach(session)
+    def check_options(self) -> None:
+        super().check_options()
         options = self.config
+        name_pattern(options.weights_include, "--weights-include")
+        name_pattern(options.weights_exclude, "--weights-exclude")
         self.selection = Selection.parse(getattr(options, "weight_selection", None) or self.default_selection)
         self.policy = getattr(options, "mask_policy", None) or self.default_policy
         if self.policy not in POLICIES:
             raise HeadPruningError(f"--mask-policy is {self.policy!r}; choose one of {', '.join(POLICIES)}.")
         if getattr(options, "block_pooling", "avg") not in ("avg", "max"):
             raise HeadPruningError(f"--block-pooling is {options.block_pooling!r}; choose avg or max.")
+
+    def attach(self, session) -> None:
+        super().attach(session)
+        options = self.config
         self.targets = weight_targets(
             session.model,
             session.unit_map,

@@ -165,6 +165,11 @@ class Selection:
         )
 
     @property
+    def density(self) -> Optional[float]:
+        """The remaining ratio that the selection itself fixes: N / M of a pattern; None for others."""
+        return self.keep / self.size[0] if self.scope == "pattern" else None
+
+    @property
     def structured(self) -> bool:
         """Whether only matrices can be pruned so."""
         return self.scope in ("pattern", "block")

@@ -47,7 +47,7 @@ def weight_targets(
     Raises:
         HeadPruningError: nothing is left to prune, a pattern is no regular expression, or a parameter is sharded.
     """
-    wanted, unwanted = _pattern(include, "--weights-include"), _pattern(exclude, "--weights-exclude")
+    wanted, unwanted = name_pattern(include, "--weights-include"), name_pattern(exclude, "--weights-exclude")
     if wanted is None and unit_map is None:
         raise HeadPruningError("Without a unit map the weights to prune must be named; add --weights-include.")
     protected = {id(parameter) for module in model.modules() if _is_protected(module) for parameter in _own(module)}
@@ -89,7 +89,8 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _pattern(text: Optional[str], flag: str) -> Optional[re.Pattern]:
+def name_pattern(text: Optional[str], flag: str) -> Optional[re.Pattern]:
+    """The regular expression that ``flag`` gave, if any. Raises HeadPruningError when it is none."""
     try:
         return re.compile(text) if text else None
     except re.error as error:

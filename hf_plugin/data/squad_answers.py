@@ -60,8 +60,9 @@ def find_answers(
 ) -> Answers:
     """The best answers to all questions.
 
-    In every window the ``n_best_size`` best starts are tried with as many best ends. An answer's score is the sum of
-    both logits; answers of the same text count once, with their best score.
+    In every window the ``n_best_size`` best starts are tried with as many best ends. A token that several windows show
+    may start an answer only in the one that shows it with the most context. An answer's score is the sum of both
+    logits; answers of the same text count once, with their best score.
 
     Args:
         rows: the questions, as ``read_squad`` returns them.
@@ -150,6 +151,9 @@ class _Windows:
                 )
         places = np.arange(self.logits[0].shape[1])
         self.text = (places >= self.first[:, None]) & (places < (self.first + self.tokens)[:, None])
+        #: Where an answer may start: of several windows with a token, in that with the most context.
+        self.begin = np.zeros_like(self.text)
+        self.begin[self.text] = ragged(features, "most_context")[0]
         if any(not np.isfinite(logits[self.text]).all() for logits in self.logits):
             raise HeadPruningError("The model's outputs for SQuAD are not finite; lower the learning rate.")
 
@@ -170,17 +174,18 @@ class _Windows:
         )
 
     def _pairs(self, part: slice, count: int, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        text = self.text[part]
-        starts, ends = (np.where(text, logits[part], -np.inf) for logits in self.logits)
+        text, begin = self.text[part], self.begin[part]
+        starts = np.where(begin, self.logits[0][part], -np.inf)
+        ends = np.where(text, self.logits[1][part], -np.inf)
         count = min(count, text.shape[1])
         best_starts, best_ends = (np.argpartition(-scores, count - 1, axis=1)[:, :count] for scores in (starts, ends))
         row = np.arange(len(text))[:, None]
         length = best_ends[:, None, :] - best_starts[:, :, None]
-        fits = (length >= 0) & (length < longest) & text[row, best_starts][:, :, None] & text[row, best_ends][:, None]
+        fits = (length >= 0) & (length < longest) & begin[row, best_starts][:, :, None] & text[row, best_ends][:, None]
         window, i, j = np.nonzero(fits)
         start, end = best_starts[window, i], best_ends[window, j]
         # Where no pair fits, the best single token is better than no answer.
-        alone = np.flatnonzero(text.any(axis=1) & ~fits.any(axis=(1, 2)))
+        alone = np.flatnonzero(begin.any(axis=1) & ~fits.any(axis=(1, 2)))
         token = (starts[alone] + ends[alone]).argmax(axis=1)
         return (
             np.concatenate([window, alone]) + part.start,

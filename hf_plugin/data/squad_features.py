@@ -4,7 +4,7 @@ import copy
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import datasets
 import numpy as np
@@ -16,7 +16,7 @@ from head_pruning import HeadPruningError
 logger = logging.getLogger(__name__)
 
 #: What ``make_features(..., with_text=True)`` adds to what the model reads.
-TEXT_COLUMNS = ["example", "null", "first", "starts", "ends"]
+TEXT_COLUMNS = ["example", "null", "first", "starts", "ends", "most_context"]
 
 
 def make_features(
@@ -53,7 +53,8 @@ def make_features(
         and ``end_positions`` (tokens of the first answer; both that of the null answer where the window lacks it).
         With text also ``example`` (row of the question), ``null`` (position of the null answer), ``first`` (position
         of the text's first token), ``starts`` and ``ends`` (the characters of the context that each token of the
-        text begins and ends at).
+        text begins and ends at), and ``most_context`` (1 for tokens that no other window shows with more context, see
+        :func:`most_context`).
 
     Raises:
         HeadPruningError: the tokenizer is not of the fast kind, the lengths leave no room for text, or the cache
@@ -67,7 +68,8 @@ def make_features(
     length = _usable_length(tokenizer, max_seq_length, max_query_length)
     settings = {"length": length, "doc_stride": doc_stride, "max_query_length": max_query_length}
     with_types = "token_type_ids" in tokenizer.model_input_names
-    digest = Hasher.hash((rows._fingerprint, tokenizer, settings, with_types, with_text))
+    columns = _columns(with_types, with_text)
+    digest = Hasher.hash((rows._fingerprint, tokenizer, settings, columns))
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "squad-tokenised"
     # A copy, because the tokenizer may have been saved with a length or a padding of its own.
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -83,7 +85,7 @@ def make_features(
             batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
-            features=_columns(with_types, with_text),
+            features=columns,
             cache_file_name=str(folder / f"{name}-{digest}.arrow"),
             load_from_cache_file=False if overwrite_cache else None,
             new_fingerprint=digest,
@@ -113,7 +115,7 @@ def _columns(with_types: bool, with_text: bool) -> Features:
         columns["token_type_ids"] = [Value("int8")]
     columns |= {"start_positions": number, "end_positions": number}
     if with_text:
-        columns |= dict(zip(TEXT_COLUMNS, [number, number, number, numbers, numbers], strict=True))
+        columns |= dict(zip(TEXT_COLUMNS, [number, number, number, numbers, numbers, [Value("int8")]], strict=True))
     return Features(columns)
 
 
@@ -144,15 +146,18 @@ def _windows(
         after = first + len(starts)
         room = length - (len(pair.ids) - len(starts))
         answer = _answer_tokens(batch, i, starts, ends)
-        for begin in _begins(len(starts), room, min(doc_stride, room)):
-            part = slice(first + begin, first + min(begin + room, len(starts)))
+        begins = _begins(len(starts), room, min(doc_stride, room))
+        owners = most_context([(begin, min(begin + room, len(starts))) for begin in begins]) if with_text else None
+        for number, begin in enumerate(begins):
+            stop = min(begin + room, len(starts))
+            part = slice(first + begin, first + stop)
 
             def window(values: list[int], part: slice = part, first: int = first, after: int = after) -> list[int]:
                 return values[:first] + values[part] + values[after:]
 
             ids = window(pair.ids)
             nothing = ids.index(null) if null in ids else 0
-            inside = answer is not None and begin <= answer[0] and answer[1] < min(begin + room, len(starts))
+            inside = answer is not None and begin <= answer[0] and answer[1] < stop
             columns["input_ids"].append(ids)
             if with_types:
                 columns["token_type_ids"].append(window(pair.type_ids))
@@ -162,9 +167,33 @@ def _windows(
                 columns["example"].append(rows[i])
                 columns["null"].append(nothing)
                 columns["first"].append(first)
-                columns["starts"].append(starts[begin : begin + room])
-                columns["ends"].append(ends[begin : begin + room])
+                columns["starts"].append(starts[begin:stop])
+                columns["ends"].append(ends[begin:stop])
+                columns["most_context"].append((owners[begin:stop] == number).astype(np.int8))
     return columns
+
+
+def most_context(windows: Sequence[tuple[int, int]]) -> np.ndarray:
+    """For each token the window that shows it with the most context, as in the published script.
+
+    That is the smaller of the tokens to its left and to its right in the window, plus a hundredth of the window's
+    length; of equals the first.
+
+    Args:
+        windows: first token, and the token after the last, of each; in order and without gaps.
+
+    Returns:
+        ``int64[tokens]``: numbers of windows.
+    """
+    owners = np.zeros(max(stop for _, stop in windows), dtype=np.int64)
+    best = np.full(len(owners), -1.0)
+    for number, (begin, stop) in enumerate(windows):
+        place = np.arange(stop - begin)
+        context = np.minimum(place, place[::-1]) + 0.01 * len(place)
+        more = context > best[begin:stop]
+        owners[begin:stop][more] = number
+        best[begin:stop][more] = context[more]
+    return owners
 
 
 def _begins(tokens: int, room: int, step: int) -> range:

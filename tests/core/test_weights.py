@@ -640,7 +640,7 @@ def test_names_are_those_of_the_manual_in_any_case():
     assert not set(known) & set(methods())
     defaults = {name: field.default for name, field in option_fields(["platon"], "weights").items()}
     expected = {
-        "initial_threshold": 1.0, "final_threshold": 0.15, "warmup_steps": 5400, "initial_warmup": 1,
+        "initial_threshold": 1.0, "warmup_steps": 5400, "initial_warmup": 1,
         "final_warmup": 2, "beta1": 0.85, "beta2": 0.0, "deltaT": 1,
     }  # fmt: skip
     assert expected.items() <= defaults.items()
@@ -673,11 +673,26 @@ def test_warm_ups_longer_than_training_are_told(toy, caplog):
     ("platon", {"weight_selection": "2:5", "final_threshold": 0.4}, "of shape .12, 12. does not divide into 1x5"),
     ("platon", {"weight_selection": "2:4", "final_threshold": 0.1}, "keeps 0.5 .* contradicts --final-threshold 0.1"),
     ("platon", {"block_pooling": "sum"}, "--block-pooling is 'sum'"),
+    ("platon", {"weight_selection": "2:4", "final_threshold": 0.15}, "keeps 0.5 .* --final-threshold 0.15; leave one"),
+    ("platon", {"weight_selection": "2:4", "final_threshold": None, "initial_threshold": 0.2}, "0.2 is below .* 0.5"),
+    ("platon", {"warmup_steps": -2}, "--warmup-steps is -2; it must be a number of updates"),
+    ("platon", {"weights_include": "("}, "--weights-include '.' is no regular expression"),
     ("gradual_magnitude", {"target_sparsity": 0.0}, "--target-sparsity is 0"),
+    ("gradual_magnitude", {"policy_end_step": -1}, "--policy-end-step is -1; it must be a number of updates"),
 ])  # fmt: skip
 def test_bad_options_are_refused(toy, case, options, words):
     with pytest.raises(HeadPruningError, match=words):
         start(toy, case, **options)
+    if "shape" not in words:  # what no model fits is known without one
+        with pytest.raises(HeadPruningError, match=words):
+            make_pruner(case, **options).check_options()
+
+
+def test_the_final_ratio_is_the_published_one_or_that_of_the_pattern():
+    for selection, ratio in ((None, 0.15), ("2:4", 0.5)):
+        pruner = make_pruner("platon", weight_selection=selection, final_threshold=None)
+        pruner.check_options()
+        assert pruner.final_density() == ratio
 
 
 def test_two_pruners_of_the_same_weights_are_refused(toy):

@@ -2,14 +2,21 @@
 
 import json
 import math
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from head_pruning import HeadPruningError
-from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
+from head_pruning.artifacts import MASKS_FILE, REPORT_FILE, sort_metadata
+from head_pruning.report.artifacts import write_artifacts
+from head_pruning.unit_map import HeadMask
 from head_pruning.weights import (
     load_compressed,
     load_weight_masks,
@@ -93,6 +100,63 @@ def test_weight_files_and_report(tmp_path):
     assert (tmp_path / "weight_density.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(HeadPruningError, match="no weight mask yet"):
         write_weight_artifacts(tmp_path, {}, parameters, method="platon", options={})
+
+
+def test_the_report_has_one_layout_whatever_was_pruned(toy, tmp_path):
+    """Weights alone, heads alone, and both: the same entries, and what each kind adds."""
+    unit_map = toy.make()[1]
+    masks, parameters = {"w": pruned((4, 5), 0.5) != 0}, {"w": pruned((4, 5), 0.5), "b": torch.ones(3)}
+    known = {"options": {"beta1": 0.85}, "history": [{"eval_loss": 1.0}], "versions": {"host": "1"}}
+    write_weight_artifacts(tmp_path / "weights", masks, parameters, method="platon", **known)
+    mask = HeadMask(unit_map, np.ones(unit_map.num_heads, dtype=bool))
+    for folder in ("heads", "both"):
+        write_artifacts(tmp_path / folder, mask, method="dsp+platon", parameters=(23, 20), **known)
+    options = {"beta1": 0.85}
+    write_weight_artifacts(tmp_path / "both", masks, parameters, method="platon", options=options, head_mask=mask)
+    weights, heads, both = (
+        json.loads((tmp_path / name / REPORT_FILE).read_text()) for name in ("weights", "heads", "both")
+    )
+    shared = {"method", "options", "sparsity", "history", "versions"}
+    assert set(weights) == {*shared, "weights"} and set(both) == {*heads, "weights"} and shared < set(heads)
+    assert weights["weights"] == both["weights"] and weights["method"] == "platon" and both["method"] == "dsp+platon"
+    for name in ("options", "history", "versions"):
+        assert weights[name] == heads[name] == both[name], name
+    assert weights["versions"].keys() >= {"head_pruning", "torch", "host"} and weights["history"] == known["history"]
+    zeros = int((parameters["w"] == 0).sum())
+    assert weights["sparsity"] == {
+        "parameters": 23,
+        "nonzero_parameters": 23 - zeros,
+        "zeros_of_all_parameters": pytest.approx(zeros / 23),
+    }
+    assert set(heads["sparsity"]) == {*weights["sparsity"], "heads_removed"}
+
+
+def test_equal_content_gives_equal_bytes(toy, tmp_path):
+    """The library writes metadata in an order of chance."""
+    unit_map = toy.make()[1]
+    mask = HeadMask(unit_map, np.ones(unit_map.num_heads, dtype=bool))
+    state = {"a": pruned((30, 40), 0.1), "b": torch.ones(3)}
+    for write in (
+        lambda path: save_weight_masks(path, {"a": state["a"] != 0}, mask),
+        lambda path: save_compressed(path, state),
+    ):
+        found = set()
+        for i in range(12):
+            write(tmp_path / f"file{i}")
+            found.add((tmp_path / f"file{i}").read_bytes())
+        assert len(found) == 1
+
+
+@given(st.dictionaries(st.text(max_size=9), st.text(max_size=9), min_size=1, max_size=5))
+def test_sorted_metadata_reads_as_before(metadata):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        save_file({"x": torch.arange(5)}, path, metadata)
+        size = path.stat().st_size
+        sort_metadata(path)
+        assert path.stat().st_size == size
+        with safe_open(path, framework="pt") as handle:
+            assert handle.metadata() == metadata and torch.equal(handle.get_tensor("x"), torch.arange(5))
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):

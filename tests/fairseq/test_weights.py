@@ -89,6 +89,8 @@ def test_files_beside_the_checkpoints(platon):
     report = json.loads((folder / "pruning.json").read_text(encoding="utf-8"))
     assert report["weights"]["method"] == "platon" and report["weights"]["options"]["warmup_steps"] == 4
     assert report["weights"]["weights_kept"] == KEPT and report["weights"]["weights_total"] == PRUNED
+    assert set(report) == {"method", "options", "sparsity", "history", "versions", "weights"}
+    assert report["method"] == "platon" and {"head_pruning", "torch", "fairseq"} < set(report["versions"])
     assert [entry["updates"] for entry in report["history"]] == [6, 9, 12, 14]
     assert [entry["at_target"] for entry in report["history"]] == [False, False, True, True]
     assert f"{KEPT}" in (folder / "weight_density.txt").read_text(encoding="utf-8").splitlines()[-1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hf_plugin.data.squad_features import make_features
 from hf_plugin.data.squad_reading import FEATURES, read_squad
 from tests.hf.squad_files import write_bert, write_squad
 
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "squad" / "dev-v1.1.json"
 WORDS = "bar bem bil bon dar dem dil don far fem fil fon gar gem gil".split()
 
 
@@ -60,21 +62,66 @@ def texts(answers) -> list[str]:
 def test_the_best_answer_of_all_windows(case):
     assert [min(row) // 4 for row in case.windows["starts"]] == [0, 4, 8]
     case.put(0, 2, 3, 4)
-    case.put(2, 1, 1, 6)
+    case.put(2, 5, 5, 6)
     answers = case.find()
-    assert answers.predictions == {"q0": "fem"} and not answers.null_odds and not answers.answered
-    assert texts(answers)[:2] == ["fem", "bil bon"]
+    assert answers.predictions == {"q0": "gem"} and not answers.null_odds and not answers.answered
+    assert texts(answers)[:2] == ["gem", "bil bon"]
     first, second = answers.nbest["q0"][:2]
     assert (first["start_logit"], first["end_logit"], second["start_logit"]) == (3, 3, 2)
     assert first["probability"] / second["probability"] == pytest.approx(math.exp(2))
     assert sum(entry["probability"] for entry in answers.nbest["q0"]) == pytest.approx(1)
 
 
-def test_the_same_words_of_two_windows_count_once(case):
-    case.put(0, 5, 6, 4)
-    case.put(1, 1, 2, 7)
+def test_an_answer_starts_in_the_window_with_the_most_context(case):
+    # The tenth word is the sixth of the second window and the second of the third.
+    case.put(2, 1, 2, 8)
+    assert "fem fil" not in texts(case.find())
+    case.put(1, 5, 6, 6)
+    (answer,) = [entry for entry in case.find().nbest["q0"] if entry["text"] == "fem fil"]
+    assert case.find().predictions["q0"] == "fem fil" and (answer["start_logit"], answer["end_logit"]) == (3, 3)
+    # Only the start must have the most context: "fil fon" ends where the third window has more.
+    case.start[1, 4 + 6], case.end[1, 4 + 7] = 9, 9
+    assert case.find().predictions["q0"] == "fil fon"
+
+
+def test_the_same_words_of_two_windows_count_once(tokenizer, tmp_path):
+    case = Case(tokenizer, tmp_path, " ".join([*WORDS[:13], "bem", "bil"]))
+    case.put(0, 1, 2, 4)
+    case.put(2, 5, 6, 7)
     found = texts(case.find())
-    assert found[0] == "dem dil" and found.count("dem dil") == 1 and len(found) == len(set(found)) == 20
+    assert found[0] == "bem bil" and found.count("bem bil") == 1 and len(found) == len(set(found)) == 20
+
+
+def test_a_long_real_paragraph(tokenizer, tmp_path):
+    """Each token starts answers in one window only: that of the published rule, written out."""
+    if not REAL.is_file():
+        pytest.skip(f"there is no {REAL}")
+    rows = read_squad(REAL, False)
+    rows = rows.select([max(range(len(rows)), key=lambda i: len(rows["context"][i]))])
+    windows = make_features(
+        rows, tokenizer, max_seq_length=96, doc_stride=32, max_query_length=20, with_text=True, cache_dir=tmp_path
+    )
+    assert len(windows) > 15
+    by_begin = sorted(range(len(windows)), key=lambda i: windows[i]["starts"][0])
+    shown: dict[int, list[tuple[float, int, int]]] = {}
+    for i in by_begin:
+        starts = windows[i]["starts"]
+        for place, begin in enumerate(starts):
+            context = min(place, len(starts) - 1 - place) + 0.01 * len(starts)
+            shown.setdefault(begin, []).append((context, i, windows[i]["first"] + place))
+    assert max(map(len, shown.values())) == 3
+    start, end = np.full((2, len(windows), 96), -9.0)
+    draw = np.random.default_rng(0)
+    several = [begin for begin, places in shown.items() if len(places) > 1]
+    for begin in draw.choice(several, 20, replace=False):
+        best = max(shown[begin], key=lambda found: found[0])  # the first of equals
+        for context, i, place in shown[begin]:
+            start[i, place] = end[i, place] = 5.0
+            (answer, *_) = find_answers(rows, windows, start, end).nbest[rows["id"][0]]
+            end_of = windows[i]["ends"][place - windows[i]["first"]]
+            mine = (context, i, place) == best
+            assert (answer["text"] == rows["context"][0][begin:end_of] and answer["start_logit"] == 5.0) == mine
+            start[i, place] = end[i, place] = -9.0
 
 
 def test_lengths_and_numbers(case):
@@ -131,10 +178,11 @@ def test_against_a_search_through_all_pairs(tokenizer, tmp_path):
     expected: dict[str, dict[str, float]] = {key: {} for key in rows["id"]}
     for i, window in enumerate(windows):
         places = range(window["first"], window["first"] + len(window["starts"]))
-        starts = sorted(places, key=lambda place: -start[i, place])[:7]
+        allowed = [place for place in places if window["most_context"][place - window["first"]]]
+        starts = sorted(allowed, key=lambda place: -start[i, place])[:7]
         ends = sorted(places, key=lambda place: -end[i, place])[:7]
         pairs = [(a, b) for a in starts for b in ends if a <= b < a + 5]
-        pairs = pairs or [max(((place, place) for place in places), key=lambda p: start[i, p[0]] + end[i, p[0]])]
+        pairs = pairs or [max(((place, place) for place in allowed), key=lambda p: start[i, p[0]] + end[i, p[0]])]
         listed = expected[rows[window["example"]]["id"]]
         for a, b in pairs:
             context = rows[window["example"]]["context"]

@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from head_pruning import HeadPruningError
+from hf_plugin import running
 from hf_plugin.arguments import parse
 from hf_plugin.legacy import SQUAD_SPELLINGS
 from tests.hf.manual_lines import PLATON_BERT, PLATON_DEBERTA
@@ -106,6 +107,8 @@ def test_predict_means_evaluate():
     ("--pruner_name lock --warmup_steps 5", "--warmup_steps is the weight pruner's warm-up in run_squad.py, but "),
     ("--beta1 0.9", "--beta1 belongs to platon, sensitivity, but no pruner of weights is chosen; drop it or add "
      "--pruner_name platon."),
+    ("--final_threshold 0.1", "--final_threshold belongs to magnitude, movement, platon, random_weights, sensitivity, "
+     "but no pruner of weights is chosen; drop it or add --pruner_name platon."),
     ("--pruner_name Magnitude --beta1 0.9", "--beta1 belongs to platon, sensitivity, but the pruner of weights is "
      "magnitude; drop it or choose --pruner_name platon."),
     ("--pruner_name PLATON --pruner magnitude", "--pruner_name platon and magnitude both prune weights, of which a "),
@@ -117,6 +120,39 @@ def test_mistakes_get_one_sentence(words, sentence):
     with pytest.raises(HeadPruningError) as refused:
         squad(words)
     assert str(refused.value).startswith(sentence) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("script", ["run_squad", "run_glue", "run_dsp"])
+@pytest.mark.parametrize("words, sentence", [
+    ("--weight_selection foo", "--weight_selection is 'foo'; give global, tensor, N:M such as 2:4 (N of M neighb"),
+    ("--weight_selection 2:4 --final_threshold 0.15", "--weight_selection 2:4 keeps 0.5 of the weights, which "
+     "contradicts --final_threshold 0.15; leave one of them out."),
+    ("--beta1 2", "--beta1 is 2.0; it must be at least 0 and below 1."),
+    ("--mask_policy x", "--mask_policy is 'x'; choose one of revive, nested, retained."),
+    ("--block_pooling sum", "--block_pooling is 'sum'; choose avg or max."),
+    ("--warmup_steps -1", "--warmup_steps is -1.0; it must be a number of updates (1 or more) or a fraction of "),
+    ("--deltaT 0", "--deltaT is 0; it must be 1 or more updates."),
+    ("--final_threshold 10", "--final_threshold is 10.0; it must be a remaining ratio from 0 to 1."),
+    ("--weights_include (", "--weights_include '(' is no regular expression ("),
+    ("--fsdp full_shard", "Weights are not pruned under FSDP, which splits them over processes; use plain data "),
+    ("--deepspeed zero.json", "Weights are not pruned under DeepSpeed, which splits them over processes; use plain "),
+    ("--pruner dsp --num_of_heads 3 --annealing --initial_temperature -1", "--initial_temperature is -1.0; it must "),
+])  # fmt: skip
+def test_values_are_checked_before_anything_is_loaded(script, words, sentence):
+    """The model that is named does not exist."""
+    own = [] if script != "run_dsp" else ["--num_of_heads", "3"]
+    line = [*(NEEDED if script == "run_squad" else GLUE), *own, "--do_train", "--use_cpu", "--pruner_name", "platon"]
+    words = shlex.split(words.replace("--pruner dsp", "") if script == "run_dsp" else words)
+    with pytest.raises(SystemExit) as ended:
+        running.main(lambda: parse([*line, *words], script))
+    said = str(ended.value.code)
+    assert said.startswith(f"error: {sentence}") and said.endswith(".") and "\n" not in said
+
+
+def test_a_dense_model_is_not_sharded_by_one_process():
+    for script, line in (("run_squad", NEEDED), ("run_glue", GLUE)):
+        with pytest.raises(HeadPruningError, match="^--fsdp splits the model over processes, but there is one; "):
+            parse([*line, "--do_train", "--use_cpu", "--fsdp", "full_shard"], script)
 
 
 @pytest.mark.parametrize("name", ["PLATON", "platon", "Magnitude", "MOVEMENT"])

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from head_pruning import HeadPruningError
-from hf_plugin.data.squad_features import TEXT_COLUMNS, make_features, ragged
+from hf_plugin.data.squad_features import TEXT_COLUMNS, make_features, most_context, ragged
 from hf_plugin.data.squad_reading import FEATURES, VERSIONS, from_squad_hub, read_squad
 from tests.hf.squad_files import write_bert, write_deberta, write_squad
 
@@ -122,6 +124,33 @@ SHORT = {"max_seq_length": 16, "doc_stride": 4, "max_query_length": 5}
 
 def windows(rows, tokenizer, cache, **options):
     return make_features(rows, tokenizer, cache_dir=cache, **{**SHORT, "with_text": True, **options})
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20))
+def test_the_window_with_the_most_context(tokens, room, step):
+    """The rule of the published script, token by token."""
+    begins = range(0, -(-max(0, tokens - room) // min(step, room)) * min(step, room) + 1, min(step, room))
+    windows = [(begin, min(begin + room, tokens)) for begin in begins]
+    found = most_context(windows)
+    for token in range(tokens):
+        scores = {
+            number: min(token - begin, stop - 1 - token) + 0.01 * (stop - begin)
+            for number, (begin, stop) in enumerate(windows)
+            if begin <= token < stop
+        }
+        assert found[token] == max(scores, key=scores.get), (token, scores)
+    assert set(found) == set(range(len(windows)))  # no window is without a start
+
+
+def test_a_paragraph_says_where_its_tokens_have_the_most_context(tokenizers, tmp_path):
+    text = "bar bem bil bon dar dem dil don far fem fil fon gar gem gil"
+    features = windows(questions(("what follows bar ?", text, "")), tokenizers["bert"], tmp_path)
+    by_begin = sorted(features, key=lambda row: row["starts"][0])
+    assert [row["starts"][0] // 4 for row in by_begin] == [0, 4, 8]
+    # Words 4 to 8 stand in the first two windows (0-8, 4-12), 8 in all three, 9 to 12 in the last two (8-14).
+    assert [row["most_context"] for row in by_begin] == [
+        [1, 1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1],
+    ]  # fmt: skip
 
 
 def test_windows_start_every_stride_and_hold_the_answer(tokenizers, tmp_path):

@@ -1,6 +1,7 @@
 """run_glue with pruners of weights: alone, beside head gates, on a pruned folder, by recipe, killed and resumed."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -79,13 +80,49 @@ def test_another_pruner_of_weights_on_the_same_schedule(here):
     more = ["--pruner_name", "magnitude", "--preset", "platon/mnli", "--num_train_epochs", "1", "--output_dir", "size"]
     results = run(parse([*LINE, *more, "--warmup_steps", "0.1", "--deltaT", "2"], "run_glue"))
     assert results["weights_kept"] == results["weights_total"] - int(results["weights_total"] * 0.9) + 1
-    report = json.loads((here / "size" / "pruning.json").read_text())["weights"]
+    whole = json.loads((here / "size" / "pruning.json").read_text())
+    assert set(whole) == {"method", "options", "sparsity", "history", "versions", "weights"}
+    assert whole["method"] == "magnitude" and {"head_pruning", "transformers"} < set(whole["versions"])
+    assert whole["history"][-1]["eval_loss"] == results["eval_mm_loss"] and whole["options"]["final_warmup"] == 5
+    report = whole["weights"]
+    assert {name: report[name] for name in whole["sparsity"]} == whole["sparsity"]
     assert report["method"] == "magnitude" and report["options"]["final_warmup"] == 5
     assert report["options"]["deltaT"] == 2  # what is set wins
     card = (here / "size" / "README.md").read_text()
     assert "- magnitude\n---" in card and f"10.0% of the weights of {len(report['kept_by_tensor'])} tensors" in card
     assert f"{results['weights_total']:,} weights of these tensors {results['weights_kept']:,} stay" in card
     assert "## Results on GLUE MNLI" in card and "eval_mm_accuracy" in card and "needs no other package" in card
+
+
+def test_without_an_evaluation_the_counts_are_written_too(here):
+    line = [word for word in [*LINE, *PLATON, "--output_dir", "unscored"] if word != "--do_eval"]
+    results = run(parse(line, "run_glue"))
+    stored = json.loads((here / "unscored" / "all_results.json").read_text())
+    masks = load_weight_masks("unscored/masks.safetensors")
+    assert (stored["weights_kept"], stored["weights_total"]) == kept(masks)
+    assert results["weights_kept"] == stored["weights_kept"] and "eval_loss" not in results
+
+
+@resumes
+def test_a_recipe_trains_with_adamax_and_goes_on_to_the_same_bits(here):
+    more = "--preset platon/mnli --warmup_steps 1 --final_threshold 0.3 --save_steps 5 --output_dir".split()
+    line = [word for word in [*LINE, *more] if word != "--do_eval"]
+    run(parse([*line, "adamax"], "run_glue"))
+    run(parse([*line, "part"], "run_glue"))
+    shutil.rmtree("part/checkpoint-12")  # as if it had been stopped after update 10
+    for name in ("model.safetensors", "masks.safetensors"):
+        (here / "part" / name).unlink()
+    run(parse([*line, "part"], "run_glue"))
+    for name in (
+        "model.safetensors",
+        "masks.safetensors",
+        "checkpoint-12/optimizer.pt",
+        f"checkpoint-12/{STATE_FILE}",
+    ):
+        assert (here / "adamax" / name).read_bytes() == (here / "part" / name).read_bytes(), name
+    stored = torch.load(here / "adamax" / "checkpoint-12" / "optimizer.pt", weights_only=True)
+    assert all({"step", "exp_avg", "exp_inf"} == set(state) for state in stored["state"].values())
+    assert [(group["weight_decay"], group["eps"]) for group in stored["param_groups"]] == [(0.01, 1e-6), (0.0, 1e-6)]
 
 
 class TestPresets:
@@ -100,7 +137,10 @@ class TestPresets:
         options, training = arguments.weight_options, arguments.training
         assert options["final_threshold"] == percent / 100 and options["deltaT"] == 10 and options["beta2"] >= 0.65
         assert training.learning_rate == PRESETS[name]["learning_rate"] and options["warmup_steps"] >= 200
-        assert training.warmup_steps == (0 if name == "platon/squad" else 0.1)
+        adamax = name != "platon/squad"
+        assert arguments.optimizer == ("adamax" if adamax else "adamw")
+        assert training.warmup_steps == (0.1 if adamax else 0) and training.lr_scheduler_type.value == "linear"
+        assert (training.weight_decay, training.adam_epsilon) == ((0.01, 1e-6) if adamax else (0, 1e-8))
         assert any(note.startswith(f"--preset {name} adds --pruner_name platon") for note in arguments.notes)
 
     def test_what_is_set_wins(self):
@@ -109,6 +149,12 @@ class TestPresets:
         assert arguments.weight_options["final_threshold"] == 0.3 and arguments.weight_options["beta2"] == 0.95
         assert arguments.training.per_device_train_batch_size == 4
         assert arguments.training.warmup_steps == 0.2 and arguments.training.seed == 7
+
+    @pytest.mark.parametrize("words", ["--optimizer adamw", "--optim adamw_torch", "--adafactor"])
+    def test_another_optimizer(self, words):
+        arguments = parse([*self.LINE, "--preset", "platon/mnli", *words.split()], "run_glue")
+        assert arguments.optimizer == "adamw" and arguments.training.adam_epsilon == 1e-8
+        assert arguments.training.weight_decay == 0.01 and arguments.training.warmup_steps == 0.1
 
     def test_beside_a_pruner_of_heads_in_any_place(self):
         for flag in ("--pruner", "--pruner_name"):

@@ -426,6 +426,10 @@ class TestRefusals:
             HeadPruningCallback(open_session(model, [pruner("platon", **PLATON)])).add_to(trainer)
         HeadPruningCallback(open_session(tiny_bert(), [pruner("dsp", **HEAD_METHODS["dsp"])])).add_to(trainer)
 
+    def test_sharding_asked_of_one_process(self, tmp_path):
+        with pytest.raises(HeadPruningError, match="not pruned under FSDP"):
+            trainer_of(tmp_path, fsdp=True)
+
     def test_pipelined_heads_beside_weights(self):
         model = tiny_bert()
         with pytest.raises(HeadPruningError, match="Pipelined pruning of heads"):

@@ -1,0 +1,39 @@
+"""Optimizers of published recipes that transformers does not bring."""
+
+from typing import Any, Callable, Optional
+
+import torch
+from transformers import TrainingArguments
+
+#: What ``--optimizer`` takes; the first is the one that ``--optim`` names.
+OPTIMIZERS = ("adamw", "adamax")
+
+
+class Adamax(torch.optim.Adamax):
+    """torch's Adamax with decoupled decay: weights shrink by ``lr * weight_decay`` a step, as under AdamW.
+
+    torch adds the decay to the gradient, where the division by its largest value makes it as strong as the loss.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
+        """One step; see :class:`torch.optim.Adamax`."""
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays):
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if decay and parameters:
+                torch._foreach_mul_(parameters, 1.0 - float(group["lr"]) * decay)
+            group["weight_decay"] = 0.0
+        try:
+            return super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays):
+                group["weight_decay"] = decay
+
+
+def trainer_options(name: str, args: TrainingArguments) -> dict[str, Any]:
+    """What a Trainer must be given so that it trains with the optimizer ``name``, with the settings of ``args``."""
+    if name == OPTIMIZERS[0]:
+        return {}
+    settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return {"optimizer_cls_and_kwargs": (Adamax, settings)}
