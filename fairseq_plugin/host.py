@@ -1,9 +1,4 @@
-"""Checkpoints of fairseq for the ``head-pruning`` command: how they load and what they export to.
-
-Of the formats of other hosts, ``onnx`` and ``torch-export`` are not offered: torch.export fails to trace fairseq's
-transformer, and a program of one forward pass could not decode: beam search hands the decoder a dictionary of states
-that it changes at every step.
-"""
+"""Checkpoints of fairseq for the ``head-pruning`` command: how they load and what they export to."""
 
 import copy
 import inspect
@@ -14,20 +9,21 @@ from typing import Any, Callable, Mapping, MutableMapping, Optional
 import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.models import BaseFairseqModel, FairseqEncoderDecoderModel
+from fairseq.models import BaseFairseqModel
 from omegaconf import open_dict
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.hosts import HostModel
+from head_pruning.surgery import heads_left, remove_heads
 
+from .example import SPECIALS, example
 from .export import TASK_SUFFIX, compact, load_checkpoint, masked
+from .programs import export_onnx, export_program
 from .state import KEEP, RECIPE, mask_of_state, split_state
 from .unit_map import unit_map
+from .weights import stored_masks, zero_weights
 
 name = "fairseq"
-exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {"masked": masked, "compact": compact}
-
-_SPECIALS = 4  # what every dictionary begins with: <s>, <pad>, </s>, <unk>
 
 
 def recognises(path: Path) -> bool:
@@ -36,7 +32,9 @@ def recognises(path: Path) -> bool:
 
 
 def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
-    """Load a checkpoint of fairseq: dense, pruned or compact. The data it was trained on need not be there.
+    """Load a checkpoint of fairseq: dense, pruned or compact; pruned weights are zero.
+
+    The data it was trained on need not be there.
 
     Args:
         path: the checkpoint.
@@ -45,7 +43,9 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     Raises:
         HeadPruningError: it cannot be loaded or mapped, or the mask is of another model.
     """
-    weights, stored = split_state(load_checkpoint(path)["model"])
+    whole = load_checkpoint(path)
+    weights, stored = split_state(whole["model"])
+    zero_weights(weights, stored_masks(whole))
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
     if mask is None and KEEP in stored:
         mask = mask_of_state(stored)
@@ -96,7 +96,7 @@ def _dictionaries(task: MutableMapping[str, Any], weights: Mapping[str, torch.Te
     """The dictionary files that a task of fairseq's own will look for, and how many words each must have."""
 
     def words(*names: str) -> int:
-        return next(weights[name].shape[0] for name in names if name in weights) - _SPECIALS
+        return next(weights[name].shape[0] for name in names if name in weights) - SPECIALS
 
     kind = str(task["_name"]).removesuffix(TASK_SUFFIX)
     if kind == "translation":
@@ -113,12 +113,31 @@ def _dictionaries(task: MutableMapping[str, Any], weights: Mapping[str, torch.Te
     return {}
 
 
-def example(model: BaseFairseqModel, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Arguments of a forward pass on random tokens without padding: ``[batch, length]``, the same on every call."""
-    parts = [getattr(model, part) for part in ("encoder", "decoder") if hasattr(model, part)]
-    known = min(len(part.dictionary) for part in parts)
-    generator = torch.Generator().manual_seed(0)
-    source, target = (torch.randint(_SPECIALS, known, (batch, length), generator=generator) for _ in range(2))
-    if isinstance(model, FairseqEncoderDecoderModel):
-        return {"src_tokens": source, "src_lengths": torch.full((batch,), length), "prev_output_tokens": target}
-    return {"src_tokens": source}
+def _cut(loaded: HostModel) -> str:
+    """Cut the heads out that the mask does not keep; the words for what is left."""
+    if loaded.mask is not None and not loaded.mask.keep.all():
+        remove_heads(loaded.model, loaded.unit_map, loaded.mask)
+    left = heads_left(loaded.model)
+    return "all heads" if left is None else f"{left.kept} of {left.keep.size} heads"
+
+
+def _onnx(source: Path, target: Path, mask: Optional[HeadMask]) -> str:
+    loaded = load(source, mask)
+    words = _cut(loaded)
+    difference = export_onnx(loaded.model, target)
+    return f"{target}: {words}; largest difference between onnxruntime and torch {difference:.1e}"
+
+
+def _program(source: Path, target: Path, mask: Optional[HeadMask]) -> str:
+    loaded = load(source, mask)
+    words = _cut(loaded)
+    difference = export_program(loaded.model, target)
+    return f"{target}: {words}; largest difference between the exported program and the model {difference:.1e}"
+
+
+exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
+    "masked": masked,
+    "compact": compact,
+    "onnx": _onnx,
+    "torch-export": _program,
+}

@@ -1,9 +1,9 @@
 """The shape of a model whose heads are removed: applying a recipe to a model of the original shape.
 
-This file imports nothing but torch: a copy of it travels with compact checkpoints, so that they load without the
-package. A recipe is JSON::
+This file imports nothing but torch, and :mod:`head_pruning.returned`: a copy of both travels with compact checkpoints,
+so that they load without the package. A recipe is JSON::
 
-    {"version": 1, "unit_map": {...}, "sites": {"encoder.layer.0.attention": {
+    {"version": 2, "unit_map": {...}, "sites": {"encoder.layer.0.attention": {
         "heads": 12, "kept": [0, 7],
         "tensors": [["encoder.layer.0.attention.self.query.weight", 0, [[1, 64]]], ...],
         "counts": [["encoder.layer.0.attention.self.num_attention_heads", 1], ...],
@@ -21,14 +21,22 @@ that keeps the head ``dummy`` then, whose output counts as zero. ``queries``, wh
 query heads: the query heads that stay; ``expanded``: keys and values are repeated, one for each of them.
 """
 
+import ast
 import copy
+import inspect
+import re
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-VERSION = 1
+from head_pruning.returned import parsed_forward, placed, return_options, returned_values
+
+VERSION = 2
+# The versions of recipes. In the first no module that makes a position bias can lose all heads, and no projection with
+# heads stays whole.
+READABLE = (1, 2)
 HEADS, QUERIES = 1, 2  # kinds of blocks
 ATTRIBUTE = "_removed_heads"  # a plain attribute of the model: its recipe
 HOOK_ATTRIBUTE = "_head_hooks"  # of a module: its hooks by kind and argument
@@ -74,6 +82,71 @@ class Select:
         if self.folded and whole.shape[dim] % size == 0:
             return whole.unflatten(dim, (-1, size)).index_select(dim + 1, index).flatten(dim, dim + 1)
         return whole
+
+
+class Take:
+    """Forward hook of a norm over the queries or keys of all heads, whose projection stays whole: hand on those of the
+    heads that stay.
+
+    Args:
+        width: features of one head.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.heads, self.kept = 0, []
+
+    def attach(self, module: nn.Module) -> list:
+        return [module.register_forward_hook(self)]
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        features = slices([(HEADS, self.width)], range(self.heads), self.kept)
+        return output.index_select(-1, _index(features, output.device))
+
+
+class Rearrange:
+    """For ProphetNet's n-gram attention, which reads its table of relative positions in another order than it is in.
+
+    Rows of its streams, ``[examples, tokens, streams, heads]``, are read as ``[examples, streams, heads, tokens]``, so
+    that heads read what was meant for others. The table therefore stays whole, and its output becomes one in which
+    each head that stays finds what it read in the original.
+
+    Args:
+        table: the projection within the module; its output is ``[..., buckets, heads]``, flat.
+        buckets: number of buckets.
+    """
+
+    def __init__(self, table: str, buckets: int) -> None:
+        self.table, self.buckets = table, buckets
+        self.heads, self.kept = 0, []
+
+    def attach(self, module: nn.Module) -> list:
+        if not mixes_positions(type(module)):
+            raise ValueError(f"it is not known how {type(module).__name__} reads its relative positions")
+        return [module.get_submodule(self.table).register_forward_hook(self)]
+
+    def __call__(self, table: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        index = _index(self.kept, output.device)
+        values = output.unflatten(-1, (self.buckets, self.heads))
+        if values.ndim == 4:  # the main stream
+            return values.index_select(-1, index).flatten(-2)
+        examples, streams, tokens = values.shape[:3]
+        rows = values.permute(0, 2, 1, 4, 3).flatten(
+            0, 3
+        )  # from one shape to the other in one step, torch.export wants even lengths
+        read = rows.unflatten(0, (examples, streams, self.heads, tokens)).index_select(2, index)
+        stay = read.flatten(0, 3).unflatten(0, (examples, tokens, streams, len(self.kept)))
+        return stay.permute(0, 2, 1, 4, 3).flatten(-2)
+
+
+def mixes_positions(kind: type) -> bool:
+    """Whether a class reads its relative positions as :class:`Rearrange` says; false without its source, too."""
+    try:
+        text = inspect.getsource(kind.get_predict_relative_pos_embeddings)
+    except (AttributeError, OSError, TypeError):
+        return False
+    flat = r"(\w+) = \1\.permute\(0, 2, 1, 4, 3\)\s+(#.*\s+)*\1 = \1\.reshape\(-1, self\.num_buckets\)"
+    return re.search(flat, text) is not None
 
 
 class SharedBias:
@@ -226,7 +299,15 @@ class Silence:
 
 
 #: The kinds of hooks that a recipe names.
-HOOKS = {"select": Select, "shared_bias": SharedBias, "reshape": Reshape, "arrange": Arrange, "silence": Silence}
+HOOKS = {
+    "select": Select,
+    "take": Take,
+    "rearrange": Rearrange,
+    "shared_bias": SharedBias,
+    "reshape": Reshape,
+    "arrange": Arrange,
+    "silence": Silence,
+}
 
 
 class ConfigView:
@@ -257,7 +338,15 @@ class NoHeads(nn.Module):
       returns then.
     - ``drop``: names of its modules and parameters that are no longer needed.
     - ``cache``: name and position of the argument with keys and values of earlier tokens, and the attribute that says
-      which of its layers this is, and whether they are those of another sequence; or null.
+      which of its layers this is, and whether they are those of another sequence; or null. ``tokens_first``: true
+      where the input has the tokens before the examples; ``streams``: the attribute that says how many streams of the
+      same tokens come behind the first in the input, which are not kept.
+    - ``bias``: name and position of the argument with the position bias that it hands on to the layers to come, with
+      their heads; it makes the bias where it gets none, with its own class's ``compute_bias``.
+    - ``versions``: true where positions and what it returns are those of one version of transformers, and are read
+      anew from the class's source when the recipe is applied.
+
+    I-BERT's attention keeps a silent head instead: its output projection, once quantized, fails without inputs.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -265,18 +354,58 @@ class NoHeads(nn.Module):
         options: Mapping[str, Any] = self._no_heads
         given = [_argument(where, args, kwargs) for where in options["inputs"]]
         constants = [None if each is None else self.constant(each, args, kwargs) for each in given]
+        made = options.get("bias") and _argument(options["bias"], args, kwargs) is None
+        seen, keys = 0, None
         if options.get("cache"):
             name, position, layer, cross = options["cache"]
             cache = _argument((name, position), args, kwargs)
-            count_tokens(cache, given[0], getattr(self, layer), cross, kwargs.get("cache_position"))
+            hidden = given[0].transpose(0, 1) if options.get("tokens_first") else given[0]
+            if options.get("streams"):
+                hidden = hidden[:, : hidden.shape[1] // (1 + getattr(self, options["streams"]))]
+            if made and cache is not None:
+                seen = cache.get_seq_length(getattr(self, layer))
+                seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # counted on in place
+            keys = count_tokens(cache, hidden, getattr(self, layer), cross, kwargs.get("cache_position"))
         if options["returns"] is None:
             return constants[0]
         where, more = options["attentions"]
         if not _argument((where or ("output_attentions", None)), args, kwargs):
             more = 0
         passed = [None if where is None else _argument(where, args, kwargs) for where in options["returns"]]
+        if made:
+            keys = given[0].shape[1] if keys is None else keys
+            bias = self.position_bias(given[0], keys, seen, args, kwargs)
+            passed = [bias if where == options["bias"] else each for where, each in zip(options["returns"], passed)]
         returned = (*constants, *passed, *[None] * more)
         return list(returned) if options.get("list") else returned
+
+    def position_bias(self, hidden: torch.Tensor, keys: int, seen: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What the module's class says of the positions of queries and keys, for all heads of the original.
+
+        Args:
+            hidden: the queries' input, ``[examples, tokens, features]``.
+            keys: number of keys.
+            seen: number of earlier tokens.
+            args: of the forward.
+            kwargs: of the forward.
+
+        Returns:
+            ``[1 or examples, heads, tokens, keys]``, with the mask where this version of transformers adds it here; in
+            blocks as the class has them.
+        """
+        kind, here = self._no_heads_class, self._no_heads["bias_maker"]
+        original = kind.__new__(kind)  # this module as it was: its methods call each other
+        object.__setattr__(original, "__dict__", self.__dict__)
+        known = {"query_length": hidden.shape[1], "key_length": keys, "device": hidden.device}
+        known |= {"past_seen_tokens": seen, "cache_position": kwargs.get("cache_position")}
+        known["block_length"] = getattr(self, "block_len", None)
+        bias = original.compute_bias(**{name: known[name] for name in here["arguments"]})
+        mask = here["mask"] and _argument(here["mask"], args, kwargs)
+        if mask is None:
+            return bias
+        if known["block_length"] is not None:
+            return bias + torch.where(mask > 0, 0.0, -1e10).transpose(1, 2)
+        return bias + mask[:, :, :, :keys]
 
     def constant(self, like: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """What the attention of queries in the shape of ``like`` has become."""
@@ -312,7 +441,48 @@ def _argument(where: Sequence, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return args[position] if position is not None and len(args) > position else None
 
 
-def count_tokens(cache: Any, hidden: torch.Tensor, layer: int, cross: bool, where: Optional[torch.Tensor]) -> None:
+def bias_maker(kind: type) -> Optional[dict[str, Any]]:
+    """How a class makes its position bias: the arguments of its ``compute_bias``, and where the mask is that it adds.
+
+    The mask is null where it adds none, as newer transformers do. None where something of this is not known.
+    """
+    parameters, tree = parsed_forward(kind)
+    if tree is None or not hasattr(kind, "compute_bias"):
+        return None
+    arguments = list(inspect.signature(kind.compute_bias).parameters)[1:]
+    added = re.findall(r"position_bias = position_bias \+ (.*)", ast.unparse(tree))
+    known = {"query_length", "key_length", "device", "past_seen_tokens", "cache_position", "block_length"}
+    if not set(arguments) <= known or not set(added) <= {"causal_mask", "mask.transpose(1, 2)"}:
+        return None
+    return {"arguments": arguments, "mask": placed(["mask"], parameters) if added else None}
+
+
+def _of_this_version(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of :class:`NoHeads`, for the forward that a class has in this version of transformers.
+
+    Raises ValueError when it is not known how the class makes its position bias.
+    """
+    if not options.get("versions"):
+        return dict(options)
+    parameters, tree = parsed_forward(kind)
+    now = {**options, "inputs": [placed(where, parameters) for where in options["inputs"]]}
+    for name in ("residual", "cache", "bias"):
+        if options.get(name):
+            now[name] = placed(options[name], parameters)
+    returned = None if tree is None else returned_values(tree)
+    if returned is not None:
+        now.pop("list", None)
+        now.update(return_options(parameters, returned, len(now["inputs"])))
+    if options.get("bias"):
+        now["bias_maker"] = bias_maker(kind)
+        if now["bias_maker"] is None or now["bias"] not in (now["returns"] or ()):
+            raise ValueError(f"it is not known how {kind.__name__} makes its position bias")
+    return now
+
+
+def count_tokens(
+    cache: Any, hidden: torch.Tensor, layer: int, cross: bool, where: Optional[torch.Tensor]
+) -> Optional[int]:
     """Fill the place that a layer without keys has in a cache: positions are read off the length of its entries.
 
     Args:
@@ -321,6 +491,10 @@ def count_tokens(cache: Any, hidden: torch.Tensor, layer: int, cross: bool, wher
         layer: the layer's number in the cache.
         cross: whether its keys are those of another sequence.
         where: the tokens' positions, where the caller knows them; older caches need to be told.
+
+    Returns:
+        How many keys layers with heads have: tokens so far, or places in a cache of fixed size; None without a cache,
+        and for those of another sequence.
     """
     # Ones: some caches count the keys that are not zero.
     nothing = hidden.new_ones(hidden.shape[0], 1, 1 if cross else hidden.shape[1], 1)
@@ -328,10 +502,12 @@ def count_tokens(cache: Any, hidden: torch.Tensor, layer: int, cross: bool, wher
         if hasattr(cache, "cross_attention_cache") and not cache.is_updated.get(layer):
             cache.cross_attention_cache.update(nothing, nothing, layer)
             cache.is_updated[layer] = True
-        return
+        return None
     cache = getattr(cache, "self_attention_cache", cache)
-    if hasattr(cache, "update"):
-        cache.update(nothing, nothing, layer, *([] if where is None else [{"cache_position": where}]))
+    if not hasattr(cache, "update"):
+        return None
+    keys, _ = cache.update(nothing, nothing, layer, *([] if where is None else [{"cache_position": where}]))
+    return keys.shape[-2]
 
 
 def slices(
@@ -412,7 +588,7 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], before: Optional[M
     Raises:
         ValueError: the recipe is of another version, or names a module or sizes that the model does not have.
     """
-    if recipe.get("version") != VERSION:
+    if recipe.get("version") not in READABLE:
         raise ValueError(f"the recipe of removed heads is of version {recipe.get('version')}, not {VERSION}")
     done: dict[tuple, tuple] = {}
     for name, site in recipe["sites"].items():
@@ -517,5 +693,5 @@ def _empty(model: nn.Module, name: str, options: Mapping[str, Any]) -> None:
         parent, _, leaf = gone.rpartition(".")
         setattr(module.get_submodule(parent), leaf, None)
     module.__dict__.pop("forward", None)  # older transformers leave one there when they have recorded outputs
-    module._no_heads = dict(options)
+    module._no_heads, module._no_heads_class = _of_this_version(type(module), options), type(module)
     module.__class__ = NoHeads

@@ -5,6 +5,8 @@ A host is a module named by an entry point of the group ``head_pruning.hosts``. 
 - ``name``: what people call it;
 - ``recognises(path) -> bool``: whether a file or folder is a model of this host, told without loading it;
 - ``load(path, mask) -> HostModel``: raises HeadPruningError when the model cannot be loaded or the mask is of another;
+- ``recipe(path) -> dict | None``: the recipe of removed heads that a folder of this host was saved with, told without
+  loading the model (:mod:`head_pruning.compact`); None where no head was cut out. Asked of folders only;
 - ``exports``: format to a function ``(source, target, mask) -> str`` that writes ``target`` atomically and returns the
   line to print; a mask stands in for that of the run.
 """
@@ -12,15 +14,15 @@ A host is a module named by an entry point of the group ``head_pruning.hosts``. 
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Mapping, Optional, Protocol
+from typing import Any, Callable, Mapping, Optional, Protocol
 
 import torch
 from torch import nn
 
-from .artifacts import MASKS_FILE
+from .artifacts import MASKS_FILE, read_safetensors
 from .errors import HeadPruningError
-from .surgery import heads_left
-from .unit_map import HeadMask, UnitMap, lifted
+from .surgery import heads_left, mask_of_original, recipe_of
+from .unit_map import HeadMask, UnitMap, full_mask
 
 GROUP = "head_pruning.hosts"
 
@@ -35,12 +37,14 @@ class HostModel:
         mask: the heads of ``unit_map`` that its run decided to keep; None if there was no run, or the others are
             already cut out.
         example: ``(batch, length)`` to the keyword arguments of a forward pass.
+        weights: what pruning.json tells of pruned weights (:func:`head_pruning.weights.weight_report`), if it does.
     """
 
     model: nn.Module
     unit_map: UnitMap
     mask: Optional[HeadMask]
     example: Callable[[int, int], dict[str, torch.Tensor]]
+    weights: Optional[Mapping[str, Any]] = None
 
 
 class Host(Protocol):
@@ -50,6 +54,8 @@ class Host(Protocol):
     exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]]
 
     def recognises(self, path: Path) -> bool: ...
+
+    def recipe(self, path: Path) -> Optional[Mapping[str, Any]]: ...
 
     def load(self, path: Path, mask: Optional[HeadMask]) -> HostModel: ...
 
@@ -85,24 +91,48 @@ def kept_heads(loaded: HostModel) -> Optional[HeadMask]:
 
     None for a dense model without a mask.
     """
-    left = heads_left(loaded.model)
-    if left is None or loaded.mask is None:
-        return loaded.mask if left is None else left
-    return lifted(left, loaded.mask) if loaded.mask.keep.size == left.kept else loaded.mask
+    recipe = recipe_of(loaded.model)
+    if recipe is None or loaded.mask is None:
+        return loaded.mask if recipe is None else heads_left(loaded.model)
+    return mask_of_original(recipe, loaded.mask)
 
 
-def read_mask(path: "str | Path") -> HeadMask:
-    """The head mask of a file, or of a model.
+def read_mask(path: "str | Path", *, dense: bool = False) -> HeadMask:
+    """The head mask of a file, or of a model; that of a compact model names the heads of its original.
+
+    Args:
+        path: a mask file, a run's folder, or a model.
+        dense: whether a model whose heads were not pruned has the mask that keeps all.
 
     Raises:
         HeadPruningError: there is none.
     """
     path = Path(path)
-    if path.is_dir() and (path / MASKS_FILE).is_file():
-        return HeadMask.load(path / MASKS_FILE)
+    if path.name == MASKS_FILE and _is_model(path.parent):
+        path = path.parent
     if path.suffix == Path(MASKS_FILE).suffix:
         return HeadMask.load(path)
-    mask = kept_heads(find_host(path).load(path, None))
-    if mask is None:
+    if path.is_dir() and (path / MASKS_FILE).is_file() and not (dense and not holds_heads(path / MASKS_FILE)):
+        mask = HeadMask.load(path / MASKS_FILE)
+        recipe = find_host(path).recipe(path) if _is_model(path) else None
+        return mask if recipe is None else mask_of_original(recipe, mask)
+    loaded = find_host(path).load(path, None)
+    mask = kept_heads(loaded)
+    if mask is None and not dense:
         raise HeadPruningError(f"{path} is a dense model and holds no head mask; give a model that was pruned.")
-    return mask
+    return mask or full_mask(loaded.unit_map)
+
+
+def holds_heads(path: "str | Path") -> bool:
+    """Whether a file of masks holds a head mask, and not only masks of weights.
+
+    Raises:
+        HeadPruningError: the file is missing or damaged.
+    """
+    _, metadata = read_safetensors(path)
+    return "unit_map" in metadata or "weight_shapes" not in metadata
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a model itself, and not one that checkpoints lie in: hosts take long to ask."""
+    return (folder / "config.json").is_file()

@@ -158,8 +158,8 @@ def remove_query_heads(
         of = entry.get("per_group", 1)
         if of == 1:
             raise HeadPruningError(
-                f"Single query heads cannot be cut out of {name}, because they share no keys or do not lie apart from "
-                "them; remove whole heads."
+                f"Single query heads cannot be cut out of {name}, because they share no keys or are tied to others in "
+                "more ways; remove whole heads."
             )
         bad = [head for head in heads if not 0 <= head < entry["heads"] * of]
         if bad:
@@ -187,7 +187,7 @@ def remove_query_heads(
 
 def plan_recipe(model: nn.Module, unit_map: UnitMap, head_mask: HeadMask) -> dict:
     """The recipe that :func:`remove_heads` would apply; changes nothing. Arguments and errors are the same."""
-    unit_map.check_same_heads(head_mask.unit_map, "The head mask")
+    head_mask = head_mask.fitted(unit_map)
     recipe = _recipe(model, unit_map)
     for site, where in unit_map.slices():
         keep = head_mask.keep[where]
@@ -209,7 +209,7 @@ def _check_no_gates(model: nn.Module, unit_map: UnitMap) -> None:
 
 def _recipe(model: nn.Module, unit_map: UnitMap) -> dict:
     if recipe_of(model) is not None:
-        return copy.deepcopy(recipe_of(model))
+        return {**copy.deepcopy(recipe_of(model)), "version": VERSION}
     return {"version": VERSION, "unit_map": json.loads(json.dumps(unit_map.to_dict())), "sites": {}}
 
 
@@ -268,7 +268,17 @@ def removed_parameters(model: nn.Module, unit_map: UnitMap, head_mask: HeadMask)
             if isinstance(weight, nn.Parameter):
                 fewer = was(entry, earlier, blocks) - len(stays(entry, earlier, blocks))
                 gone[id(weight)] = weight.numel() // weight.shape[dim] * fewer
+        if earlier != entry and not held_heads(entry):
+            module, options = entry["empty"]
+            for parameter in _parameters(model.get_submodule(module), options["drop"]):
+                gone[id(parameter)] = parameter.numel()
     return sum(gone.values())
+
+
+def _parameters(module: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters of the modules and parameters of these dotted names."""
+    dropped = tuple(f"{name}." for name in names)
+    return [parameter for name, parameter in module.named_parameters() if f"{name}.".startswith(dropped)]
 
 
 def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
@@ -285,10 +295,52 @@ def recipe_of(model: nn.Module) -> Optional[dict]:
 def heads_left(model: nn.Module) -> Optional[HeadMask]:
     """Which heads of the original model are still in a compact ``model``; None when none was removed."""
     recipe = recipe_of(model)
-    if recipe is None:
-        return None
+    return None if recipe is None else heads_kept_by(recipe)
+
+
+def heads_kept_by(recipe: Mapping[str, Any]) -> HeadMask:
+    """Which heads of the original model a recipe keeps."""
     unit_map = UnitMap.from_dict(recipe["unit_map"])
     removed = {
         name: sorted(set(range(entry["heads"])) - set(entry["kept"])) for name, entry in recipe["sites"].items()
     }
     return mask_without(unit_map, removed)
+
+
+def mask_of_original(recipe: Mapping[str, Any], mask: HeadMask) -> HeadMask:
+    """``mask``, of the heads that a compact model has, as a mask of the heads of its original.
+
+    A mask of all the original's heads is returned with the original's names.
+
+    Args:
+        recipe: that of the compact model.
+        mask: of the heads there are now. Where keys were repeated for every query head, a head of the original stays
+            as long as one of its query heads does.
+
+    Raises:
+        HeadPruningError: the mask is of another model.
+    """
+    left = heads_kept_by(recipe)
+    if mask.fits(left.unit_map):
+        return mask.fitted(left.unit_map)
+    keep, given = left.keep.copy(), mask.fitted(sites_left(recipe)).by_site()
+    for site, where in left.unit_map.slices():
+        entry = recipe["sites"].get(site.name)
+        there = list(range(site.heads)) if entry is None else entry["kept"]
+        if entry is not None and entry.get("expanded"):
+            there = [query // entry["per_group"] for query in held_queries(entry)]
+        stay = {head for head, stays_there in zip(there, given.get(site.name, []), strict=True) if stays_there}
+        keep[where] = [head in stay for head in range(site.heads)]
+    return HeadMask(left.unit_map, keep)
+
+
+def query_heads_left(recipe: Mapping[str, Any]) -> dict[str, tuple[list[int], int]]:
+    """Of the sites that lost single query heads: site name to the query heads that stay, numbered as in the original
+    model, and how many there were.
+    """
+    found = {}
+    for name, entry in recipe["sites"].items():
+        queries, of = held_queries(entry), entry.get("per_group", 1)
+        if entry["kept"] and len(queries) < len(entry["kept"]) * of:
+            found[name] = (queries, entry["heads"] * of)
+    return found

@@ -123,16 +123,30 @@ class UnitMap:
         )
         return cls(attention, tuple(FeedForwardSite(**site) for site in data["feed_forward"]))
 
+    def sizes(self) -> list[tuple[str, int]]:
+        """Name and number of heads of each site that has any."""
+        return [(site.name, site.heads) for site in self.attention if site.heads]
+
     def check_same_heads(self, other: "UnitMap", what: str) -> None:
         """Raise unless both maps number the same heads of the same sites; sites without heads do not count."""
-        mine = [(site.name, site.heads) for site in self.attention if site.heads]
-        theirs = [(site.name, site.heads) for site in other.attention if site.heads]
+        mine, theirs = self.sizes(), other.sizes()
         if mine != theirs:
             odd = sorted({name for name, _ in set(mine) ^ set(theirs)}) or ["the order of the sites"]
             raise HeadPruningError(
                 f"{what} belongs to another architecture (they differ in {', '.join(odd[:3])}); "
                 "use the model it was made for."
             )
+
+
+def alike(mine: Sequence[tuple[str, int]], theirs: Sequence[tuple[str, int]]) -> bool:
+    """Whether two lists of :meth:`UnitMap.sizes` are of the same sites: equal, or equal but for one dotted prefix that
+    all names of one of them have more, as those of a model with a task head (``bert.encoder...``, ``encoder...``).
+    """
+    if mine == theirs or not mine or not theirs:
+        return mine == theirs
+    base, longer = sorted((mine, theirs), key=lambda sizes: len(sizes[0][0]))
+    prefix = longer[0][0].removesuffix(base[0][0])
+    return prefix.endswith(".") and longer == [(prefix + name, heads) for name, heads in base]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +181,23 @@ class HeadMask:
         """Site name to the indices of the heads that stay."""
         return {site.name: np.flatnonzero(self.keep[where]).tolist() for site, where in self.unit_map.slices()}
 
+    def fits(self, unit_map: UnitMap) -> bool:
+        """Whether the mask is of the heads of this map, see :func:`alike`."""
+        return alike(self.unit_map.sizes(), unit_map.sizes())
+
+    def fitted(self, unit_map: UnitMap, what: str = "The head mask") -> "HeadMask":
+        """The same mask with the names of ``unit_map``: those of a model with a task head fit its base, and back.
+
+        Raises:
+            HeadPruningError: the mask is of another architecture; the sentence begins with ``what``.
+        """
+        if not self.fits(unit_map):
+            unit_map.check_same_heads(self.unit_map, what)
+        return HeadMask(unit_map, self.keep)
+
     def compare(self, other: "HeadMask") -> dict[str, float]:
         """Overlap of two masks of one model: heads both keep, heads only one keeps, and the Jaccard index."""
-        self.unit_map.check_same_heads(other.unit_map, "The other mask")
+        other = other.fitted(self.unit_map, "The other mask")
         both = int((self.keep & other.keep).sum())
         either = int((self.keep | other.keep).sum())
         return {

@@ -1,9 +1,10 @@
 """Classes of transformers models whose attention heads are removed, also where the package is not installed.
 
-A copy of this file, with ``head_pruning/compact.py`` in front of it, travels with every compact checkpoint as
-``compact_heads.py``: it is what ``from_pretrained(..., trust_remote_code=True)`` runs. It imports nothing else but
-torch and transformers. ``config.json`` holds the recipe of the removed heads as its ``quantization_config``, whose
-``quant_method`` is ``head_pruning``, or, when the weights are also quantized, as ``removed_heads``.
+A copy of this file, with ``compact.py`` and ``returned.py`` of ``head_pruning`` in front of it, travels with every
+compact checkpoint as ``compact_heads.py``: it is what ``from_pretrained(..., trust_remote_code=True)`` runs. It
+imports nothing else but torch and transformers. ``config.json`` holds the recipe of the removed heads as its
+``quantization_config``, whose ``quant_method`` is ``head_pruning``, or, when the weights are also quantized, as
+``removed_heads``.
 """
 
 import contextlib
@@ -222,6 +223,9 @@ def travelling_code() -> str:
     own = Path(__file__).read_text(encoding="utf-8")
     if apply_recipe.__module__ == __name__:
         return own
-    head, _, body = own.partition("\nfrom head_pruning.compact import ")
-    compact = Path(sys.modules[apply_recipe.__module__].__file__).read_text(encoding="utf-8")
-    return f"{head}\n\n{compact}\n{body.partition(chr(10))[2]}"
+    text = own
+    for module in ("head_pruning.compact", "head_pruning.returned"):  # each in place of its import
+        head, _, body = text.partition(f"\nfrom {module} import ")
+        code = Path(sys.modules[module].__file__).read_text(encoding="utf-8")
+        text = f"{head}\n\n{code}\n{body.partition(chr(10))[2]}"
+    return text

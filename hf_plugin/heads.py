@@ -14,7 +14,7 @@ from head_pruning.compact import held_queries
 from head_pruning.gates import GateBank
 from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
 from head_pruning.surgery import remove_query_heads as cut_query_heads
-from head_pruning.unit_map import lifted, mask_without
+from head_pruning.unit_map import alike, lifted, mask_without
 
 from .loading import mark_compact
 from .surgery import plan_site
@@ -208,8 +208,7 @@ def _mask(
 ) -> HeadMask:
     """What :func:`prune_heads` and :func:`mask_heads` take, as the mask of the heads that it leaves."""
     if isinstance(heads, HeadMask):
-        unit_map.check_same_heads(heads.unit_map, "The head mask")
-        return heads
+        return heads.fitted(unit_map)
     return mask_without(unit_map, _removed(model, unit_map, heads))
 
 
@@ -219,7 +218,7 @@ def _mask_of_original(
     """As :func:`_mask`, for a model that has only the heads ``left`` of the original, whose numbers count."""
     if isinstance(heads, HeadMask):
         there = [(name, len(kept)) for name, kept in left.kept_heads().items() if kept]
-        if there == [(site.name, site.heads) for site in heads.unit_map.attention if site.heads]:
+        if alike(there, heads.unit_map.sizes()):
             return lifted(left, heads)
     return _mask(model, left.unit_map, heads)
 
@@ -334,8 +333,7 @@ def _grouped(model: nn.Module) -> bool:
 def _flat(mask: Any, unit_map: UnitMap) -> torch.Tensor:
     """``[N]`` gates from all that :func:`head_mask` takes; differentiable."""
     if isinstance(mask, HeadMask):
-        unit_map.check_same_heads(mask.unit_map, "The head mask")
-        return torch.from_numpy(mask.keep)
+        return torch.from_numpy(mask.fitted(unit_map).keep)
     try:
         values = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:

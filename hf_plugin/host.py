@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Mapping, Optional
 
 import transformers
@@ -15,12 +16,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from head_pruning import HeadMask, HeadPruningError, UnitMap
-from head_pruning.artifacts import MASKS_FILE, REPORT_FILE, read_safetensors
-from head_pruning.hosts import HostModel
+from head_pruning import HeadMask, HeadPruningError
+from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
+from head_pruning.hosts import HostModel, holds_heads
 from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
 from head_pruning.weights import load_weight_masks, save_compressed, write_weight_artifacts
 
+from .compact_heads import take_recipe
 from .example import example_inputs
 from .export import save_compact, save_pruned, zeroed_heads
 from .onnx_export import export_onnx, export_program
@@ -38,11 +40,16 @@ COMPANIONS = re.compile(
 
 def recognises(path: Path) -> bool:
     """Whether ``path`` is a folder with a configuration of transformers."""
+    return "model_type" in _config(path)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What a folder's ``config.json`` says; empty where there is none."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
@@ -56,31 +63,26 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
         HeadPruningError: it cannot be loaded or mapped, or the mask is of another model.
     """
     model = load_model(path)
-    recipe = recipe_of(model)
-    sites = unit_map(model) if recipe is None else dataclasses.replace(sites_left(recipe), planner=plan_site)
+    cut = recipe_of(model)
+    sites = unit_map(model) if cut is None else dataclasses.replace(sites_left(cut), planner=plan_site)
     if mask is None:
         mask = _own_mask(path / MASKS_FILE)
-        if mask is not None and recipe is not None and not _same_heads(mask.unit_map, sites):
+        if mask is not None and cut is not None and not mask.fits(sites):
             mask = None  # of the original: it tells what is cut out already
     if mask is not None:
-        sites.check_same_heads(mask.unit_map, "The head mask")
-    return HostModel(model, sites, mask, lambda batch, length: example_inputs(model, batch, length))
+        mask = mask.fitted(sites)
+    weights = _report(path).get("weights")
+    return HostModel(model, sites, mask, lambda batch, length: example_inputs(model, batch, length), weights)
 
 
 def _own_mask(file: Path) -> Optional[HeadMask]:
     """The head mask in a model's folder; None without one, or if only weights were pruned."""
-    if not file.is_file():
-        return None
-    _, metadata = read_safetensors(file)
-    return None if "weight_shapes" in metadata and "unit_map" not in metadata else HeadMask.load(file)
+    return HeadMask.load(file) if file.is_file() and holds_heads(file) else None
 
 
-def _same_heads(one: UnitMap, other: UnitMap) -> bool:
-    try:
-        one.check_same_heads(other, "")
-    except HeadPruningError:
-        return False
-    return True
+def recipe(path: Path) -> Optional[Mapping[str, Any]]:
+    """The recipe of removed heads in a folder's configuration, or None."""
+    return take_recipe(SimpleNamespace(**_config(path)))
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def head_importance(
     if mask is None:
         mask = full_mask(unit_map)
     else:
-        unit_map.check_same_heads(mask.unit_map, "The head mask")
+        mask = mask.fitted(unit_map)
     gates = GateBank(model, unit_map)
     accumulator = ImportanceAccumulator(gates)
     with _frozen(model), _attached(gates), accumulator.probing(mask), torch.enable_grad():

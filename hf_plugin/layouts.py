@@ -58,8 +58,7 @@ FUSED_ROWS = {
 PARTS = 4
 
 # Parameters of attention modules other than the projections above, by their names relative to the module: where the
-# heads lie in them. "rows": a projection's outputs; a number: that dimension, head after head; "buckets": a
-# projection's outputs, with the heads of each bucket side by side.
+# heads lie in them. "rows": a projection's outputs; a number: that dimension, head after head.
 HEAD_PARAMETERS = {
     r"(q|k|v)_bias": 0,
     r"pos_(q_|key_|query_)?proj": "rows",  # DeBERTa
@@ -72,16 +71,15 @@ HEAD_PARAMETERS = {
     r"conv": 0,  # Nystromformer
     r"(relative_position_bias\.)?relative_position_bias_table": 1,
     r"relative_attention_bias": 1,  # T5
-    r"relative_pos_embeddings": "buckets",  # ProphetNet
     r"logit_scale": 0,  # Swin 2
     r"continuous_position_bias_mlp\.2": "rows",
     r"sinks": 0,
 }
 
 # Parameters that all heads share: latent vectors, norms of the module's input or output (those of queries and keys are
-# looked at), networks in front of a bias.
+# looked at), networks in front of a bias, ProphetNet's table of positions, of which a head reads the others' part.
 SHARED_PARAMETERS = re.compile(
-    r"(q_a_proj|q_a_layernorm|kv_a_proj_with_mqa|kv_a_layernorm|continuous_position_bias_mlp\.0"
+    r"(q_a_proj|q_a_layernorm|kv_a_proj_with_mqa|kv_a_layernorm|continuous_position_bias_mlp\.0|relative_pos_embeddings"
     r"|LayerNorm|layer_norm|layernorm[12]|ln|pre_norm|self_attn_layer_norm)(\.|$)"
 )
 

@@ -1,24 +1,18 @@
 """A transformers model for other runtimes: ONNX, and programs of ``torch.export``; batch and length stay free."""
 
-import contextlib
 import inspect
-import logging
-import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from head_pruning import HeadPruningError
-from head_pruning.artifacts import atomic_path
-from head_pruning.runtimes import NEEDS_ONNX, onnx_pass, onnx_session
+from head_pruning.programs import check_file, check_onnx, one_sentence, write_onnx, write_program
 
 Example = Callable[[int, int], Mapping[str, torch.Tensor]]
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
-OPSET = 20  # the first with Gelu
-LIMIT = 2 << 30  # bytes of weights from which ONNX keeps them in a second file
 
 
 class _Exportable(nn.Module):
@@ -54,35 +48,9 @@ def _axes(inputs: Mapping[str, torch.Tensor], free: Any = None) -> dict[str, dic
     return axes
 
 
-@contextlib.contextmanager
-def _one_sentence(model: nn.Module, what: str) -> Iterator[None]:
-    """Quiet exporters; what they cannot do becomes one sentence."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except HeadPruningError:
-        raise
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(str(cause).split()) or repr(cause)
-        raise HeadPruningError(
-            f"torch cannot export {type(model).__name__} to {what} ({reason:.200}); export it compact instead, and "
-            "run it in torch."
-        ) from error
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
 def _difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
-    return max(float((found[name].float() - tensor.float()).abs().max()) for name, tensor in expected.items())
+    differences = [(found[name].float() - tensor.float()).abs().max() for name, tensor in expected.items()]
+    return float(torch.stack(differences).max())  # NaN, if there is one
 
 
 def _check(
@@ -116,42 +84,15 @@ def export_onnx(model: PreTrainedModel, example: Example, target: "str | Path") 
     Raises:
         HeadPruningError: torch cannot export the model, the outputs differ, or a package is missing.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise HeadPruningError(NEEDS_ONNX) from error
     target = Path(target)
-    if target.is_dir():
-        raise HeadPruningError(f"{target} is a folder; name a file to write, such as {target / 'model.onnx'}.")
-    if sum(p.numel() * p.element_size() for p in model.parameters()) >= LIMIT:
-        raise HeadPruningError("An ONNX file holds less than 2 GB of weights; export the model compact instead.")
+    check_onnx(model, target)
     inputs = dict(example(2, 16))
     outputs = _Exportable(model, list(inputs))
-    with _one_sentence(model, "ONNX"), torch.no_grad(), contextlib.redirect_stdout(None):
-        program = torch.onnx.export(
-            outputs,
-            (),
-            kwargs=inputs,
-            dynamic_shapes=_axes(inputs),
-            input_names=list(inputs),
-            output_names=list(outputs(**inputs)),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
+    with one_sentence(model, "ONNX"), torch.no_grad():
+        names = list(outputs(**inputs))
+        return write_onnx(
+            outputs, inputs, _axes(inputs), names, target, lambda run: _check(model, outputs, example, run, "ONNX")
         )
-    with atomic_path(target) as temporary:
-        program.save(str(temporary), external_data=False)
-        with _one_sentence(model, "ONNX"):
-            session = onnx_session(temporary)
-
-            def run(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-                names = [output.name for output in session.get_outputs()]
-                return dict(zip(names, map(torch.from_numpy, onnx_pass(session, given)())))
-
-            difference = _check(model, outputs, example, run, "ONNX")
-    return difference
 
 
 def export_program(model: PreTrainedModel, example: Example, target: "str | Path") -> float:
@@ -161,16 +102,10 @@ def export_program(model: PreTrainedModel, example: Example, target: "str | Path
     :func:`export_onnx`; there is no limit of size.
     """
     target = Path(target)
-    if target.is_dir():
-        raise HeadPruningError(f"{target} is a folder; name a file to write, such as {target / 'model.pt2'}.")
+    check_file(target, ".pt2")
     inputs = dict(example(2, 16))
     outputs = _Exportable(model, list(inputs))
-    with _one_sentence(model, "torch.export"), torch.no_grad():
+    with one_sentence(model, "torch.export"), torch.no_grad():
         axes = _axes(inputs, free=torch.export.Dim.AUTO)
         program = torch.export.export(outputs, (), kwargs=inputs, dynamic_shapes=axes, strict=False)
-        difference = _check(model, outputs, example, lambda given: program.module()(**given), "torch.export")
-    with atomic_path(target) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with temporary.open("wb") as file:  # a path would be warned of unless it ends in .pt2
-            torch.export.save(program, file)
-    return difference
+        return write_program(program, target, lambda run: _check(model, outputs, example, run, "torch.export"))

@@ -7,6 +7,7 @@ from typing import Any, Iterator, Optional
 from torch import nn
 
 from head_pruning import AttentionSite
+from head_pruning.compact import mixes_positions
 from head_pruning.surgery import Blocks, SitePlan, columns_of, rows_of
 
 from .forwards import Forward, names_in, read_forward, without_heads
@@ -22,7 +23,12 @@ READ_WIDTH = re.compile(
     r"\.(view|reshape)\([^()]*((?<!self\.)\b(embed_dim|hidden_size|hidden_dim)|// self\.num_(attention_)?heads)\s*\)"
 )
 # Arguments with a slice per head: the heads' dimension, and whether the examples come first in it.
-HEAD_ARGUMENTS = {"position_bias": (-3, False), "relative_position_bias": (-3, False), "alibi": (-3, True)}
+HEAD_ARGUMENTS = {
+    "position_bias": (-3, False),
+    "relative_position_bias": (-3, False),
+    "alibi": (-3, True),
+    "extended_predict_attention_mask": (-4, False),  # ProphetNet
+}
 # Modules around attention that make a bias per head, which is added to the mask.
 BIASES = ("relative_position_bias", "shared_position_bias")
 
@@ -51,9 +57,10 @@ def _plan(model: nn.Module, site: AttentionSite) -> SitePlan:
     forward = read_forward(type(core))
     for projection in (*site.projections, site.out_proj):
         _check_projection(projection, model.get_submodule(projection))
-    rows = {projection: _rows(model, site, projection) for projection in site.projections}
-    others = _other_tensors(model, site, name)
-    hooks = tuple(_hooks(model, site, name, site.out_proj[len(name) + 1 :]))
+    norms = _norms_of_all(model, site, name)
+    rows = {each: _rows(model, site, each) for each in site.projections if each not in norms.values()}
+    others = _other_tensors(model, site, name, tuple(norms))
+    hooks = (*_takes(model, site, norms), *_hooks(model, site, name, site.out_proj[len(name) + 1 :]))
     per_group = 1 if others or hooks else _per_group(site, rows)
     tensors = columns_of(model, site.out_proj, _of_queries(((1, site.head_dim),), per_group))
     for projection, blocks in rows.items():
@@ -61,13 +68,12 @@ def _plan(model: nn.Module, site: AttentionSite) -> SitePlan:
         tensors += rows_of(model, projection, (*queries, *blocks[1:]))
     tensors += others
     out = site.out_proj[len(name) + 1 :] if site.out_proj.startswith(f"{name}.") else None
-    drop = [projection[len(name) + 1 :] for projection in site.projections]
+    drop = [whole[len(name) + 1 :] for whole in (*site.projections, *norms)]
+    drop += [options["table"] for kind, _, options in hooks if kind == "rearrange"]
     drop += [tensor[len(name) + 1 :] for tensor, _, _ in tensors if tensor.startswith(f"{name}.")]
     drop = [each for each in dict.fromkeys(drop) if out is None or not each.startswith(f"{out}.")]
     drop = [each for each in drop if not any(each.startswith(f"{other}.") for other in drop)]
-    options = None
-    if not any(kind == "shared_bias" and bias["table"] for kind, _, bias in hooks):
-        options = without_heads(core, out, drop, site.kind)
+    options = without_heads(core, out, drop, site.kind, "position_bias" if _makes_shared_bias(core) else None)
     empty = (site.out_proj, None) if options is None else (name, options)
     counts = tuple(_counts(core, name, site, forward, per_group))
     return SitePlan(tuple(tensors), counts, hooks, empty, per_group=per_group)
@@ -130,14 +136,40 @@ def _rows(model: nn.Module, site: AttentionSite, name: str) -> Blocks:
     return (1, site.head_dim), (1, key), (1, key)
 
 
-def _other_tensors(model: nn.Module, site: AttentionSite, core: str) -> list[tuple[str, int, Blocks]]:
-    """The tensors with slices per head that are no projections. Raises _Refused for parameters that are not known."""
-    projections = [*site.projections, site.out_proj]
+def _norms_of_all(model: nn.Module, site: AttentionSite, core: str) -> dict[str, str]:
+    """Norms over the queries or the keys of all heads at once, with the projections that they read."""
+    if len(site.projections) != 3:
+        return {}
+    query, key, value = site.projections
+    sizes = [model.get_submodule(projection).weight.shape[0] for projection in site.projections]
+    found = {}
+    for name, module in model.get_submodule(core).named_modules():
+        leaf = re.match(r"(?:(q)|k)(?:uery|ey)?(?:_|$|norm|layer)", name.rpartition(".")[2])
+        parameters = list(module.parameters(recurse=False))
+        if leaf and "Norm" in type(module).__name__ and parameters:
+            size = sizes[0 if leaf[1] else 1]
+            if size > sizes[2] // site.heads and {tuple(each.shape) for each in parameters} == {(size,)}:
+                found[f"{core}.{name}"] = query if leaf[1] else key
+    return found
+
+
+def _takes(model: nn.Module, site: AttentionSite, norms: dict[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for norm, projection in norms.items():
+        yield "take", norm, {"width": model.get_submodule(projection).weight.shape[0] // site.heads}
+
+
+def _other_tensors(
+    model: nn.Module, site: AttentionSite, core: str, norms: tuple[str, ...]
+) -> list[tuple[str, int, Blocks]]:
+    """The tensors with slices per head that are no projections, nor ``norms`` of all heads. Raises _Refused for
+    parameters that are not known.
+    """
+    projections = [*site.projections, site.out_proj, *norms]
     module = model.get_submodule(core)
     if _makes_shared_bias(module):
         projections.append(f"{core}.relative_attention_bias")
-    if hasattr(module, "get_predict_relative_pos_embeddings"):
-        raise _Refused("its code mixes the heads in the relative positions of the predicted stream")
+    if hasattr(module, "relative_pos_embeddings") and not mixes_positions(type(module)):
+        raise _Refused("it is not known how its code reads the relative positions")
     if getattr(module, "init_option", "") == "original" and module.num_landmarks != module.seq_len:
         raise _Refused("its inverse starts from the largest value of all heads")
     found: dict[str, tuple[str, int, Blocks]] = {}
@@ -153,8 +185,6 @@ def _other_tensors(model: nn.Module, site: AttentionSite, core: str) -> list[tup
             projection = full.rpartition(".")[0]
             wide = model.get_submodule(projection).weight.shape[0]
             blocks = ((1, _per_head(wide, site, full)),)
-            if where == "buckets":
-                blocks = ((1, 1),) * (wide // site.heads)
             found.update({entry[0]: entry for entry in rows_of(model, projection, blocks)})
         elif _of_each_head(model, site, full, parameter):
             found[full] = (full, 0, ((1, _per_head(parameter.shape[0], site, full)),))
@@ -184,7 +214,7 @@ def _of_each_head(model: nn.Module, site: AttentionSite, name: str, parameter: n
     leaf = name.rpartition(".")[0].rpartition(".")[2]
     if "Norm" not in type(module).__name__ or not re.match(r"(q|k|qk|query|key|v|value)(_|$|norm|layer)", leaf):
         raise _Refused(f"it is not known which of its heads use the parameter {name}")
-    if parameter.ndim == 2 and not isinstance(module, nn.LayerNorm):
+    if parameter.ndim == 2 and len(getattr(module, "normalized_shape", "1")) == 1:
         return True
     widths = {model.get_submodule(p).weight.shape[0] // site.heads for p in site.projections}
     if parameter.ndim == 1 and any(width % parameter.shape[0] == 0 for width in widths):
@@ -252,6 +282,8 @@ def _hooks(
     if hasattr(core, "has_relative_attention_bias") and "position_bias" in forward.parameters:
         table = "relative_attention_bias" if _makes_shared_bias(core) else None
         yield "shared_bias", name, {"output": 1, "table": table}
+    if hasattr(core, "relative_pos_embeddings"):
+        yield "rearrange", name, {"table": "relative_pos_embeddings", "buckets": core.num_buckets}
     leaf = site.projections[0].rpartition(".")[2]
     if FUSED_ROWS.get(f"{leaf} {out}") == "parts":
         options = {"parts": PARTS, "blocks": 3, "width": site.head_dim, "projection": leaf, "out": out}
@@ -264,7 +296,9 @@ def _queries(core: nn.Module) -> int:
 
 def _mask_per_head(model: nn.Module, site: AttentionSite, forward: Forward) -> bool:
     """Whether the attention mask may come with a slice per head: ProphetNet's does, others with a bias added."""
-    if "num_attn_heads, 1, src_len" in forward.text or "alibi" in forward.parameters:
+    if "num_attn_heads, 1, src_len" in forward.text:
+        return True
+    if {"alibi", "extended_predict_attention_mask"} & set(forward.parameters):
         return True
     path = site.name
     while path:

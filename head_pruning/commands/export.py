@@ -1,4 +1,8 @@
-"""``head-pruning export``: a pruned model for others to use."""
+"""``head-pruning export``: a pruned model for others to use.
+
+``onnx`` and ``torch-export`` are one forward pass, of a translation model with the target known. They do not decode
+step by step: beam search stays with the framework, which decodes the compact model.
+"""
 
 import argparse
 from pathlib import Path
@@ -18,7 +22,8 @@ def add_command(commands) -> None:
         required=True,
         metavar="FORMAT",
         help="masked: an ordinary model whose removed heads are zero; compact: a smaller and faster model; onnx and "
-        "torch-export: the compact model for a runtime; compressed: one file of tensors without their zeros",
+        "torch-export: one forward pass of the compact model, for a runtime; compressed: one file of tensors without "
+        "their zeros",
     )
     command.add_argument("--mask", metavar="FILE", help="head mask to apply instead of the model's own")
     command.set_defaults(run=_run)

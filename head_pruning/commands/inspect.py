@@ -3,16 +3,22 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
+
+import torch
+from torch import nn
 
 from ..errors import HeadPruningError
 from ..hosts import HostModel, find_host, kept_heads
 from ..report.plots import plot_head_masks
 from ..report.sizes import Sizes, mac_bound, measure_sizes
-from ..report.tables import text_table
-from ..surgery import recipe_of, remove_heads
+from ..report.tables import head_table, text_table
+from ..surgery import query_heads_left, recipe_of, remove_heads
 from ..unit_map import full_mask
 from .options import count, given_mask, note, print_json, short
+
+TOLD_OF_WEIGHTS = ("method", "weights_kept", "weights_total", "density")  # of pruning.json
+DENSE = 0.05  # at most this share of zeros is that of an unpruned model: the embedding of padding
 
 
 def add_command(commands) -> None:
@@ -31,12 +37,13 @@ def _run(args: argparse.Namespace) -> None:
     note(f"loading {args.model}")
     loaded = host.load(Path(args.model), given_mask(args.mask))
     mask = kept_heads(loaded) or full_mask(loaded.unit_map)
+    queries = _query_heads(loaded)
     found = describe(loaded, args.length)
     if args.json:
         print_json({"model": args.model, "host": host.name, **found})
     else:
         print(f"{args.model}: {found['class']} of {host.name}, {found['state']}")
-        print(f"{mask}\n")
+        print(f"{head_table(mask, queries)}\n")
         print(_sizes_table(found))
     if args.plot:
         plot_head_masks({short(args.model): mask}, args.plot)
@@ -47,6 +54,10 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
     if length < 1:
         raise HeadPruningError(f"--length {length} is no number of tokens; give 1 or more.")
     mask = kept_heads(loaded)
+    queries = _query_heads(loaded)
+    told = loaded.weights if isinstance(loaded.weights, Mapping) else {}
+    weights = {name: told[name] for name in TOLD_OF_WEIGHTS} if told.keys() >= set(TOLD_OF_WEIGHTS) else None
+    zeros = _zeros(loaded.model)
     compact = recipe_of(loaded.model) is not None
     pending = loaded.mask is not None and not loaded.mask.keep.all()
     inputs = loaded.example(1, length)
@@ -62,7 +73,9 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
     shown = mask or full_mask(loaded.unit_map)
     return {
         "class": name,
-        "state": _state(compact, pending),
+        "state": _state(compact, pending, weights is not None, zeros),
+        "weights": weights,
+        "zeros_of_matrices": zeros,
         "heads_kept": shown.kept,
         "heads_total": int(shown.keep.size),
         "sites": [
@@ -71,6 +84,7 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
                 "kind": site.kind,
                 "heads": site.heads,
                 "kept": shown.keep[where].nonzero()[0].tolist(),
+                **_queries_of(queries.get(site.name)),
             }
             for site, where in shown.unit_map.slices()
         ],
@@ -81,9 +95,25 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
     }
 
 
-def _state(compact: bool, pending: bool) -> str:
-    words = ["compact"] * compact + ["with a head mask"] * pending
-    return ", ".join(words) or "dense"
+def _query_heads(loaded: HostModel) -> dict[str, tuple[list[int], int]]:
+    recipe = recipe_of(loaded.model)
+    return {} if recipe is None else query_heads_left(recipe)
+
+
+def _queries_of(queries: Optional[tuple[list[int], int]]) -> dict[str, Any]:
+    return {} if queries is None else {"query_heads": queries[1], "query_heads_kept": queries[0]}
+
+
+def _zeros(model: nn.Module) -> float:
+    """The share of exact zeros among the entries of the model's matrices; new biases are zero anyway."""
+    matrices = [parameter.detach() for parameter in model.parameters() if parameter.dim() > 1]
+    nonzero = sum(int(torch.count_nonzero(matrix)) for matrix in matrices)
+    return 1.0 - nonzero / max(1, sum(matrix.numel() for matrix in matrices))
+
+
+def _state(compact: bool, pending: bool, weights: bool, zeros: float) -> str:
+    words = ["compact"] * compact + ["with a head mask"] * pending + ["with pruned weights"] * weights
+    return ", ".join(words) or ("dense" if zeros <= DENSE else "with zeros of unknown origin")
 
 
 def _sizes_table(found: dict[str, Any]) -> str:
@@ -91,9 +121,16 @@ def _sizes_table(found: dict[str, Any]) -> str:
     lines = {"parameters": "parameters", "bytes": "bytes of parameters", "macs": f"MACs of {found['length']} tokens"}
     rows: list[tuple] = [(words, *(count(size[key]) for size in sizes.values())) for key, words in lines.items()]
     rows.append(("of them in attention", *(f"{size['attention_macs'] / size['macs']:.1%}" for size in sizes.values())))
-    first = "dense" if not found["state"].startswith("compact") else "now" if len(sizes) > 1 else "compact"
+    plain = "compact" if found["state"].startswith("compact") and len(sizes) == 1 else "now"
+    first = "dense" if found["state"] in ("dense", "with a head mask") else plain
     header = ("", first, *["compact"] * (len(sizes) - 1))
     table = text_table(header, rows)
+    weights = found["weights"]
+    if weights:
+        table += f"\nOf {weights['weights_total']:,} weights {weights['weights_kept']:,} are kept: a density of "
+        table += f"{weights['density']:.2%} ({weights['method']})."
+    if found["zeros_of_matrices"] > DENSE:
+        table += f"\nOf the entries of matrices {found['zeros_of_matrices']:.1%} are zero."
     if found["mac_bound"]:
         share = sizes["compact"]["parameters"] / sizes["now"]["parameters"]
         table += f"\nThe compact model has {share:.1%} of the parameters; by its MACs it can be "

@@ -1,7 +1,6 @@
 """``head-pruning show`` and ``head-pruning diff``: head masks, and where they differ."""
 
 import argparse
-from collections import defaultdict
 
 from ..hosts import read_mask
 from ..report.plots import plot_head_masks
@@ -17,7 +16,7 @@ def add_commands(commands) -> None:
     command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
     command.set_defaults(run=_show)
     command = commands.add_parser("diff", help="the heads that two masks share, and those that one has alone")
-    command.add_argument("first", help="a head mask file, or a pruned model")
+    command.add_argument("first", help="a head mask file, or a model, whose heads count as those of its original")
     command.add_argument("second", help="another of the same architecture")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
@@ -38,7 +37,7 @@ def _show(args: argparse.Namespace) -> None:
 
 def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[int]]]:
     """By site: the heads that both keep, and those that only one of them keeps."""
-    one, other = first.kept_heads(), defaultdict(list, second.kept_heads())  # sites without heads may be left out
+    one, other = first.kept_heads(), second.fitted(first.unit_map, "The other mask").kept_heads()
     return {
         name: {
             "both": sorted(set(one[name]) & set(other[name])),
@@ -50,7 +49,7 @@ def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[in
 
 
 def _diff(args: argparse.Namespace) -> None:
-    first, second = read_mask(args.first), read_mask(args.second)
+    first, second = read_mask(args.first, dense=True), read_mask(args.second, dense=True)
     overlap = first.compare(second)
     sites = difference(first, second)
     if args.json:

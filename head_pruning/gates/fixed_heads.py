@@ -97,8 +97,7 @@ class GivenPruner(FixedPruner):
         path = self.config.head_mask_file
         old = Path(path).suffix == ".pt"
         mask = read_old_mask(path, self.unit_map) if old else HeadMask.load(path)
-        self.unit_map.check_same_heads(mask.unit_map, f"The head mask of {path}")
-        return mask.keep
+        return mask.fitted(self.unit_map, f"The head mask of {path}").keep
 
 
 register_pruner(name="random", config=RandomConfig, pruner=RandomPruner)

@@ -1,6 +1,6 @@
 """Plain-text tables."""
 
-from typing import Sequence
+from typing import Mapping, Optional, Sequence
 
 from ..unit_map import HeadMask
 
@@ -25,10 +25,26 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), ["---"] * len(header), *cells])
 
 
-def head_table(mask: HeadMask) -> str:
-    """The kept heads by site: one line per site, ``#`` for a head that stays and ``.`` for one that goes."""
-    rows = [
-        (name, "".join("#" if kept else "." for kept in keep), f"{sum(keep)}/{len(keep)}")
-        for name, keep in mask.by_site().items()
-    ]
-    return text_table(("site", "heads", "kept"), [*rows, ("all", "", f"{mask.kept}/{mask.keep.size}")])
+def head_table(mask: HeadMask, queries: Optional[Mapping[str, tuple[Sequence[int], int]]] = None) -> str:
+    """The kept heads by site: one line per site, ``#`` for a head that stays and ``.`` for one that goes.
+
+    Args:
+        mask: the heads.
+        queries: of sites whose heads are groups that lost single query heads: the query heads that stay, and how many
+            there were.
+    """
+    rows = [(name, _signs(keep), f"{sum(keep)}/{len(keep)}") for name, keep in mask.by_site().items()]
+    rows.append(("all", "", f"{mask.kept}/{mask.keep.size}"))
+    if not queries:
+        return text_table(("site", "heads", "kept"), rows)
+    more = {
+        name: (_signs([query in kept for query in range(total)]), f"{len(kept)}/{total}")
+        for name, (kept, total) in queries.items()
+    }
+    return text_table(
+        ("site", "heads", "kept", "query heads", "kept"), [(*row, *more.get(row[0], ("", ""))) for row in rows]
+    )
+
+
+def _signs(keep: Sequence[bool]) -> str:
+    return "".join("#" if kept else "." for kept in keep)

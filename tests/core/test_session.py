@@ -1,6 +1,7 @@
 """The session on a small encoder-decoder: what it puts on, what it does in an update, what it takes off."""
 
 import copy
+import dataclasses
 import json
 import logging
 from dataclasses import replace
@@ -427,7 +428,9 @@ def test_given_heads_are_those_of_the_file(toy, tmp_path):
     mask = build(toy, "random", random_heads_seed=7)[1].head_mask()
     mask.save(tmp_path / "masks.safetensors")
     torch.save(torch.tensor(np.stack(np.split(mask.keep, len(mask.unit_map.attention)))), tmp_path / "mask5.pt")
-    for name in ("masks.safetensors", "mask5.pt"):
+    sites = (dataclasses.replace(site, name=f"task.{site.name}") for site in mask.unit_map.attention)
+    HeadMask(UnitMap(tuple(sites)), mask.keep).save(tmp_path / "task.safetensors")
+    for name in ("masks.safetensors", "mask5.pt", "task.safetensors"):
         model, session, _ = build(toy, "given", head_mask_file=str(tmp_path / name))
         assert session.at_target() and session.head_mask() == mask
         update(toy, model, session, 0)

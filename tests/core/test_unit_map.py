@@ -93,6 +93,43 @@ def test_a_mask_must_have_the_models_size(unit_map):
         HeadMask(unit_map, np.ones(5))
 
 
+def with_prefix(unit_map: UnitMap, prefix: str) -> UnitMap:
+    return UnitMap(tuple(site(prefix + each.name, each.heads, each.kind) for each in unit_map.attention))
+
+
+@pytest.mark.parametrize("mine, theirs", [("", "bert."), ("bert.", ""), ("a.", "a.b.a."), ("", "")])
+def test_a_mask_fits_a_model_with_and_without_a_prefix(unit_map, mine, theirs):
+    mask = HeadMask(with_prefix(unit_map, mine), [1, 0, 1, 0, 0, 1])
+    other = with_prefix(unit_map, theirs)
+    assert mask.fits(other) and mask.fitted(other).kept_heads() == {
+        f"{theirs}a": [0],
+        f"{theirs}b": [0],
+        f"{theirs}c": [0],
+    }
+    overlap = mask.compare(HeadMask(other, [1, 1, 1, 0, 0, 0]))
+    assert (overlap["both"], overlap["only_first"], overlap["only_second"]) == (2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "names, heads",
+    [
+        (("bert.a", "bert.b", "c"), (2, 3, 1)),  # not all of them
+        (("x.a", "y.b", "x.c"), (2, 3, 1)),
+        (("xa", "xb", "xc"), (2, 3, 1)),  # no dotted prefix
+        (("x.a", "x.b", "x.c"), (2, 4, 1)),
+        (("x.a", "x.c", "x.b"), (2, 1, 3)),
+        (("x.a", "x.b"), (2, 3)),
+        (("x.a", "x.b", "x.c", "x.d"), (2, 3, 1, 1)),
+    ],
+)
+def test_a_mask_of_another_architecture_does_not_fit(unit_map, names, heads):
+    other = UnitMap(tuple(site(name, size) for name, size in zip(names, heads)))
+    for mask, sites in ((full_mask(other), unit_map), (full_mask(unit_map), other)):
+        assert not mask.fits(sites)
+        with pytest.raises(HeadPruningError, match="The head mask belongs to another architecture .*differ in"):
+            mask.fitted(sites)
+
+
 @given(st.lists(st.booleans(), min_size=6, max_size=6), st.lists(st.booleans(), min_size=6, max_size=6))
 def test_comparison_counts_heads(one, two):
     unit_map = UnitMap((site("a", 2), site("b", 4)))

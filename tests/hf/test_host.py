@@ -1,5 +1,6 @@
 """Transformers as a host of the command: loading, example inputs, sizes and exports of many kinds of models."""
 
+import copy
 import json
 import shutil
 
@@ -17,6 +18,8 @@ from transformers import (
     EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -27,8 +30,10 @@ from head_pruning.hosts import kept_heads, read_mask
 from head_pruning.report.sizes import mac_bound, measure_sizes
 from head_pruning.surgery import remove_heads
 from head_pruning.weights import load_compressed, load_weight_masks, save_weight_masks, write_weight_artifacts
-from hf_plugin import host, prune_heads, save_pruned, unit_map
+from hf_plugin import host, prune_heads, save_compact, save_pruned, unit_map
 from hf_plugin.example import example_inputs
+from hf_plugin.heads import head_mask, mask_heads, remove_query_heads
+from hf_plugin.onnx_export import export_program
 from tests.hf.families import FAMILIES, make, missing
 from tests.macs import stack_macs
 
@@ -120,6 +125,21 @@ def test_all_exports_of_all_kinds_of_models(saved, name, tmp_path):
     torch.testing.assert_close(program(**inputs)["logits"], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["olmo2", "prophetnet"])
+def test_programs_of_heads_that_do_not_stand_alone(name, tmp_path):
+    """A norm over all heads, and positions that heads read from each other; batch and length stay free."""
+    family = next(family for family in FAMILIES if family.name == name)
+    if missing(family):
+        pytest.skip(missing(family))
+    model = copy.deepcopy(make(family).model)
+    sites = unit_map(model)
+    prune_heads(model, HeadMask(sites, np.arange(sites.num_heads) % 4 != 1))
+    assert (
+        export_program(model, lambda batch, length: example_inputs(model, batch, length), tmp_path / "program.pt2")
+        < 1e-5
+    )
+
+
 def test_a_model_is_loaded_in_the_class_of_its_config(saved):
     config = json.loads((saved("bart") / "config.json").read_text())
     del config["architectures"]
@@ -146,6 +166,151 @@ def test_a_run_on_a_compact_model_is_inspected_and_cut_out(tmp_path, capsys):
         assert compact.mask is None and [kept for kept in kept_heads(compact).kept_heads().values()] == [[], [0, 3]]
         with torch.no_grad():
             torch.testing.assert_close(compact.model(**compact.example(2, 6)).logits, expected, rtol=0, atol=1e-5)
+
+
+def _llama():
+    """4 query heads of 4 in 2 groups, two layers."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=40)).eval()
+
+
+def test_inspect_shows_single_query_heads_that_were_removed(tmp_path, capsys):
+    model = _llama()
+    remove_query_heads(model, {0: [1, 2]})
+    prune_heads(model, {1: [0]})
+    save_compact(model, tmp_path)
+    main(["inspect", str(tmp_path), "--length", "8", "--json"])
+    first, second = json.loads(capsys.readouterr().out)["sites"]
+    assert (first["kept"], first["query_heads_kept"], first["query_heads"]) == ([0, 1], [0, 3], 4)
+    assert second["kept"] == [1] and "query_heads" not in second  # a whole group
+    main(["inspect", str(tmp_path), "--length", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if first["site"] in line).split()[1:] == ["##", "2/2", "#..#", "2/4"]
+    assert next(line for line in lines if second["site"] in line).split()[1:] == [".#", "1/2"]
+
+
+def test_inspect_tells_that_weights_were_pruned(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(BertConfig(**SIZES, vocab_size=40, max_position_embeddings=64)).eval()
+    model.save_pretrained(tmp_path / "dense")
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "encoder" in name}
+    masks = {name: torch.arange(p.numel()).reshape(p.shape) % 4 == 0 for name, p in matrices.items()}
+    for name, p in matrices.items():
+        p.data *= masks[name]
+    for folder in ("told", "untold"):
+        model.save_pretrained(tmp_path / folder)
+    write_weight_artifacts(tmp_path / "told", masks, dict(model.named_parameters()), method="platon", options={})
+
+    def inspect(folder, *more):
+        main(["inspect", str(tmp_path / folder), "--length", "8", *more])
+        return capsys.readouterr().out
+
+    found = json.loads(inspect("told", "--json"))
+    total = sum(p.numel() for p in matrices.values())
+    assert found["state"] == "with pruned weights" and found["heads_kept"] == 8
+    assert found["weights"] == {
+        "method": "platon",
+        "weights_kept": total // 4,
+        "weights_total": total,
+        "density": 0.25,
+    }
+    every = [p for p in model.parameters() if p.dim() == 2]
+    zeros = sum(int((p == 0).sum()) for p in every) / sum(p.numel() for p in every)
+    assert found["zeros_of_matrices"] == pytest.approx(zeros) and zeros > 0.3
+    assert "density of 25.00% (platon)" in inspect("told") and "dense" not in inspect("told")
+    found = json.loads(inspect("untold", "--json"))
+    assert found["weights"] is None and found["state"] == "with zeros of unknown origin"
+    assert f"{zeros:.1%} are zero" in inspect("untold") and "dense" not in inspect("untold")
+    assert json.loads(inspect("dense", "--json"))["state"] == "dense"
+
+
+@pytest.fixture
+def rounds(tmp_path):
+    """Folders of one model: dense, masked once, without those heads, and the latter masked and cut again."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SIZES, vocab_size=40)).eval()
+    sites = unit_map(model)
+    model.save_pretrained(tmp_path / "dense")
+    save_pruned(model, HeadMask(sites, np.array([0, 0, 0, 0, 1, 0, 1, 1])), tmp_path / "masked")
+    host.exports["compact"](tmp_path / "masked", tmp_path / "compact", None)
+    model = host.load_model(tmp_path / "compact")
+    save_pruned(model, HeadMask(unit_map(model), np.array([True, False, True])), tmp_path / "again")
+    host.exports["compact"](tmp_path / "again", tmp_path / "smaller", None)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both", "only_first", "only_second"),
+    [
+        ("compact", "again", [0, 3], [2], []),
+        ("again", "masked", [0, 3], [], [2]),
+        ("smaller", "masked", [0, 3], [], [2]),
+        ("again", "smaller", [0, 3], [], []),
+        ("again/masks.safetensors", "compact/masks.safetensors", [0, 3], [], [2]),
+        ("dense", "smaller", [0, 3], [1, 2], []),
+        ("compact", "dense", [0, 2, 3], [], [1]),
+    ],
+)
+def test_diff_numbers_heads_as_in_the_original(rounds, first, second, both, only_first, only_second, capsys):
+    main(["diff", str(rounds / first), str(rounds / second), "--json"])
+    found = json.loads(capsys.readouterr().out)["sites"]
+    site = found["bert.encoder.layer.1.attention"]
+    assert site == {"both": both, "only_first": only_first, "only_second": only_second}
+    assert found["bert.encoder.layer.0.attention"]["both"] == []
+
+
+def test_heads_found_with_a_task_head_are_cut_from_the_base_and_back(rounds, tmp_path, capsys):
+    whole = host.load_model(rounds / "dense")
+    whole.bert.save_pretrained(tmp_path / "base")
+    mask = HeadMask.load(rounds / "masked" / "masks.safetensors")
+    base = mask.fitted(unit_map(whole.bert))
+    assert set(base.by_site()) == {name.removeprefix("bert.") for name in mask.by_site()}
+    base.save(tmp_path / "base.safetensors")
+    ids = torch.arange(1, 13).reshape(2, 6)
+    with head_mask(whole, base), torch.no_grad():
+        expected = whole.bert(ids).last_hidden_state
+    small = prune_heads(copy.deepcopy(whole.bert), mask)
+    assert small.kept_heads() == base.kept_heads() == mask_heads(copy.deepcopy(whole.bert), mask).kept_heads()
+    for model, file, read in (
+        ("base", rounds / "masked" / "masks.safetensors", lambda model: model),
+        ("dense", tmp_path / "base.safetensors", lambda model: model.bert),
+    ):
+        for format in ("compact", "masked"):
+            main(["export", str(tmp_path / model), str(tmp_path / format), "--to", format, "--mask", str(file)])
+            loaded = host.load(tmp_path / format)
+            with torch.no_grad():
+                found = read(loaded.model)(ids).last_hidden_state
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            assert kept_heads(loaded).kept == 3
+        capsys.readouterr()
+        main(["inspect", str(tmp_path / model), "--mask", str(file), "--length", "8", "--json"])
+        told = json.loads(capsys.readouterr().out)
+        assert [site["kept"] for site in told["sites"]] == [[], [0, 2, 3]] and told["mac_bound"] > 1
+        assert all(site["site"].startswith("bert.") == (model == "dense") for site in told["sites"])
+    main(["diff", str(rounds / "again"), str(tmp_path / "base.safetensors"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["sites"]["bert.encoder.layer.1.attention"] == {"both": [0, 3], "only_first": [], "only_second": [2]}
+    assert (found["both"], found["only_second"]) == (2, 1)
+
+
+def test_diff_of_models_that_lost_query_heads_or_weights(rounds, tmp_path, capsys):
+    model = _llama()
+    model.save_pretrained(tmp_path / "whole")
+    remove_query_heads(model, {0: [0]}, expand=True)
+    prune_heads(model, {1: [0]})
+    save_pruned(model, HeadMask(unit_map(model), np.array([True, False, False, True])), tmp_path / "llama")
+    main(["diff", str(tmp_path / "whole"), str(tmp_path / "llama"), "--json"])
+    found = json.loads(capsys.readouterr().out)["sites"]
+    assert [(site["both"], site["only_first"]) for site in found.values()] == [([0], [1]), ([1], [0])]
+    dense = dict(host.load_model(rounds / "dense").named_parameters())
+    write_weight_artifacts(
+        rounds / "dense", {name: p != 0 for name, p in dense.items()}, dense, method="platon", options={}
+    )
+    main(["diff", str(rounds / "dense"), str(rounds / "compact"), "--json"])
+    assert json.loads(capsys.readouterr().out)["kept"] == [8, 3]
+    for pair in (("whole", "compact"), ("llama", "again")):
+        with pytest.raises(SystemExit, match="another architecture"):
+            main(["diff", *(str(tmp_path / folder) for folder in pair)])
 
 
 def test_example_inputs_of_two_models_in_one():

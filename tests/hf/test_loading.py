@@ -14,6 +14,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -35,14 +36,18 @@ from head_pruning.surgery import heads_left, remove_heads
 from head_pruning.unit_map import full_mask, mask_without
 from hf_plugin import mark_compact, save_compact, save_pruned, unit_map
 from hf_plugin.compact_heads import CompactModel, auto_map
+from hf_plugin.heads import mask_heads, prune_heads
 from hf_plugin.loading import HeadPruningConfig
 from tests.hf import few_models
+from tests.hf.families import FAMILIES
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 ROOT = Path(__file__).parents[2]
 AUTO = {
     "bert": "AutoModelForSequenceClassification",
     "llama": "AutoModelForCausalLM",
+    "olmo2": "AutoModelForCausalLM",
+    "prophetnet": "AutoModelForSeq2SeqLM",
     "t5": "AutoModelForSeq2SeqLM",
     "vit": "AutoModelForImageClassification",
 }
@@ -50,9 +55,18 @@ CODE = "compact_heads.py"
 
 
 def dense(name):
-    if name != "vit":
+    if name in few_models.MODELS:
         return few_models.make(name)
     torch.manual_seed(7)
+    if name != "vit":
+        sizes = next(family.overrides for family in FAMILIES if family.name == name)
+        model = (
+            getattr(transformers, AUTO[name]).from_config(AutoConfig.for_model(name, **copy.deepcopy(sizes))).eval()
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
     return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, initializer_range=0.3)).eval()
 
@@ -60,7 +74,8 @@ def dense(name):
 def inputs(name):
     if name == "vit":
         return {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))}
-    return {key: value for key, value in few_models.batch_of(name).items() if name == "t5" or key != "labels"}
+    targets = AUTO[name] == "AutoModelForSeq2SeqLM"
+    return {key: value for key, value in few_models.batch_of(name).items() if targets or key != "labels"}
 
 
 def outputs(model, name):
@@ -79,8 +94,14 @@ def uneven(units):
 def cut(name):
     model = dense(name)
     units = unit_map(model)
-    remove_heads(model, units, uneven(units))
+    remove_heads(model, units, (first_layers if name == "t5" else uneven)(units))
     return model
+
+
+def first_layers(units):
+    """Without all heads of the first layers, which make the position bias of T5, and head 0 of the others."""
+    firsts = {next(site for site in units.attention if site.kind == kind) for kind in units.kinds()}
+    return mask_without(units, {site.name: range(site.heads) if site in firsts else [0] for site in units.attention})
 
 
 @pytest.fixture(scope="module")
@@ -550,6 +571,37 @@ def test_generate_with_a_cache(folders):
         assert cached.shape[1] >= 6 and torch.equal(cached, model.generate(ids, use_cache=False, **options))
 
 
+def test_emptied_layers_that_make_the_position_bias(folders, tmp_path):
+    """Both routes, copies, pickles, generation, and pruned again."""
+    mask = heads_left(cut("t5"))
+    twin = dense("t5")
+    mask_heads(twin, mask)
+    loaded = [AutoModelForSeq2SeqLM.from_pretrained(folders / "t5", **o) for o in ({}, {"trust_remote_code": True})]
+    for model in (*loaded, copy.deepcopy(loaded[0]), pickle.loads(pickle.dumps(loaded[0]))):
+        assert difference(model, twin, "t5") < 1e-5
+        first = model.decoder.block[0].layer[0].SelfAttention
+        names = {name for name, parameter in first.named_parameters() if parameter.numel()}
+        assert type(first).__name__ == "NoHeads" and names == {"relative_attention_bias.weight"}
+        for more in ({}, {"num_beams": 3}):
+            found, expected = (
+                each.generate(few_models.batch_of("t5")["input_ids"], max_new_tokens=8, do_sample=False, **more)
+                for each in (model, twin)
+            )
+            assert torch.equal(found, expected)
+    other = copy.deepcopy(loaded[0])
+    with torch.no_grad():
+        other.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(-1)
+    assert difference(loaded[0], twin, "t5") < 1e-5 and difference(other, twin, "t5") > 1e-3
+    again = {site.name: [1] for site in mask.unit_map.attention}
+    for model in loaded:
+        kept = prune_heads(model, again)
+        model.save_pretrained(tmp_path)
+        mask_heads(twin, again)
+        assert kept == mask_without(mask.unit_map, again, mask)
+        for each in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path)):
+            assert difference(each, twin, "t5") < 1e-5
+
+
 def test_pipelines(tmp_path):
     model, tokenizer = tiny_bert(), words(tmp_path)
     remove_heads(model, unit_map(model), uneven(unit_map(model)))
@@ -575,14 +627,18 @@ def test_new_task_heads_train(folders, tmp_path):
 
 
 def test_code_that_travels_is_what_is_tested_here(folders):
-    """The travelling file is the two files of the package and nothing else."""
+    """The travelling file is the three files of the package and nothing else."""
     code = (folders / "bert" / CODE).read_text()
+    reading = (ROOT / "head_pruning" / "returned.py").read_text()
     core = (ROOT / "head_pruning" / "compact.py").read_text()
     own = (ROOT / "hf_plugin" / "compact_heads.py").read_text()
-    assert core in code
-    rest = code.replace(core, "")
-    missing = [line for line in own.splitlines() if line.strip() and line not in rest]
-    assert missing == ["from head_pruning.compact import ATTRIBUTE, apply_recipe"]
+    assert reading in code
+    rest = code.replace(reading, "")
+    missing = [line for line in (core + own).splitlines() if line.strip() and line not in rest]
+    assert missing == [
+        "from head_pruning.returned import parsed_forward, placed, return_options, returned_values",
+        "from head_pruning.compact import ATTRIBUTE, apply_recipe",
+    ]
     assert not any(
         line.lstrip().startswith(("import head_pruning", "from head_pruning")) for line in code.splitlines()
     )
