@@ -15,13 +15,14 @@ from omegaconf import open_dict
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.hosts import HostModel
 from head_pruning.surgery import heads_left, remove_heads
+from head_pruning.weights import weight_report
 
 from .example import SPECIALS, example
 from .export import TASK_SUFFIX, compact, load_checkpoint, masked
 from .programs import export_onnx, export_program
 from .state import KEEP, RECIPE, mask_of_state, split_state
 from .unit_map import unit_map
-from .weights import stored_masks, zero_weights
+from .weights import stored_masks, stored_method, zero_weights
 
 name = "fairseq"
 
@@ -45,7 +46,8 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     """
     whole = load_checkpoint(path)
     weights, stored = split_state(whole["model"])
-    zero_weights(weights, stored_masks(whole))
+    masks = stored_masks(whole)
+    zero_weights(weights, masks)
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
     if mask is None and KEEP in stored:
         mask = mask_of_state(stored)
@@ -60,7 +62,10 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     sites = unit_map(model)
     if mask is not None:
         sites.check_same_heads(mask.unit_map, "The head mask")
-    return HostModel(model, sites, mask, lambda batch, length: example(model, batch, length))
+    told = None
+    if masks:
+        told = weight_report(masks, dict(model.named_parameters()), method=stored_method(whole), options={})
+    return HostModel(model, sites, mask, lambda batch, length: example(model, batch, length), told)
 
 
 def build_model(state: dict, weights: Mapping[str, torch.Tensor]) -> BaseFairseqModel:

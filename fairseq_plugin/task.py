@@ -54,11 +54,12 @@ class HeadPruningMixin:
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False):
         """Build the model and, in training, put the gates on."""
+        pruners = [] if from_checkpoint else build_pruners(self.options)  # a stored model brings its mask
+        for pruner in pruners:
+            pruner.check_options()
         model = super().build_model(cfg, from_checkpoint)
-        if not from_checkpoint:  # a stored model brings its mask and needs no method
-            pruners = build_pruners(self.options)
-            if pruners:
-                self._start_session(model, pruners)
+        if pruners:
+            self._start_session(model, pruners)
         return model
 
     def _start_session(self, model, pruners: list[Pruner]) -> None:

@@ -104,6 +104,11 @@ def stored_masks(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: unpack_mask(packed, stored["shapes"][name]) for name, packed in stored["masks"].items()}
 
 
+def stored_method(state: Mapping[str, Any]) -> str:
+    """The registered names of the weight pruners of a whole checkpoint, joined by ``+``; empty when there are none."""
+    return "+".join(((state.get("extra_state") or {}).get(KEY) or {"pruners": []})["pruners"])
+
+
 def zero_weights(weights: dict, masks: Mapping[str, torch.Tensor]) -> None:
     """Zero, in place, what the masks remove of a model state dict."""
     for name, mask in masks.items():

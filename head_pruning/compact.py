@@ -131,9 +131,8 @@ class Rearrange:
         if values.ndim == 4:  # the main stream
             return values.index_select(-1, index).flatten(-2)
         examples, streams, tokens = values.shape[:3]
-        rows = values.permute(0, 2, 1, 4, 3).flatten(
-            0, 3
-        )  # from one shape to the other in one step, torch.export wants even lengths
+        # Through one dimension: from one shape to the other in one step, torch.export wants even lengths.
+        rows = values.permute(0, 2, 1, 4, 3).flatten(0, 3)
         read = rows.unflatten(0, (examples, streams, self.heads, tokens)).index_select(2, index)
         stay = read.flatten(0, 3).unflatten(0, (examples, tokens, streams, len(self.kept)))
         return stay.permute(0, 2, 1, 4, 3).flatten(-2)

@@ -114,7 +114,7 @@ def read_mask(path: "str | Path", *, dense: bool = False) -> HeadMask:
         return HeadMask.load(path)
     if path.is_dir() and (path / MASKS_FILE).is_file() and not (dense and not holds_heads(path / MASKS_FILE)):
         mask = HeadMask.load(path / MASKS_FILE)
-        recipe = find_host(path).recipe(path) if _is_model(path) else None
+        recipe = _recipe(path)
         return mask if recipe is None else mask_of_original(recipe, mask)
     loaded = find_host(path).load(path, None)
     mask = kept_heads(loaded)
@@ -131,6 +131,17 @@ def holds_heads(path: "str | Path") -> bool:
     """
     _, metadata = read_safetensors(path)
     return "unit_map" in metadata or "weight_shapes" not in metadata
+
+
+def _recipe(folder: Path) -> Optional[Mapping[str, Any]]:
+    """The recipe of removed heads in a folder with a mask; None where it is no model of an installed host."""
+    if not _is_model(folder):
+        return None
+    try:
+        host = find_host(folder)
+    except HeadPruningError:
+        return None
+    return host.recipe(folder)
 
 
 def _is_model(folder: Path) -> bool:

@@ -18,6 +18,10 @@ class Adamax(torch.optim.Adamax):
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
         """One step; see :class:`torch.optim.Adamax`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()  # of the weights before their decay, as in torch's AdamW
         decays = [group["weight_decay"] for group in self.param_groups]
         for group, decay in zip(self.param_groups, decays):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -25,7 +29,8 @@ class Adamax(torch.optim.Adamax):
                 torch._foreach_mul_(parameters, 1.0 - float(group["lr"]) * decay)
             group["weight_decay"] = 0.0
         try:
-            return super().step(closure)
+            super().step()
+            return loss
         finally:
             for group, decay in zip(self.param_groups, decays):
                 group["weight_decay"] = decay

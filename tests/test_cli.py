@@ -116,6 +116,13 @@ def test_show_prints_compares_and_draws(unit_map, tmp_path, call):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_mask_beside_a_configuration_that_is_no_models(call, unit_map, tmp_path):
+    HeadMask(unit_map, np.arange(8) % 2 == 0).save(tmp_path / "masks.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "masks.safetensors"):
+        assert "4/8" in call("show", path)
+
+
 @pytest.mark.parametrize("content", [None, b"not a mask"])
 def test_show_refuses_what_is_no_mask_with_one_sentence(tmp_path, content, call):
     path = tmp_path / "mask.safetensors"

@@ -105,10 +105,14 @@ def _queries_of(queries: Optional[tuple[list[int], int]]) -> dict[str, Any]:
 
 
 def _zeros(model: nn.Module) -> float:
-    """The share of exact zeros among the entries of the model's matrices; new biases are zero anyway."""
+    """The share of exact zeros among the entries of the model's matrices; new biases are zero anyway.
+
+    Quantized matrices do not count: their entries are not what they hold.
+    """
     matrices = [parameter.detach() for parameter in model.parameters() if parameter.dim() > 1]
-    nonzero = sum(int(torch.count_nonzero(matrix)) for matrix in matrices)
-    return 1.0 - nonzero / max(1, sum(matrix.numel() for matrix in matrices))
+    plain = [matrix for matrix in matrices if type(matrix) is torch.Tensor and matrix.is_floating_point()]
+    zeros = sum(matrix.numel() - int(torch.count_nonzero(matrix)) for matrix in plain)
+    return zeros / max(1, sum(matrix.numel() for matrix in plain))
 
 
 def _state(compact: bool, pending: bool, weights: bool, zeros: float) -> str:

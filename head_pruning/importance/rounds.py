@@ -41,7 +41,7 @@ class RoundsReport:
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             entries, theirs = data["rounds"], UnitMap.from_dict(data["unit_map"])
-            if data["settings"] != self.settings or not entries:
+            if _set(data["settings"]) != _set(self.settings) or not entries:
                 return
         except (KeyError, TypeError, ValueError) as error:
             raise HeadPruningError(f"{self.path} is damaged ({error!r}); move it away to start anew.") from error
@@ -67,6 +67,11 @@ class RoundsReport:
         result.mask.save(self.path.parent / MASKS_FOLDER / f"heads{result.mask.kept}.safetensors")
         write_json(self.path, {"settings": self.settings, "unit_map": self.unit_map.to_dict(), "rounds": self.entries})
         return entry
+
+
+def _set(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are set: a file may be older than one of them."""
+    return {name: value for name, value in dict(settings).items() if value is not None}
 
 
 def fingerprint(path: "str | Path") -> dict[str, Any]:

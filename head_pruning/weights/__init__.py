@@ -7,6 +7,7 @@ from .artifacts import (
     save_compressed,
     save_weight_masks,
     unpack_mask,
+    weight_report,
     write_weight_artifacts,
 )
 from .pruner import WeightPruner
@@ -21,6 +22,7 @@ __all__ = [
     "save_compressed",
     "save_weight_masks",
     "unpack_mask",
+    "weight_report",
     "weight_targets",
     "write_weight_artifacts",
 ]

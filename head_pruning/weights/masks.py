@@ -74,7 +74,7 @@ class SignMasks(BoolMasks):
         self, portion: Portion, scores: Sequence[torch.Tensor], threshold: torch.Tensor, inclusive: bool
     ) -> None:
         for carrier, score in zip(portion.state[self.kind], scores):
-            # The sign of a difference of floats is exact, that of equal ones positive.
+            # The sign of a difference of floats is exact, that of equal ones positive: no score is -0.0.
             difference = score.sub_(threshold).neg_().add_(0.0).neg_() if inclusive else score.sub_(threshold)
             # Takes half the time of copysign, which calls a function for every few numbers.
             bits = carrier.view(torch.int32).bitwise_and_(~_SIGN)

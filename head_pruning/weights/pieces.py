@@ -46,7 +46,7 @@ class Portion:
         if number not in self._views or self._views[number][0] is not self._scratch.get(key):
             need = sum(shape.numel() for shape in self._shapes)
             if key not in self._scratch or self._scratch[key].numel() < need:
-                self._scratch[key] = torch.empty(need, device=self.device)
+                self._scratch[key] = torch.empty(need, dtype=torch.float32, device=self.device)
             parts = self._scratch[key][:need].split([shape.numel() for shape in self._shapes])
             self._views[number] = self._scratch[key], [part.view(s) for part, s in zip(parts, self._shapes)]
         return list(self._views[number][1])

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Callable, Optional, Sequence
 
 import torch
@@ -30,12 +30,16 @@ def each(portions: Sequence[Portion], work: Callable[[Portion], None]) -> None:
 
     waiting = iter(portions)  # all threads take from it: one call each costs less than one per portion
 
-    def share(_: int) -> None:
+    def share() -> None:
         with torch.no_grad():  # a setting of the thread
             for portion in waiting:
                 work(portion)
 
-    list(_workers(torch.get_num_threads()).map(share, range(threads)))
+    pool = _workers(torch.get_num_threads())
+    shares = [pool.submit(share) for _ in range(threads)]
+    wait(shares)  # also where one fails: nobody may still write when the caller goes on
+    for done in shares:
+        done.result()
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:

@@ -7,6 +7,7 @@ import torch
 from head_pruning import AttentionSite, HeadMask, HeadPruningError, UnitMap, full_mask
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, PruningRound, normalize_importance, pruning_rounds
+from head_pruning.importance.rounds import RoundsReport
 from head_pruning.unit_map import mask_without
 
 IMPORTANCE = np.array([0.5, 0.1, 0.9, 0.3, 0.7, 0.2])
@@ -218,3 +219,10 @@ def test_nothing_follows_an_empty_model(unit_map):
 def test_impossible_rounds_are_refused(unit_map, count):
     with pytest.raises(HeadPruningError, match="from 1 to 6"):
         next(pruning_rounds(unit_map, lambda mask: IMPORTANCE, lambda mask: 0.0, heads_per_round=count))
+
+
+def test_rounds_go_on_although_their_file_lacks_a_setting_that_is_not_set(tmp_path, unit_map):
+    RoundsReport(tmp_path, {"data": "a"}, unit_map).add(PruningRound(full_mask(unit_map), 1.0, None))
+    assert RoundsReport(tmp_path, {"data": "a", "first": None}, unit_map).start.mask.kept == 6
+    for other in ({"data": "a", "first": 5}, {"data": "b"}, {}):
+        assert RoundsReport(tmp_path, other, unit_map).start is None

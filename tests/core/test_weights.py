@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,8 @@ from torch import nn
 from head_pruning import AttentionSite, FeedForwardSite, HeadPruningError, PruningSession, UnitMap, build_pruner
 from head_pruning.registry import get_method, methods, option_fields
 from head_pruning.weights import load_weight_masks, save_weight_masks, weight_targets
+from head_pruning.weights.pieces import cut_into_portions
+from head_pruning.weights.workers import each
 
 TOTAL = 24
 CUBIC = {"final_threshold": 0.3, "warmup_steps": 4, "initial_warmup": 1, "final_warmup": 1, "deltaT": 3}
@@ -474,6 +478,51 @@ def test_portions_side_by_side_give_the_same(toy, name, monkeypatch):
 
     monkeypatch.setattr("head_pruning.weights.pieces.CPU_PORTION", 40)  # many portions
     assert same(trained(1), trained(2))
+
+
+def test_a_failure_on_one_portion_waits_for_the_others():
+    weights = [torch.zeros(4), torch.zeros(4)]
+    portions = cut_into_portions(weights, whole=True)
+    for portion in portions:
+        portion.values = portion.cut(weights)
+    begun, ended = threading.Event(), threading.Event()
+    turns = iter(range(2))
+
+    def work(portion) -> None:
+        if next(turns) == 0:
+            begun.wait()
+            raise ValueError("the first")
+        begun.set()
+        time.sleep(0.2)
+        ended.set()
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="the first"):
+            each(portions, work)
+        assert ended.is_set()
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_temporaries_are_float32_whatever_the_default(toy):
+    def trained(dtype: torch.dtype) -> list[torch.Tensor]:
+        model, optimizer, session, _ = start(toy)
+        after_step = session.after_step
+
+        def with_default() -> None:
+            torch.set_default_dtype(dtype)
+            try:
+                after_step()
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+        session.after_step = with_default
+        for step in range(TOTAL):
+            update(toy, model, optimizer, session, step)
+        return bits(model)
+
+    assert same(trained(torch.float32), trained(torch.bfloat16))
 
 
 def test_random_masks_depend_on_the_seed_alone(toy):

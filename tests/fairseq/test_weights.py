@@ -10,6 +10,7 @@ import torch
 
 from fairseq_plugin.export import export_compact, masked
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.cli import main
 from head_pruning.schedules import cubic_density
 from head_pruning.weights import load_weight_masks
 from tests.fairseq import test_other_tasks
@@ -95,6 +96,14 @@ def test_files_beside_the_checkpoints(platon):
     assert [entry["at_target"] for entry in report["history"]] == [False, False, True, True]
     assert f"{KEPT}" in (folder / "weight_density.txt").read_text(encoding="utf-8").splitlines()[-1]
     assert (folder / "weight_density.png").stat().st_size > 10000
+
+
+def test_inspect_tells_that_weights_were_pruned(platon, capsys):
+    main(["inspect", str(platon[0] / "checkpoint_last.pt"), "--length", "5", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["state"] == "with pruned weights"
+    kept = {"weights_kept": KEPT, "weights_total": PRUNED, "density": KEPT / PRUNED}
+    assert found["weights"] == {"method": "platon", **kept}
 
 
 def test_plain_fairseq_decodes_checkpoint_and_export(platon, translation, runner, tmp_path):
@@ -374,6 +383,7 @@ def test_language_model(runner, english, tmp_path):
         ("--weight-pruner dsp", "no pruner dsp; choose one of gradual_magnitude, lock"),
         ("--pruner PLATON", "choose it with --weight-pruner"),
         (f"{PLATON} --final-threshold 10", "remaining ratio"),
+        (f"{PLATON} --final-threshold 10 --encoder-attention-heads 5", "remaining ratio"),  # before a model is built
         (f"{PLATON} {PIPELINED}", "add --joint-pruning"),
         (f"{PLATON} --ddp-backend slowmo", "not pruned with --ddp-backend slowmo"),
     ],

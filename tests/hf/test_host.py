@@ -26,7 +26,8 @@ from transformers import (
 
 from head_pruning import HeadMask, HeadPruningError, full_mask
 from head_pruning.cli import main
-from head_pruning.hosts import kept_heads, read_mask
+from head_pruning.commands.inspect import describe
+from head_pruning.hosts import HostModel, kept_heads, read_mask
 from head_pruning.report.sizes import mac_bound, measure_sizes
 from head_pruning.surgery import remove_heads
 from head_pruning.weights import load_compressed, load_weight_masks, save_weight_masks, write_weight_artifacts
@@ -187,6 +188,16 @@ def test_inspect_shows_single_query_heads_that_were_removed(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if first["site"] in line).split()[1:] == ["##", "2/2", "#..#", "2/4"]
     assert next(line for line in lines if second["site"] in line).split()[1:] == [".#", "1/2"]
+
+
+def test_quantized_models_are_described():
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(BertConfig(**SIZES, vocab_size=40, max_position_embeddings=64)).eval()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    sites = unit_map(model)
+    found = describe(HostModel(model, sites, None, lambda batch, length: example_inputs(model, batch, length)), 8)
+    assert found["state"] == "dense" and found["zeros_of_matrices"] < 0.05
 
 
 def test_inspect_tells_that_weights_were_pruned(tmp_path, capsys):

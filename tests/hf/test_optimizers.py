@@ -54,6 +54,19 @@ def test_a_parameter_without_gradient_stays():
     assert torch.equal(parameter.detach(), torch.ones(3))
 
 
+def test_gradients_of_a_closure():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = Adamax([parameter], lr=0.1, weight_decay=0.5)
+
+    def closure():
+        loss = (0.0 * parameter).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 0.0
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.95))
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamax"])
 def test_the_trainers_own_groups_and_settings(tmp_path, name):
     args = TrainingArguments(
