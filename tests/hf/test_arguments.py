@@ -182,7 +182,7 @@ def test_what_the_script_itself_takes():
     ("--l0_penalty 0.1", "voita"),
     ("--l0_penalty 0.1 --num_of_heads 3", "voita"),
     ("--pruner random --num_of_heads 3", "random"),
-    ("--head_mask_file runs/masks.safetensors", "given"),
+    (f"--head_mask_file {__file__}", "given"),
     ("--pruner dsp --num_of_heads 3 --annealing", "dsp"),
     ("--pruner ste --num_of_heads 3", "ste"),
 ])  # fmt: skip
