@@ -91,10 +91,9 @@ class GivenPruner(FixedPruner):
     def check_options(self) -> None:
         if self.config.head_mask_file is None:
             raise HeadPruningError("given needs the mask of the heads to keep; add --head-mask-file FILE.")
-        if not Path(self.config.head_mask_file).is_file():
-            raise HeadPruningError(
-                f"There is no file {self.config.head_mask_file}; give the head mask of another run as --head-mask-file."
-            )
+        path = self.config.head_mask_file
+        if not Path(path).is_file():
+            raise HeadPruningError(f"There is no file {path}; give the mask of another run as --head-mask-file.")
         super().check_options()
 
     def chosen(self) -> np.ndarray:
