@@ -4,10 +4,9 @@ A BERT-base (random weights, three labels) against the same with heads cut out: 
 and 12 heads packed into two layers, so that ten have none. Beside each speed-up stands what the MACs allow: per token
 and layer ``4 d^2`` for the projections, ``2 s d`` for scores and sums, ``8 d^2`` for the feed-forward block; they are
 counted, not measured. On the CPU: processor time of one thread; on a GPU: between two events of its stream. The models
-take turns, the shortest of their times counts (of onnxruntime over four sessions of each model, which differ by some
-percent). glibc is told to keep large buffers, for all of them: else each activation of 512 x 8 tokens faults its pages
-in anew, in layers that no head is cut from. With ``--results`` the cells that were measured before with the same
-options are kept.
+take turns, the shortest of their times counts (of onnxruntime over four sessions of each model). glibc is told to keep
+large buffers, for all of them: else each activation of 512 x 8 tokens faults its pages in anew, in layers that no head
+is cut from. With ``--results`` the cells that were measured before with the same options are kept.
 """
 
 import argparse
@@ -117,7 +116,7 @@ class Contest:
         return {name: onnx_pass(onnx_session(file), inputs) for name, file in self.files.items()}
 
     def times(self, cell: tuple[str, int, int], options: argparse.Namespace, bar: tqdm) -> dict[str, float]:
-        """The shortest time of each model; onnxruntime's sessions differ by some percent, so several are made."""
+        """The shortest time of each model; of onnxruntime over several sessions, whose weights lie elsewhere each."""
         runtime, length, batch = cell
         sittings = SITTINGS if runtime == "onnxruntime" else 1
         found = []

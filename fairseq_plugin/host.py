@@ -14,7 +14,7 @@ from omegaconf import open_dict
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.hosts import HostModel
-from head_pruning.surgery import heads_left, remove_heads
+from head_pruning.programs import program_formats
 from head_pruning.weights import weight_report
 
 from .example import SPECIALS, example
@@ -118,31 +118,12 @@ def _dictionaries(task: MutableMapping[str, Any], weights: Mapping[str, torch.Te
     return {}
 
 
-def _cut(loaded: HostModel) -> str:
-    """Cut the heads out that the mask does not keep; the words for what is left."""
-    if loaded.mask is not None and not loaded.mask.keep.all():
-        remove_heads(loaded.model, loaded.unit_map, loaded.mask)
-    left = heads_left(loaded.model)
-    return "all heads" if left is None else f"{left.kept} of {left.keep.size} heads"
-
-
-def _onnx(source: Path, target: Path, mask: Optional[HeadMask]) -> str:
-    loaded = load(source, mask)
-    words = _cut(loaded)
-    difference = export_onnx(loaded.model, target)
-    return f"{target}: {words}; largest difference between onnxruntime and torch {difference:.1e}"
-
-
-def _program(source: Path, target: Path, mask: Optional[HeadMask]) -> str:
-    loaded = load(source, mask)
-    words = _cut(loaded)
-    difference = export_program(loaded.model, target)
-    return f"{target}: {words}; largest difference between the exported program and the model {difference:.1e}"
-
-
 exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
     "masked": masked,
     "compact": compact,
-    "onnx": _onnx,
-    "torch-export": _program,
+    **program_formats(
+        load,
+        lambda loaded, target: export_onnx(loaded.model, target),
+        lambda loaded, target: export_program(loaded.model, target),
+    ),
 }

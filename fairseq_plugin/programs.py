@@ -6,10 +6,9 @@ checkpoints.
 """
 
 import contextlib
-import inspect
 from pathlib import Path
 from types import MethodType
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterator
 
 import torch
 from fairseq.models import BaseFairseqModel, FairseqEncoderDecoderModel
@@ -17,7 +16,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from head_pruning import HeadPruningError
-from head_pruning.programs import Run, check_file, check_onnx, one_sentence, write_onnx, write_program
+from head_pruning.programs import (
+    ByName,
+    Run,
+    check_file,
+    check_onnx,
+    one_sentence,
+    refuse_difference,
+    write_onnx,
+    write_program,
+)
 
 from .example import example
 
@@ -30,21 +38,6 @@ AXES = {
 TRACED = (2, 7, 5)  # sentences, source and target tokens: all different, or torch takes equal ones for the same
 CHECKED = ((3, 6, 9), (1, 8, 4))
 TOLERANCE = 1e-4  # of log-probabilities in float32
-
-
-class _Exportable(nn.Module):
-    """The model with its inputs by name, and its logits alone."""
-
-    def __init__(self, model: BaseFairseqModel, names: Iterable[str]) -> None:
-        super().__init__()
-        self.model = model
-
-        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {OUTPUT: model(*args, **kwargs)[0]}
-
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
-        self.forward = forward
 
 
 class _AnyPadding(TorchFunctionMode):
@@ -102,7 +95,7 @@ def _trace(model: BaseFairseqModel) -> torch.export.ExportedProgram:
             "instead, and run it in torch."
         )
     inputs = _inputs(model, *TRACED)
-    module = _Exportable(model, inputs)
+    module = ByName(model, inputs, lambda found: {OUTPUT: found[0]})
     free = {"batch": torch.export.Dim("batch")}
     free.update({name: torch.export.Dim(name, max=longest) for name, longest in _longest(model).items()})
     axes = {name: {number: free[axis] for number, axis in AXES[name].items()} for name in inputs}
@@ -119,11 +112,7 @@ def _check(model: BaseFairseqModel, run: Run, what: str) -> float:
             expected = model(**inputs)[0].log_softmax(-1)
             found.append((run(inputs)[OUTPUT].log_softmax(-1) - expected).abs().max())
     difference = float(torch.stack(found).max())  # NaN, if there is one
-    if not difference <= TOLERANCE:
-        raise HeadPruningError(
-            f"The {what} export of {type(model).__name__} differs by {difference:.1e} from the model, so it was not "
-            "written; export it compact and run it in torch."
-        )
+    refuse_difference(model, what, difference, TOLERANCE)
     return difference
 
 

@@ -48,7 +48,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         args = build_parser().parse_args(arguments)
         args.run(args)
-    except HeadPruningError as error:
+    except (HeadPruningError, OSError) as error:  # such as a full disk, or a folder that may not be written
         sys.exit(f"error: {error}")
 
 

@@ -42,7 +42,19 @@ ATTRIBUTE = "_removed_heads"  # a plain attribute of the model: its recipe
 HOOK_ATTRIBUTE = "_head_hooks"  # of a module: its hooks by kind and argument
 
 
-class Select:
+class HeadHook:
+    """What every kind of hook is told when a recipe is applied.
+
+    Attributes:
+        heads: H of the original.
+        kept: the heads that stay.
+    """
+
+    heads: int = 0
+    kept: Sequence[int] = ()
+
+
+class Select(HeadHook):
     """Forward pre-hook: of one argument keep the slices of the heads that stay.
 
     Args:
@@ -51,13 +63,10 @@ class Select:
         dim: the dimension of the heads, counted from the last.
         folded: whether examples and heads may share that dimension, examples first.
         width: slices per head.
-        heads: H of the original.
-        kept: the heads that stay.
     """
 
     def __init__(self, argument: str, position: Optional[int], dim: int, folded: bool, width: int) -> None:
         self.argument, self.position, self.dim, self.folded, self.width = argument, position, dim, folded, width
-        self.heads, self.kept = 0, []
 
     def attach(self, module: nn.Module) -> list:
         return [module.register_forward_pre_hook(self, with_kwargs=True)]
@@ -84,7 +93,7 @@ class Select:
         return whole
 
 
-class Take:
+class Take(HeadHook):
     """Forward hook of a norm over the queries or keys of all heads, whose projection stays whole: hand on those of the
     heads that stay.
 
@@ -94,17 +103,16 @@ class Take:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.heads, self.kept = 0, []
 
     def attach(self, module: nn.Module) -> list:
         return [module.register_forward_hook(self)]
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        features = slices([(HEADS, self.width)], range(self.heads), self.kept)
-        return output.index_select(-1, _index(features, output.device))
+        index = _index(self.kept, output.device)
+        return output.unflatten(-1, (self.heads, self.width)).index_select(-2, index).flatten(-2)
 
 
-class Rearrange:
+class Rearrange(HeadHook):
     """For ProphetNet's n-gram attention, which reads its table of relative positions in another order than it is in.
 
     Rows of its streams, ``[examples, tokens, streams, heads]``, are read as ``[examples, streams, heads, tokens]``, so
@@ -118,7 +126,6 @@ class Rearrange:
 
     def __init__(self, table: str, buckets: int) -> None:
         self.table, self.buckets = table, buckets
-        self.heads, self.kept = 0, []
 
     def attach(self, module: nn.Module) -> list:
         if not mixes_positions(type(module)):
@@ -148,7 +155,7 @@ def mixes_positions(kind: type) -> bool:
     return re.search(flat, text) is not None
 
 
-class SharedBias:
+class SharedBias(HeadHook):
     """A position bias that one layer returns for the layers to come, which have other heads: return that of all heads.
 
     Where the layer was given the bias, it is the one that :class:`Select` got. Where the layer made it, it is what its
@@ -162,7 +169,6 @@ class SharedBias:
 
     def __init__(self, output: int, table: Optional[str]) -> None:
         self.output, self.table = output, table
-        self.heads, self.kept = 0, []
         self.whole: dict[torch.device, torch.Tensor] = {}
 
     def attach(self, module: nn.Module) -> list:
@@ -192,7 +198,7 @@ class SharedBias:
         return (*output[: self.output], full, *output[self.output + 1 :])
 
 
-class Reshape:
+class Reshape(HeadHook):
     """Inside a module's forward, reshape to what the heads that stay have where the width of all is asked for.
 
     For modules that merge heads into the width of their input, or divide it by the number of heads.
@@ -203,7 +209,6 @@ class Reshape:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.heads, self.kept = 0, []
 
     def attach(self, module: nn.Module) -> list:
         return [
@@ -235,7 +240,7 @@ class _Reshaping(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Arrange:
+class Arrange(HeadHook):
     """Hooks for code that takes a fused projection apart into a fixed number of parts of equally many heads: its
     activations get dummy heads up to the next multiple, which the output projection does not read.
 
@@ -250,7 +255,6 @@ class Arrange:
     def __init__(self, parts: int, blocks: int, width: int, projection: str, out: str) -> None:
         self.parts, self.blocks, self.width = parts, blocks, width
         self.projection, self.out = projection, out
-        self.heads, self.kept = 0, []
 
     def attach(self, module: nn.Module) -> list:
         return [
@@ -284,11 +288,8 @@ class Arrange:
         return (args[0][..., : len(self.kept) * self.width], *args[1:])
 
 
-class Silence:
+class Silence(HeadHook):
     """Forward pre-hook of an output projection: what it reads counts as zero."""
-
-    def __init__(self) -> None:
-        self.heads, self.kept = 0, []
 
     def attach(self, module: nn.Module) -> list:
         return [module.register_forward_pre_hook(self)]
@@ -588,7 +589,8 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], before: Optional[M
         ValueError: the recipe is of another version, or names a module or sizes that the model does not have.
     """
     if recipe.get("version") not in READABLE:
-        raise ValueError(f"the recipe of removed heads is of version {recipe.get('version')}, not {VERSION}")
+        known = " or ".join(map(str, READABLE))
+        raise ValueError(f"the recipe of removed heads is of version {recipe.get('version')}, not {known}")
     done: dict[tuple, tuple] = {}
     for name, site in recipe["sites"].items():
         earlier = before["sites"].get(name) if before is not None else None

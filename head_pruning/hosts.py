@@ -21,7 +21,7 @@ from torch import nn
 
 from .artifacts import MASKS_FILE, read_safetensors
 from .errors import HeadPruningError
-from .surgery import heads_left, mask_of_original, recipe_of
+from .surgery import heads_left, mask_of_original, recipe_of, remove_heads
 from .unit_map import HeadMask, UnitMap, full_mask
 
 GROUP = "head_pruning.hosts"
@@ -95,6 +95,14 @@ def kept_heads(loaded: HostModel) -> Optional[HeadMask]:
     if recipe is None or loaded.mask is None:
         return loaded.mask if recipe is None else heads_left(loaded.model)
     return mask_of_original(recipe, loaded.mask)
+
+
+def cut_out(loaded: HostModel) -> str:
+    """Cut the heads out that the mask does not keep; the words for what is left."""
+    if loaded.mask is not None and not loaded.mask.keep.all():
+        remove_heads(loaded.model, loaded.unit_map, loaded.mask)
+    left = heads_left(loaded.model)
+    return "all heads" if left is None else f"{left.kept} of {left.keep.size} heads"
 
 
 def read_mask(path: "str | Path", *, dense: bool = False) -> HeadMask:

@@ -1,17 +1,20 @@
 """Models for other runtimes: ONNX files, and programs of ``torch.export``, written once they give what torch gives."""
 
 import contextlib
+import inspect
 import logging
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 
 from .artifacts import atomic_path
 from .errors import HeadPruningError
+from .hosts import HostModel, cut_out
 from .runtimes import NEEDS_ONNX, onnx_pass, onnx_session
+from .unit_map import HeadMask
 
 Tensors = Mapping[str, torch.Tensor]
 Run = Callable[[Tensors], Tensors]
@@ -20,6 +23,67 @@ Check = Callable[[Run], float]
 
 OPSET = 20  # the first with Gelu
 LIMIT = 2 << 30  # bytes of weights from which ONNX keeps them in a second file
+
+
+class ByName(nn.Module):
+    """A model whose forward has its inputs as parameters, after which exporters name them.
+
+    Args:
+        model: the model.
+        names: of the inputs, in order.
+        outputs: what the model returns to tensors by name.
+        options: arguments of every call.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], outputs: Callable[[Any], dict[str, torch.Tensor]], **options: Any
+    ) -> None:
+        super().__init__()
+        self.model = model
+        names = list(names)
+
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, torch.Tensor]:
+            return outputs(model(**dict(zip(names, args)), **kwargs, **options))
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        self.forward = forward
+
+
+def program_formats(
+    load: Callable[[Path, Optional[HeadMask]], HostModel],
+    onnx: Callable[[HostModel, Path], float],
+    program: Callable[[HostModel, Path], float],
+) -> dict[str, Callable[[Path, Path, Optional[HeadMask]], str]]:
+    """A host's ``exports`` of these kinds.
+
+    Args:
+        load: the host's.
+        onnx: writes an ONNX file of a model whose heads are cut out; returns the largest difference from it.
+        program: likewise a program of torch.export.
+    """
+
+    def exporter(write: Callable[[HostModel, Path], float], compared: str) -> Callable[..., str]:
+        def export(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+            loaded = load(source, mask)
+            words = cut_out(loaded)
+            return f"{target}: {words}; largest difference between {compared} {write(loaded, target):.1e}"
+
+        return export
+
+    return {
+        "onnx": exporter(onnx, "onnxruntime and torch"),
+        "torch-export": exporter(program, "the exported program and the model"),
+    }
+
+
+def refuse_difference(model: nn.Module, what: str, difference: float, limit: float) -> None:
+    """Raise HeadPruningError unless ``difference`` of an export from its model is at most ``limit``; NaN never is."""
+    if not difference <= limit:
+        raise HeadPruningError(
+            f"The {what} export of {type(model).__name__} differs by {difference:.1e} from the model, so it was not "
+            "written; export it compact and run it in torch."
+        )
 
 
 @contextlib.contextmanager
@@ -33,7 +97,7 @@ def one_sentence(model: nn.Module, what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except HeadPruningError:
+    except (HeadPruningError, OSError):  # a full disk is not torch's fault
         raise
     except Exception as error:
         cause: BaseException = error

@@ -18,8 +18,9 @@ from transformers.utils import logging
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
-from head_pruning.hosts import HostModel, holds_heads
-from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
+from head_pruning.hosts import HostModel, cut_out, holds_heads
+from head_pruning.programs import program_formats
+from head_pruning.surgery import recipe_of, sites_left
 from head_pruning.weights import load_weight_masks, save_compressed, write_weight_artifacts
 
 from .compact_heads import take_recipe
@@ -183,37 +184,15 @@ def _carry_weight_masks(source: Path, folder: Path, loaded: HostModel) -> None:
             )
 
 
-def _cut(loaded: HostModel) -> str:
-    """Cut the heads out that the mask does not keep; the words for what is left."""
-    if loaded.mask is not None and not loaded.mask.keep.all():
-        remove_heads(loaded.model, loaded.unit_map, loaded.mask)
-    left = heads_left(loaded.model)
-    return "all heads" if left is None else f"{left.kept} of {left.keep.size} heads"
-
-
 def export_compact(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
     """Write the folder of the model whose removed heads are cut out."""
     loaded = _pruned(source, mask)
-    words = _cut(loaded)
+    words = cut_out(loaded)
     if recipe_of(loaded.model) is None:
         raise HeadPruningError(f"The head mask of {source} keeps every head, so there is nothing to cut out.")
     with _whole_folder(target, source) as folder, _quiet():
         save_compact(loaded.model, folder, **_history(source))
     return f"{target}: {words}, the others are cut out"
-
-
-def _export_onnx(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
-    loaded = load(source, mask)
-    words = _cut(loaded)
-    difference = export_onnx(loaded.model, loaded.example, target)
-    return f"{target}: {words}; largest difference between onnxruntime and torch {difference:.1e}"
-
-
-def _export_program(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
-    loaded = load(source, mask)
-    words = _cut(loaded)
-    difference = export_program(loaded.model, loaded.example, target)
-    return f"{target}: {words}; largest difference between the exported program and the model {difference:.1e}"
 
 
 def _export_compressed(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
@@ -230,7 +209,10 @@ def _export_compressed(source: Path, target: Path, mask: Optional[HeadMask] = No
 exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
     "masked": export_masked,
     "compact": export_compact,
-    "onnx": _export_onnx,
-    "torch-export": _export_program,
+    **program_formats(
+        load,
+        lambda loaded, target: export_onnx(loaded.model, loaded.example, target),
+        lambda loaded, target: export_program(loaded.model, loaded.example, target),
+    ),
     "compressed": _export_compressed,
 }

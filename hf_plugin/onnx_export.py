@@ -2,36 +2,34 @@
 
 import inspect
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from head_pruning import HeadPruningError
-from head_pruning.programs import check_file, check_onnx, one_sentence, write_onnx, write_program
+from head_pruning.programs import (
+    ByName,
+    check_file,
+    check_onnx,
+    one_sentence,
+    refuse_difference,
+    write_onnx,
+    write_program,
+)
 
 Example = Callable[[int, int], Mapping[str, torch.Tensor]]
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
 
 
-class _Exportable(nn.Module):
+def _by_name(model: PreTrainedModel, names: Iterable[str]) -> ByName:
     """The model with its inputs by name and its results as a dict of tensors, without a cache."""
+    cached = "use_cache" in inspect.signature(model.forward).parameters
 
-    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
-        super().__init__()
-        self.model = model
-        options: dict[str, Any] = {"return_dict": True}
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            options["use_cache"] = False
+    def outputs(found: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: found[name] for name in OUTPUTS if isinstance(found.get(name), torch.Tensor)}
 
-        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, torch.Tensor]:
-            found = model(**dict(zip(names, args)), **kwargs, **options)
-            return {name: found[name] for name in OUTPUTS if isinstance(found.get(name), torch.Tensor)}
-
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
-        self.forward = forward
+    return ByName(model, names, outputs, return_dict=True, **({"use_cache": False} if cached else {}))
 
 
 def _axes(inputs: Mapping[str, torch.Tensor], free: Any = None) -> dict[str, dict[int, Any]]:
@@ -62,11 +60,8 @@ def _check(
         expected = outputs(**inputs)
     difference = _difference(run(inputs), expected)
     scale = max(1.0, *(float(tensor.abs().max()) for tensor in expected.values()))
-    if not difference <= (1e-3 if model.dtype == torch.float32 else 5e-2) * scale:
-        raise HeadPruningError(
-            f"The {what} export of {type(model).__name__} differs by {difference:.1e} from the model, so it was not "
-            "written; export it compact and run it in torch."
-        )
+    limit = (1e-3 if model.dtype == torch.float32 else 5e-2) * scale
+    refuse_difference(model, what, difference, limit)
     return difference
 
 
@@ -87,7 +82,7 @@ def export_onnx(model: PreTrainedModel, example: Example, target: "str | Path") 
     target = Path(target)
     check_onnx(model, target)
     inputs = dict(example(2, 16))
-    outputs = _Exportable(model, list(inputs))
+    outputs = _by_name(model, inputs)
     with one_sentence(model, "ONNX"), torch.no_grad():
         names = list(outputs(**inputs))
         return write_onnx(
@@ -104,7 +99,7 @@ def export_program(model: PreTrainedModel, example: Example, target: "str | Path
     target = Path(target)
     check_file(target, ".pt2")
     inputs = dict(example(2, 16))
-    outputs = _Exportable(model, list(inputs))
+    outputs = _by_name(model, inputs)
     with one_sentence(model, "torch.export"), torch.no_grad():
         axes = _axes(inputs, free=torch.export.Dim.AUTO)
         program = torch.export.export(outputs, (), kwargs=inputs, dynamic_shapes=axes, strict=False)

@@ -252,6 +252,7 @@ def _foreign_mask(folder, unit_map):
         ("export MODEL TMP --to masked", "holds something else"),
         ("export MODEL FOREIGN --to compact", "is a file"),
         ("export MODEL TMP --to onnx", "is a folder"),
+        ("export MODEL FOREIGN/below.pt2 --to torch-export", "foreign.safetensors"),
         ("export COMPACT TMP/out --to masked", "cut out already"),
         ("benchmark MODEL MODEL", "the same"),
         ("benchmark MODEL COMPACT --mask FOREIGN", "--mask is for one model"),
