@@ -21,8 +21,18 @@ def torch_pass(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Callable
     return run
 
 
-def onnx_session(path: "str | Path", threads: int = 1):
-    """An onnxruntime session on the CPU. Raises HeadPruningError when onnxruntime is not installed."""
+def onnx_session(path: "str | Path", threads: int = 1, *, fused_norms: bool = True):
+    """An onnxruntime session on the CPU.
+
+    Args:
+        path: the ONNX file.
+        threads: that compute.
+        fused_norms: False leaves residual sums and layer norms apart: onnxruntime fuses them into an operator that takes
+            longer on CPUs than both (``benchmarks/inference.py``).
+
+    Raises:
+        HeadPruningError: onnxruntime is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -33,7 +43,10 @@ def onnx_session(path: "str | Path", threads: int = 1):
     options.log_severity_level = 3
     # Waiting threads would count as processor time.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    left_out = [] if fused_norms else ["SkipLayerNormFusion"]
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
+    )
 
 
 def onnx_pass(session: Any, inputs: Mapping[str, torch.Tensor]) -> Callable[[], list]:
