@@ -6,8 +6,8 @@ and layer ``4 d^2`` for the projections, ``2 s d`` for scores and sums, ``8 d^2`
 counted, not measured. On the CPU: processor time of one thread; on a GPU: between two events of its stream. The models
 take turns, the shortest of their times counts (of onnxruntime over four sessions of each model). glibc is told to keep
 large buffers, for all of them: else each activation of 512 x 8 tokens faults its pages in anew, in layers that no head
-is cut from. "onnxruntime" does without its SkipLayerNormFusion: the operator that it makes of a residual sum and a norm
-takes longer than both, in every layer of every model, and no head is cut from it; "onnxruntime, fused" has it, as
+is cut from. "onnxruntime" does without its SkipLayerNormFusion: the operator that it makes of a residual sum and a
+norm takes longer than both, in every layer of every model, and no head is cut from it; "onnxruntime, fused" has it, as
 onnxruntime comes. With ``--results`` the cells that were measured before with the same options are kept.
 """
 

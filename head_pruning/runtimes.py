@@ -27,8 +27,8 @@ def onnx_session(path: "str | Path", threads: int = 1, *, fused_norms: bool = Tr
     Args:
         path: the ONNX file.
         threads: that compute.
-        fused_norms: False leaves residual sums and layer norms apart: onnxruntime fuses them into an operator that takes
-            longer on CPUs than both (``benchmarks/inference.py``).
+        fused_norms: False leaves residual sums and layer norms apart: onnxruntime fuses them into an operator that
+            takes longer on CPUs than both (``benchmarks/inference.py``).
 
     Raises:
         HeadPruningError: onnxruntime is not installed.
