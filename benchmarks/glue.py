@@ -3,7 +3,7 @@
     python -m benchmarks.glue MODEL DATA --work DIR [--jobs 2]
 
 MODEL is a folder with a BERT-like encoder of 72 heads (6 x 12; the one of ``python -m prepare.demo_sentiment``), DATA
-holds CoLA/, MRPC/ and SST-2/ in GLUE's TSV layout. A cell that has been measured is never run again (its result lies
+holds CoLA/, MRPC/, SST-2/ and MNLI/ in GLUE's TSV layout. A cell that has been measured is never run again (its result lies
 in the work folder); the tables and the plots are written anew after each.
 """
 
@@ -59,6 +59,7 @@ TASKS = {
     "CoLA": Task("CoLA", "matthews_correlation", 4),
     "MRPC": Task("MRPC", "accuracy", 3, length=128),
     "SST-2": Task("SST-2", "accuracy", 1, samples=16000),
+    "MNLI": Task("MNLI", "accuracy", 1, samples=40000, length=128),
 }
 
 
@@ -150,6 +151,7 @@ def cells() -> list[Cell]:
         found += [Cell(task, "dense", None, 1), Cell(task, "Michel, one-shot", None, 1, "run_michel")]
         found += [cell for keep in (6, 18) for cell in cells_at(task, keep, 1)]
     found += [cell for seed in (2, 3) for cell in cells_at("SST-2", 6, seed)[:2]]
+    found += [Cell("MNLI", "dense", None, 1), *cells_at("MNLI", 6, 1), *cells_at("MNLI", 6, 2)[:2]]
     found.append(Cell("CoLA", "Michel, exact", None, 1, "run_michel", ("--exact_pruning",)))
     found += [from_the_start(c) for c in found if c.method == "joint DSP" and c.keep == 6 and c.task != "MRPC"]
     return found
@@ -234,7 +236,9 @@ class Bench:
         results = json.loads((out / "all_results.json").read_text())
         if cell.method != "dense":
             (out / "model.safetensors").unlink()  # only the dense models are started from
-        return self.row(cell, results.get("heads_kept", HEADS), 100.0 * results[f"eval_{task.metric}"])
+        sets = [f"eval_{task.metric}", f"eval_mm_{task.metric}"]  # MNLI has two
+        score = statistics.mean(results[name] for name in sets if name in results)
+        return self.row(cell, results.get("heads_kept", HEADS), 100.0 * score)
 
     def cut(self, cell: Cell) -> list[dict]:
         """Michel: scores at each of KEPT, without training."""
