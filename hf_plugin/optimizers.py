@@ -1,9 +1,13 @@
 """Optimizers of published recipes that transformers does not bring."""
 
+import pickle
+from pathlib import Path
 from typing import Any, Callable, Optional
 
 import torch
 from transformers import TrainingArguments
+
+from head_pruning import HeadPruningError
 
 #: What ``--optimizer`` takes; the first is the one that ``--optim`` names.
 OPTIMIZERS = ("adamw", "adamax")
@@ -42,3 +46,21 @@ def trainer_options(name: str, args: TrainingArguments) -> dict[str, Any]:
         return {}
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return {"optimizer_cls_and_kwargs": (Adamax, settings)}
+
+
+def check_resumed(name: str, checkpoint: Path) -> None:
+    """Raise HeadPruningError if the checkpoint's optimizer is damaged or cannot go on as ``name``."""
+    file = checkpoint / "optimizer.pt"
+    if not file.is_file():
+        return
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["state"]
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise HeadPruningError(f"{file} is damaged; resume from another checkpoint.") from error
+    kept = {key for slots in state.values() for key in slots}
+    if kept and (name == "adamax") != ("exp_inf" in kept):  # else its averages are missed at the first step
+        other = next(known for known in OPTIMIZERS if known != name)
+        raise HeadPruningError(
+            f"The checkpoint {checkpoint} was trained with another optimizer than {name}; add --optimizer {other}, or "
+            "start anew with --overwrite_output_dir."
+        )

@@ -17,7 +17,7 @@ from .arguments import Arguments
 from .checkpoints import last_checkpoint
 from .export import save_pruned
 from .logs import set_up
-from .optimizers import trainer_options
+from .optimizers import check_resumed, trainer_options
 from .trainer import HeadPruningTrainer
 from .weights import save_weight_masks_and_report, weight_masks
 
@@ -83,6 +83,8 @@ class TaskRun:
         training = arguments.training
         self.out = Path(training.output_dir)
         self.resume = self._checkpoint()
+        if self.resume is not None:
+            check_resumed(arguments.optimizer, self.resume)
         set_seed(training.seed)
         self.splits = tuple(
             split

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from head_pruning import HeadPruningError
 from hf_plugin.arguments import parse
-from hf_plugin.optimizers import Adamax, trainer_options
+from hf_plugin.optimizers import Adamax, check_resumed, trainer_options
 from tests.hf.tiny import tiny_bert
 
 LINE = "--task_name MNLI --model_name_or_path m --output_dir out --use_cpu".split()
@@ -93,3 +93,17 @@ def test_flags():
     ):
         with pytest.raises(HeadPruningError, match=sentence):
             parse([*LINE, *words.split()], "run_glue")
+
+
+def test_resuming_with_another_optimizer_is_a_sentence(tmp_path):
+    check_resumed("adamw", tmp_path)  # the Trainer says what is missing
+    for name, other, make in (("adamw", "adamax", torch.optim.AdamW), ("adamax", "adamw", Adamax)):
+        _, optimizer = walk(lambda p, make=make: make(p, lr=0.01))
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        check_resumed(name, tmp_path)
+        with pytest.raises(HeadPruningError, match=f"another optimizer than {other}; add --optimizer {name}"):
+            check_resumed(other, tmp_path)
+    whole = (tmp_path / "optimizer.pt").read_bytes()
+    (tmp_path / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(HeadPruningError, match="optimizer.pt is damaged"):
+        check_resumed("adamax", tmp_path)
