@@ -3,8 +3,8 @@
     python -m benchmarks.glue MODEL DATA --work DIR [--jobs 2]
 
 MODEL is a folder with a BERT-like encoder of 72 heads (6 x 12; the one of ``python -m prepare.demo_sentiment``), DATA
-holds CoLA/, MRPC/, SST-2/ and MNLI/ in GLUE's TSV layout. A cell that has been measured is never run again (its result lies
-in the work folder); the tables and the plots are written anew after each.
+holds CoLA/, MRPC/, SST-2/ and MNLI/ in GLUE's TSV layout. A cell that has been measured is never run again (its result
+lies in the work folder); the tables and the plots are written anew after each.
 """
 
 import argparse
