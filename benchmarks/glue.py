@@ -151,7 +151,7 @@ def cells() -> list[Cell]:
         found += [Cell(task, "dense", None, 1), Cell(task, "Michel, one-shot", None, 1, "run_michel")]
         found += [cell for keep in (6, 18) for cell in cells_at(task, keep, 1)]
     found += [cell for seed in (2, 3) for cell in cells_at("SST-2", 6, seed)[:2]]
-    found.append(Cell("CoLA", "Michel, exact", None, 1, "run_michel", ("--exact_pruning",)))
+    found += [Cell("CoLA", "Michel, exact", None, seed, "run_michel", ("--exact_pruning",)) for seed in (1, 2, 3)]
     found += [from_the_start(c) for c in found if c.method == "joint DSP" and c.keep in (6, 18) and c.task != "MRPC"]
     found += [Cell("MNLI", "dense", None, 1), *cells_at("MNLI", 6, 1), *cells_at("MNLI", 6, 2)[:2]]
     return found
