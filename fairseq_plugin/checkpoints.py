@@ -23,6 +23,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from head_pruning import PruningSession
 from head_pruning.artifacts import REPORT_FILE
+from head_pruning.pruner import options_of
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
 from head_pruning.weights import write_weight_artifacts
@@ -144,7 +145,7 @@ def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
             folder,
             mask,
             method="+".join(pruner.name for pruner in session.pruners),
-            options={name: value for pruner in session.pruners for name, value in vars(pruner.config).items()},
+            options=options_of(session.pruners),
             history=history,
             versions=versions,
             parameters=mask_parameters(trainer.get_model(), mask),
@@ -172,7 +173,7 @@ def _write_weights(
             masks,
             parameters,
             method="+".join(pruner.name for pruner in pruners),
-            options={name: value for pruner in pruners for name, value in vars(pruner.config).items()},
+            options=options_of(pruners),
             head_mask=mask,
             history=history,
             versions=versions,

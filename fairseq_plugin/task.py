@@ -95,7 +95,7 @@ class HeadPruningMixin:
     def _tell(self, pruners: list[Pruner]) -> None:
         for pruner in pruners:
             if pruner in self._of_weights:
-                options = " ".join(f"{name}={value}" for name, value in vars(pruner.config).items())
+                options = " ".join(f"{name}={value}" for name, value in pruner.options().items())
                 number = sum(pruner.sizes.values())
                 logger.info("pruning with %s: %d weights; %s", pruner.name, number, options)
                 continue

@@ -1,7 +1,7 @@
 """What a session asks of every method."""
 
 import contextlib
-from typing import TYPE_CHECKING, Any, ContextManager, Optional
+from typing import TYPE_CHECKING, Any, ContextManager, Optional, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +35,10 @@ class Pruner:
 
         The session calls it too, so :meth:`attach` finds them checked.
         """
+
+    def options(self) -> dict[str, Any]:
+        """The options in force, for reports: those given, and what the defaults that depend on others came to."""
+        return dict(vars(self.config))
 
     def attach(self, session: "PruningSession") -> None:
         """Bind to a session, whose unit map, seed and length of training are known."""
@@ -107,3 +111,8 @@ class Pruner:
 
     def load_tensor_state(self, state: dict[str, torch.Tensor]) -> None:
         """Restore :meth:`tensor_state`."""
+
+
+def options_of(pruners: Sequence[Pruner]) -> dict[str, Any]:
+    """The options in force of several pruners together; names are the methods' own and differ."""
+    return {name: value for pruner in pruners for name, value in pruner.options().items()}

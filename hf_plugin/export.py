@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, Pruner
+from head_pruning.pruner import options_of
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.surgery import heads_left
@@ -103,7 +104,7 @@ def save_pruned(
     """
     adapter = hasattr(model, "peft_config")
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
-    options = dict(options or {name: value for p in pruners for name, value in vars(p.config).items()})
+    options = dict(options or options_of(pruners))
     with _appearing_at_once(folder) as temporary:
         with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
             model.save_pretrained(temporary)

@@ -10,6 +10,7 @@ from torch import nn
 
 from head_pruning import HeadPruningError, PruningSession
 from head_pruning.artifacts import atomic_path
+from head_pruning.pruner import options_of
 from head_pruning.weights import WeightPruner, write_weight_artifacts
 
 from .card import weight_card, weight_section
@@ -67,7 +68,7 @@ def save_weight_masks_and_report(
     """
     pruners, mask, masks = weight_pruners(session), session.head_mask(), weight_masks(session)
     method = "+".join(pruner.name for pruner in pruners)
-    options = {name: value for pruner in pruners for name, value in vars(pruner.config).items()}
+    options = options_of(pruners)
     with contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
         parameters = dict(model.named_parameters())
         write_weight_artifacts(

@@ -2,14 +2,15 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
 from ..errors import HeadPruningError
 from ..gates.pruner import require
 from ..schedules import STEPS, cubic_density, resolve_steps
-from .pruner import MaskConfig, WeightPruner
+from .config import MaskConfig
+from .pruner import WeightPruner
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,9 @@ class CubicPruner(WeightPruner):
             require(options, option, lambda value: value >= 0, "0 or more")
         require(options, "warmup_steps", lambda value: value >= 0, STEPS)
         require(options, "deltaT", lambda value: value >= 1, "1 or more updates")
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "final_threshold": self._density}
 
     def attach(self, session) -> None:
         self.warmup = -1

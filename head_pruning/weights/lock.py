@@ -7,7 +7,8 @@ import torch
 
 from ..errors import HeadPruningError
 from ..registry import register_pruner
-from .pruner import WeightConfig, WeightPruner
+from .config import WeightConfig
+from .pruner import WeightPruner
 
 
 @dataclass
@@ -32,15 +33,13 @@ class LockPruner(WeightPruner):
             raise HeadPruningError(
                 "The model has no zeros to lock; start from a pruned one, or name its weights with --weights-include."
             )
-        self.active = found
-        self._lay_out()
-        kept = 0
-        for portion in self.portions:
-            keep = [value != 0 for value in portion.values]
-            kept += sum(int(torch.count_nonzero(mask)) for mask in keep)
-            self.masks.store(portion, keep)
+        storage = self.storage
+        storage.active = found
+        storage.lay_out(self.session.master_of)
+        for portion in storage.portions:
+            storage.masks.store(portion, [value != 0 for value in portion.values])
         self.has_mask = self.clean = self.locked = True
-        self.selected = kept / sum(self.sizes[target.name] for target in self.active)
+        self.selected = storage.count_kept() / storage.number
 
     def final_density(self) -> float:
         return self.selected if not math.isnan(self.selected) else 1.0

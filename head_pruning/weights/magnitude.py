@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +11,10 @@ from ..errors import HeadPruningError
 from ..gates.pruner import require
 from ..registry import register_pruner
 from ..schedules import STEPS, gradual_sparsity, resolve_steps
+from .config import MaskConfig
 from .cubic import CubicConfig, CubicPruner
 from .pieces import Portion
-from .pruner import MaskConfig, WeightPruner
+from .pruner import WeightPruner
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,9 @@ class GradualMagnitudePruner(_Magnitude):
         if self._target <= 0:
             raise HeadPruningError("--target-sparsity is 0, so nothing would be pruned; give a ratio such as 0.9.")
 
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "target_sparsity": self._target}
+
     def attach(self, session) -> None:
         self.steps: dict[str, int] = {}
         super().attach(session)
@@ -134,14 +139,15 @@ class GradualMagnitudePruner(_Magnitude):
     def final_density(self) -> float:
         return 1.0 - self._target
 
-    def _threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
+    def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
         decay = self.config.threshold_decay
         if not decay:
-            return super()._threshold(name, score, k)
+            return super().threshold(name, score, k)
         # As in the published code: it starts from 0, and from the smallest score less 1 where nothing is pruned.
-        new = score.min() - 1.0 if k == 0 else super()._threshold(name, score, k)
-        self.thresholds[name] = decay * self.thresholds.get(name, torch.zeros_like(new)) + (1.0 - decay) * new
-        return self.thresholds[name]
+        new = score.min() - 1.0 if k == 0 else super().threshold(name, score, k)
+        past = self.storage.thresholds
+        past[name] = decay * past.get(name, torch.zeros_like(new)) + (1.0 - decay) * new
+        return past[name]
 
     def state_dict(self) -> dict[str, np.ndarray]:
         # Steps may have been given as fractions: a resumed run keeps those that it was started with.

@@ -164,6 +164,10 @@ class Selection:
             "ROWSxCOLUMNS such as 4x4 (whole blocks)."
         )
 
+    def __str__(self) -> str:
+        separator = ":" if self.scope == "pattern" else "x"
+        return separator.join(map(str, (self.keep, *self.size) if self.keep else self.size)) or self.scope
+
     @property
     def density(self) -> Optional[float]:
         """The remaining ratio that the selection itself fixes: N / M of a pattern; None for others."""

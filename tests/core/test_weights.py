@@ -352,18 +352,36 @@ def test_retained_needs_the_call_before_the_step_and_survives_a_skipped_one(toy)
         session.after_step()
 
 
+@pytest.mark.parametrize(
+    "given, in_force",
+    [
+        (("platon", {}), {"weight_selection": "global", "mask_policy": "revive", "final_threshold": 0.15}),
+        (("platon", {"weight_selection": "2:4"}), {"weight_selection": "2:4", "final_threshold": 0.5}),
+        (("magnitude", {"weight_selection": "4x2"}), {"weight_selection": "4x2"}),
+        (("gradual_magnitude", {"weight_selection": "1:4"}), {"target_sparsity": 0.75, "mask_policy": "retained"}),
+        (("lock", {"prune_biases": False}), {"prune_biases": False}),
+    ],
+)
+def test_reports_have_the_options_in_force(given, in_force):
+    name, options = given
+    method = get_method(name, methods("weights"))
+    pruner = method.pruner(method.config(**options))
+    pruner.check_options()
+    told = pruner.options()
+    assert {key: told[key] for key in in_force} == in_force and set(told) == set(vars(pruner.config))
+
+
 @pytest.mark.parametrize("case, per_weight", [("platon", 12), ("platon, newest", 8), ("sensitivity", 8)])
 def test_state_takes_at_most_twelve_bytes_per_weight(toy, case, per_weight):
     model, optimizer, session, pruner = start(toy, case)
     for step in range(12):
         update(toy, model, optimizer, session, step)
-    held = sum(t.numel() * t.element_size() for tensors in pruner.state.values() for t in tensors.values())
+    held = sum(t.numel() * t.element_size() for tensors in pruner.storage.state.values() for t in tensors.values())
     assert held == per_weight * sum(target.parameter.numel() for target in pruner.targets)
 
 
 def test_small_portions_and_a_misleading_sample_change_nothing(toy, monkeypatch):
-    from head_pruning.weights import pieces
-    from head_pruning.weights import pruner as module
+    from head_pruning.weights import drawing, pieces, storage
 
     def outcome():
         model, optimizer, session, pruner = start(toy)
@@ -372,7 +390,7 @@ def test_small_portions_and_a_misleading_sample_change_nothing(toy, monkeypatch)
         return bits(model)
 
     expected, missed = outcome(), []
-    original = module.bracketed
+    original = drawing.bracketed
 
     def misled(sample, *rest):
         found = original(sample[:1] * 0.0 + 1e30, *rest)
@@ -382,9 +400,9 @@ def test_small_portions_and_a_misleading_sample_change_nothing(toy, monkeypatch)
     monkeypatch.setattr(pieces, "CPU_PORTION", 100)
     monkeypatch.setattr(pieces, "SAMPLE", 40)
     assert same(expected, outcome())
-    monkeypatch.setattr(module, "bracketed", misled)
+    monkeypatch.setattr(drawing, "bracketed", misled)
     assert same(expected, outcome())
-    monkeypatch.setattr(module, "sample_portion", lambda *_: None)
+    monkeypatch.setattr(storage, "sample_portion", lambda *_: None)
     assert same(expected, outcome())
     assert missed
 
@@ -408,9 +426,10 @@ def test_late_tracking_starts_before_the_first_mask(toy):
         for step in range(92):
             update(toy, model, optimizer, session, step)
             states.append(
-                "average" in pruner.state and max(a.abs().max() for a in pruner.state["average"].values()) > 1e-30
+                "average" in pruner.storage.state
+                and max(a.abs().max() for a in pruner.storage.state["average"].values()) > 1e-30
             )
-        found.append((states.index(True), pruner.state["average"]))
+        found.append((states.index(True), pruner.storage.state["average"]))
     (early, exact), (late, close) = found
     assert early < 4 < 60 < late < 90
     # The window at t = 0 is empty in both; what differs is worth less than a thousandth.
@@ -554,8 +573,8 @@ def test_lock_keeps_the_zeros_of_a_pruned_model(toy):
             snapshot = copy.deepcopy(
                 (model.state_dict(), optimizer.state_dict(), session.state_dict(), session.tensor_state())
             )
-    assert [target.name for target in pruner.active] == ["encoder.0.out.weight", "cross.q.weight"]
-    assert all(not model.get_parameter(t.name)[:, ::2].any() for t in pruner.active)
+    assert [target.name for target in pruner.storage.active] == ["encoder.0.out.weight", "cross.q.weight"]
+    assert all(not model.get_parameter(t.name)[:, ::2].any() for t in pruner.storage.active)
     assert not same(before, bits(model)) and session.at_target()
     assert session.metrics() == {"prune_target": 0.5}
     again, _ = toy.make()

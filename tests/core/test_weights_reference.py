@@ -58,8 +58,8 @@ def test_platon_trajectories_mask_by_mask(case, about, load_arrays):
             expected = recorded.get(f"{name}.after.{t}", recorded[f"{name}.before.{t}"])
             assert np.array_equal(parameter.detach().numpy(), expected), (name, t)
             for state, kind in states.items():
-                if state in pruner.state and f"{name}.{kind}.{t}" in recorded:
-                    found = pruner.state[state][name].abs().numpy()
+                if state in pruner.storage.state and f"{name}.{kind}.{t}" in recorded:
+                    found = pruner.storage.state[state][name].abs().numpy()
                     np.testing.assert_allclose(found, recorded[f"{name}.{kind}.{t}"], rtol=1e-4, atol=1e-9)
                     compared += 1
         metrics = session.metrics()
@@ -147,9 +147,9 @@ def test_platon_golden_values():
         session.after_step()
         metrics = session.metrics()
         if t in averages:
-            assert pruner.state["average"]["theta"].abs().tolist() == pytest.approx(averages[t], abs=1e-6)
+            assert pruner.storage.state["average"]["theta"].abs().tolist() == pytest.approx(averages[t], abs=1e-6)
         if t in uncertainty:
-            assert pruner.state["uncertainty"]["theta"].tolist() == pytest.approx(uncertainty[t], abs=1e-6)
+            assert pruner.storage.state["uncertainty"]["theta"].tolist() == pytest.approx(uncertainty[t], abs=1e-6)
         if t in ratios:
             assert metrics["prune_target"] == pytest.approx(ratios[t], abs=1e-6)
         if t in thresholds:

@@ -308,7 +308,7 @@ class HalfPrecision:
 def test_half_precision_prunes_the_master_weights(monkeypatch, translation, tmp_path, flags):
     options = f"{PLATON} {flags} --fp16-init-scale 4 --min-loss-scale 1e-6 --clip-norm 0.5"
     run = HalfPrecision(monkeypatch, translation.train(tmp_path, options, updates=UPDATES))
-    state = run.session.pruners[0].state
+    state = run.session.pruners[0].storage.state
     for t in range(1, UPDATES + 1):
         run.update()
         masters = run.masters()
