@@ -153,7 +153,8 @@ def cells() -> list[Cell]:
     found += [cell for seed in (2, 3) for cell in cells_at("SST-2", 6, seed)[:2]]
     found += [Cell("CoLA", "Michel, exact", None, seed, "run_michel", ("--exact_pruning",)) for seed in (1, 2, 3)]
     found += [from_the_start(c) for c in found if c.method == "joint DSP" and c.keep in (6, 18) and c.task != "MRPC"]
-    found += [Cell("MNLI", "dense", None, 1), *cells_at("MNLI", 6, 1), *cells_at("MNLI", 6, 2)[:2]]
+    found += [Cell("MNLI", "dense", None, 1), *cells_at("MNLI", 6, 1), *cells_at("MNLI", 18, 1)[:3]]
+    found += [cell for keep in (6, 18) for cell in cells_at("MNLI", keep, 2)[:3]]
     return found
 
 
