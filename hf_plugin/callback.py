@@ -1,30 +1,50 @@
 """A pruning session driven from the events of a Trainer."""
 
+import contextlib
 import functools
 import json
 import logging
 import math
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Iterator, Mapping, Optional
 
 import numpy as np
 import torch
 import torch.distributed
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from head_pruning import HeadPruningError, PruningSession
+from head_pruning import HeadPruningError, PruningSession, UnitMap
 from head_pruning.weights import save_weight_masks
 
 from .checkpoints import read_tensor_state, write_tensor_state
-from .weights import refuse_sharded_weights, weight_masks, weight_pruners
+from .export import save_pruned
+from .weights import refuse_sharded_weights, save_weight_masks_and_report, weight_masks, weight_pruners
 
 logger = logging.getLogger(__name__)
 
 # The option that says how long a pruner's schedule takes.
 _SCHEDULES = ("cooldown_steps", "warmup_steps", "policy_end_step")
+
+
+# What a loss scale falls below only if every update overflows; where fairseq stops too.
+_MIN_SCALE = 1e-4
+_BROKEN = (
+    "The loss or its gradient is not finite at step {step}; lower --learning_rate, clip with --max_grad_norm, or "
+    "resume from the last checkpoint with bf16 in place of fp16."
+)
+
+
+def refuse_broken(model: nn.Module, step: int) -> None:
+    """Raise HeadPruningError if a trained weight is NaN or infinite: losses are seen only where they are logged."""
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in trained]
+    sums = [tensor.sum(dtype=torch.float32) for tensor in local if tensor.numel()]
+    if sums and not torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all():
+        raise HeadPruningError(_BROKEN.format(step=step))
 
 
 class HeadPruningCallback(TrainerCallback, ExportableState):
@@ -64,8 +84,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
     def add_to(self, trainer: Any) -> "HeadPruningCallback":
         """Add to a Trainer, before its other callbacks, so that trackers report the gates' metrics too.
 
-        The Trainer's ``evaluation_loop`` runs with the masks on from now on: between two masks the weights of some
-        pruners are all there.
+        From now on the Trainer's ``evaluation_loop`` runs with the masks on (between two masks the weights of some
+        pruners are all there), and its ``save_model`` writes the pruned model; checkpoints keep all weights.
 
         Raises:
             HeadPruningError: weights are to be pruned but the Trainer shards them.
@@ -83,8 +103,41 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 return loop(*args, **options)
 
         trainer.evaluation_loop = evaluation_loop
+        if not getattr(trainer, "saves_outcome", False):
+            self._wrap_saving(trainer)
         self._added = True
         return self
+
+    def _wrap_saving(self, trainer: Any) -> None:
+        save_model = trainer.save_model
+
+        @functools.wraps(save_model)
+        def save_pruned_model(output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
+            if _internal_call and output_dir is not None:
+                save_model(output_dir, _internal_call=True)  # a checkpoint
+            else:
+                self.save_outcome(trainer, output_dir, save_model)
+
+        trainer.save_model = save_pruned_model
+
+    def save_outcome(self, trainer: Any, output_dir: Optional[str], save_model: Callable[..., None]) -> None:
+        """Save the pruned model: removed heads zeroed, weights masked, masks and report beside it.
+
+        Args:
+            trainer: whose model it is.
+            output_dir: where to; default: the Trainer's.
+            save_model: the Trainer's own way of saving, for models that keep all their heads.
+        """
+        weights, mask = weight_pruners(self.session), self.session.head_mask()
+        folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+        with self.session.evaluating():
+            if mask is None:
+                save_model(str(folder), _internal_call=True)
+            elif trainer.is_world_process_zero():
+                tokenizer, pruners = trainer.processing_class, self.session.pruners
+                save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners)
+            if weights and trainer.is_world_process_zero():
+                save_weight_masks_and_report(folder, model, self.session)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -102,6 +155,37 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             write_tensor_state(folder, tensors, step)
         self._saved_step = step
 
+    def stored(self, stateful_callbacks: Mapping[str, Any], folder: "str | Path") -> dict[str, Any]:
+        """What a checkpoint keeps of a session like this one.
+
+        Args:
+            stateful_callbacks: those in its ``trainer_state.json``.
+            folder: the checkpoint, for messages.
+
+        Raises:
+            HeadPruningError: it has nothing, or of other pruners or another model.
+        """
+        stored = stateful_callbacks.get(type(self).__name__)
+        stored = stored[0] if isinstance(stored, list) and stored else stored
+        if not stored:
+            raise HeadPruningError(
+                f"{folder} was not written by a pruning run; start from its model (--model_name_or_path) instead of "
+                "resuming it."
+            )
+        with _undamaged(folder):
+            attributes = dict(stored["attributes"])
+            pruners = list(map(str, attributes.get("pruners", ["another version"])))
+            theirs = attributes["unit_map"] and UnitMap.from_dict(attributes["unit_map"])
+        mine = [pruner.name for pruner in self.session.pruners]
+        if pruners != mine:
+            raise HeadPruningError(
+                f"{folder} was pruned with {', '.join(pruners)}, this run uses {', '.join(mine)}; resume with the "
+                "same pruner or choose another output_dir."
+            )
+        if theirs and self.session.unit_map:
+            theirs.check_same_heads(self.session.unit_map, str(folder))
+        return attributes
+
     def restore(self, stateful_callbacks: Mapping[str, Any], folder: "str | Path", step: int) -> None:
         """Take the session's state out of the checkpoint of update ``step``.
 
@@ -111,23 +195,13 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             step: its update.
 
         Raises:
-            HeadPruningError: it has none, or one of other pruners or another model, or its tensors are missing.
+            HeadPruningError: it has none, or one of other pruners or another model, it is damaged, or its tensors are
+                missing.
         """
-        stored = stateful_callbacks.get(type(self).__name__)
-        stored = stored[0] if isinstance(stored, list) and stored else stored
-        if not stored:
-            raise HeadPruningError(
-                f"{folder} was not written by a pruning run; start from its model (--model_name_or_path) instead of "
-                "resuming it."
-            )
-        attributes = stored["attributes"]
-        mine = [pruner.name for pruner in self.session.pruners]
-        if attributes.get("pruners") != mine:
-            raise HeadPruningError(
-                f"{folder} was pruned with {', '.join(attributes.get('pruners', ['another version']))}, this run uses "
-                f"{', '.join(mine)}; resume with the same pruner or choose another output_dir."
-            )
-        self.session.load_state_dict({n: np.array(v, dtype=np.float64) for n, v in attributes["session"].items()})
+        attributes = self.stored(stateful_callbacks, folder)
+        with _undamaged(folder):
+            values = {name: np.array(value, dtype=np.float64) for name, value in attributes["session"].items()}
+            self.session.load_state_dict(values)
         if attributes.get("tensors"):
             tensors = read_tensor_state(folder, step)
             missing = sorted(set(attributes["tensors"]) - set(tensors))
@@ -158,6 +232,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             for group in optimizer.param_groups:
                 group["weight_decay"] = 0.0  # the one parameter left to the optimizer must not move
         self.session.metrics()  # settles the schedules, or refuses them, before anything is trained
+        self._only_at_target(state)  # a resumed run's best was written before on_save()
 
     def on_step_begin(self, args, state, control, **kwargs):
         """An update starts: draw the gates."""
@@ -181,7 +256,10 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         """The model has stepped: step the gates and mask the weights, unless the loss scaler found an overflow."""
         # Fused optimizers look for overflows themselves, which accelerate does not notice; but the scale falls.
         scaler = getattr(optimizer, "scaler", None)
-        overflow = scaler is not None and scaler.is_enabled() and scaler.get_scale() < self._scale
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else self._scale
+        if scale < _MIN_SCALE:
+            raise HeadPruningError(_BROKEN.format(step=state.global_step))
+        overflow = scale < self._scale
         if overflow or getattr(optimizer, "step_was_skipped", False):
             self.session.before_update(self.session.step)  # takes back what before_step() did
             return
@@ -224,10 +302,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         scaled = getattr(optimizer, "scaler", None) is not None  # then single overflows are normal
         broken = not math.isfinite(logs["loss"]) or not (scaled or math.isfinite(logs.get("grad_norm", 0.0)))
         if broken:
-            raise HeadPruningError(
-                f"The loss or its gradient is not finite at step {state.global_step}; lower --learning_rate, clip "
-                "with --max_grad_norm, or resume from the last checkpoint with bf16 in place of fp16."
-            )
+            raise HeadPruningError(_BROKEN.format(step=state.global_step))
         metrics = self.session.metrics()
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -235,6 +310,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Fix the outcome. If the Trainer went back to its best checkpoint, gates and masks go back as well."""
+        refuse_broken(self.session.model, state.global_step)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             folder = Path(state.best_model_checkpoint)
             stored = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -249,6 +325,19 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                     f"; lower --{flags[0]} (a fraction of 1 follows the length of training)" if flags else "",
                 )
         self.session.harden()
+
+
+@contextlib.contextmanager
+def _undamaged(folder: "str | Path") -> Iterator[None]:
+    """Inside the block the pruning state in ``folder`` is read."""
+    try:
+        yield
+    except HeadPruningError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise HeadPruningError(
+            f"The pruning state in {folder} is damaged ({error!r}); resume from another checkpoint."
+        ) from error
 
 
 def _lr_factor(optimizer: Any) -> float:

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import zipfile
 from pathlib import Path
 from typing import Mapping, Optional
 
@@ -18,6 +19,15 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "pruning_state.safetensors"
 
 
+# The parts of a checkpoint that a run needs beside its model to go on as it would have, and where each may lie.
+_PARTS = {
+    "optimizer.pt": ("optimizer*", "global_step*"),
+    "scheduler.pt": ("scheduler.pt", "global_step*"),
+    "rng_state.pth": ("rng_state*.pth",),
+}
+_MODELS = ("model*.safetensors", "adapter_model*", "pytorch_model*", "global_step*")
+
+
 def check_checkpoint(folder: "str | Path") -> Path:
     """Return ``folder`` if it is a whole checkpoint: ``trainer_state.json`` is what a Trainer writes last.
 
@@ -28,8 +38,8 @@ def check_checkpoint(folder: "str | Path") -> Path:
     if not folder.is_dir():
         raise HeadPruningError(f"There is no checkpoint {folder}; check the path.")
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise HeadPruningError(
             f"The checkpoint {folder} is not whole (its {TRAINER_STATE_NAME} is missing or damaged); resume from the "
             "checkpoint before it."
@@ -50,10 +60,58 @@ def checkpoints(output_dir: "str | Path") -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def check_resumable(folder: "str | Path") -> Path:
+    """Return ``folder`` if it is a whole checkpoint with all that a run needs to end as one that never stopped.
+
+    Raises:
+        HeadPruningError: it is not whole, lacks a part, or a part is damaged.
+    """
+    folder = check_checkpoint(folder)
+    if not any(any(folder.glob(pattern)) for pattern in _MODELS):
+        raise HeadPruningError(f"The checkpoint {folder} lacks its model; resume from another one.")
+    for part, patterns in _PARTS.items():
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise HeadPruningError(
+                f"The checkpoint {folder} lacks {part} (--save_only_model leaves it out), so training cannot go on as "
+                "it would have; resume from another one, or start anew from its model."
+            )
+    for path in sorted(folder.iterdir()):
+        if _is_damaged(path):
+            raise HeadPruningError(f"{path} is damaged; resume from another checkpoint.")
+    return folder
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether the file was cut off; reads no tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(str(path), framework="pt"):
+                pass
+        return path.suffix in (".pt", ".pth", ".bin") and path.is_file() and not zipfile.is_zipfile(path)
+    except (SafetensorError, ValueError):
+        return True
+
+
 def last_checkpoint(output_dir: "str | Path") -> Optional[Path]:
-    """The newest whole ``checkpoint-N`` in ``output_dir``; None when there is none."""
-    found = checkpoints(output_dir)
-    return found[-1][1] if found else None
+    """The newest ``checkpoint-N`` in ``output_dir`` that can be resumed; None when none was finished yet.
+
+    Raises:
+        HeadPruningError: some were finished, but none of them can be resumed.
+    """
+    broken: Optional[HeadPruningError] = None
+    for _, folder in reversed(checkpoints(output_dir)):
+        try:
+            return check_resumable(folder)
+        except HeadPruningError as error:
+            logger.warning("%s", error)
+            broken = broken or error
+    if broken is not None:
+        raise broken
+    return None
 
 
 def write_tensor_state(folder: "str | Path", tensors: Mapping[str, torch.Tensor], step: int) -> None:

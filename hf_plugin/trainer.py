@@ -1,18 +1,20 @@
 """A Trainer that prunes heads and weights while it trains."""
 
+import json
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 
 from head_pruning import HeadMask, HeadPruningError, Pruner, PruningSession, UnitMap
+from head_pruning.artifacts import REPORT_FILE
 
-from .callback import HeadPruningCallback
-from .checkpoints import check_checkpoint, last_checkpoint
-from .export import save_pruned
+from .callback import HeadPruningCallback, refuse_broken
+from .checkpoints import check_resumable, last_checkpoint
 from .session import open_session
-from .weights import refuse_sharded_weights, save_weight_masks_and_report, weight_pruners
+from .weights import refuse_sharded_weights, weight_pruners
 
 
 class HeadPruningTrainer(Trainer):
@@ -38,6 +40,9 @@ class HeadPruningTrainer(Trainer):
             mapped, or weights to be pruned under FSDP or DeepSpeed.
     """
 
+    #: Whether :meth:`save_model` writes the pruned model by itself.
+    saves_outcome = True
+
     def __init__(
         self,
         model: Optional[nn.Module] = None,
@@ -56,10 +61,15 @@ class HeadPruningTrainer(Trainer):
         if session is None:
             session = open_session(model, pruners, unit_map=unit_map, seed=getattr(args, "seed", 42))
         self.session = session
-        if weight_pruners(session):
-            refuse_sharded_weights(getattr(args, "fsdp", None), getattr(args, "deepspeed", None))
-        super().__init__(model, args, *more, **options)
-        self._pruning = HeadPruningCallback(session, mask_steps=mask_steps).add_to(self)
+        try:
+            if weight_pruners(session):
+                refuse_sharded_weights(getattr(args, "fsdp", None), getattr(args, "deepspeed", None))
+            super().__init__(model, args, *more, **options)
+            self._pruning = HeadPruningCallback(session, mask_steps=mask_steps).add_to(self)
+        except BaseException:
+            if pruners:
+                session.detach()  # the model is as it was, for another try
+            raise
 
     @property
     def head_mask(self) -> Optional[HeadMask]:
@@ -81,7 +91,11 @@ class HeadPruningTrainer(Trainer):
                 raise HeadPruningError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
             resume_from_checkpoint = str(found)
         elif resume_from_checkpoint:
-            resume_from_checkpoint = str(check_checkpoint(resume_from_checkpoint))
+            resume_from_checkpoint = str(check_resumable(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            stored = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            # Before the Trainer loads the optimizer's state, which need not fit.
+            self._pruning.stored(stored.get("stateful_callbacks") or {}, resume_from_checkpoint)
         self._pruning.resumed_from = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint, *more, **options)
 
@@ -90,24 +104,15 @@ class HeadPruningTrainer(Trainer):
 
         Checkpoints keep all weights, and what pruners know of them.
         """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            if output_dir is not None and self.args.should_save:  # a checkpoint; its trainer_state.json comes last
-                self._pruning.save_tensors(output_dir, self.state.global_step)
+        if not (_internal_call and output_dir is not None):
+            self._pruning.save_outcome(self, output_dir, super().save_model)
             return
-        weights = weight_pruners(self.session)
-        folder, mask = Path(output_dir or self.args.output_dir), self.session.head_mask()
-        with self.session.evaluating():
-            model = self.accelerator.unwrap_model(self.model)
-            if mask is None:
-                super().save_model(str(folder), _internal_call=True)
-            elif self.is_world_process_zero():
-                save_pruned(
-                    model,
-                    mask,
-                    folder,
-                    processing_class=self.processing_class,
-                    pruners=self.session.pruners,
-                )
-            if weights and self.is_world_process_zero():
-                save_weight_masks_and_report(folder, model, self.session)
+        refuse_broken(self.session.model, self.state.global_step)  # before older checkpoints make room for this one
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:  # its trainer_state.json comes last
+            self._pruning.save_tensors(output_dir, self.state.global_step)
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Leave the card that :meth:`save_model` wrote, as ``push_to_hub`` does without it."""
+        if not (Path(self.args.output_dir) / REPORT_FILE).is_file():
+            super().create_model_card(*args, **options)

@@ -41,7 +41,9 @@ class GateAdam:
         return {"first": self.first.copy(), "second": self.second.copy(), "steps": np.array([float(self.steps)])}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restore :meth:`state_dict`."""
-        self.first = np.array(state["first"], dtype=np.float64)
-        self.second = np.array(state["second"], dtype=np.float64)
+        """Restore :meth:`state_dict`. Raises ValueError when it is of another number of logits."""
+        first, second = (np.array(state[name], dtype=np.float64) for name in ("first", "second"))
+        if first.shape != self.first.shape or second.shape != self.second.shape:
+            raise ValueError(f"moments of shape {first.shape} for {self.first.size} logits")
+        self.first, self.second = first, second
         self.steps = int(state["steps"][0])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,6 +158,80 @@ class TestResume:
             trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
         with pytest.raises(HeadPruningError, match="no checkpoint"):
             trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nothing"))
+
+    @pytest.mark.parametrize("stop", [1, 2, 4])
+    def test_best_is_at_target(self, tmp_path, stop):
+        """A checkpoint's best may have been written before the pruner forgot it."""
+        training = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
+        training |= {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "score"}
+        options = {**METHODS["dsp"], "cooldown_steps": 0.5}
+
+        def run(model, *callbacks):
+            trainer = trainer_of(tmp_path, "dsp", options, model=model, callbacks=list(callbacks), **training)
+            scores = {1: 0.9, 2: 0.9, 3: 0.9, 4: 0.3, 5: 0.2, 6: 0.1}
+            trainer.compute_metrics = lambda _: {"score": scores[trainer.state.global_step]}
+            return trainer
+
+        run(tiny_bert(), StopAt(stop)).train()
+        resumed = run(tiny_bert(seed=1))
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        assert resumed.state.best_global_step == 3 and resumed.session.at_target()
+
+    @pytest.mark.parametrize(
+        "name, harm, sentence",
+        [
+            ("optimizer.pt", None, "lacks optimizer.pt"),
+            ("scheduler.pt", None, "lacks scheduler.pt"),
+            ("rng_state.pth", None, "lacks rng_state.pth"),
+            ("model.safetensors", None, "lacks its model"),
+            ("optimizer.pt", "cut", "optimizer.pt is damaged"),
+            ("rng_state.pth", "cut", "rng_state.pth is damaged"),
+            ("model.safetensors", "cut", "model.safetensors is damaged"),
+            ("config.json", "cut", "config.json is damaged"),
+            ("trainer_state.json", b"[]", "is not whole"),
+        ],
+    )
+    def test_lacking_and_damaged_parts(self, tmp_path, name, harm, sentence):
+        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+        path = tmp_path / "checkpoint-2" / name
+        whole = path.read_bytes()
+        if harm is None:
+            path.unlink()
+        else:
+            path.write_bytes(whole[: len(whole) // 2] if harm == "cut" else harm)
+        with pytest.raises(HeadPruningError, match=sentence):
+            trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
+        assert last_checkpoint(tmp_path).name == "checkpoint-1"
+
+    def test_nothing_of_save_only_model_is_resumed(self, tmp_path):
+        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True).train()
+        with pytest.raises(HeadPruningError, match="checkpoint-2 lacks optimizer.pt .--save_only_model"):
+            trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda attributes: attributes.pop("session"),
+            lambda attributes: attributes.update(session=3),
+            lambda attributes: attributes["session"].update({"dsp.logits": ["many"]}),
+            lambda attributes: attributes["session"].update({"dsp.adam.first": [0.0]}),
+            lambda attributes: attributes.update(unit_map={"attention": 1}),
+        ],
+    )
+    def test_damaged_pruning_state(self, tmp_path, change):
+        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+        path = tmp_path / "checkpoint-2" / "trainer_state.json"
+        state = json.loads(path.read_text())
+        change(state["stateful_callbacks"]["HeadPruningCallback"]["attributes"])
+        path.write_text(json.dumps(state))
+        with pytest.raises(HeadPruningError, match="is damaged"):
+            trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
+
+    def test_other_architectures_of_as_many_heads_are_refused(self, tmp_path):
+        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+        other = tiny_bert(num_hidden_layers=4, num_attention_heads=2)
+        with pytest.raises(HeadPruningError, match="another architecture"):
+            trainer_of(tmp_path, model=other).train(resume_from_checkpoint=True)
 
     def test_dense_checkpoints_and_other_pruners_are_refused(self, tmp_path):
         options = {"train_dataset": sentences(32), "data_collator": collate}
@@ -383,3 +458,75 @@ class TestRefusals:
         HeadPruningCallback(session).add_to(own)
         with pytest.raises(HeadPruningError, match="another model"):
             own.train()
+
+
+class TestBrokenTraining:
+    """Losses that are not finite are noticed where nothing logs them."""
+
+    @pytest.mark.parametrize("logging", [{"logging_steps": 100}, {"logging_strategy": "no"}])
+    def test_at_the_end_and_before_a_checkpoint(self, tmp_path, logging):
+        class Broken(HeadPruningTrainer):
+            def compute_loss(self, *args, **options):
+                return super().compute_loss(*args, **options) * float("nan")
+
+        training = {"max_steps": 4, **logging}
+        options = {
+            "train_dataset": sentences(32),
+            "data_collator": collate,
+            "pruners": [pruner("random", num_of_heads=3)],
+        }
+        trainer = Broken(model=tiny_bert(), args=arguments(tmp_path, **training), **options)
+        with pytest.raises(HeadPruningError, match="not finite at step 4"):
+            trainer.train()
+        training |= {"save_strategy": "steps", "save_steps": 2}
+        trainer = Broken(model=tiny_bert(), args=arguments(tmp_path, **training), **options)
+        with pytest.raises(HeadPruningError, match="not finite at step 2"):
+            trainer.train()
+        assert not list(tmp_path.glob("checkpoint-*/model.safetensors"))
+
+    def test_a_loss_scale_that_only_falls(self, tmp_path):
+        trainer = trainer_of(tmp_path, max_steps=2)
+        scale = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: 5e-5)
+        callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, HeadPruningCallback))
+        with pytest.raises(HeadPruningError, match="not finite at step 0"):
+            callback.on_optimizer_step(
+                trainer.args, trainer.state, trainer.control, optimizer=SimpleNamespace(scaler=scale)
+            )
+
+
+def test_a_trainer_that_cannot_be_built_leaves_the_model_alone(tmp_path):
+    model = tiny_bert()
+    with pytest.raises(ValueError, match="eval_dataset"):
+        HeadPruningTrainer(
+            model=model,
+            args=arguments(tmp_path, eval_strategy="steps"),
+            train_dataset=sentences(32),
+            pruners=[pruner("dsp", **PIPELINED["dsp"])],
+        )
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_push_to_hub_saves_is_the_pruned_model(tmp_path, own):
+    """``push_to_hub`` calls save_model(_internal_call=True) without a folder, then uploads that of the run."""
+    model = tiny_bert()
+    if own:
+        trainer = trainer_of(tmp_path, model=model)
+    else:
+        trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=sentences(32), data_collator=collate)
+        session = open_session(model, [pruner("dsp", **METHODS["dsp"])])
+        HeadPruningCallback(session).add_to(trainer)
+    trainer.train()
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {"masks.safetensors", "pruning.json", "README.md"} <= before.keys()
+    trainer.save_model(_internal_call=True)
+    if own:
+        trainer.create_model_card(model_name="pruned")
+        assert (tmp_path / "README.md").read_bytes() == before["README.md"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before["model.safetensors"]
+    batch = collate([sentences(4)[i] for i in range(4)])
+    plain = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(plain(**batch).logits, model.eval()(**batch).logits, atol=1e-6)
