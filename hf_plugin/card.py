@@ -80,6 +80,20 @@ def weight_card(
     return "\n".join([*lines, *weight_section(), *_options(options)])
 
 
+def dense_card(model: nn.Module, scores: Optional[Mapping[str, float]], dataset: Optional[str]) -> str:
+    """The README.md of a model of which nothing was pruned.
+
+    Args:
+        model: the model.
+        scores: metric name to value.
+        dataset: what they were measured on, and the model trained.
+    """
+    base = getattr(model.config, "_name_or_path", "") or "the model"
+    lines = ["---", "library_name: transformers", "---", "", f"# {type(model).__name__}", ""]
+    lines += [f"Made from `{base}`{f' by fine-tuning on {dataset}' if dataset else ''}; nothing was pruned.", ""]
+    return "\n".join([*lines, *_results(scores, dataset)])
+
+
 def weight_section() -> list[str]:
     """The lines of a card that show the densities of pruned weights."""
     return ["## Weights that stay", "", f"![densities]({DENSITY_PICTURE})", ""]
@@ -100,7 +114,11 @@ def _results(scores: Optional[Mapping[str, float]], dataset: Optional[str]) -> l
 
 
 def _options(options: Mapping[str, Any]) -> list[str]:
-    shown = {key: value for key, value in options.items() if value is not None and value is not False}
+    shown = {
+        key: f"{value:g}" if isinstance(value, float) else value
+        for key, value in options.items()
+        if value is not None and value is not False
+    }
     return ["## Options", "", markdown_table(("option", "value"), list(shown.items())), ""]
 
 

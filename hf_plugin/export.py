@@ -114,6 +114,25 @@ def save_pruned(
         _describe(temporary, model, mask, sizes, None, method, options, history, scores, dataset)
 
 
+def describe_pruned(
+    model: nn.Module,
+    mask: HeadMask,
+    folder: "str | Path",
+    *,
+    method: str,
+    options: Optional[Mapping[str, Any]] = None,
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+    history: Optional[list] = None,
+) -> None:
+    """Write anew what :func:`save_pruned` wrote beside the model, such as when its scores are known."""
+    adapter = hasattr(model, "peft_config")
+    with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
+        sizes = (_size(model), _nonzero(model))
+    with _appearing_at_once(folder) as temporary:
+        _describe(temporary, model, mask, sizes, None, method, options or {}, history, scores, dataset)
+
+
 def save_compact(
     model: transformers.PreTrainedModel,
     folder: "str | Path",

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -11,17 +12,26 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, set_seed
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.artifacts import MASKS_FILE, REPORT_FILE, atomic_path
 from head_pruning.report.tables import head_table
 
 from .arguments import Arguments
-from .checkpoints import last_checkpoint
-from .export import save_pruned
+from .callback import refuse_broken
+from .card import DENSITY_PICTURE, dense_card
+from .checkpoints import check_resumable, last_checkpoint
+from .export import PICTURE, describe_pruned, save_pruned
 from .logs import set_up
 from .optimizers import check_resumed, trainer_options
+from .run_settings import RunSettings, check_same_settings, settings_of
 from .trainer import HeadPruningTrainer
 from .weights import save_weight_masks_and_report, weight_masks
 
 logger = logging.getLogger(__name__)
+
+# What a run writes about a model.
+_REPORTS = ("README.md", REPORT_FILE, MASKS_FILE, PICTURE, DENSITY_PICTURE, "weight_density.txt")
+# What it must not write over unasked.
+_WRITTEN = ("*.safetensors", "config.json", *_REPORTS)
 
 
 @contextlib.contextmanager
@@ -82,8 +92,11 @@ class TaskRun:
         self.arguments = arguments
         training = arguments.training
         self.out = Path(training.output_dir)
+        self.settings = settings_of(arguments)
+        self._check_training()
         self.resume = self._checkpoint()
         if self.resume is not None:
+            check_same_settings(self.resume, self.settings)
             check_resumed(arguments.optimizer, self.resume)
         set_seed(training.seed)
         self.splits = tuple(
@@ -104,23 +117,64 @@ class TaskRun:
         training = self.arguments.training
         if not training.do_train:
             return None
-        if training.resume_from_checkpoint:
-            return Path(training.resume_from_checkpoint)
-        if self.arguments.data.overwrite_output_dir or not self.out.is_dir():
-            return None
-        found = last_checkpoint(self.out)
+        asked = training.resume_from_checkpoint
+        if asked and str(asked).lower() != "true":
+            return check_resumable(asked)
+        if (self.arguments.data.overwrite_output_dir and not asked) or not self.out.is_dir():
+            found = None
+        else:
+            found = last_checkpoint(self.out)
         if found is not None:
             logger.info("resuming from %s (--overwrite_output_dir starts anew)", found)
-        elif any(path.suffix == ".safetensors" for path in self.out.iterdir()):
-            raise HeadPruningError(
-                f"{self.out} already holds a model; choose another --output_dir or add --overwrite_output_dir."
-            )
+        elif asked:
+            raise HeadPruningError(f"There is no whole checkpoint in {self.out} to resume from.")
+        elif not self.arguments.data.overwrite_output_dir:
+            self._refuse_taken()
         return found
+
+    def _check_training(self) -> None:
+        """Raise HeadPruningError for what transformers would take without a word, or notice too late."""
+        training = self.arguments.training
+        if training.do_train and training.max_steps <= 0 and training.num_train_epochs <= 0:
+            raise HeadPruningError(
+                f"--num_train_epochs is {training.num_train_epochs:g}, so nothing would be trained; give a number "
+                "above 0, or leave out --do_train."
+            )
+        if training.do_predict and training.prediction_loss_only:
+            raise HeadPruningError(
+                "--prediction_loss_only leaves nothing to write for --do_predict; drop one of them."
+            )
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HeadPruningError(
+                f"--output_dir {self.out} cannot be made ({error.strerror}); choose another folder."
+            ) from error
+
+    def _refuse_taken(self) -> None:
+        """Raise HeadPruningError if the model would be written over files of another."""
+        taken = [name for name in _WRITTEN if any(self.out.glob(name))] if self.out.is_dir() else []
+        if taken:
+            raise HeadPruningError(
+                f"{self.out} already holds a model or other files ({next(self.out.glob(taken[0])).name}) that this "
+                "run would write over; choose another --output_dir or add --overwrite_output_dir."
+            )
+
+    def _clear(self) -> None:
+        """Remove the checkpoints and the scores of the run that --overwrite_output_dir gives up."""
+        start = Path(self.arguments.model.model_name_or_path).resolve()
+        for path in self.out.glob("checkpoint-*"):
+            if path.is_dir() and path.resolve() not in (start, *start.parents):
+                shutil.rmtree(path)
+        for pattern in ("mask[0-9]*.safetensors", "*_results.json", "trainer_state.json"):
+            for path in self.out.glob(pattern):
+                path.unlink()
 
     def build_trainer(self, **options: Any) -> Trainer:
         """The Trainer with ``options``, and with the pruners if some were chosen."""
         arguments = self.arguments
         options = {"args": arguments.training, **trainer_options(arguments.optimizer, arguments.training), **options}
+        options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
         if not arguments.chosen:
             trainer = _DenseTrainer(**options)
             trainer.in_order = self.in_order
@@ -150,17 +204,25 @@ class TaskRun:
         """Train, evaluate, predict, save; returns all metrics."""
         training = self.arguments.training
         if training.do_train:
+            if self.arguments.data.overwrite_output_dir and self.resume is None:
+                if self.trainer.is_world_process_zero():
+                    self._clear()
             outcome = self.trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
             samples = {"train_samples": len(self.trainer.train_dataset)}
             self.report("train", {**outcome.metrics, **samples, **self.kept_metrics()})
             self.trainer.save_state()
+            refuse_broken(self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.state.global_step)
+            self.save()  # before anything else can fail
         elif self.arguments.chosen:
             raise HeadPruningError("Pruning learns what to keep; add --do_train.")
         if training.do_eval:
             self.evaluate()
         if training.do_predict:
             self.predict()
-        self.save()
+        if training.do_train and self.trainer.is_world_process_zero():
+            if self._final_scores():
+                self.describe()
+            self.tell()
         return self.results
 
     def report(self, split: str, metrics: dict[str, float]) -> None:
@@ -198,25 +260,34 @@ class TaskRun:
         raise NotImplementedError
 
     def save(self) -> None:
-        """Write the model and, when something was pruned, what tells of it."""
-        training, chosen, mask = self.arguments.training, self.arguments.chosen, self.head_mask
-        if not training.do_train:
-            return
+        """Write the model and its tokenizer; of a model whose heads were pruned, with what tells of it."""
+        trainer, mask = self.trainer, self.head_mask
+        if trainer.is_world_process_zero():
+            for name in _REPORTS:  # of a run that was here before
+                (self.out / name).unlink(missing_ok=True)
         if mask is None:
-            # Weight pruners have put their zeros into the model itself.
-            self.trainer.save_model(**({"_internal_call": True} if chosen else {}))
-        elif self.trainer.is_world_process_zero():
-            save_pruned(
-                self.trainer.accelerator.unwrap_model(self.trainer.model),
-                mask,
-                self.out,
-                processing_class=self.trainer.processing_class,
-                method="+".join(method.name for method, _ in chosen),
-                options={name: value for _, options in chosen for name, value in options.items()},
-                scores=self._final_scores(),
-                dataset=self.dataset,
-                history=self._history(),
-            )
+            Trainer.save_model(trainer, _internal_call=bool(self.arguments.chosen))  # with the zeros of weight pruners
+        elif trainer.is_world_process_zero():
+            model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+            save_pruned(model, mask, self.out, processing_class=tokenizer, **self._about())
+        if trainer.is_world_process_zero():
+            self.describe()
+
+    def describe(self) -> None:
+        """Write what tells of the model, with the scores that are known."""
+        mask, model = self.head_mask, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if mask is not None:
+            describe_pruned(model, mask, self.out, **self._about())
+        if self.arguments.weight_method is not None:
+            self._save_weight_masks()
+        if not self.arguments.chosen:
+            with atomic_path(self.out / "README.md") as temporary:
+                temporary.write_text(dense_card(model, self._final_scores(), self.dataset), encoding="utf-8")
+
+    def tell(self) -> None:
+        """Log what is left, and where it is."""
+        mask, kept = self.head_mask, self.kept_metrics()
+        if mask is not None:
             logger.info("kept heads by site:\n%s", head_table(mask))
             score = self.results.get(f"eval_{self.main_metric}")
             logger.info(
@@ -226,8 +297,23 @@ class TaskRun:
                 "" if score is None else f", {self.main_metric} {score:.4f}",
                 self.out,
             )
-        if self.arguments.weight_method is not None and self.trainer.is_world_process_zero():
-            self._save_weight_masks()
+        if "weights_kept" in kept:
+            logger.info(
+                "%d of %d weights are left; masks and densities are in %s",
+                kept["weights_kept"],
+                kept["weights_total"],
+                self.out,
+            )
+
+    def _about(self) -> dict[str, Any]:
+        chosen = self.arguments.chosen
+        return {
+            "method": "+".join(method.name for method, _ in chosen),
+            "options": {name: value for _, options in chosen for name, value in options.items()},
+            "scores": self._final_scores(),
+            "dataset": self.dataset,
+            "history": self._history(),
+        }
 
     def _final_scores(self) -> dict[str, float]:
         return {name: value for name, value in self.results.items() if name.startswith("eval_")}
@@ -238,7 +324,7 @@ class TaskRun:
 
     def _save_weight_masks(self) -> None:
         """Add the masks and the densities reached to the model's folder."""
-        trainer, kept = self.trainer, self.kept_metrics()
+        trainer = self.trainer
         save_weight_masks_and_report(
             self.out,
             trainer.accelerator.unwrap_model(trainer.model),
@@ -246,12 +332,6 @@ class TaskRun:
             scores=self._final_scores(),
             dataset=self.dataset,
             history=self._history(),
-        )
-        logger.info(
-            "%d of %d weights are left; masks and densities are in %s",
-            kept["weights_kept"],
-            kept["weights_total"],
-            self.out,
         )
 
 

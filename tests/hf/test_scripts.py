@@ -1,6 +1,7 @@
 """The scripts: every command of the manual's "BERT on MNLI" part with a tiny model, and the nine tasks."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_as_a_process(place, command):
 
 
 def test_a_mistake_is_one_sentence(place):
-    process = start(place, "-m", "hf_plugin.run_dsp", *JOINT_DSP, *TINY, "--num_of_heads", "25")
+    process = start(place, "-m", "hf_plugin.run_dsp", *JOINT_DSP, *TINY, "--num_of_heads", "25", "--output_dir", "no")
     _, log = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in log
     (sentence,) = [line for line in log.splitlines() if line.startswith("error: ")]
@@ -285,6 +286,99 @@ class TestOutputFolder:
         assert all(torch.equal(value, second[name]) for name, value in first.items())
         assert HeadMask.load("all/masks.safetensors") == HeadMask.load("part/masks.safetensors")
 
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def five(place):
+        """A folder with a finished DSP run of 5 heads and its checkpoints."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(place)
+            run(parse([*TestOutputFolder.line("five", "5"), "--intermediate_masks"], "run_dsp"))
+        return place / "five"
+
+    @staticmethod
+    def line(folder, heads):
+        more = ["--num_of_heads", heads, "--output_dir", folder, "--max_steps", "4", "--save_steps", "2"]
+        return [*JOINT_DSP, *TINY, *ANNEAL, "--cooldown_steps", "2", *more]
+
+    @pytest.mark.parametrize(
+        "more, sentence",
+        [
+            (["--num_of_heads", "7"], "with --num_of_heads 5, this one is with --num_of_heads 7"),
+            (["--seed", "7"], "with --seed 42, this one is with --seed 7"),
+            (["--learning_rate", "0.1"], "--learning_rate 0.001"),
+            (["--task_name", "SST-2"], "with --task_name MNLI, this one is with --task_name SST-2"),
+            (["--use_ste"], "with --pruner dsp, this one is with --pruner ste"),
+            (["--max_seq_length", "64"], "--max_seq_length 128"),
+            (
+                ["--resume_from_checkpoint", "five/checkpoint-2", "--num_of_heads", "7"],
+                "five/checkpoint-2 is of a run",
+            ),
+        ],
+    )
+    def test_a_run_of_other_options_does_not_go_on(self, here, five, more, sentence):
+        before = {path.name: path.stat().st_mtime_ns for path in five.iterdir()}
+        line = [*self.line("five", "5"), *more] if "--use_ste" not in more else [*STE, *TINY, "--output_dir", "five"]
+        with pytest.raises(HeadPruningError, match=sentence):
+            run(parse(line, "run_dsp"))
+        assert before == {path.name: path.stat().st_mtime_ns for path in five.iterdir()}
+
+    def test_a_dense_run_does_not_go_on_from_a_pruning_run(self, here, five):
+        with pytest.raises(HeadPruningError, match="with --pruner dsp, this one is without --pruner"):
+            run(parse([*FINE_TUNING, *TINY, "--output_dir", "five"], "run_glue"))
+
+    def test_resuming_what_is_not_there(self, here):
+        for name, sentence in (("nope", "There is no checkpoint nope"), ("True", "no whole checkpoint in fresh")):
+            line = [*FINE_TUNING, *TINY, "--output_dir", "fresh", "--resume_from_checkpoint", name]
+            with pytest.raises(HeadPruningError, match=sentence):
+                run(parse(line, "run_glue"))
+
+    def test_overwriting_leaves_nothing_of_the_run_before(self, here, five):
+        shutil.copytree(five, "over")
+        words = [*FINE_TUNING, *TINY, "--output_dir", "over", "--max_steps", "2", "--overwrite_output_dir"]
+        run(parse([word for word in words if word != "--do_eval"], "run_glue"))
+        names = {path.name for path in Path("over").iterdir()}
+        assert not names & {"masks.safetensors", "pruning.json", "head_mask.png", "checkpoint-4", "mask4.safetensors"}
+        assert "nothing was pruned" in Path("over/README.md").read_text()
+        stored = json.loads(Path("over/all_results.json").read_text())
+        assert "train_loss" in stored and not {"eval_accuracy", "heads_kept"} & stored.keys()
+
+    def test_other_files_are_not_written_over(self, here):
+        Path("mine").mkdir()
+        Path("mine/README.md").write_text("my notes")
+        with pytest.raises(HeadPruningError, match="README.md.*overwrite_output_dir"):
+            run(parse(self.line("mine", "5"), "run_dsp"))
+        Path("file").write_text("")
+        for name in ("file", "file/below"):
+            with pytest.raises(HeadPruningError, match=f"--output_dir {name} cannot be made"):
+                run(parse(self.line(name, "5"), "run_dsp"))
+        assert Path("mine/README.md").read_text() == "my notes"
+
+    def test_a_failure_after_training_leaves_the_model(self, here, monkeypatch):
+        def fail(self):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(GlueRun, "evaluate", fail)
+        with pytest.raises(RuntimeError):
+            run(parse([*self.line("lost", "5"), "--save_strategy", "no"], "run_dsp"))
+        names = {path.name for path in Path("lost").iterdir()}
+        assert {"model.safetensors", "masks.safetensors", "pruning.json", "README.md", "head_mask.png"} <= names
+        assert "5 of 24 attention heads" in Path("lost/README.md").read_text()
+
+    @pytest.mark.parametrize(
+        "more, sentence",
+        [
+            (["--num_train_epochs", "0", "--max_steps", "-1"], "--num_train_epochs is 0"),
+            (["--do_predict", "--prediction_loss_only", "True"], "--prediction_loss_only leaves nothing"),
+        ],
+    )
+    def test_what_cannot_work_is_refused_before_training(self, here, more, sentence):
+        with pytest.raises(HeadPruningError, match=sentence):
+            run(parse([*self.line("never", "5"), *more], "run_dsp"))
+
+    def test_the_card_has_the_options_as_they_were(self, five):
+        card = (five / "README.md").read_text()
+        assert "| final_temperature | 0.0001 |" in card and "| gate_adam_beta2 | 0.999 |" in card
+
 
 def test_arguments_from_a_file(here):
     words = [*JOINT_DSP, *TINY, *ANNEAL, "--output_dir", "from_file"]
@@ -304,7 +398,7 @@ def test_arguments_from_a_file(here):
 
 def test_a_model_that_is_not_there(here):
     with pytest.raises(HeadPruningError, match="nowhere cannot be loaded"):
-        run(parse([*JOINT_DSP, *TINY, "--model_name_or_path", "./nowhere"], "run_dsp"))
+        run(parse([*JOINT_DSP, *TINY, "--model_name_or_path", "./nowhere", "--output_dir", "no"], "run_dsp"))
 
 
 def test_importing_the_package_is_quiet(tmp_path):
