@@ -9,9 +9,19 @@ from head_pruning.registry import option_fields
 
 
 def main(run: Callable[[], None]) -> None:
-    """Call ``run``; a HeadPruningError is printed as ``error: sentence`` and ends the process with status 1."""
+    """Call ``run``; what a user can mend is printed as ``error: sentence`` and ends the process with status 1.
+
+    That is a HeadPruningError, or an OSError such as a full disk. Status 130: interrupted.
+    """
     try:
         run()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if not error.strerror:
+            raise
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}.")
     except HeadPruningError as error:
         sys.exit(f"error: {with_underscores(str(error))}")
 

@@ -48,6 +48,12 @@ class DSPPruner(HeadGatePruner):
         self.require_count()
         for option in ("initial_temperature", "final_temperature"):
             require(self.config, option, lambda value: value > 0, "above 0")
+        initial, final = self.config.initial_temperature, self.config.final_temperature
+        if self.config.annealing and initial < final:
+            raise HeadPruningError(
+                f"--initial-temperature {initial:g} is below --final-temperature {final:g}, but annealing lowers the "
+                "temperature; swap them."
+            )
         super().check_options()
 
     def attach(self, session) -> None:

@@ -16,6 +16,7 @@ from tests.fairseq.command_lines import DSP
         ("--pruner dsp --annealing --joint-pruning", "add --num-of-heads"),
         (f"{DSP} --min-heads-per-layer 1", "only 4 are kept"),
         (f"{DSP} --final-temperature 0", "must be above 0"),
+        (f"{DSP} --annealing --initial-temperature 1e-9", "is below --final-temperature 1e-08, but annealing lowers"),
         (f"{DSP} --cooldown-steps -3", "--cooldown-steps"),
         (f"{DSP} --cooldown-steps 0.5 --max-update 0", "whose length is not known"),
         ("--pruner voita", "add --l0-penalty"),

@@ -1,7 +1,9 @@
 """The scripts' command lines: which flags there are, whose they are, and what they come to."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shlex
 import socket
@@ -297,6 +299,20 @@ def test_the_scripts_end_with_the_sentence(capsys):
     assert done == [1]
     with pytest.raises(ZeroDivisionError):
         running.main(lambda: 1 / 0)
+
+
+def test_full_disks_and_interruptions_end_with_a_sentence(capsys):
+    def fail(error):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        running.main(lambda: fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.safetensors")))
+    assert stopped.value.code == "error: out/model.safetensors: No space left on device."
+    with pytest.raises(SystemExit) as stopped:
+        running.main(lambda: fail(KeyboardInterrupt()))
+    assert stopped.value.code == 130 and "the last checkpoint" in capsys.readouterr().err
+    with pytest.raises(OSError):  # no mistake of the user's that is known
+        running.main(lambda: fail(OSError("odd")))
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
