@@ -25,7 +25,7 @@ from tqdm import tqdm
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, normalize_importance, pruning_rounds
-from head_pruning.importance.rounds import RoundsReport, fingerprint
+from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport, fingerprint
 from head_pruning.report.tables import head_table, text_table
 
 from .attention import UnfusedAttention
@@ -33,6 +33,23 @@ from .errors import sentence_of
 from .unit_map import unit_map
 
 logger = logging.getLogger("fairseq_plugin.run_michel")
+
+#: The flags that make the settings of a run.
+SETTINGS = {
+    "checkpoint": "--restore-file",
+    "data": "data folder",
+    "test": "--gen-subset",
+    "remove_bpe": "--remove-bpe",
+    "lengths": "--max-len-a, --max-len-b",
+    "batches": "--batch-size, --max-tokens",
+    "heads_per_round": "--num-of-heads",
+    "exact": "--exact-pruning",
+    "signed": "--signed-importance",
+    "importance_sentences": "--importance-sentences",
+    "score_sentences": "--score-sentences",
+    "beam": "--beam",
+    "score_at": "--score-at",
+}
 
 
 def get_parser():
@@ -183,8 +200,11 @@ def run(args) -> list[dict]:
         "beam": cfg.generation.beam,
         "score_at": sorted(score_at),
     }
-    report = RoundsReport(folder, settings, run.unit_map)
-    if report.start is not None:
+    cure = f"choose another --save-dir, or remove {ROUNDS_FILE} and {MASKS_FOLDER}/ from this one"
+    report = RoundsReport(folder, settings, run.unit_map, flags=SETTINGS, cure=cure)
+    if report.finished:
+        logger.info("all rounds were finished before; nothing is measured anew")
+    elif report.start is not None:
         logger.info("going on after the round that left %d heads", report.start.mask.kept)
         run.epoch = len(report.entries) - 1
     for result in pruning_rounds(

@@ -1,6 +1,7 @@
 """The file of a Michel run: one entry per finished round, enough to go on after the last."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Mapping, Optional
@@ -21,37 +22,75 @@ class RoundsReport:
 
     Args:
         folder: where they lie.
-        settings: what the rounds depend on; rounds of other settings are not gone on with.
+        settings: what the rounds depend on; rounds of other settings are neither gone on with nor replaced.
         unit_map: the model's sites.
+        flags: how the host's command line spells a setting, where that is not ``--name``.
+        cure: what to do about rounds of other settings, in the host's spelling.
 
     Raises:
-        HeadPruningError: the file is damaged, or of another architecture.
+        HeadPruningError: the file is damaged, of another architecture, or of other settings.
     """
 
-    def __init__(self, folder: "str | Path", settings: Mapping[str, Any], unit_map: UnitMap) -> None:
+    def __init__(
+        self,
+        folder: "str | Path",
+        settings: Mapping[str, Any],
+        unit_map: UnitMap,
+        *,
+        flags: Optional[Mapping[str, str]] = None,
+        cure: str = "choose another folder",
+    ) -> None:
         self.path = Path(folder) / ROUNDS_FILE
         self.settings = dict(settings)
         self.unit_map = unit_map
+        self.flags, self.cure = dict(flags or {}), cure
         self.entries: list[dict] = []
         self.start: Optional[PruningRound] = None
         if self.path.exists():
             self._read()
 
+    @property
+    def finished(self) -> bool:
+        """Whether no head was left to remove when the file was read."""
+        return self.start is not None and not self.start.mask.kept
+
     def _read(self) -> None:
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            entries, theirs = data["rounds"], UnitMap.from_dict(data["unit_map"])
-            if _set(data["settings"]) != _set(self.settings) or not entries:
+            entries, theirs, settings = data["rounds"], UnitMap.from_dict(data["unit_map"]), dict(data["settings"])
+            if not entries:
                 return
-        except (KeyError, TypeError, ValueError) as error:
+            last, masks = entries[-1], [self.mask(entry, theirs) for entry in entries]
+            start = last["score"], None if last["importance"] is None else np.array(last["importance"])
+        except (AttributeError, KeyError, TypeError, ValueError, HeadPruningError) as error:
             raise HeadPruningError(f"{self.path} is damaged ({error!r}); move it away to start anew.") from error
+        # Another model first of all differs in its settings: they say which.
+        self._check_settings(settings)
         theirs.check_same_heads(self.unit_map, str(self.path))
-        last = entries[-1]
-        sites = self.unit_map.attention
-        kept = [head in last["kept_heads_by_site"][site.name] for site in sites for head in range(site.heads)]
-        scores = None if last["importance"] is None else np.array(last["importance"])
         self.entries = entries
-        self.start = PruningRound(HeadMask(self.unit_map, np.array(kept)), last["score"], scores)
+        self.start = PruningRound(HeadMask(self.unit_map, masks[-1].keep), *start)
+
+    def _check_settings(self, theirs: Mapping[str, Any]) -> None:
+        # A file may be older than a setting: one that is missing there was not set.
+        names = dict.fromkeys((*self.settings, *theirs))
+        other = [name for name in names if not _same(theirs.get(name), self.settings.get(name))]
+        if other:
+            told = ", ".join(self._told(name, theirs.get(name), self.settings.get(name)) for name in other)
+            raise HeadPruningError(f"{self.path} holds the rounds of another run ({told}); {self.cure}.")
+
+    def _told(self, name: str, theirs: Any, mine: Any) -> str:
+        flag = self.flags.get(name, f"--{name}")
+        if any(isinstance(value, (float, dict)) for value in (theirs, mine)):  # sums and fingerprints say nothing
+            return f"another {flag}"
+        was, now = ("not set" if value is None else value for value in (theirs, mine))
+        return f"{flag} was {was} and is now {now}"
+
+    def mask(self, entry: Mapping[str, Any], unit_map: Optional[UnitMap] = None) -> HeadMask:
+        """The heads that an entry keeps."""
+        unit_map = unit_map or self.unit_map
+        kept = {site: set(heads) for site, heads in entry["kept_heads_by_site"].items()}
+        keep = [head in kept[site.name] for site in unit_map.attention for head in range(site.heads)]
+        return HeadMask(unit_map, np.array(keep))
 
     def add(self, result: PruningRound, **more: Any) -> dict:
         """Write a finished round with further values, and its mask; returns the entry."""
@@ -69,9 +108,11 @@ class RoundsReport:
         return entry
 
 
-def _set(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are set: a file may be older than one of them."""
-    return {name: value for name, value in dict(settings).items() if value is not None}
+def _same(one: Any, other: Any) -> bool:
+    """Equality, but for the last digits of a float: a sum of weights depends on the device and its threads."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
+    return one == other
 
 
 def fingerprint(path: "str | Path") -> dict[str, Any]:

@@ -224,5 +224,32 @@ def test_impossible_rounds_are_refused(unit_map, count):
 def test_rounds_go_on_although_their_file_lacks_a_setting_that_is_not_set(tmp_path, unit_map):
     RoundsReport(tmp_path, {"data": "a"}, unit_map).add(PruningRound(full_mask(unit_map), 1.0, None))
     assert RoundsReport(tmp_path, {"data": "a", "first": None}, unit_map).start.mask.kept == 6
-    for other in ({"data": "a", "first": 5}, {"data": "b"}, {}):
-        assert RoundsReport(tmp_path, other, unit_map).start is None
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"data": "a", "heads": 2, "sum": 0.5, "first": 5}, r"\(--first was not set and is now 5\)"),
+        ({"data": "b", "heads": 4, "sum": 0.5}, r"\(--data was a and is now b, --num was 2 and is now 4\)"),
+        ({"data": "a", "sum": 0.5}, r"\(--num was 2 and is now not set\)"),
+        ({"data": "a", "heads": 2, "sum": 0.6}, r"\(another model\)"),
+    ],
+)
+def test_rounds_of_other_settings_are_refused_by_name(tmp_path, unit_map, settings, told):
+    first = {"data": "a", "heads": 2, "sum": 0.5}
+    RoundsReport(tmp_path, first, unit_map).add(PruningRound(full_mask(unit_map), 1.0, None))
+    before = (tmp_path / "michel_rounds.json").read_bytes()
+    spelled = {"flags": {"heads": "--num", "sum": "model"}, "cure": "go elsewhere"}
+    with pytest.raises(HeadPruningError, match=f"holds the rounds of another run {told}; go elsewhere.$"):
+        RoundsReport(tmp_path, settings, unit_map, **spelled)
+    assert (tmp_path / "michel_rounds.json").read_bytes() == before
+    # The last digits of a sum depend on the machine's threads.
+    assert RoundsReport(tmp_path, {**first, "sum": 0.5 + 1e-12}, unit_map, **spelled).start.mask.kept == 6
+
+
+def test_an_entry_gives_its_mask_back_and_the_last_one_says_that_all_is_done(tmp_path, unit_map):
+    report = RoundsReport(tmp_path, {}, unit_map)
+    for result in pruning_rounds(unit_map, lambda mask: IMPORTANCE, lambda mask: 0.0, heads_per_round=4):
+        assert not RoundsReport(tmp_path, {}, unit_map).finished
+        assert report.mask(report.add(result)) == result.mask
+    assert RoundsReport(tmp_path, {}, unit_map).finished

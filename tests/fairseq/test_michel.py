@@ -123,17 +123,21 @@ def test_importance_is_the_sum_of_absolute_derivatives(data, dense, tmp_path):
         np.testing.assert_allclose(got, rows.reshape(-1), atol=2e-4)
 
 
-def test_rounds_of_another_checkpoint_of_the_same_name_are_not_taken(data, dense, tmp_path):
+def test_rounds_of_other_settings_are_neither_taken_nor_replaced(data, dense, tmp_path):
     copy = tmp_path / "checkpoint_last.pt"
     options = ("--max-len-b", "5", "--beam", "1", "--num-of-heads", "23", "--score-sentences", "2")
     copy.write_bytes(dense.read_bytes())
     assert _run(_command(data, copy, tmp_path / "out", *options)).returncode == 0
-    first = _rounds(tmp_path / "out")
+    first = (tmp_path / "out" / "michel_rounds.json").read_bytes()
+    # The same name, but not the same checkpoint.
     state = torch.load(dense, weights_only=False)
     state["model"]["decoder.layers.0.fc1.weight"] *= -1
     torch.save(state, copy)
-    assert _run(_command(data, copy, tmp_path / "out", *options)).returncode == 0
-    assert _rounds(tmp_path / "out")[1]["importance"] != first[1]["importance"]
+    refused = _run(_command(data, copy, tmp_path / "out", *options, "--num-of-heads", "22"))
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    sentence = refused.stderr.splitlines()[-1]
+    assert "(another --restore-file, --num-of-heads was 23 and is now 22); choose another --save-dir" in sentence
+    assert (tmp_path / "out" / "michel_rounds.json").read_bytes() == first
 
 
 @pytest.mark.parametrize(
