@@ -296,7 +296,14 @@ def _parser(script: str) -> FlagParser:
         found = _field(option_fields(theirs, "weights")[option], f" [{', '.join(theirs)}]").metadata["help"]
         other = "" if about.own_warmup else f"; without such a pruner the same as --{ours}"
         parser.action(option).help = f"{found} (default: {option_fields(theirs, 'weights')[option].default}){other}"
+    parser.elsewhere = {name: "run_michel" for name in _michel_only() if parser.action(name) is None}
     return parser
+
+
+def _michel_only() -> set[str]:
+    """The flags that no other script has; without --batch_size, by which others mean one of transformers' own."""
+    shared = {f.name for kind in (ModelArguments, GlueArguments) for f in dataclasses.fields(kind)}
+    return {f.name for f in dataclasses.fields(MichelArguments)} - shared - {"batch_size", "notes"}
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class FlagParser(HfArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
             allow_abbrev=False,
         )
+        #: Flags that another script has, with its name: a mistake that has a better cure than the nearest flag.
+        self.elsewhere: dict[str, str] = {}
         self.required = [action.dest for action in self._actions if action.required or action.dest in needs]
         for action in self._actions:
             if not isinstance(action, argparse._HelpAction):
@@ -128,6 +130,8 @@ class FlagParser(HfArgumentParser):
 
     def _nearest(self, word: str) -> str:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if name in self.elsewhere:
+            return f"; it belongs to {self.elsewhere[name]}.py"
         shown = [action.dest for action in self._actions if action.help != argparse.SUPPRESS]
         near = difflib.get_close_matches(name, shown, n=1)
         return f" (did you mean --{near[0]}?)" if near else f"; {self.prog} --help lists the flags"
