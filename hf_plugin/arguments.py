@@ -402,9 +402,13 @@ class MichelArguments(ModelArguments):
     data_dir: Optional[str] = field(
         default=None, metadata={"help": "the task's folder in GLUE's TSV layout; without it the hub's copy is loaded"}
     )
-    output_dir: str = field(metadata={"help": "folder for the rounds and their masks"})
+    output_dir: str = field(metadata={"help": "folder for the rounds, their masks and the pruned model"})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "start anew; without it a run goes on after its last finished round"}
+        default=False,
+        metadata={
+            "help": "start anew and remove what an earlier run left in output_dir; without it a run of the same "
+            "settings goes on after its last finished round, and a folder of other rounds or of a model is refused"
+        },
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "tokenise again what is in the cache"})
     max_seq_length: int = field(default=128, metadata={"help": "cut examples to this many tokens"})
@@ -416,7 +420,8 @@ class MichelArguments(ModelArguments):
         default=None, metadata={"help": "measure importance on the first so many training examples only"}
     )
     metric_name: Optional[str] = field(
-        default=None, metadata={"help": "metric that scores a round; default: the task's main one"}
+        default=None,
+        metadata={"help": "metric that scores a round, such as f1, acc or mnli-mm/acc; default: the task's main one"},
     )
     seed: int = field(default=42, metadata={"help": "seed"})
     no_cuda: bool = field(default=False, metadata={"help": "run on the CPU", "aliases": ["--use_cpu"]})

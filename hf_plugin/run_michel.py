@@ -5,12 +5,13 @@
 
 Each round removes ``--num_of_heads`` heads and scores the model on the validation set. The rounds go into
 ``michel_rounds.json`` in ``--output_dir``, the mask of each into ``michel_masks/``; a run that was stopped goes on
-after its last finished round.
+after its last finished round. At the end the model with the fewest heads (but not none) is saved there as every run
+saves its model; ``head-pruning export START OTHER --to masked --mask michel_masks/headsN.safetensors`` writes another.
 """
 
 import logging
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +19,33 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from head_pruning import HeadMask
+from head_pruning.artifacts import write_json
 from head_pruning.importance import pruning_rounds
 from head_pruning.importance.rounds import RoundsReport
 from head_pruning.report.tables import head_table, text_table
 from hf_plugin import logs, running
 from hf_plugin.arguments import MichelArguments, parse_michel
 from hf_plugin.data import compute_metrics, find_task, load_task
+from hf_plugin.export import save_pruned
 from hf_plugin.glue import load_pieces
 from hf_plugin.heads import head_mask
 from hf_plugin.importance import head_importance
+from hf_plugin.metric_names import find_metric
+from hf_plugin.michel_folder import RESULTS_FILE, clear, model_round, open_folder
+from hf_plugin.starting import refuse_masked_start
 from hf_plugin.task_run import first_examples
 from hf_plugin.unit_map import unit_map
 
 logger = logging.getLogger("hf_plugin.run_michel")
+
+# What the heads that are removed depend on, beside the model and its data.
+_CHOICE = (
+    *("num_of_heads", "exact_pruning", "dont_normalize_importance_by_layer", "dont_normalize_global_importance"),
+    *("per_example", "max_train_samples"),
+)
+_SETTINGS = ("model_name_or_path", "task_name", "data_dir", "data_subset", *_CHOICE, "max_seq_length", "batch_size")
+_FLAGS = {"model_checksum": "set of weights, from --model_name_or_path or drawn with --seed"}
+_CURE = "choose another --output_dir or add --overwrite_output_dir"
 
 
 class MichelRun:
@@ -38,11 +53,15 @@ class MichelRun:
 
     def __init__(self, arguments: MichelArguments) -> None:
         self.arguments = arguments
+        task = find_task(arguments.task_name)
+        self.scored, self.metric = find_metric(arguments.metric_name, task)
+        refuse_masked_start(arguments.model_name_or_path)
+        self.out = open_folder(arguments.output_dir, arguments.model_name_or_path, arguments.overwrite_output_dir)
         set_seed(arguments.seed)
-        tokenizer, self.model, task = load_pieces(arguments, find_task(arguments.task_name))
+        tokenizer, self.model, self.task = load_pieces(arguments, task)
         self.unit_map = unit_map(self.model)
         self.data = load_task(
-            task,
+            self.task,
             tokenizer=tokenizer,
             data_dir=arguments.data_dir,
             cache_dir=arguments.cache_dir,
@@ -53,7 +72,6 @@ class MichelRun:
         subset = arguments.data_subset if arguments.data_subset > 0 else None
         self.validation = {name: first_examples(part, subset) for name, part in self.data.validation.items()}
         self.collator = DataCollatorWithPadding(tokenizer)
-        self.metric = arguments.metric_name or task.main_metric
         self.trainer = Trainer(
             model=self.model,
             args=TrainingArguments(
@@ -67,10 +85,28 @@ class MichelRun:
             ),
             data_collator=self.collator,
             processing_class=tokenizer,
-            compute_metrics=compute_metrics(task),
+            compute_metrics=compute_metrics(self.task),
         )
         self.device = self.trainer.args.device
         self.scores: dict[str, float] = {}
+        self.measured: dict[int, dict[str, float]] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """What the rounds depend on; rounds of other settings are not gone on with.
+
+        What says the same as its default is None: files of rounds may be older than the setting.
+        """
+        arguments = self.arguments
+        found = {name: getattr(arguments, name) for name in _SETTINGS}
+        for name in ("tokenizer_name", "config_name"):
+            given = getattr(arguments, name)
+            found[name] = None if given == arguments.model_name_or_path else given
+        usual = find_metric(None, self.task)
+        if (self.scored, self.metric) != usual:
+            found["metric_name"] = self.metric if self.scored == usual[0] else f"{self.scored}/{self.metric}"
+        # A seed matters only to weights that the model's folder lacks, such as those of a new classifier.
+        found["model_checksum"] = sum(float(weight.detach().double().sum()) for weight in self.model.parameters())
+        return found
 
     def importance(self, mask: HeadMask) -> np.ndarray:
         """The importance of all heads over the training set, in its order."""
@@ -87,58 +123,94 @@ class MichelRun:
             normalize_globally=not arguments.dont_normalize_global_importance,
         )
 
-    def score(self, mask: HeadMask) -> float:
-        """100 x the task's metric on its (first) validation set."""
+    def evaluate(self, mask: HeadMask) -> dict[str, float]:
+        """All metrics of all (first) validation examples, under the names that the scripts that train give them."""
+        metrics: dict[str, float] = {}
         with head_mask(self.model, mask):
-            for name, part in self.validation.items():
-                self.scores[name] = 100.0 * self.trainer.evaluate(part)[f"eval_{self.metric}"]
-        return next(iter(self.scores.values()))
+            for i, (name, part) in enumerate(self.validation.items()):
+                prefix = "eval" if i == 0 else f"eval_{name.rpartition('-')[2]}"
+                found = self.trainer.evaluate(part, metric_key_prefix=prefix)
+                # Where a training went before, there is no preparation, and the epoch is the training's.
+                other = ("epoch", f"{prefix}_model_preparation_time")
+                metrics |= {key: value for key, value in found.items() if key not in other}
+                metrics[f"{prefix}_samples"] = len(part)
+                self.scores[name] = 100.0 * metrics[f"{prefix}_{self.metric}"]
+        self.measured[mask.kept] = metrics
+        return metrics
+
+    def score(self, mask: HeadMask) -> float:
+        """100 x the metric on its (first) validation set."""
+        self.evaluate(mask)
+        return self.scores[self.scored]
+
+    def prune(self, report: RoundsReport) -> None:
+        """All rounds that ``report`` lacks."""
+        arguments = self.arguments
+        if report.start is not None and not report.finished:
+            logger.info("going on after the round that left %d heads", report.start.mask.kept)
+        for result in pruning_rounds(
+            self.unit_map,
+            self.importance,
+            self.score,
+            heads_per_round=arguments.num_of_heads,
+            exact=arguments.exact_pruning,
+            start=report.start,
+        ):
+            report.add(result, scores=dict(self.scores))
+            logger.info("%d heads left: %s %.2f", result.mask.kept, self.metric, result.score)
+            if 0 < result.mask.kept <= 2 * arguments.num_of_heads:
+                logger.info("kept heads by site:\n%s", head_table(result.mask))
+
+    def save(self, report: RoundsReport) -> None:
+        """Write the model of :func:`model_round` and what tells of it; ``all_results.json`` comes last."""
+        mask = report.mask(model_round(report.entries))
+        metrics = self.measured.get(mask.kept) or self.evaluate(mask)
+        save_pruned(
+            self.model,
+            mask,
+            self.out,
+            processing_class=self.trainer.processing_class,
+            method="michel",
+            options={name: getattr(self.arguments, name) for name in _CHOICE},
+            scores=metrics,
+            dataset=f"GLUE {self.task.folder}",
+            history=[{name: value for name, value in e.items() if name != "importance"} for e in report.entries],
+        )
+        write_json(self.out / RESULTS_FILE, {**metrics, "heads_kept": mask.kept, "heads_total": mask.keep.size})
+        logger.info("%d of %d heads are left in the model in %s", mask.kept, mask.keep.size, self.out)
+
+    def table(self, report: RoundsReport) -> str:
+        """One line per round."""
+        names = list(self.validation)
+        rows = [
+            (entry["heads"], entry["removed_percent"], *(float(entry["scores"][name]) for name in names))
+            for entry in report.entries
+        ]
+        return text_table(("heads kept", "removed %", *(f"{name} {self.metric} x 100" for name in names)), rows)
 
 
 def run(arguments: MichelArguments) -> list[dict]:
-    """All rounds; returns and saves one entry per round."""
+    """All rounds; returns and saves one entry per round, and saves the model at the end.
+
+    Raises:
+        HeadPruningError: the folder holds a run of other settings or another model, the start model's heads are zeroed
+            already, there is no such metric, or the model or its data cannot be loaded.
+    """
     logs.set_up()
     for note in arguments.notes:
         logger.info("%s", note)
     michel = MichelRun(arguments)
-    settings = {
-        name: getattr(arguments, name)
-        for name in (
-            *(
-                "model_name_or_path",
-                "task_name",
-                "data_dir",
-                "data_subset",
-                "max_train_samples",
-                "exact_pruning",
-                "num_of_heads",
-            ),
-            *("dont_normalize_importance_by_layer", "dont_normalize_global_importance", "per_example"),
-            *("max_seq_length", "batch_size"),
-        )
-    }
-    weights = sum(float(parameter.detach().double().sum()) for parameter in michel.model.parameters())
-    settings["model_checksum"] = weights
     if arguments.overwrite_output_dir:
-        (Path(arguments.output_dir) / "michel_rounds.json").unlink(missing_ok=True)
-    report = RoundsReport(arguments.output_dir, settings, michel.unit_map)
-    if report.start is not None:
-        logger.info("going on after the round that left %d heads", report.start.mask.kept)
-    for result in pruning_rounds(
-        michel.unit_map,
-        michel.importance,
-        michel.score,
-        heads_per_round=arguments.num_of_heads,
-        exact=arguments.exact_pruning,
-        start=report.start,
-    ):
-        report.add(result, scores=dict(michel.scores))
-        logger.info("%d heads left: %s %.2f", result.mask.kept, michel.metric, result.score)
-        if 0 < result.mask.kept <= 2 * arguments.num_of_heads:
-            logger.info("kept heads by site:\n%s", head_table(result.mask))
-    names = list(michel.validation)
-    rows = [(e["heads"], e["removed_percent"], *(float(e["scores"][name]) for name in names)) for e in report.entries]
-    print(text_table(("heads kept", "removed %", *(f"{name} {michel.metric} x 100" for name in names)), rows))
+        clear(michel.out)
+    report = RoundsReport(michel.out, michel.settings(), michel.unit_map, flags=_FLAGS, cure=_CURE)
+    if report.start is None:
+        (michel.out / RESULTS_FILE).unlink(missing_ok=True)  # of some other run; that of this one says that it is done
+    if report.finished and (michel.out / RESULTS_FILE).exists():
+        logger.info("this run is finished already (--overwrite_output_dir starts anew)")
+    else:
+        michel.prune(report)
+        michel.save(report)
+    print(michel.table(report))
     logger.info("rounds are in %s", report.path)
     return report.entries
 

@@ -1,0 +1,74 @@
+"""The folder of a Michel run: what may lie there before, and what is left there by an earlier run."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Sequence
+
+from head_pruning import HeadPruningError
+from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
+from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE
+
+from .export import PICTURE
+from .host import COMPANIONS
+
+RESULTS_FILE = "all_results.json"
+
+# Beside the tokenizer's files.
+_MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "compact_heads.py")
+
+
+def open_folder(output_dir: "str | Path", start: str, overwrite: bool) -> Path:
+    """The folder that a run writes to, made if missing; nothing in it is touched.
+
+    Args:
+        output_dir: what ``--output_dir`` says.
+        start: what ``--model_name_or_path`` says.
+        overwrite: whether the folder may hold the model of another run.
+
+    Raises:
+        HeadPruningError: it cannot be made or written, is the start model's own, or holds a model that is not of a
+            Michel run.
+    """
+    out = Path(output_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{out} is a file" if out.is_file() else error.strerror or error
+        raise HeadPruningError(f"--output_dir {out} cannot be made ({reason}); choose another.") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise HeadPruningError(f"--output_dir {out} cannot be written; choose another.")
+    if Path(start).is_dir() and out.resolve() == Path(start).resolve():
+        raise HeadPruningError(
+            f"--output_dir {out} is the start model's own folder, where the pruned model would take its place; choose "
+            "another --output_dir."
+        )
+    if not overwrite and not (out / ROUNDS_FILE).exists() and any(out.glob("*.safetensors")):
+        raise HeadPruningError(
+            f"{out} already holds a model; choose another --output_dir or add --overwrite_output_dir."
+        )
+    return out
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier Michel run wrote; a folder without one is left as it is."""
+    if not (out / ROUNDS_FILE).exists():
+        return
+    shutil.rmtree(out / MASKS_FOLDER, ignore_errors=True)
+    for unfinished in out.glob(".saving-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    written = (RESULTS_FILE, REPORT_FILE, MASKS_FILE, PICTURE, "README.md", *_MODEL)
+    for path in out.iterdir():
+        ours = COMPANIONS.fullmatch(path.name) or any(path.match(pattern) for pattern in written)
+        if ours and path.is_file():
+            path.unlink()
+    # Last: what is cut off on the way is cleared by the next call.
+    (out / ROUNDS_FILE).unlink()
+
+
+def model_round(rounds: Sequence[dict]) -> dict:
+    """The entry whose mask the folder's model gets: the fewest heads, but not none where another round leaves some.
+
+    The last round always removes the last head, and nobody wants that model.
+    """
+    return ([entry for entry in rounds[1:] if entry["heads"]] or rounds)[-1]
