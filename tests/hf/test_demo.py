@@ -23,7 +23,7 @@ def test_the_demo_runs_and_does_not_repeat_what_is_finished(tmp_path):
     assert all(row["method"] in done.stdout for row in rows)
     assert (out / "heads.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
-    assert len(before) == 3
+    assert len(before) == 4
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and json.loads((out / "results.json").read_text()) == rows
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")} == before
