@@ -17,6 +17,9 @@ RESULTS_FILE = "all_results.json"
 # Beside the tokenizer's files.
 _MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "compact_heads.py")
 
+# What must not be written over unasked.
+_WRITTEN = ("*.safetensors", "config.json", "README.md", REPORT_FILE, PICTURE)
+
 
 def open_folder(output_dir: "str | Path", start: str, overwrite: bool) -> Path:
     """The folder that a run writes to, made if missing; nothing in it is touched.
@@ -27,8 +30,8 @@ def open_folder(output_dir: "str | Path", start: str, overwrite: bool) -> Path:
         overwrite: whether the folder may hold the model of another run.
 
     Raises:
-        HeadPruningError: it cannot be made or written, is the start model's own, or holds a model that is not of a
-            Michel run.
+        HeadPruningError: it cannot be made or written, is the start model's own, or holds files of another run that
+            this one would write over.
     """
     out = Path(output_dir)
     try:
@@ -43,9 +46,11 @@ def open_folder(output_dir: "str | Path", start: str, overwrite: bool) -> Path:
             f"--output_dir {out} is the start model's own folder, where the pruned model would take its place; choose "
             "another --output_dir."
         )
-    if not overwrite and not (out / ROUNDS_FILE).exists() and any(out.glob("*.safetensors")):
+    taken = () if overwrite or (out / ROUNDS_FILE).exists() else [f for name in _WRITTEN for f in out.glob(name)]
+    if taken:
         raise HeadPruningError(
-            f"{out} already holds a model; choose another --output_dir or add --overwrite_output_dir."
+            f"{out} already holds a model or other files ({taken[0].name}) that this run would write over; choose "
+            "another --output_dir or add --overwrite_output_dir."
         )
     return out
 

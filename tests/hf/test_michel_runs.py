@@ -216,8 +216,16 @@ def test_models_of_others_are_not_replaced(here):
     assert "dense is the start model's own folder" in refused("dense")
     assert "dense/../dense is the start model's own" in refused("dense/../dense", "--overwrite_output_dir")
     write_model(here / "others")
-    cure = "choose another --output_dir or add --overwrite_output_dir."
-    assert refused("others") == f"others already holds a model; {cure}"
+    for name in ("model.safetensors", "config.json", "README.md"):
+        (here / "others" / "README.md").write_text("mine")
+        sentence = refused("others")
+        assert sentence.startswith(
+            f"others already holds a model or other files ({name}) that this run would write over"
+        )
+        assert sentence.endswith("choose another --output_dir or add --overwrite_output_dir.")
+        (here / "others" / name).unlink()
+    (here / "others" / "all_results.json").write_text("{}")  # of an evaluation
+    michel("others", heads=24)
 
 
 def test_a_start_whose_heads_are_zeroed_is_refused(here):
