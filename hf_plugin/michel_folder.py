@@ -1,6 +1,5 @@
 """The folder of a Michel run: what may lie there before, and what is left there by an earlier run."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Sequence
@@ -11,14 +10,12 @@ from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE
 
 from .export import PICTURE
 from .host import COMPANIONS
+from .starting import make_folder, refuse_taken
 
 RESULTS_FILE = "all_results.json"
 
 # Beside the tokenizer's files.
 _MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "compact_heads.py")
-
-# What must not be written over unasked.
-_WRITTEN = ("*.safetensors", "config.json", "README.md", REPORT_FILE, PICTURE)
 
 
 def open_folder(output_dir: "str | Path", start: str, overwrite: bool) -> Path:
@@ -33,25 +30,14 @@ def open_folder(output_dir: "str | Path", start: str, overwrite: bool) -> Path:
         HeadPruningError: it cannot be made or written, is the start model's own, or holds files of another run that
             this one would write over.
     """
-    out = Path(output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"{out} is a file" if out.is_file() else error.strerror or error
-        raise HeadPruningError(f"--output_dir {out} cannot be made ({reason}); choose another.") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise HeadPruningError(f"--output_dir {out} cannot be written; choose another.")
+    out = make_folder(output_dir)
     if Path(start).is_dir() and out.resolve() == Path(start).resolve():
         raise HeadPruningError(
             f"--output_dir {out} is the start model's own folder, where the pruned model would take its place; choose "
             "another --output_dir."
         )
-    taken = () if overwrite or (out / ROUNDS_FILE).exists() else [f for name in _WRITTEN for f in out.glob(name)]
-    if taken:
-        raise HeadPruningError(
-            f"{out} already holds a model or other files ({taken[0].name}) that this run would write over; choose "
-            "another --output_dir or add --overwrite_output_dir."
-        )
+    if not overwrite and not (out / ROUNDS_FILE).exists():
+        refuse_taken(out)
     return out
 
 

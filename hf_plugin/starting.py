@@ -1,13 +1,42 @@
 """Checks of what a run starts from and of where it writes, before anything large is loaded."""
 
+import os
 from pathlib import Path
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.artifacts import MASKS_FILE
+from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
 from head_pruning.hosts import holds_heads
 from head_pruning.surgery import sites_left
+from head_pruning.weights.artifacts import DENSITY_PICTURE
 
+from .export import PICTURE
 from .host import recipe
+
+# What a run must not write over unasked.
+_WRITTEN = ("*.safetensors", "config.json", "README.md", REPORT_FILE, PICTURE, DENSITY_PICTURE)
+
+
+def make_folder(output_dir: "str | Path") -> Path:
+    """The folder that a run writes to, made if missing. Raises HeadPruningError if it cannot be made or written."""
+    out = Path(output_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{out} is a file" if out.is_file() else error.strerror or error
+        raise HeadPruningError(f"--output_dir {out} cannot be made ({reason}); choose another.") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise HeadPruningError(f"--output_dir {out} cannot be written; choose another.")
+    return out
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise HeadPruningError if ``out`` holds files of another run that a model would be written over."""
+    taken = [found for name in _WRITTEN for found in out.glob(name)]
+    if taken:
+        raise HeadPruningError(
+            f"{out} already holds a model or other files ({taken[0].name}) that this run would write over; choose "
+            "another --output_dir or add --overwrite_output_dir."
+        )
 
 
 def refuse_masked_start(folder: "str | Path") -> None:

@@ -23,6 +23,7 @@ from .export import PICTURE, describe_pruned, save_pruned
 from .logs import set_up
 from .optimizers import check_resumed, trainer_options
 from .run_settings import RunSettings, check_same_settings, settings_of
+from .starting import make_folder, refuse_masked_start, refuse_taken
 from .trainer import HeadPruningTrainer
 from .weights import save_weight_masks_and_report, weight_masks
 
@@ -30,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 # What a run writes about a model.
 _REPORTS = ("README.md", REPORT_FILE, MASKS_FILE, PICTURE, DENSITY_PICTURE, "weight_density.txt")
-# What it must not write over unasked.
-_WRITTEN = ("*.safetensors", "config.json", *_REPORTS)
 
 
 @contextlib.contextmanager
@@ -91,9 +90,11 @@ class TaskRun:
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         training = arguments.training
-        self.out = Path(training.output_dir)
+        self.out = make_folder(training.output_dir)
         self.settings = settings_of(arguments)
         self._check_training()
+        if arguments.method is not None and not arguments.options.get("head_mask_file"):
+            refuse_masked_start(arguments.model.model_name_or_path)
         self.resume = self._checkpoint()
         if self.resume is not None:
             check_same_settings(self.resume, self.settings)
@@ -120,7 +121,7 @@ class TaskRun:
         asked = training.resume_from_checkpoint
         if asked and str(asked).lower() != "true":
             return check_resumable(asked)
-        if (self.arguments.data.overwrite_output_dir and not asked) or not self.out.is_dir():
+        if self.arguments.data.overwrite_output_dir and not asked:
             found = None
         else:
             found = last_checkpoint(self.out)
@@ -129,7 +130,7 @@ class TaskRun:
         elif asked:
             raise HeadPruningError(f"There is no whole checkpoint in {self.out} to resume from.")
         elif not self.arguments.data.overwrite_output_dir:
-            self._refuse_taken()
+            refuse_taken(self.out)
         return found
 
     def _check_training(self) -> None:
@@ -143,21 +144,6 @@ class TaskRun:
         if training.do_predict and training.prediction_loss_only:
             raise HeadPruningError(
                 "--prediction_loss_only leaves nothing to write for --do_predict; drop one of them."
-            )
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise HeadPruningError(
-                f"--output_dir {self.out} cannot be made ({error.strerror}); choose another folder."
-            ) from error
-
-    def _refuse_taken(self) -> None:
-        """Raise HeadPruningError if the model would be written over files of another."""
-        taken = [name for name in _WRITTEN if any(self.out.glob(name))] if self.out.is_dir() else []
-        if taken:
-            raise HeadPruningError(
-                f"{self.out} already holds a model or other files ({next(self.out.glob(taken[0])).name}) that this "
-                "run would write over; choose another --output_dir or add --overwrite_output_dir."
             )
 
     def _clear(self) -> None:
