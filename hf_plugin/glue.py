@@ -80,7 +80,8 @@ class GlueRun(TaskRun):
         for name, part in self.data.test.items():
             outputs = self.trainer.predict(part).predictions
             if self.trainer.is_world_process_zero():
-                logger.info("predictions are in %s", write_predictions(self.task, name, outputs, self.out))
+                path = write_predictions(self.task, name, outputs, self.out, self.data.ids[name])
+                logger.info("predictions are in %s", path)
 
 
 def run(arguments: Arguments) -> dict[str, float]:
