@@ -1,6 +1,7 @@
 """A GLUE task, tokenised: what a Trainer is given."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from head_pruning import HeadPruningError
 
 from .hub import hub_split, load_hub
 from .reading import read_split, split_path
-from .tasks import HUB_REPOSITORY, GlueTask, Split, find_task
+from .tasks import HUB_REPOSITORY, TASKS, GlueTask, Split, find_task, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def load_task(
         repository: the dataset on the hub.
 
     Raises:
-        HeadPruningError: no such task, the data cannot be had or are malformed, the length is too
+        HeadPruningError: no such task, the data cannot be had, are malformed or another task's, the length is too
             small, or the cache cannot be written.
     """
     task = find_task(name)
@@ -87,6 +88,7 @@ def load_task(
     validation = task.validation if "validation" in kinds else ()
     test = [split for split in task.test if "test" in kinds and (splits is not None or there(split))]
     if tables is None:
+        _check_folder(task, data_dir)
         # Tokenising can take long: what is missing is said before.
         for split in (*([task.train] if "train" in kinds else ()), *validation, *test):
             split_path(task, split, data_dir)
@@ -107,6 +109,17 @@ def load_task(
         test={split.key: tokens(split, rows) for split, rows in raw.items()},
         ids={split.key: rows["idx"][:] for split, rows in raw.items()},
     )
+
+
+def _check_folder(task: GlueTask, data_dir: "str | Path") -> None:
+    """Raise HeadPruningError where the folder has another task's name: the columns alone cannot tell some apart."""
+    name = plain_name(os.path.basename(os.path.abspath(data_dir)))
+    for other in TASKS.values():
+        if name == plain_name(other.name) != plain_name(task.name):
+            raise HeadPruningError(
+                f"{data_dir} is the folder of {other.folder}, but the task is {task.folder}; give --data_dir with the "
+                f"folder of {task.folder}, or --task_name {other.folder}."
+            )
 
 
 def tokenise(

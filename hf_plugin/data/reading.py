@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from head_pruning import HeadPruningError
 
-from .tasks import GlueTask, Split
+from .tasks import TASKS, GlueTask, Split
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def read_tsv(path: "str | Path", task: GlueTask, labelled: bool = True) -> Datas
         or ``id`` says, by which GLUE knows the row; else, or without that column: the row's number from 0).
 
     Raises:
-        HeadPruningError: the file has no rows, is not UTF-8, lacks a column, or has a line with a wrong number of
-            columns, an unknown label, or an index that is no number or was there before.
+        HeadPruningError: the file has no rows, is not UTF-8, lacks a column, is another task's, or has a line with a
+            wrong number of columns, an unknown label, or an index that is no number or was there before.
     """
     path = Path(path)
     lines = _lines(path)
@@ -148,6 +148,7 @@ def _layout(path: Path, task: GlueTask, labelled: bool, first: list[str]) -> _La
     names = [name.strip() for name in first]
     wanted = [*task.columns, *([task.label_column] if labelled else [])]
     missing = [name for name in wanted if name not in names]
+    _refuse_other_task(path, task, names)
     if not missing:
         positions = [names.index(name) for name in wanted]
         texts = tuple(positions[: len(task.columns)])
@@ -168,6 +169,17 @@ def _layout(path: Path, task: GlueTask, labelled: bool, first: list[str]) -> _La
         f"{path} has no column {missing[0]!r} in its first line; {task.folder} needs {', '.join(wanted)}: "
         f"write the file again with python -m prepare.glue."
     )
+
+
+def _refuse_other_task(path: Path, task: GlueTask, names: list[str]) -> None:
+    """Raise HeadPruningError where the header ``names`` has more text columns of another task than of this one."""
+    found = len(set(task.columns) & set(names))
+    for other in TASKS.values():
+        if len(other.columns) > found and set(other.columns) <= set(names):
+            raise HeadPruningError(
+                f"{path} is another task's: it has the columns {', '.join(other.columns)} where {task.folder} has "
+                f"{', '.join(task.columns)}; give --data_dir with the folder of {task.folder}."
+            )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -237,6 +237,30 @@ def test_a_test_file_is_read_whole_or_not_at_all(tmp_path, folder, content, expe
     _one_sentence(error)
 
 
+@pytest.mark.parametrize(
+    ("task", "folder", "expected"),
+    [
+        ("CoLA", "SST-2", r"SST-2/ is the folder of SST-2, but the task is CoLA; .* or --task_name SST-2\."),
+        ("WNLI", "RTE", "is the folder of RTE, but the task is WNLI"),
+    ],
+)
+def test_the_folder_of_another_task_is_refused(data, tokenizer, tmp_path, task, folder, expected):
+    with pytest.raises(HeadPruningError, match=expected) as error:
+        load_task(task, tokenizer=tokenizer, data_dir=f"{data / folder}/", cache_dir=tmp_path)
+    _one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "stem"), [("CoLA", "RTE", "test"), ("SST-2", "QNLI", "test"), ("RTE", "MRPC", "dev")]
+)
+def test_the_columns_of_another_task_are_refused(data, task, folder, stem):
+    with pytest.raises(
+        HeadPruningError, match=rf"{stem}\.tsv is another task's: it has the columns .*{task}"
+    ) as error:
+        read_tsv(data / folder / f"{stem}.tsv", find_task(task), labelled=stem == "dev")
+    _one_sentence(error)
+
+
 def _files(place):
     return {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
 
