@@ -4,10 +4,11 @@ import logging
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from .arguments import Arguments, ModelArguments
 from .data import GlueTask, TaskData, compute_metrics, find_task, load_task, write_predictions
+from .pieces import give_padding, load_tokenizer
 from .task_run import TaskRun, first_examples, loading, start
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ def load_pieces(model_args: ModelArguments, task: GlueTask) -> tuple[Any, Any, G
     """The tokenizer and the classifier for a GLUE task, and the task with its classes in the classifier's order.
 
     Raises:
-        HeadPruningError: the model or its tokenizer cannot be loaded.
+        HeadPruningError: the model or its tokenizer cannot be loaded, or cannot pad.
     """
     name, hub = model_args.model_name_or_path, model_args.hub_options()
     with loading(name):
@@ -27,11 +28,10 @@ def load_pieces(model_args: ModelArguments, task: GlueTask) -> tuple[Any, Any, G
         if not task.regression:
             config.id2label, config.label2id = task.id2label, task.label2id
         config.problem_type = "regression" if task.regression else "single_label_classification"
-        tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **hub)
+        tokenizer = load_tokenizer(model_args)
         # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **hub)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    give_padding(tokenizer, model)
     return tokenizer, model, task
 
 
