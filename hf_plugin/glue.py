@@ -3,22 +3,29 @@
 import logging
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
+
+from head_pruning import HeadPruningError
 
 from .arguments import Arguments, ModelArguments
 from .data import GlueTask, TaskData, compute_metrics, find_task, load_task, write_predictions
-from .pieces import give_padding, load_tokenizer
+from .pieces import give_padding, load_model, load_tokenizer
 from .task_run import TaskRun, first_examples, loading, start
 
 logger = logging.getLogger(__name__)
 
 
-def load_pieces(model_args: ModelArguments, task: GlueTask) -> tuple[Any, Any, GlueTask]:
+def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = False) -> tuple[Any, Any, GlueTask]:
     """The tokenizer and the classifier for a GLUE task, and the task with its classes in the classifier's order.
 
+    Args:
+        model_args: the model's and the tokenizer's names.
+        task: the task.
+        training: the classifier will be trained, so the outputs of one that learnt a task with another number of
+            classes (MNLI before RTE) may start anew.
+
     Raises:
-        HeadPruningError: the model or its tokenizer cannot be loaded, or cannot pad.
+        HeadPruningError: the model or its tokenizer cannot be loaded or does not fit the task, or cannot pad.
     """
     name, hub = model_args.model_name_or_path, model_args.hub_options()
     with loading(name):
@@ -29,8 +36,12 @@ def load_pieces(model_args: ModelArguments, task: GlueTask) -> tuple[Any, Any, G
             config.id2label, config.label2id = task.id2label, task.label2id
         config.problem_type = "regression" if task.regression else "single_label_classification"
         tokenizer = load_tokenizer(model_args)
-        # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **hub)
+        model, outputs = load_model(AutoModelForSequenceClassification, name, config=config, **hub)
+    if outputs is not None:
+        differs = f"{name} has {outputs} outputs but {task.folder} needs {task.num_labels}"
+        if not training:
+            raise HeadPruningError(f"{differs}; give a model fine-tuned on {task.folder}.")
+        logger.info("%s: its output layer starts anew", differs)
     give_padding(tokenizer, model)
     return tokenizer, model, task
 
@@ -41,7 +52,7 @@ class GlueRun(TaskRun):
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
         data, training = arguments.data, arguments.training
-        tokenizer, model, self.task = load_pieces(arguments.model, find_task(data.task_name))
+        tokenizer, model, self.task = load_pieces(arguments.model, find_task(data.task_name), training.do_train)
         self.dataset, self.main_metric = f"GLUE {self.task.folder}", self.task.main_metric
         with training.main_process_first(desc="tokenising"):
             self.data: TaskData = load_task(

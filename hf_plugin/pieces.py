@@ -1,8 +1,13 @@
-"""Loading a run's tokenizer; what is missing or damaged is said in one sentence."""
+"""Loading a run's tokenizer and model; what is missing, damaged or does not fit is said in one sentence."""
 
 import logging
-from typing import Any
+import pickle
+from typing import Any, Optional
 
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoTokenizer
 
 from head_pruning import HeadPruningError
@@ -37,6 +42,51 @@ def load_tokenizer(model_args: ModelArguments, **options: Any) -> Any:
             f"folder or the hub name of one."
         )
     return tokenizer
+
+
+def load_model(auto: Any, name: str, **options: Any) -> tuple[Any, Optional[int]]:
+    """A model in float32, and how many outputs its stored head has where the configuration wants another number.
+
+    The layer of such a head that gives the outputs is initialised anew, with torch's random numbers.
+
+    Args:
+        auto: a class with ``from_pretrained``, such as ``AutoModelForSequenceClassification``.
+        name: the model's folder or hub name.
+        options: for ``from_pretrained``.
+
+    Raises:
+        HeadPruningError: the weights are damaged, or others than the head's do not fit the configuration.
+    """
+    try:
+        # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
+        model, report = auto.from_pretrained(
+            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise HeadPruningError(f"The weights in {name} are damaged ({_reason(error)}); copy them again.") from error
+    body = f"{model.base_model_prefix}."
+    outputs = None
+    for tensor, stored, wanted in sorted(report["mismatched_keys"]):
+        if tensor.startswith(body) or stored[1:] != wanted[1:]:
+            raise HeadPruningError(
+                f"{tensor} in {name} has the shape {tuple(stored)} where the configuration says {tuple(wanted)}; give "
+                f"the configuration that belongs to the weights."
+            )
+        outputs = stored[0]
+    _check_outputs(model, name)
+    return model, outputs
+
+
+def _check_outputs(model: nn.Module, name: str) -> None:
+    """Raise HeadPruningError where transformers 5.0 put outputs of any number into a compact model."""
+    for path, module in model.named_modules():
+        inside = path.startswith(f"{model.base_model_prefix}.")
+        # Subclasses of other libraries pack their weights.
+        if type(module) is nn.Linear and not inside and len(module.weight) != module.out_features:
+            raise HeadPruningError(
+                f"{name} has {len(module.weight)} outputs where {module.out_features} belong, which transformers "
+                f"{transformers.__version__} cannot start anew in a compact model; upgrade transformers."
+            )
 
 
 def give_padding(tokenizer: Any, model: Any) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import torch
 from datasets import Dataset
 from tokenizers import normalizers
 from transformers import (
@@ -24,7 +23,7 @@ from .data.squad_answers import find_answers
 from .data.squad_features import TEXT_COLUMNS, make_features
 from .data.squad_metrics import squad_scores
 from .data.squad_reading import SPLITS, VERSIONS, SquadVersion, from_squad_hub, hub_table, read_squad
-from .pieces import give_padding, load_tokenizer
+from .pieces import give_padding, load_model, load_tokenizer
 from .script_arguments import SquadArguments
 from .task_run import TaskRun, first_examples, loading, start
 
@@ -46,9 +45,9 @@ def load_pieces(model_args: ModelArguments, data: SquadArguments) -> tuple[Any, 
                 f"{name} is of the type {config.model_type}, not {data.model_type}; drop --model_type or give another "
                 f"model."
             )
+        config.num_labels = 2  # a classifier's folder may say another number; the outputs here are start and end
         tokenizer = load_tokenizer(model_args)
-        # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
-        model = AutoModelForQuestionAnswering.from_pretrained(name, config=config, dtype=torch.float32, **hub)
+        model, _ = load_model(AutoModelForQuestionAnswering, name, config=config, **hub)
         if data.do_lower_case and tokenizer.is_fast and not _lowers(tokenizer):
             if _has_capitals(tokenizer):
                 logger.warning("--do_lower_case is ignored: the model's vocabulary has capitals, so it can read them.")
@@ -192,7 +191,7 @@ class SquadRun(TaskRun):
         metrics: dict[str, float] = {}
         for step, folder in checkpoints(self.out):
             with loading(str(folder)):
-                stored = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32)
+                stored, _ = load_model(AutoModelForQuestionAnswering, str(folder))
             model.load_state_dict(stored.state_dict())
             metrics |= self._evaluate(str(step), f"eval_{step}")
         model.load_state_dict(final)

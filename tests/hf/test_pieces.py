@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,12 +21,13 @@ from head_pruning import HeadPruningError
 from hf_plugin import prune_heads, save_compact
 from hf_plugin.arguments import parse, parse_michel
 from hf_plugin.data import find_task
-from hf_plugin.glue import load_pieces, run
+from hf_plugin.glue import GlueRun, load_pieces, run
 from hf_plugin.pieces import load_tokenizer
 from hf_plugin.run_michel import run as run_michel
 from hf_plugin.script_arguments import ModelArguments
+from hf_plugin.squad import load_pieces as load_squad_pieces
 from hf_plugin.squad import run as run_squad
-from tests.hf.script_runs import TINY, WORDS, write_model, write_task
+from tests.hf.script_runs import HEADS, TINY, WORDS, write_model, write_task
 from tests.hf.squad_files import write_squad
 
 SCRIPTS = ("run_glue", "run_dsp", "run_squad", "run_michel")
@@ -111,6 +113,15 @@ class TestTokenizers:
         assert refused(lambda: start_from(str(broken))).startswith(f"The tokenizer of {broken} cannot be loaded (")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_damaged_weights_are_refused(here, tmp_path, script):
+    cut = Path(shutil.copytree("mnli", tmp_path / "cut"))
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[:-100])
+    sentence = refused(lambda: start_from(str(cut), script))
+    assert sentence.startswith(f"The weights in {cut} are damaged (") and sentence.endswith("); copy them again.")
+
+
 class TestPadding:
     @pytest.mark.parametrize("script", SCRIPTS)
     def test_the_end_token_pads_where_there_is_no_other(self, here, script, caplog):
@@ -131,6 +142,55 @@ class TestPadding:
 
     def test_without_both_tokens_it_is_refused(self, here):
         assert "no_end has neither a padding nor an end token" in refused(lambda: start_from("no_end"))
+
+
+class TestAnotherTasksModel:
+    @pytest.mark.parametrize("task, outputs", [("RTE", 2), ("MRPC", 2), ("STS-B", 1)])
+    @pytest.mark.parametrize("folder", ["mnli", "compact"])
+    def test_training_starts_from_it_with_new_outputs(self, here, task, outputs, folder, caplog):
+        line = ["--task_name", task, "--data_dir", f"data/{task}", "--model_name_or_path", folder, "--do_train"]
+        line += ["--use_cpu", "--cache_dir", "cache", "--output_dir", "never"]
+        if folder == "compact" and transformers.__version__.startswith("5.0."):
+            assert "3 outputs where" in refused(lambda: GlueRun(parse(line, "run_glue")))
+            return
+        with caplog.at_level("INFO"):
+            weights = [
+                GlueRun(parse([*line, "--seed", seed], "run_glue")).trainer.model.state_dict() for seed in "112"
+            ]
+        assert f"{folder} has 3 outputs but {task} needs {outputs}: its output layer starts anew" in caplog.text
+        before = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+        for name, value in weights[0].items():
+            assert torch.equal(value, weights[1][name]), name
+            if not name.startswith("classifier"):
+                assert torch.equal(value, before[name]), name
+        head = weights[0]["classifier.weight"]
+        assert head.shape == (outputs, 24) and 0.005 < head.std() < 0.05
+        assert not torch.equal(head, weights[2]["classifier.weight"])
+
+    def test_a_pruned_model_comes_out(self, here):
+        results = start_from("mnli", "run_dsp", "RTE", "--do_eval")
+        assert (results["heads_kept"], results["heads_total"]) == (6, HEADS)
+        again = start_from("out_mnli_run_dsp_RTE", "run_dsp", "RTE", "--do_eval")  # a pruned start
+        assert again["heads_kept"] == 6
+
+    def test_without_training_it_is_refused(self, here):
+        wanted = "mnli has 3 outputs but RTE needs 2; give a model fine-tuned on RTE."
+        assert refused(lambda: start_from("mnli", "run_michel")) == wanted
+        line = "--task_name RTE --data_dir data/RTE --model_name_or_path mnli --output_dir never --use_cpu".split()
+        for do in ("--do_eval", "--do_predict"):
+            assert refused(lambda do=do: run(parse([*line, do], "run_glue"))) == wanted
+
+    def test_only_the_outputs_may_differ(self, here, tmp_path):
+        wide = Path(shutil.copytree("mnli", tmp_path / "wide"))
+        config = json.loads((wide / "config.json").read_text())
+        (wide / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+        sentence = refused(lambda: start_from(str(wide)))
+        assert "has the shape (32,) where the configuration says (40,); give the configuration" in sentence
+
+    def test_a_classifier_is_a_start_for_squad(self, here):
+        words = ["--model_name_or_path", "mnli", "--output_dir", "never", "--do_train"]
+        arguments = parse(words, "run_squad")
+        assert load_squad_pieces(arguments.model, arguments.data)[1].qa_outputs.out_features == 2
 
 
 @pytest.mark.parametrize("missing", ["data/RTE/test.tsv"])
