@@ -85,30 +85,23 @@ def load_task(
     def there(split: Split) -> bool:
         return (Path(data_dir) / split.file).is_file() if tables is None else split.hub in tables
 
-    validation = task.validation if "validation" in kinds else ()
-    test = [split for split in task.test if "test" in kinds and (splits is not None or there(split))]
+    groups = {"train": (task.train,), "validation": task.validation, "test": task.test}
+    chosen = [(kind, split) for kind in KINDS if kind in kinds for split in groups[kind]]
+    if splits is None:
+        chosen = [(kind, split) for kind, split in chosen if kind != "test" or there(split)]
     if tables is None:
         _check_folder(task, data_dir)
         # Tokenising can take long: what is missing is said before.
-        for split in (*([task.train] if "train" in kinds else ()), *validation, *test):
+        for _, split in chosen:
             split_path(task, split, data_dir)
-
-    def read(split: Split) -> Dataset:
-        return read_split(task, split, data_dir) if tables is None else hub_split(task, split, tables, repository)
-
-    def tokens(split: Split, raw: Dataset) -> Dataset:
-        return tokenise(raw, task, split, tokenizer, length, cache, overwrite_cache)
-
-    train = tokens(task.train, read(task.train)) if "train" in kinds else None
-    scored = {split.key: tokens(split, read(split)) for split in validation}
-    raw = {split: read(split) for split in test}
-    return TaskData(
-        task,
-        train=train,
-        validation=scored,
-        test={split.key: tokens(split, rows) for split, rows in raw.items()},
-        ids={split.key: rows["idx"][:] for split, rows in raw.items()},
-    )
+    found: dict[str, dict[str, Dataset]] = {kind: {} for kind in KINDS}
+    ids = {}
+    for kind, split in chosen:
+        raw = read_split(task, split, data_dir) if tables is None else hub_split(task, split, tables, repository)
+        found[kind][split.key] = tokenise(raw, task, split, tokenizer, length, cache, overwrite_cache)
+        if kind == "test":
+            ids[split.key] = raw["idx"][:]
+    return TaskData(task, found["train"].get(task.train.key), found["validation"], found["test"], ids)
 
 
 def _check_folder(task: GlueTask, data_dir: "str | Path") -> None:
