@@ -47,7 +47,11 @@ def load_pieces(model_args: ModelArguments, data: SquadArguments) -> tuple[Any, 
             )
         config.num_labels = 2  # a classifier's folder may say another number; the outputs here are start and end
         tokenizer = load_tokenizer(model_args)
-        model, _ = load_model(AutoModelForQuestionAnswering, name, config=config, **hub)
+        model, outputs = load_model(AutoModelForQuestionAnswering, name, config=config, **hub)
+        if outputs is not None:
+            raise HeadPruningError(
+                f"{name} has {outputs} outputs, but SQuAD needs a start and an end; give another model."
+            )
         if data.do_lower_case and tokenizer.is_fast and not _lowers(tokenizer):
             if _has_capitals(tokenizer):
                 logger.warning("--do_lower_case is ignored: the model's vocabulary has capitals, so it can read them.")

@@ -9,6 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertTokenizer,
@@ -191,6 +192,11 @@ class TestAnotherTasksModel:
         words = ["--model_name_or_path", "mnli", "--output_dir", "never", "--do_train"]
         arguments = parse(words, "run_squad")
         assert load_squad_pieces(arguments.model, arguments.data)[1].qa_outputs.out_features == 2
+
+    def test_outputs_of_other_answers_are_no_start(self, here, tmp_path):
+        AutoModelForQuestionAnswering.from_pretrained("bert", num_labels=3).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained("bert").save_pretrained(tmp_path)
+        assert f"{tmp_path} has 3 outputs, but SQuAD" in refused(lambda: start_from(str(tmp_path), "run_squad"))
 
 
 @pytest.mark.parametrize("missing", ["data/RTE/test.tsv"])
