@@ -3,21 +3,29 @@
 import logging
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
+
+from head_pruning import HeadPruningError
 
 from .arguments import Arguments, ModelArguments
 from .data import GlueTask, TaskData, compute_metrics, find_task, load_task, write_predictions
+from .pieces import give_padding, load_model, load_tokenizer
 from .task_run import TaskRun, first_examples, loading, start
 
 logger = logging.getLogger(__name__)
 
 
-def load_pieces(model_args: ModelArguments, task: GlueTask) -> tuple[Any, Any, GlueTask]:
+def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = False) -> tuple[Any, Any, GlueTask]:
     """The tokenizer and the classifier for a GLUE task, and the task with its classes in the classifier's order.
 
+    Args:
+        model_args: the model's and the tokenizer's names.
+        task: the task.
+        training: the classifier will be trained, so the outputs of one that learnt a task with another number of
+            classes (MNLI before RTE) may start anew.
+
     Raises:
-        HeadPruningError: the model or its tokenizer cannot be loaded.
+        HeadPruningError: the model or its tokenizer cannot be loaded or does not fit the task, or cannot pad.
     """
     name, hub = model_args.model_name_or_path, model_args.hub_options()
     with loading(name):
@@ -27,11 +35,14 @@ def load_pieces(model_args: ModelArguments, task: GlueTask) -> tuple[Any, Any, G
         if not task.regression:
             config.id2label, config.label2id = task.id2label, task.label2id
         config.problem_type = "regression" if task.regression else "single_label_classification"
-        tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **hub)
-        # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **hub)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer = load_tokenizer(model_args)
+        model, outputs = load_model(AutoModelForSequenceClassification, name, config=config, **hub)
+    if outputs is not None:
+        differs = f"{name} has {outputs} outputs but {task.folder} needs {task.num_labels}"
+        if not training:
+            raise HeadPruningError(f"{differs}; give a model fine-tuned on {task.folder}.")
+        logger.info("%s: its output layer starts anew", differs)
+    give_padding(tokenizer, model)
     return tokenizer, model, task
 
 
@@ -41,7 +52,7 @@ class GlueRun(TaskRun):
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
         data, training = arguments.data, arguments.training
-        tokenizer, model, self.task = load_pieces(arguments.model, find_task(data.task_name))
+        tokenizer, model, self.task = load_pieces(arguments.model, find_task(data.task_name), training.do_train)
         self.dataset, self.main_metric = f"GLUE {self.task.folder}", self.task.main_metric
         with training.main_process_first(desc="tokenising"):
             self.data: TaskData = load_task(
@@ -80,7 +91,8 @@ class GlueRun(TaskRun):
         for name, part in self.data.test.items():
             outputs = self.trainer.predict(part).predictions
             if self.trainer.is_world_process_zero():
-                logger.info("predictions are in %s", write_predictions(self.task, name, outputs, self.out))
+                path = write_predictions(self.task, name, outputs, self.out, self.data.ids[name])
+                logger.info("predictions are in %s", path)
 
 
 def run(arguments: Arguments) -> dict[str, float]:

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import torch
 from datasets import Dataset
 from tokenizers import normalizers
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
 )
@@ -25,6 +23,7 @@ from .data.squad_answers import find_answers
 from .data.squad_features import TEXT_COLUMNS, make_features
 from .data.squad_metrics import squad_scores
 from .data.squad_reading import SPLITS, VERSIONS, SquadVersion, from_squad_hub, hub_table, read_squad
+from .pieces import give_padding, load_model, load_tokenizer
 from .script_arguments import SquadArguments
 from .task_run import TaskRun, first_examples, loading, start
 
@@ -35,7 +34,8 @@ def load_pieces(model_args: ModelArguments, data: SquadArguments) -> tuple[Any, 
     """The tokenizer and the question answering model.
 
     Raises:
-        HeadPruningError: the model or its tokenizer cannot be loaded, or it is not of the type that was asked for.
+        HeadPruningError: the model or its tokenizer cannot be loaded, it is not of the type that was asked for, or it
+            cannot pad.
     """
     name, hub = model_args.model_name_or_path, model_args.hub_options()
     with loading(name):
@@ -45,15 +45,20 @@ def load_pieces(model_args: ModelArguments, data: SquadArguments) -> tuple[Any, 
                 f"{name} is of the type {config.model_type}, not {data.model_type}; drop --model_type or give another "
                 f"model."
             )
-        tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **hub)
-        # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
-        model = AutoModelForQuestionAnswering.from_pretrained(name, config=config, dtype=torch.float32, **hub)
+        config.num_labels = 2  # a classifier's folder may say another number; the outputs here are start and end
+        tokenizer = load_tokenizer(model_args)
+        model, outputs = load_model(AutoModelForQuestionAnswering, name, config=config, **hub)
+        if outputs is not None:
+            raise HeadPruningError(
+                f"{name} has {outputs} outputs, but SQuAD needs a start and an end; give another model."
+            )
         if data.do_lower_case and tokenizer.is_fast and not _lowers(tokenizer):
             if _has_capitals(tokenizer):
                 logger.warning("--do_lower_case is ignored: the model's vocabulary has capitals, so it can read them.")
             else:
-                tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, do_lower_case=True, **hub)
+                tokenizer = load_tokenizer(model_args, do_lower_case=True)
                 _make_lower(tokenizer)
+    give_padding(tokenizer, model)
     tokenizer.padding_side = "right"  # so that a token's place in its window is its place in the batch
     return tokenizer, model
 
@@ -190,7 +195,7 @@ class SquadRun(TaskRun):
         metrics: dict[str, float] = {}
         for step, folder in checkpoints(self.out):
             with loading(str(folder)):
-                stored = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32)
+                stored, _ = load_model(AutoModelForQuestionAnswering, str(folder))
             model.load_state_dict(stored.state_dict())
             metrics |= self._evaluate(str(step), f"eval_{step}")
         model.load_state_dict(final)

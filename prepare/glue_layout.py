@@ -50,7 +50,7 @@ def tsv_lines(task: GlueTask, split: Split, rows: Dataset) -> Iterator[str]:
     for number in range(len(rows)):
         fields = [""] * len(names)
         if numbered:
-            fields[0] = str(number)
+            fields[0] = str(columns["idx"][number])
         for i, position in enumerate(texts, start=1):
             fields[position] = re.sub(r"[\t\r\n]", " ", columns[f"sentence{i}"][number])
         if label is not None:

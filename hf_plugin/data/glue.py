@@ -1,11 +1,12 @@
 """A GLUE task, tokenised: what a Trainer is given."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import datasets
 from datasets import Dataset
@@ -14,8 +15,8 @@ from datasets.fingerprint import Hasher
 from head_pruning import HeadPruningError
 
 from .hub import hub_split, load_hub
-from .reading import read_split
-from .tasks import HUB_REPOSITORY, GlueTask, Split, find_task
+from .reading import read_split, split_path
+from .tasks import HUB_REPOSITORY, TASKS, GlueTask, Split, find_task, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,15 @@ class TaskData:
         task: the task.
         train: None unless asked for.
         validation: by name, the task's, or ``mnli`` (matched) and ``mnli-mm``; empty unless asked for.
-        test: likewise; without labels; empty also where ``data_dir`` has no test files.
+        test: likewise; without labels.
+        ids: for each test set GLUE's numbers of its rows, in their order, as ``write_predictions`` takes them.
     """
 
     task: GlueTask
     train: "Dataset | None" = None
     validation: dict[str, Dataset] = field(default_factory=dict)
     test: dict[str, Dataset] = field(default_factory=dict)
+    ids: dict[str, list[int]] = field(default_factory=dict)
 
 
 def load_task(
@@ -49,7 +52,7 @@ def load_task(
     cache_dir: "str | Path | None" = None,
     max_seq_length: int = 128,
     overwrite_cache: bool = False,
-    splits: Sequence[str] = KINDS,
+    splits: Optional[Sequence[str]] = None,
     repository: str = HUB_REPOSITORY,
 ) -> TaskData:
     """Read and tokenise a GLUE task.
@@ -62,34 +65,54 @@ def load_task(
         cache_dir: where downloads and tokenised splits are kept; None for the default of ``datasets``.
         max_seq_length: longer examples are cut to that many tokens; lowered to the tokenizer's own limit.
         overwrite_cache: tokenise again even if the cache has it.
-        splits: which of ``train``, ``validation`` and ``test``.
+        splits: which of ``train``, ``validation`` and ``test``, all of whose files must be there; None for train,
+            validation and those test sets that are there.
         repository: the dataset on the hub.
 
     Raises:
-        HeadPruningError: no such task, the data cannot be had or are malformed, the length is too small, or the
-            cache cannot be written.
+        HeadPruningError: no such task, the data cannot be had, are malformed or another task's, the length is too
+            small, or the cache cannot be written.
     """
     task = find_task(name)
-    unknown = [kind for kind in splits if kind not in KINDS]
+    kinds = KINDS if splits is None else splits
+    unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise HeadPruningError(f"There is no split {unknown[0]!r}; choose among {', '.join(KINDS)}.")
     length = _usable_length(task, tokenizer, max_seq_length)
     cache = None if cache_dir is None else str(cache_dir)
     tables = load_hub(task, repository, cache) if data_dir is None else None
 
-    def load(split: Split) -> Dataset:
-        raw = read_split(task, split, data_dir) if tables is None else hub_split(task, split, tables, repository)
-        return tokenise(raw, task, split, tokenizer, length, cache, overwrite_cache)
-
     def there(split: Split) -> bool:
         return (Path(data_dir) / split.file).is_file() if tables is None else split.hub in tables
 
-    return TaskData(
-        task,
-        train=load(task.train) if "train" in splits else None,
-        validation={split.key: load(split) for split in task.validation if "validation" in splits},
-        test={split.key: load(split) for split in task.test if "test" in splits and there(split)},
-    )
+    groups = {"train": (task.train,), "validation": task.validation, "test": task.test}
+    chosen = [(kind, split) for kind in KINDS if kind in kinds for split in groups[kind]]
+    if splits is None:
+        chosen = [(kind, split) for kind, split in chosen if kind != "test" or there(split)]
+    if tables is None:
+        _check_folder(task, data_dir)
+        # Tokenising can take long: what is missing is said before.
+        for _, split in chosen:
+            split_path(task, split, data_dir)
+    found: dict[str, dict[str, Dataset]] = {kind: {} for kind in KINDS}
+    ids = {}
+    for kind, split in chosen:
+        raw = read_split(task, split, data_dir) if tables is None else hub_split(task, split, tables, repository)
+        found[kind][split.key] = tokenise(raw, task, split, tokenizer, length, cache, overwrite_cache)
+        if kind == "test":
+            ids[split.key] = raw["idx"][:]
+    return TaskData(task, found["train"].get(task.train.key), found["validation"], found["test"], ids)
+
+
+def _check_folder(task: GlueTask, data_dir: "str | Path") -> None:
+    """Raise HeadPruningError where the folder has another task's name: the columns alone cannot tell some apart."""
+    name = plain_name(os.path.basename(os.path.abspath(data_dir)))
+    for other in TASKS.values():
+        if name == plain_name(other.name) != plain_name(task.name):
+            raise HeadPruningError(
+                f"{data_dir} is the folder of {other.folder}, but the task is {task.folder}; give --data_dir with the "
+                f"folder of {task.folder}, or --task_name {other.folder}."
+            )
 
 
 def tokenise(

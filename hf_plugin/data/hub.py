@@ -44,7 +44,8 @@ def hub_split(task: GlueTask, split: Split, tables: DatasetDict, repository: str
 def from_hub(task: GlueTask, split: Split, table: Dataset, place: str) -> Dataset:
     """A split in the hub's columns, turned into the form of ``read_tsv``.
 
-    Class numbers go over by the classes' names. ``place`` names the split in errors.
+    Class numbers go over by the classes' names. A test split's ``idx`` is the index in GLUE's file. ``place`` names
+    the split in errors.
 
     Raises:
         HeadPruningError: a column is missing, there are no rows, or a label is unknown.
@@ -58,7 +59,9 @@ def from_hub(task: GlueTask, split: Split, table: Dataset, place: str) -> Datase
     if not len(table):
         raise HeadPruningError(f"{place} has no rows; get it again.")
     texts = [table[name][:] for name in task.hub_columns]
-    return make_dataset(task, texts, _labels(task, table, place) if split.labelled else None)
+    if split.labelled:
+        return make_dataset(task, texts, _labels(task, table, place))
+    return make_dataset(task, texts, None, table["idx"][:] if "idx" in table.column_names else None)
 
 
 def _labels(task: GlueTask, table: Dataset, place: str) -> list[Any]:

@@ -177,12 +177,87 @@ def test_the_hub_is_loaded_where_no_folder_is_given(data, repository, tokenizer,
 
 
 def test_only_the_splits_asked_for_are_read_and_test_files_may_be_missing(cola, tokenizer, tmp_path):
-    for name in ("train", "test"):
-        (cola / f"{name}.tsv").unlink()
-    found = load_task("cola", tokenizer=tokenizer, data_dir=cola, cache_dir=tmp_path, splits=("validation", "test"))
+    (cola / "test.tsv").unlink()
+    found = load_task("cola", tokenizer=tokenizer, data_dir=cola, cache_dir=tmp_path)
+    assert len(found.train) == 6 and found.test == found.ids == {}
+    (cola / "train.tsv").unlink()
+    found = load_task("cola", tokenizer=tokenizer, data_dir=cola, cache_dir=tmp_path, splits=["validation"])
     assert found.train is None and list(found.validation) == ["cola"] and found.test == {}
     with pytest.raises(HeadPruningError, match="no split 'dev'") as error:
         load_task("cola", tokenizer=tokenizer, data_dir=cola, splits=("dev",))
+    _one_sentence(error)
+
+
+def test_a_test_file_that_was_asked_for_must_be_there(data, tokenizer, tmp_path):
+    mnli = Path(shutil.copytree(data / "MNLI", tmp_path / "MNLI"))
+    (mnli / "test_matched.tsv").unlink()
+    arguments = {"tokenizer": tokenizer, "data_dir": mnli, "cache_dir": tmp_path / "cache"}
+    assert list(load_task("mnli", **arguments).test) == ["mnli-mm"]
+    for splits in (["test"], ["train", "test"]):
+        with pytest.raises(HeadPruningError, match=r"no file .*test_matched\.tsv to predict.*--tasks MNLI") as error:
+            load_task("mnli", splits=splits, **{**arguments, "cache_dir": tmp_path / "none"})
+        assert "--do_predict" in _one_sentence(error)
+    assert not (tmp_path / "none").exists()  # said before anything is tokenised
+
+
+def test_rows_keep_the_numbers_that_glue_knows_them_by(data, repository, tokenizer, tmp_path):
+    for folder in FOLDERS:
+        place = tmp_path / folder
+        shutil.copytree(data / folder, place)
+        for split in find_task(folder).test:
+            header, *rows = (place / split.file).read_bytes().rstrip(b"\n").split(b"\n")
+            (place / split.file).write_bytes(b"\n".join([header, *reversed(rows[2:])]))
+        found = load_task(folder, tokenizer=tokenizer, data_dir=place, cache_dir=tmp_path, splits=["test"])
+        assert set(map(tuple, found.ids.values())) == {(5, 4, 3, 2)} and list(found.ids) == list(found.test)
+        assert not {"idx", "index", "id"} & set(next(iter(found.test.values())).column_names)
+    task = TASKS["rte"]
+    table = hub_table("RTE", "test").select([4, 1])
+    assert from_hub(task, task.test[0], table, "It")["idx"][:] == [4, 1]
+    assert from_hub(task, task.test[0], table.remove_columns("idx"), "It")["idx"][:] == [0, 1]
+    path = write_predictions(task, "rte", [0, 1], tmp_path, [4, 1])
+    assert path.read_text() == "index\tprediction\n4\tentailment\n1\tnot_entailment\n"
+    with pytest.raises(HeadPruningError, match=r"2 predictions for 1 rows of test\.tsv") as error:
+        write_predictions(task, "rte", [0, 1], tmp_path, [4])
+    _one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("folder", "content", "expected"),
+    [
+        ("QQP", "id\tquestion1\tquestion2\n0\ta\tb\n1\ta\n2\ta\tb\n", "line 3, has 2 columns where 3 belong"),
+        ("RTE", "index\tsentence1\tsentence2\nx\ta\tb\n", "line 2, has the index 'x', which should be a number"),
+        ("RTE", "index\tsentence1\tsentence2\n7\ta\tb\n7\ta\tb\n", "line 3, has the index 7, as a line before it"),
+    ],
+)
+def test_a_test_file_is_read_whole_or_not_at_all(tmp_path, folder, content, expected):
+    (tmp_path / "test.tsv").write_text(content)
+    task = find_task(folder)
+    with pytest.raises(HeadPruningError, match=expected) as error:
+        read_split(task, task.test[0], tmp_path)
+    _one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "expected"),
+    [
+        ("CoLA", "SST-2", r"SST-2/ is the folder of SST-2, but the task is CoLA; .* or --task_name SST-2\."),
+        ("WNLI", "RTE", "is the folder of RTE, but the task is WNLI"),
+    ],
+)
+def test_the_folder_of_another_task_is_refused(data, tokenizer, tmp_path, task, folder, expected):
+    with pytest.raises(HeadPruningError, match=expected) as error:
+        load_task(task, tokenizer=tokenizer, data_dir=f"{data / folder}/", cache_dir=tmp_path)
+    _one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "stem"), [("CoLA", "RTE", "test"), ("SST-2", "QNLI", "test"), ("RTE", "MRPC", "dev")]
+)
+def test_the_columns_of_another_task_are_refused(data, task, folder, stem):
+    with pytest.raises(
+        HeadPruningError, match=rf"{stem}\.tsv is another task's: it has the columns .*{task}"
+    ) as error:
+        read_tsv(data / folder / f"{stem}.tsv", find_task(task), labelled=stem == "dev")
     _one_sentence(error)
 
 
@@ -301,12 +376,13 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["index\tsentence\n0\tw1 w2\n", "0\tw1 w2\n", "gj04\t1\t\tw1 w2\n", "w1 w2\n", "\ufeffgj04\t1\t*\tw1 w2"],
+    ["index\tsentence\n7\tw1 w2\n", "7\tw1 w2\n", "gj04\t1\t\tw1 w2\n", "w1 w2\n", "\ufeffgj04\t1\t*\tw1 w2"],
 )
 def test_cola_test_files_are_read_with_and_without_a_header(tmp_path, content):
     (tmp_path / "test.tsv").write_text(content)
     task = TASKS["cola"]
-    assert read_split(task, task.test[0], tmp_path).to_dict() == {"sentence1": ["w1 w2"], "idx": [0]}
+    idx = 7 if "7\t" in content else 0
+    assert read_split(task, task.test[0], tmp_path).to_dict() == {"sentence1": ["w1 w2"], "idx": [idx]}
 
 
 def test_cola_train_files_may_have_a_header(tmp_path):
