@@ -127,7 +127,7 @@ def test_michel_on_a_part_of_the_training_set(here, dense):
         count: run_michel(parse_michel([*one_shot, "--max_train_samples", count, "--output_dir", f"part{count}"]))
         for count in ("2", "100000")
     }
-    whole = run_michel(parse_michel([*one_shot, "--output_dir", "whole"]))
+    whole = run_michel(parse_michel([*one_shot, "--output_dir", "every"]))
     assert found["100000"][1]["importance"] == whole[1]["importance"] != found["2"][1]["importance"]
 
 
