@@ -1,15 +1,40 @@
 """What a session asks of every method."""
 
 import contextlib
-from typing import TYPE_CHECKING, Any, ContextManager, Optional, Sequence
+import dataclasses
+import numbers
+from typing import TYPE_CHECKING, Any, ContextManager, Optional, Sequence, get_args, get_type_hints
 
 import numpy as np
 import torch
 
+from .errors import HeadPruningError
 from .unit_map import HeadMask
 
 if TYPE_CHECKING:
     from .session import PruningSession
+
+
+# A whole number will do for a float, numpy's numbers for Python's; a truth value is no number.
+_KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+}
+
+
+def check_types(config: Any) -> None:
+    """Raise HeadPruningError if an option's value is not of the type that its field in the dataclass says."""
+    types = get_type_hints(type(config)) if dataclasses.is_dataclass(config) else {}
+    for name, annotation in types.items():
+        value, allowed = getattr(config, name), get_args(annotation) or (annotation,)
+        wanted = next((kind for kind in allowed if kind in _KINDS), None)
+        if wanted is None or value is None and type(None) in allowed:
+            continue
+        kind, words = _KINDS[wanted]
+        if not isinstance(value, kind) or isinstance(value, bool) and wanted is not bool:
+            raise HeadPruningError(f"--{name.replace('_', '-')} is {value!r}; it must be {words}.")
 
 
 class Pruner:
@@ -27,6 +52,7 @@ class Pruner:
     needs_gates = True
 
     def __init__(self, config: Any) -> None:
+        check_types(config)
         self.config = config
         self.session: Optional["PruningSession"] = None
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Mapping, Optional
 
+import numpy as np
+
 from .errors import HeadPruningError
 
 
@@ -77,7 +79,7 @@ def option_fields(names: Optional[Iterable[str]] = None, prunes: str = "heads") 
 def get_method(name: str, known: Optional[Mapping[str, Method]] = None) -> Method:
     """The method called ``name`` in any case. Raises HeadPruningError with the list of names when there is none."""
     known = known or methods()
-    name = name.lower()
+    name = str(name).lower()
     if name not in known:
         raise HeadPruningError(f"There is no pruner {name}; choose one of {', '.join(sorted(known))}.")
     return known[name]
@@ -136,6 +138,7 @@ def _refuse_foreign_options(options: Any, method: Optional[Method]) -> None:
 
 
 def build_pruner(method: Method, options: Any):
-    """Build a pruner from any object that has the method's options as attributes."""
+    """Build a pruner from any object that has the method's options as attributes; numpy's numbers become Python's."""
     values = {field.name: getattr(options, field.name, field.default) for field in dataclasses.fields(method.config)}
-    return method.pruner(method.config(**values))
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    return method.pruner(method.config(**plain))

@@ -6,7 +6,7 @@ from typing import Optional
 from .errors import HeadPruningError
 
 #: What a step count must be.
-STEPS = "a number of updates (1 or more) or a fraction of training (0 to 1)"
+STEPS = "a number of updates (1 or more) or a fraction of training (below 1)"
 
 
 def log_linear(step: int, *, initial: float, final: float, steps: int) -> float:
@@ -30,7 +30,7 @@ def resolve_steps(value: float, total_steps: Optional[int], flag: str) -> int:
         HeadPruningError: a negative count, or a fraction where the length of training is not known.
     """
     if not 0 <= value < math.inf:
-        raise HeadPruningError(f"{flag} is {value}; give updates (>= 1) or a fraction of training (0 to 1).")
+        raise HeadPruningError(f"{flag} is {value}; give updates (1 or more) or a fraction of training (below 1).")
     if value >= 1 or value == 0:
         return int(value)
     if not total_steps:

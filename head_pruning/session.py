@@ -2,18 +2,32 @@
 
 import contextlib
 import json
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .gates.attach import GateBank
+from .gates.attach import GateBank, refuse_gates
 from .pruner import Pruner
 from .unit_map import HeadMask, UnitMap
 
 STATE_VERSION = 1
+_UNGATE = "detach the session, or take the mask off, before another session is attached"
+
+
+def check_pruners(pruners: Any) -> list[Pruner]:
+    """The pruners as a list. Raises HeadPruningError if they are none, or no list of pruners."""
+    if isinstance(pruners, (str, Pruner)) or not isinstance(pruners, Iterable):
+        raise HeadPruningError(f"The pruners are {pruners!r}, not a list of pruners; give a list, also of one.")
+    listed = list(pruners)
+    if not listed:
+        raise HeadPruningError("A session needs at least one pruner.")
+    for pruner in listed:
+        if not isinstance(pruner, Pruner):
+            raise HeadPruningError(f"{pruner!r} is no pruner; build one by its name and options, and give that.")
+    return listed
 
 
 class PruningSession:
@@ -54,11 +68,9 @@ class PruningSession:
         all_reduce: Optional[Callable[[torch.Tensor], Any]] = None,
         fired_within: int = 1,
     ) -> None:
-        if not pruners:
-            raise HeadPruningError("A session needs at least one pruner.")
         self.model = model
         self.unit_map = unit_map
-        self.pruners = list(pruners)
+        self.pruners = check_pruners(pruners)
         self.seed = seed
         self.total_steps = total_steps
         self.all_reduce = all_reduce
@@ -71,24 +83,48 @@ class PruningSession:
         self.master_of: Optional[Callable[[nn.Parameter], torch.Tensor]] = None
         self.step = 0
         self._updates_here = 0
+        self._started = False
+        self._attached: list[Pruner] = []
         self._at_detach: list[Callable[[], Any]] = []
 
     # -- life cycle ----------------------------------------------------------------------------------------------
 
     def attach(self) -> "PruningSession":
-        """Put gates and masks on. Raises HeadPruningError for options that do not fit the model."""
+        """Put gates and masks on. If that fails, the model is left as it was.
+
+        Raises:
+            HeadPruningError: the session is attached already, the heads are gated already, or options do not fit the
+                model.
+        """
+        if self._attached:
+            raise HeadPruningError("The session is attached already; detach() it first to start anew.")
         for pruner in self.pruners:
             pruner.check_options()
-        for pruner in self.pruners:
-            pruner.attach(self)
-        if sum(pruner.head_mask() is not None for pruner in self.pruners) > 1:
-            raise HeadPruningError("Two of the pruners own the head gates; keep one of them.")
         if self.gated:
-            self.gates.attach()
+            refuse_gates(self.model, self.unit_map, _UNGATE)
+        try:
+            for pruner in self.pruners:
+                pruner.attach(self)
+                self._attached.append(pruner)
+            if sum(pruner.head_mask() is not None for pruner in self.pruners) > 1:
+                raise HeadPruningError("Two of the pruners own the head gates; keep one of them.")
+            if self.gated:
+                self.gates.attach()
+        except BaseException:
+            self.detach()
+            raise
+        self._started = False
         return self
 
     def before_update(self, step: int) -> None:
-        """Start update ``step`` (from 0), which may be several micro-batches: move schedules, draw gates once."""
+        """Start update ``step`` (from 0), which may be several micro-batches: move schedules, draw gates once.
+
+        Raises:
+            HeadPruningError: a gated module was wrapped or replaced since; told before the first update.
+        """
+        if self.gated and not self._started:
+            self.gates.check_in_place(self.model)
+        self._started = True
         self.step = step
         for pruner in self.pruners:
             pruner.before_update(step)
@@ -154,8 +190,8 @@ class PruningSession:
         """Take everything off: the model is again what it was, bit for bit, but for the zeros of weight pruners."""
         if self.gates is not None:
             self.gates.detach()
-        for pruner in self.pruners:
-            pruner.detach()
+        while self._attached:
+            self._attached.pop().detach()
         while self._at_detach:
             self._at_detach.pop()()
 

@@ -11,12 +11,14 @@ from torch import nn
 
 from .compact import ATTRIBUTE, VERSION, apply_recipe, held_heads, held_queries, stays, was
 from .errors import HeadPruningError
-from .gates.attach import HeadGate
+from .gates.attach import refuse_gates
 from .unit_map import AttentionSite, HeadMask, UnitMap, mask_without
 
 # A block of a dimension: (1, width) is `width` slices per head, head after head; (1, width, first, end) is the same of
 # some heads; (0, width) is shared by all heads; (2, width) is `width` slices per query head.
 Blocks = tuple[tuple[int, ...], ...]
+
+_UNGATE = "detach the session, or take the mask off, before heads are removed for good"
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def remove_heads(model: nn.Module, unit_map: UnitMap, head_mask: HeadMask) -> di
         HeadPruningError: the mask is of another model, the model has gates, or a site cannot be cut exactly (nothing
             is changed then).
     """
-    _check_no_gates(model, unit_map)
+    refuse_gates(model, unit_map, _UNGATE)
     recipe = plan_recipe(model, unit_map, head_mask)
     _apply(model, unit_map, recipe)
     return recipe
@@ -148,7 +150,7 @@ def remove_query_heads(
         HeadPruningError: there is no such site or query head, the site's query heads share no keys or cannot be cut
             exactly, or groups would keep different numbers and ``expand`` is false (nothing is changed then).
     """
-    _check_no_gates(model, unit_map)
+    refuse_gates(model, unit_map, _UNGATE)
     recipe = _recipe(model, unit_map)
     sites = {site.name: site for site in unit_map.attention}
     for name, heads in removed.items():
@@ -195,16 +197,6 @@ def plan_recipe(model: nn.Module, unit_map: UnitMap, head_mask: HeadMask) -> dic
             entry = _entry(recipe, model, unit_map, site)
             _keep(site.name, entry, [head for head, left in zip(held_heads(entry), keep, strict=True) if left])
     return recipe
-
-
-def _check_no_gates(model: nn.Module, unit_map: UnitMap) -> None:
-    for site in unit_map.attention:
-        hooks = model.get_submodule(site.out_proj)._forward_pre_hooks.values()
-        if any(isinstance(getattr(hook, "__self__", None), HeadGate) for hook in hooks):
-            raise HeadPruningError(
-                f"The heads of {site.name} are gated; detach the session, or take the mask off, before heads are "
-                "removed for good."
-            )
 
 
 def _recipe(model: nn.Module, unit_map: UnitMap) -> dict:

@@ -101,7 +101,15 @@ def save_pruned(
         scores: metrics for the model card.
         dataset: what the scores were measured on.
         history: one entry per scored state.
+
+    Raises:
+        HeadPruningError: the model has no ``save_pretrained``.
     """
+    if not hasattr(model, "save_pretrained"):
+        raise HeadPruningError(
+            f"{type(model).__name__} has no save_pretrained; save its state dict and the mask (mask.save), or pass "
+            "the model of transformers that it holds."
+        )
     adapter = hasattr(model, "peft_config")
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))

@@ -18,9 +18,25 @@ def feed_forward_outputs(module: nn.Module) -> set[str]:
 
 
 def _layer(tree: Tree, name: str, attention_layers: set[str]) -> str:
-    """The host layer of a block: the one that attention sites name, if it lies in one."""
+    """The host layer of a block: the one that attention sites name, if it lies in one or beside one."""
     around = (outer for outer, _ in tree.path(name) if outer in attention_layers)
-    return next(around, tree.host_layer(name))
+    layer = next(around, None)
+    return layer or _parallel_layer(tree, tree.host_layer(name), attention_layers)
+
+
+def _parallel_layer(tree: Tree, layer: str, attention_layers: set[str]) -> str:
+    """XLM keeps the attention modules of all layers in one list and the blocks in another: the same index in both."""
+    holder, _, index = layer.rpartition(".")
+    parent = holder.rpartition(".")[0]
+    if layer in attention_layers or not index.isdigit() or not {holder, parent} <= tree.modules.keys():
+        return layer
+    count = len(list(tree.modules[holder].children()))
+    for other, siblings in tree.modules[parent].named_children():
+        beside = f"{parent}.{other}".lstrip(".")
+        names = [f"{beside}.{child}" for child, _ in siblings.named_children()]
+        if beside != holder and len(names) == count and attention_layers.issuperset(names):
+            return f"{beside}.{index}"
+    return layer
 
 
 def feed_forward_sites(

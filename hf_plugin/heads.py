@@ -3,25 +3,29 @@
 import contextlib
 import dataclasses
 import operator
-from typing import Any, Iterator, Mapping, Optional, Sequence, Union
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
 from head_pruning.compact import held_queries
 from head_pruning.gates import GateBank
+from head_pruning.gates.attach import refuse_gates
 from head_pruning.surgery import heads_left, recipe_of, remove_heads, sites_left
 from head_pruning.surgery import remove_query_heads as cut_query_heads
 from head_pruning.unit_map import alike, lifted, mask_without
 
 from .loading import mark_compact
 from .surgery import plan_site
+from .tree import check_model
 from .unit_map import unit_map as map_units
 
 # A plain attribute of the model: neither a parameter nor a buffer nor a module, so in no state dict.
 _ATTRIBUTE = "_masked_heads"
+_UNGATE = "call detach() on the session that is open on the model, or leave the head_mask block, before masking heads"
 
 
 class _Gates:
@@ -44,6 +48,7 @@ class _Gates:
         """Forward hook of the model. In training nothing is checked, since layers may be dropped at random."""
         if self.checked or model.training:
             return
+        self.bank.check_in_place(model)
         silent = set(self.bank.silent_sites())
         scaled = [
             site.name
@@ -83,8 +88,10 @@ def prune_heads(
 
     Raises:
         HeadPruningError: there is no such layer, site or head, a layer's index is ambiguous, the model cannot be
-            mapped, its heads are gated, or a site cannot be cut exactly; the model is unchanged then.
+            mapped, its heads are gated, a site cannot be cut exactly, or the model is a module of one's own around
+            the one of transformers, which could not be saved; the model is unchanged then.
     """
+    check_model(model)
     before = heads_left(model)
     if before is None:
         original = now = unit_map or map_units(model)
@@ -98,6 +105,7 @@ def prune_heads(
         mask = HeadMask(original, mask.keep & before.keep)
     keep = mask.keep if before is None else _keep_now(model, mask)
     if not keep.all():
+        _refuse_holder(model, [site.name for site, where in now.slices() if not keep[where].all()])
         remove_heads(model, now, HeadMask(now, keep))
         vars(model).pop("_cache", None)  # of an earlier generation, with as many heads as there were
     return mask
@@ -124,6 +132,7 @@ def remove_query_heads(
         HeadPruningError: there is no such site or query head, a site has no groups or cannot be cut exactly, or groups
             would keep different numbers and ``expand`` is false; the model is unchanged then.
     """
+    check_model(model)
     units = map_units(model) if heads_left(model) is None else _sites_now(model)
     if not isinstance(heads, Mapping):
         raise HeadPruningError("The query heads to remove must be a dict such as {0: [1, 2]}.")
@@ -131,9 +140,30 @@ def remove_query_heads(
     for layer, listed in heads.items():
         name = layer if isinstance(layer, str) else _site_of_layer(units, layer)
         named.setdefault(name, []).extend(_indices(name, listed))
+    _refuse_holder(model, named)
     recipe = cut_query_heads(model, units, named, expand=expand)
     vars(model).pop("_cache", None)
     return {name: held_queries(entry) if entry["kept"] else [] for name, entry in recipe["sites"].items()}
+
+
+def _refuse_holder(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise HeadPruningError if sites lie in a model of transformers that ``model`` only holds.
+
+    ``save_pretrained`` writes what a model lost beside its weights, so it is that model which must know. PEFT's
+    wrappers are no such holders: they merge and unload.
+    """
+    if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        return
+    held = [name for name, inner in model.named_modules() if isinstance(inner, PreTrainedModel)]
+    for name in names:
+        outer = next((holder for holder in held if name.startswith(f"{holder}.")), None)
+        if outer is not None:
+            dotted = all(part.isidentifier() for part in outer.split("."))
+            part = f"model.{outer}" if dotted else f'model.get_submodule("{outer}")'
+            raise HeadPruningError(
+                f"{name} lies in a model of transformers, which could not be saved if heads were removed through the "
+                f"{type(model).__name__} around it; pass {part} itself."
+            )
 
 
 def pruned_heads(model: nn.Module) -> Optional[HeadMask]:
@@ -167,10 +197,11 @@ def mask_heads(
         The heads that stay, of all calls together.
 
     Raises:
-        HeadPruningError: there is no such layer, site or head, a layer's index is ambiguous, or the model cannot be
-            mapped.
+        HeadPruningError: there is no such layer, site or head, a layer's index is ambiguous, the model cannot be
+            mapped, or a session is open on it.
         UnfiredSiteError: raised by the first forward pass in evaluation mode in which a masked module does not run.
     """
+    check_model(model)
     before = masked_heads(model)
     if unit_map is None:
         unit_map = before.unit_map if before is not None else map_units(model)
@@ -182,8 +213,14 @@ def mask_heads(
     else:
         mask = _mask(model, unit_map, heads)
     mask = HeadMask(unit_map, mask.keep if before is None else mask.keep & before.keep)
+    held: Optional[_Gates] = vars(model).get(_ATTRIBUTE)
+    refuse_gates(model, unit_map, _UNGATE, besides=None if held is None else held.bank)
     gates = _Gates(model, unit_map)
-    gates.bank.set_fixed(mask.keep)
+    try:
+        gates.bank.set_fixed(mask.keep)
+    except BaseException:
+        gates.remove()
+        raise
     gates.values = gates.bank.evaluation_values
     restore_heads(model)
     setattr(model, _ATTRIBUTE, gates)
@@ -254,18 +291,21 @@ def head_mask(model: nn.Module, mask: Any, *, unit_map: Optional[UnitMap] = None
         mask: a :class:`HeadMask`, or numbers (usually 0 to 1; a tensor, an array or a list) of shape
             ``[sites, heads]``, ``[heads]`` for every site alike, or ``[N]`` for all heads in the order of the unit
             map: encoder self-attention, cross-attention, decoder self-attention. Under grouped-query attention a head
-            is a key/value group.
+            is a key/value group. As in transformers 4 also ``[sites, 1, heads, 1, 1]``, or None: no mask.
         unit_map: the sites; default: found by :func:`hf_plugin.unit_map`.
 
     Raises:
         HeadPruningError: the mask does not fit the model, or the model cannot be mapped.
         UnfiredSiteError: a masked module did not run in a forward pass of the model in evaluation mode.
     """
+    if mask is None:
+        yield
+        return
     unit_map = unit_map or map_units(model)
     values = _flat(mask, unit_map)
     gates = _Gates(model, unit_map)
-    gates.values = values.to(gates.bank.device, torch.float32)
     try:
+        gates.values = values.to(gates.bank.device, torch.float32)
         with gates.bank.reading(gates.values):
             yield
     finally:
@@ -338,6 +378,8 @@ def _flat(mask: Any, unit_map: UnitMap) -> torch.Tensor:
         values = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise HeadPruningError(f"The head mask is no array of numbers ({error}); give one number per head.") from error
+    if values.dim() == 5 and values.shape[1] == values.shape[3] == values.shape[4] == 1:
+        values = values[:, 0, :, 0, 0]  # what transformers 4 made of a mask
     shape, sites, total = tuple(values.shape), len(unit_map.attention), unit_map.num_heads
     widths = {site.heads for site in unit_map.attention}
     if shape == (total,):

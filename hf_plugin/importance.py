@@ -1,6 +1,7 @@
 """Head importance by gradients (Michel et al. 2019), on any transformers model."""
 
 import contextlib
+import re
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
 
 import numpy as np
@@ -14,6 +15,9 @@ from head_pruning.importance import ImportanceAccumulator, normalize_importance
 
 from .heads import masked_heads, pruned_heads
 from .unit_map import unit_map as map_units
+
+# What a model computes its loss from.
+_LABELS = re.compile("label|start_positions|end_positions|return_loss")
 
 
 def head_importance(
@@ -54,9 +58,14 @@ def head_importance(
         inputs are not tokens).
 
     Raises:
-        HeadPruningError: there are no batches, no loss, or scores that are not finite.
+        HeadPruningError: there are no batches, no loss, scores that are not finite, or no gradients since it was
+            called in ``torch.inference_mode()``.
         UnfiredSiteError: a site of the map did not run in the first batch.
     """
+    if torch.is_inference_mode_enabled():
+        raise HeadPruningError(
+            "The importance is a gradient, which torch.inference_mode() forbids; call head_importance outside of it."
+        )
     unit_map = unit_map or map_units(model)
     if mask is None:
         mask = full_mask(unit_map)
@@ -157,13 +166,24 @@ def _loss(model: nn.Module, batch: Any, loss: Optional[Callable], gates: GateBan
     if loss is not None:
         value = loss(model, batch)
     elif isinstance(batch, Mapping):
-        value = getattr(model(**batch), "loss", None)
+        value = _returned_loss(model(**batch), batch)
     else:
         raise HeadPruningError(f"A batch is a {type(batch).__name__}, not a dict of the model's inputs; pass loss=.")
     if value is None:
         raise HeadPruningError("The model returned no loss; put labels into the batches, or pass loss=.")
     gates.check_fired()
     return value
+
+
+def _returned_loss(output: Any, batch: Mapping) -> Optional[torch.Tensor]:
+    """The loss in what a model returned, or None; that of a tuple comes first, where labels were given."""
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, tuple) and not hasattr(output, "loss"):
+        labelled = any(_LABELS.search(name) and batch[name] is not None for name in batch)
+        first = output[0] if output and labelled else None
+        return first if isinstance(first, torch.Tensor) and first.numel() == 1 else None
+    return getattr(output, "loss", None)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

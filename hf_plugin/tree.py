@@ -6,13 +6,22 @@ from typing import Any, Iterator
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from head_pruning import HeadPruningError
+
 CROSS = re.compile(r"cross|encoder_?att|enc_?dec", re.IGNORECASE)
+
+
+def check_model(model: Any) -> None:
+    """Raise HeadPruningError if ``model`` is no model, for example the name of one."""
+    if not isinstance(model, nn.Module):
+        raise HeadPruningError(f"{model!r} is no model; load it first (from_pretrained), and give the model itself.")
 
 
 class Tree:
     """The modules of a model by their dotted names; a module used in several places has the first name."""
 
     def __init__(self, model: nn.Module) -> None:
+        check_model(model)
         self.modules = dict(model.named_modules())
         self._names = {id(module): name for name, module in self.modules.items()}
 

@@ -1,7 +1,8 @@
 """Putting gates on a model and taking them off, without copying or subclassing model code."""
 
 import contextlib
-from typing import Iterator
+import sys
+from typing import Iterator, Optional
 
 import numpy as np
 import torch
@@ -38,10 +39,8 @@ class HeadGate(nn.Module):
         training = module.training if self.mode == "follow" else self.mode == "training"
         gate = self.training_gate if training else self.evaluation_gate
         heads = args[0].unflatten(-1, (self.heads, self.head_dim))
-        if gate.device != heads.device:  # the model moved after its gates were set
-            gate = gate.to(heads.device)
-            if not gate.requires_grad:
-                setattr(self, "training_gate" if training else "evaluation_gate", gate)
+        if gate.device != heads.device:  # the model moved after its gates were set, or lies on several devices
+            gate = gate.to(heads.device)  # not kept: what the bank sets next must be seen here too
         if gate.dim() == 2:
             gate = _of_examples(gate, heads)
         # Multiplied in float32 also for a half-precision model: the gate's gradient is a sum over all tokens, which
@@ -66,6 +65,40 @@ def _of_examples(gate: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
     if first != examples:
         gate = gate.repeat_interleave(first // examples, dim=0)
     return gate.view(first, *[1] * (heads.dim() - 3), -1)
+
+
+def gates_on(module: nn.Module) -> list[HeadGate]:
+    """The gates that are on a module, or on a module in it (an output projection that an adapter wraps)."""
+    hooks = (hook for inner in module.modules() for hook in inner._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, HeadGate)]
+
+
+def refuse_gates(model: nn.Module, unit_map: UnitMap, cure: str, *, besides: Optional["GateBank"] = None) -> None:
+    """Raise HeadPruningError, whose sentence ends with ``cure``, if the heads of a site are gated.
+
+    Args:
+        model: the model.
+        unit_map: its sites; those that the model lacks do not count.
+        cure: what to do, without a full stop.
+        besides: gates that may be on the model.
+    """
+    known = [] if besides is None else [gate for _, gate in besides._targets]
+    modules = dict(model.named_modules())
+    for site in unit_map.attention:
+        found = gates_on(modules[site.out_proj]) if site.out_proj in modules else []
+        if any(gate not in known for gate in found):
+            raise HeadPruningError(f"The heads of {site.name} are gated; {cure}.")
+
+
+def _forget_compiled() -> None:
+    """Have torch.compile compile anew: what it compiled does not look whether hooks were put on or taken off since.
+
+    (``torch._dynamo.config.skip_nnmodule_hook_guards``.) Nothing happens where nothing was compiled.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and getattr(dynamo.convert_frame.input_codes, "seen", True):
+        dynamo.reset()
 
 
 class GateBank:
@@ -132,14 +165,42 @@ class GateBank:
         """Put the hooks on. Idempotent."""
         if self._handles:
             return
-        self._handles = [module.register_forward_pre_hook(gate.scale) for module, gate in self._targets]
         self.follow_device()
+        self._handles = [module.register_forward_pre_hook(gate.scale) for module, gate in self._targets]
+        _forget_compiled()
 
     def detach(self) -> None:
         """Take the hooks off: the model is again what it was."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _forget_compiled()
+
+    def check_in_place(self, model: nn.Module) -> None:
+        """Raise HeadPruningError if what stands at the place of a gated module is no longer that module.
+
+        Wrappers without parameters of their own, such as those that shard the module, run it, and its gate, on all
+        that goes in; an adapter's path goes past it.
+        """
+        everywhere = None
+        for site, (module, _) in zip(self.unit_map.attention, self._targets):
+            try:
+                standing = model.get_submodule(site.out_proj)
+            except AttributeError:  # renamed by a wrapper further out
+                everywhere = everywhere or set(model.modules())
+                standing = module if module in everywhere else None
+            if standing is module:
+                continue
+            inside = [] if standing is None else list(standing.modules())
+            own = set() if standing is None else set(standing.parameters()) - set(module.parameters())
+            if own or module not in inside:
+                raise HeadPruningError(
+                    f"{site.out_proj} was wrapped or replaced after the gates were put on it, so a part of what it "
+                    "computes goes past them; change the model first (get_peft_model, quantization), and open the "
+                    "session or mask the heads then."
+                )
 
     def set_training(self, values: np.ndarray) -> None:
         """Set the gates used while training (``[N]``) and clear their gradients."""

@@ -79,7 +79,7 @@ class DSPPruner(HeadGatePruner):
         if total and cooldown > total:
             logger.warning(
                 "the temperature anneals over %d updates but training has %d: the gates will not be hard at the end; "
-                "lower --cooldown-steps",
+                "lower --cooldown-steps (a value below 1 is a fraction of training)",
                 cooldown,
                 total,
             )

@@ -73,7 +73,7 @@ class VoitaPruner(HeadGatePruner):
         self.freezes_model = config.l0_pipelined
 
     def check_options(self) -> None:
-        if self.config.l0_penalty is None or self.config.l0_penalty < 0:
+        if self.config.l0_penalty is None or not 0 <= self.config.l0_penalty < np.inf:
             raise HeadPruningError("voita needs a penalty of 0 or more; add --l0-penalty LAMBDA.")
         super().check_options()
 

@@ -91,7 +91,7 @@ class CubicPruner(WeightPruner):
         if self.start >= self.stop:
             logger.warning(
                 "the pruner's warm-ups take %d + %d updates but training has %d: the remaining ratio will not fall "
-                "gradually; lower --warmup-steps (a fraction of training such as 0.1 follows its length)",
+                "gradually; lower --warmup-steps (a value below 1 is a fraction of training)",
                 self.start,
                 total - self.stop,
                 total,

@@ -179,6 +179,71 @@ def test_gates_set_before_the_model_moves_follow_it(toy, training):
     assert gates.evaluation_values.device.type == "meta"
 
 
+def test_gates_of_a_model_on_several_devices_stay_those_of_the_bank():
+    """The second projection is elsewhere: its gate is copied there in passing, and set in the bank ever after."""
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4, device="meta")])
+    sites = (AttentionSite(name, "encoder_self", name, 2, 2, name) for name in "01")
+    gates = GateBank(model, UnitMap(tuple(sites)))
+    gates.attach()
+    gates.set_evaluation(np.zeros(4))
+    model.eval()
+    for module, device in zip(model, ("cpu", "meta")):
+        assert module(torch.ones(1, 4, device=device)).device.type == device
+    for (_, gate), start in zip(gates._targets, (0, 2)):
+        assert gate.evaluation_gate.data_ptr() == gates.evaluation_values[start:].data_ptr()
+    gates.set_evaluation(np.arange(4))
+    assert [gate.evaluation_gate.tolist() for _, gate in gates._targets] == [[0, 1], [2, 3]]
+
+
+def test_gates_reach_a_model_that_ran_compiled_before():
+    """torch.compile does not look whether hooks came or went since it compiled."""
+    model, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.ones(1, 4)
+    gates = GateBank(model, UnitMap((AttentionSite("a", "encoder_self", "a", 2, 2, "0"),)))
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        dense = compiled(x)
+        for values in ([0, 1], [0, 0]):
+            gates.attach()
+            gates.set_evaluation(np.array(values))
+            assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), dense)
+            gates.detach()
+            assert torch.equal(compiled(x), dense)
+
+
+class Around(nn.Module):
+    """A wrapper that runs all of what it wraps, as those that shard modules do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Adapted(Around):
+    """A wrapper with a path of its own past what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.low = nn.Linear(inner.in_features, inner.out_features)
+
+    def forward(self, x):
+        return self.inner(x) + self.low(x)
+
+
+@pytest.mark.parametrize("wrap", [Adapted, lambda module: nn.Linear(module.in_features, module.out_features)])
+def test_a_gated_module_must_stay_in_its_place(toy, wrap):
+    model, session, _ = build(toy)
+    model.decoder.out = Around(model.decoder.out)
+    update(toy, model, session, 0)
+    session.detach()
+    model.encoder[1].out = wrap(model.encoder[1].out)
+    session.attach()
+    with pytest.raises(HeadPruningError, match="encoder.1.out was wrapped or replaced after the gates"):
+        session.before_update(0)
+
+
 def test_the_map_must_name_modules_of_the_model(toy):
     model, unit_map = toy.make()
     with pytest.raises(HeadPruningError, match="no module decoder.out"):
@@ -566,6 +631,42 @@ def test_two_owners_of_the_gates_are_refused(toy):
     pair = [build_pruner(methods()[name], Given) for name in ("ste", "random")]
     with pytest.raises(HeadPruningError, match="Two of the pruners own the head gates"):
         PruningSession(model, unit_map, pair).attach()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_was_attached_before_a_failure_is_detached(toy):
+    model, unit_map = toy.make()
+
+    class Given:
+        num_of_heads, joint_pruning = 99, True
+
+    class Marks(Pruner):
+        needs_gates = False
+
+        def attach(self, session):
+            super().attach(session)
+            session.model.marked = True
+
+        def detach(self):
+            super().detach()
+            del model.marked
+
+    with pytest.raises(HeadPruningError, match="99 heads to keep are more than the 12 heads"):
+        PruningSession(model, unit_map, [Marks(None), build_pruner(methods()["ste"], Given)]).attach()
+    assert not hasattr(model, "marked") and not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_session_is_attached_once_and_alone(toy):
+    model, session, pruner = build(toy)
+    logits = pruner.logits.copy()
+    with pytest.raises(HeadPruningError, match="attached already; detach"):
+        session.attach()
+    np.testing.assert_array_equal(pruner.logits, logits)
+    other = PruningSession(model, session.unit_map, [copy.deepcopy(pruner)])
+    with pytest.raises(HeadPruningError, match="encoder.0 are gated; detach the session, or take the mask off"):
+        other.attach()
+    session.detach()
+    other.attach().detach()
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

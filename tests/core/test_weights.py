@@ -734,7 +734,7 @@ def test_warm_ups_longer_than_training_are_told(toy, caplog):
     ("platon", {"beta1": 1.0}, "--beta1 is 1.0; it must be at least 0 and below 1"),
     ("platon", {"initial_threshold": 0.1, "final_threshold": 0.5}, "--initial-threshold 0.1 is below"),
     ("platon", {"final_threshold": 1.2}, "--final-threshold is 1.2; it must be a remaining ratio"),
-    ("platon", {"final_threshold": "0.1"}, "--final-threshold is '0.1'; it must be a remaining ratio"),
+    ("platon", {"final_threshold": "0.1"}, "--final-threshold is '0.1'; it must be a number"),
     ("platon", {"deltaT": 0}, "--deltaT is 0; it must be 1 or more"),
     ("platon", {"mask_policy": "never"}, "--mask-policy is 'never'; choose one of revive, nested, retained"),
     ("platon", {"weight_selection": "rows"}, "--weight-selection is 'rows'"),

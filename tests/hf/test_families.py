@@ -99,6 +99,9 @@ def test_sites_and_their_order(host):
         layers = [site.layer for site in host.unit_map.attention if site.kind == kind]
         assert layers == list(dict.fromkeys(layers))
         assert [name for name, _ in host.model.named_modules() if name in layers] == layers
+    if host.family.name in ("flaubert", "xlm"):  # attention and feed-forward blocks in a list each
+        assert host.unit_map.layers == tuple(f"attentions.{index}" for index in range(LAYERS))
+        assert [site.layer for site in host.unit_map.feed_forward] == list(host.unit_map.layers)
 
 
 def test_gates_of_one_change_no_bit(host):

@@ -254,9 +254,12 @@ def test_every_form_of_a_mask():
     with head_mask(model, torch.tensor([row, row])):
         expected = logits(model, "bert")
     assert not torch.equal(expected, logits(model, "bert"))
-    for form in (row, np.array(row), [row, row], row + row, torch.tensor([row, row], dtype=torch.float64)):
+    of_v4 = torch.tensor([row, row])[:, None, :, None, None]
+    for form in (row, np.array(row), [row, row], row + row, torch.tensor([row, row], dtype=torch.float64), of_v4):
         with head_mask(model, form):
             assert torch.equal(logits(model, "bert"), expected)
+    with head_mask(model, None):
+        assert torch.equal(logits(model, "bert"), logits(make("bert"), "bert"))
     units = unit_map(model)
     hard = mask_without(units, {BERT_SITES[0]: [2]})
     with head_mask(model, hard):
@@ -313,6 +316,9 @@ def test_an_error_inside_the_block_takes_the_mask_off():
     with pytest.raises(KeyError):
         with head_mask(model, torch.zeros(8)):
             raise KeyError
+    with pytest.raises(NotImplementedError):  # what a mask without values gives
+        with head_mask(model, torch.ones(2, 4, device="meta")):
+            pass
     assert hooks(model) == 0
 
 

@@ -1,5 +1,7 @@
 """head_importance against derivatives taken another way, per batch and per example."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -169,6 +171,28 @@ def test_data_without_a_loss_is_refused():
     with pytest.raises(HeadPruningError, match="importance is not finite"):
         head_importance(model, [batch], loss=lambda model, batch: model(**batch).loss * float("nan"), **RAW)
     assert hooks(model) == 0
+
+
+def test_the_loss_of_a_dict_and_of_a_tuple():
+    model, batch = make("bert"), batch_of("bert")
+    expected, forward = head_importance(model, [batch], **RAW), model.forward
+    for other in (
+        lambda **batch: {"logits": 0, "loss": forward(**batch).loss},
+        lambda **batch: forward(**batch, return_dict=False),
+        lambda **batch: SimpleNamespace(loss=forward(**batch).loss),
+    ):
+        model.forward = other
+        np.testing.assert_array_equal(head_importance(model, [batch], **RAW), expected)
+    model.forward = lambda labels=None, **batch: forward(**batch, return_dict=False)  # whose first part is no loss
+    without = {key: value for key, value in batch.items() if key != "labels"}
+    for inputs in (batch, without):
+        with pytest.raises(HeadPruningError, match="returned no loss; put labels into the batches, or pass loss="):
+            head_importance(model, [inputs], **RAW)
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(HeadPruningError, match="call head_importance outside of it"):
+        head_importance(make("bert"), [batch_of("bert")], **RAW)
 
 
 def test_sites_that_do_not_run_and_foreign_masks_are_refused():
