@@ -322,7 +322,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                     "training ended before the pruning schedule did: the model was never trained with exactly the %s "
                     "that are kept%s",
                     "weights" if pruner in weight_pruners(self.session) else "heads",
-                    f"; lower --{flags[0]} (a fraction of 1 follows the length of training)" if flags else "",
+                    f"; lower --{flags[0]} (a value below 1 is a fraction of training)" if flags else "",
                 )
         self.session.harden()
 
