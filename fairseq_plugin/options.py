@@ -2,7 +2,7 @@
 
 from dataclasses import Field, field, make_dataclass
 from types import SimpleNamespace
-from typing import Any, List, Optional
+from typing import Any, List, Mapping, Optional
 
 from omegaconf import II
 
@@ -16,6 +16,8 @@ _WEIGHT_PRUNER = "method that prunes weights, by its registered name; one of hea
 _PREFIX = "pruner_"
 _SHARED = ("warmup_steps", "beta1", "beta2")
 _ALIASES = {"deltaT": "--delta-t"}
+# A file may have moved: what counts is the mask in it, which the checkpoint has too.
+_BY_CONTENT = ("head_mask_file",)
 
 
 def pruning_config(base: type, name: str, module: str) -> type:
@@ -62,6 +64,29 @@ def add_flags(add_args: Any, parser: Any) -> None:
         check(action)
 
     optional._check_conflict = give_way
+
+
+def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> None:
+    """Raise HeadPruningError if a checkpoint was pruned with other options than those of the run that resumes it.
+
+    Args:
+        file: the checkpoint, for the message.
+        stored: the options of its task; older ones lack some, which are taken to be the same.
+        options: those of this run's task.
+    """
+    mine = {pruner.name: vars(pruner.config) for pruner in build_pruners(options)}
+    names = ["pruner", "weight_pruner", *option_fields(), *map(_name, option_fields(prunes="weights").values())]
+    known = {name: stored.get(name, getattr(options, name, None)) for name in names}
+    theirs = {pruner.name: vars(pruner.config) for pruner in build_pruners(SimpleNamespace(**known))}
+    for pruner in mine.keys() & theirs.keys():
+        for name, value in mine[pruner].items():
+            if name not in _BY_CONTENT and theirs[pruner][name] != value:
+                flag = _ALIASES.get(name, f"--{name.replace('_', '-')}")
+                raise HeadPruningError(
+                    f"{file} was pruned with {flag} {theirs[pruner][name]}, this run has {flag} {value}; go on with "
+                    "the same options, choose another --save-dir, or add --reset-optimizer to start anew from its "
+                    "weights."
+                )
 
 
 def build_pruners(options: Any) -> list[Pruner]:

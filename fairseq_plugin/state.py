@@ -3,11 +3,13 @@
 import functools
 import json
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 import numpy as np
 import torch
+from fairseq import checkpoint_utils
 from fairseq.models import BaseFairseqModel
 from fairseq.trainer import Trainer
 
@@ -16,6 +18,7 @@ from head_pruning.gates import GateBank
 from head_pruning.session import STATE_VERSION
 
 from .attention import UnfusedAttention
+from .options import refuse_other_options
 from .surgery import decode, encode, take_shape
 from .unit_map import unit_map
 from .weights import KEY, own_state, restore_state, stored_state, weight_pruners
@@ -133,12 +136,24 @@ class StateKeeper:
             logger.info("gates start anew: the checkpoint was pruned with another method")
         elif state:
             values = {name[len(SESSION) :]: value.numpy() for name, value in state.items() if name.startswith(SESSION)}
+            if self.reset_optimizer:
+                values = {name: value for name, value in values.items() if not name.startswith(self._of_this_run())}
             try:
-                self.session.load_state_dict({**own_state(self.session), **values})
+                self.session.load_state_dict({**self._own_state(), **values})
             except (KeyError, IndexError) as error:
                 raise HeadPruningError(DAMAGED) from error
             if self.reset_optimizer:
                 self.session.reset_optimizer()
+
+    def _of_this_run(self) -> tuple[str, ...]:
+        """Prefixes of the state that a run which starts anew has of its own: heads that its options name."""
+        return tuple(f"{pruner.name}." for pruner in self.session.pruners if not pruner.inherits)
+
+    def _own_state(self) -> dict[str, np.ndarray]:
+        """The session's present state of what does not come with the model state."""
+        prefixes = self._of_this_run() if self.reset_optimizer else ()
+        mine = {name: value for name, value in self.session.state_dict().items() if name.startswith(prefixes)}
+        return {**own_state(self.session), **(mine if prefixes else {})}
 
     def _fix(self, state: Mapping[str, torch.Tensor]) -> None:
         """Gate the model with the mask of ``state``, in place of the one before."""
@@ -180,20 +195,37 @@ def recipe_of_state(state: Mapping[str, torch.Tensor]) -> Optional[dict]:
         raise HeadPruningError(DAMAGED) from error
 
 
-def recipe_of_file(path: "str | Path") -> Optional[dict]:
-    """The recipe of a checkpoint file; None when it has none, or is no file that could be read."""
+def refuse_cut_off(path: "str | Path") -> None:
+    """Raise HeadPruningError if the file of a checkpoint ends too early, as on a disk that was full."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        packed = file.read(2) == b"PK"
+    if path.stat().st_size == 0 or (packed and not zipfile.is_zipfile(path)):
+        raise HeadPruningError(f"The checkpoint {path} is damaged (it ends too early); use the checkpoint before it.")
+
+
+def _peek(path: "str | Path") -> dict[str, Any]:
+    """A checkpoint file, its tensors still on the disk; empty when it is no file that could be read."""
     try:
-        model = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # whoever loads the file says what is wrong with it
-        return None
-    return recipe_of_state(model)
+        return {}
 
 
 def mask_of_state(state: Mapping[str, torch.Tensor]) -> HeadMask:
     """The head mask stored with a pruned checkpoint."""
     if KEEP not in state:
         raise HeadPruningError("The checkpoint holds no head mask; it was not pruned by heads.")
-    return HeadMask(read_description(state)["unit_map"], state[KEEP].cpu().numpy() > 0.5)
+    values = state[KEEP].cpu().numpy()
+    # A moving average of one run has nearly whole numbers, or heads on their way to another place.
+    if abs(values.sum() - np.count_nonzero(values > 0.5)) > 0.5:
+        raise HeadPruningError(
+            "The checkpoint is an average of checkpoints that keep different heads; average those of the time after "
+            "the heads were chosen."
+        )
+    return HeadMask(read_description(state)["unit_map"], values > 0.5)
 
 
 def attach_mask(model: BaseFairseqModel, mask: HeadMask) -> GateBank:
@@ -229,6 +261,24 @@ def remove_heads(model: BaseFairseqModel, mask: Optional[HeadMask] = None) -> di
     if keeper is None:
         StateKeeper(model)
     return recipe
+
+
+def _has_pruning_state(stored: Mapping[str, Any]) -> bool:
+    """Whether a run that prunes wrote the checkpoint."""
+    return META in (stored.get("model") or {}) or KEY in (stored.get("extra_state") or {})
+
+
+def _refuse_late_start(session: PruningSession, file: str, stored: Mapping[str, Any]) -> None:
+    """Raise HeadPruningError if training goes on in the middle with a schedule that has not begun."""
+    of_weights = weight_pruners(session)
+    known = {True: KEY in (stored.get("extra_state") or {}), False: META in (stored.get("model") or {})}
+    for pruner in session.pruners:
+        if pruner.inherits and pruner.name != "lock" and not known[pruner in of_weights]:
+            raise HeadPruningError(
+                f"{file} was not pruned with {pruner.name}, whose schedule would start in the middle of training; add "
+                "--reset-optimizer --reset-lr-scheduler --reset-meters --reset-dataloader, or give the file as "
+                "--finetune-from-model."
+            )
 
 
 def install() -> None:
@@ -270,14 +320,24 @@ def install() -> None:
     @functools.wraps(load_checkpoint)
     def cut_and_load(self, filename, *args, **kwargs):
         # Before the data-parallel wrapper and the optimizer see the parameters.
-        recipe, model = recipe_of_file(filename), self.get_model()
+        stored, model = _peek(filename), self.get_model()
+        session, keeper = getattr(self.task, "session", None), getattr(model, "_head_pruning", None)
+        reset = (
+            keeper.reset_optimizer if keeper is not None else bool(args[0] if args else kwargs.get("reset_optimizer"))
+        )
+        if session is not None and not reset and _has_pruning_state(stored):
+            refuse_other_options(str(filename), (stored.get("cfg") or {}).get("task") or {}, self.task.options)
+        recipe = recipe_of_state(stored.get("model") or {})
         if recipe is not None and recipe != surgery.recipe_of(model):
             getattr(self.task, "cut_for_checkpoint", take_shape)(model, recipe)
             self.reinitialize()
         extra_state = load_checkpoint(self, filename, *args, **kwargs)
+        session = getattr(self.task, "session", None)  # a new one where the model was cut
         if extra_state is not None and KEY in extra_state:
-            keeper, session = getattr(model, "_head_pruning", None), getattr(self.task, "session", None)
-            restore_state(session, extra_state.pop(KEY), reset=keeper is not None and keeper.reset_optimizer)
+            prunes = hasattr(type(self.task), "session")
+            restore_state(session, extra_state.pop(KEY), reset=reset, refuse=prunes and not reset)
+        if session is not None and extra_state is not None and not reset and self.get_num_updates():
+            _refuse_late_start(session, str(filename), stored)
         return extra_state
 
     @functools.wraps(state_dict)
@@ -289,3 +349,11 @@ def install() -> None:
         return state
 
     Trainer.load_checkpoint, Trainer.state_dict = cut_and_load, state_dict_with_weights
+    to_cpu = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(to_cpu)
+    def load_checkpoint_to_cpu(path, *args, **kwargs):
+        refuse_cut_off(path)
+        return to_cpu(path, *args, **kwargs)
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu

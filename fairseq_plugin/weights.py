@@ -61,19 +61,22 @@ def stored_state(session: PruningSession, *, resumable: bool = True) -> dict[str
     return state
 
 
-def restore_state(session: Optional[PruningSession], stored: Mapping[str, Any], *, reset: bool) -> None:
+def restore_state(
+    session: Optional[PruningSession], stored: Mapping[str, Any], *, reset: bool, refuse: bool = False
+) -> None:
     """Take what a checkpoint keeps of weight pruners.
 
     Args:
         session: that of this run; None for a run that does not prune.
         stored: of :func:`stored_state`.
         reset: whether this run starts anew from the checkpoint's model.
+        refuse: whether a run without weight pruners must not go on.
 
     Raises:
         HeadPruningError: this run would go on with other pruners, or the state is damaged.
     """
     theirs, mine = stored["pruners"], [pruner.name for pruner in weight_pruners(session)]
-    if session is not None and theirs != mine and not reset:
+    if (session is not None or refuse) and theirs != mine and not reset:
         raise HeadPruningError(
             f"The checkpoint's weights were pruned with {', '.join(theirs)}, this run uses "
             f"{', '.join(mine) or 'no weight pruner'}; resume with the same --weight-pruner, or add --reset-optimizer "

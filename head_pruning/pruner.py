@@ -48,6 +48,8 @@ class Pruner:
     needs: frozenset = frozenset()
     #: Whether the model's own weights stay as they are (pipelined pruning).
     freezes_model = False
+    #: Whether a run that starts anew from a checkpoint's weights takes over what was learnt there (gate logits).
+    inherits = True
     #: Whether head gates must be on the model.
     needs_gates = True
 

@@ -26,6 +26,8 @@ class RandomConfig(HeadCountConfig):
 class FixedPruner(HeadPruner):
     """Trains the model with one head mask from the first update on."""
 
+    inherits = False
+
     def chosen(self) -> np.ndarray:
         """``bool[N]``: the heads that stay."""
         raise NotImplementedError
@@ -53,8 +55,19 @@ class FixedPruner(HeadPruner):
                 f"The checkpoint has {state['kept'].size} heads but the model has {self.kept.size}; "
                 "resume with the model that the run was started with."
             )
-        self.kept = state["kept"].astype(bool)
+        kept = state["kept"].astype(bool)
+        if not self.goes_on(kept):
+            raise HeadPruningError(
+                f"The checkpoint was trained with {kept.sum()} heads, and this run's options give "
+                f"{'others' if kept.sum() == self.kept.sum() else self.kept.sum()}; resume with the options that the "
+                "run was started with, or start anew from its weights."
+            )
+        self.kept = kept
         self.harden()
+
+    def goes_on(self, kept: np.ndarray) -> bool:
+        """Whether a run that was started with the heads ``kept`` can be this one."""
+        return np.array_equal(kept, self.kept)
 
 
 class RandomPruner(FixedPruner):
@@ -70,6 +83,9 @@ class RandomPruner(FixedPruner):
     def chosen(self) -> np.ndarray:
         seed = self.session.seed if self.config.random_heads_seed is None else self.config.random_heads_seed
         return hard_top_k(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads), self.rounds)
+
+    def goes_on(self, kept: np.ndarray) -> bool:
+        return kept.sum() == self.kept.sum()  # a draw is that of the run's start, whatever the seed now
 
 
 @dataclass
