@@ -35,6 +35,8 @@ MICHEL_ROUND = 3  # divides all of KEPT
 # The published schedule (1000 to 1e-8 over 25 000 of 36 816 updates) in the same proportion, and one for short runs.
 PUBLISHED = "--annealing --initial_temperature 1000 --final_temperature 1e-8 --cooldown_steps 0.68 --pruning_lr 0.5"
 SHORT = "--annealing --initial_temperature 10 --final_temperature 1e-4 --cooldown_steps 0.6 --pruning_lr 0.2"
+# Gates learn at temperatures around 1 (gate_norm in the log): here in the middle of training, when the model has learnt.
+LATE = "--annealing --initial_temperature 1e8 --final_temperature 1e-4 --cooldown_steps 0.9 --pruning_lr 0.2"
 # Of every training, beside the number of epochs.
 RECIPE = (
     "--per_device_train_batch_size 32 --learning_rate 5e-5 --warmup_steps 0.06 --save_strategy no --logging_steps 50 "
@@ -122,10 +124,16 @@ def cells_at(task: str, keep: int, seed: int) -> list[Cell]:
     ]
 
 
-def from_the_start(joint: Cell) -> Cell:
-    """Trained with the heads that joint DSP chose: tells its choice from what its way there costs."""
-    name = "joint DSP's heads from the start"
-    return Cell(joint.task, name, joint.keep, joint.seed, "run_glue", ("--pruner", "given"), heads_of=joint)
+def from_the_start(chosen: Cell) -> Cell:
+    """Trained with the heads that another cell chose: tells its choice from what its way there costs."""
+    name = f"{chosen.method}'s heads from the start"
+    return Cell(chosen.task, name, chosen.keep, chosen.seed, "run_glue", ("--pruner", "given"), heads_of=chosen)
+
+
+def scheduled(name: str, schedule: str, task: str, keep: int) -> Cell:
+    """Joint DSP with another schedule."""
+    options = ("--num_of_heads", str(keep), "--joint_pruning", *schedule.split())
+    return Cell(task, f"joint DSP, {name}", keep, 1, "run_dsp", options)
 
 
 def cells() -> list[Cell]:
@@ -136,25 +144,17 @@ def cells() -> list[Cell]:
         for keep in (6, 18, 36, 9):
             if seed in SEEDS[keep]:
                 found += cells_at("CoLA", keep, seed)
-    found += [
-        Cell(
-            "CoLA",
-            "joint DSP, published schedule",
-            keep,
-            1,
-            "run_dsp",
-            ("--num_of_heads", str(keep), "--joint_pruning", *PUBLISHED.split()),
-        )
-        for keep in (6, 18)
-    ]
+    found += [scheduled("published schedule", PUBLISHED, "CoLA", keep) for keep in (6, 18)]
     for task in ("MRPC", "SST-2"):
         found += [Cell(task, "dense", None, 1), Cell(task, "Michel, one-shot", None, 1, "run_michel")]
         found += [cell for keep in (6, 18) for cell in cells_at(task, keep, 1)]
     found += [cell for seed in (2, 3) for cell in cells_at("SST-2", 6, seed)[:2]]
     found += [Cell("CoLA", "Michel, exact", None, seed, "run_michel", ("--exact_pruning",)) for seed in (1, 2, 3)]
     found += [from_the_start(c) for c in found if c.method == "joint DSP" and c.keep in (6, 18) and c.task != "MRPC"]
-    found += [Cell("MNLI", "dense", None, 1), *cells_at("MNLI", 6, 1), *cells_at("MNLI", 18, 1)[:3]]
-    found += [cell for keep in (6, 18) for cell in cells_at("MNLI", keep, 2)[:3]]
+    mnli = cells_at("MNLI", 6, 1)
+    found += [Cell("MNLI", "dense", None, 1), *mnli, from_the_start(mnli[2])]
+    found += [scheduled("late", LATE, task, 6) for task in ("MNLI", "CoLA", "SST-2")]
+    found += cells_at("MNLI", 18, 1)[:3]
     return found
 
 
