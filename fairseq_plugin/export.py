@@ -211,8 +211,8 @@ def export_compact(source: "str | Path", target: "str | Path", mask: Optional[He
         The mask that was applied.
 
     Raises:
-        HeadPruningError: the checkpoint is missing or damaged, has no mask, the mask is of another model, or the target
-            is a folder.
+        HeadPruningError: the checkpoint is missing or damaged, has no mask, the mask is of another model, or the
+            target is a folder.
     """
     return _export(source, target, mask, compact=True).mask
 
