@@ -28,7 +28,7 @@ MASKED = "--task masked_lm --arch roberta_base --encoder-layers 1 --encoder-embe
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def untrained(tmp_path):
     """Writes an untrained model of a command line as fairseq-train does."""
 
     def write(line: str):
@@ -59,8 +59,8 @@ def _json(capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_language_model_with_adaptive_input(checkpoint, capsys):
-    path = checkpoint(ADAPTIVE)
+def test_a_language_model_with_adaptive_input(untrained, capsys):
+    path = untrained(ADAPTIVE)
     assert not any(name.endswith("embed_tokens.weight") for name in torch.load(path)["model"])
     loaded = find_host(path).load(path, None)
     assert len(loaded.model.decoder.dictionary) == 24
@@ -68,14 +68,14 @@ def test_a_language_model_with_adaptive_input(checkpoint, capsys):
     assert _json(capsys, "benchmark", path, "--batch", 2, "--rounds", 1)["length"] == 128
 
 
-def test_a_model_whose_dictionary_nothing_tells_is_refused_with_one_sentence(checkpoint):
-    path = checkpoint(CHARACTERS)
+def test_a_model_whose_dictionary_nothing_tells_is_refused_with_one_sentence(untrained):
+    path = untrained(CHARACTERS)
     with pytest.raises(HeadPruningError, match="has no decoder.embed_tokens.weight, which tells how many words"):
         find_host(path).load(path, None)
 
 
-def test_without_a_length_the_text_is_as_long_as_the_model_takes(checkpoint, capsys):
-    path = checkpoint(MASKED)
+def test_without_a_length_the_text_is_as_long_as_the_model_takes(untrained, capsys):
+    path = untrained(MASKED)
     assert _json(capsys, "inspect", path)["length"] == 64
     assert _json(capsys, "inspect", path, "--length", 63)["length"] == 63
     assert _json(capsys, "benchmark", path, "--batch", 2, "--rounds", 1)["length"] == 64
