@@ -14,6 +14,7 @@ from torch import nn
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.artifacts import atomic_path
 from head_pruning.compact import ATTRIBUTE
+from head_pruning.programs import check_file
 from head_pruning.surgery import remove_heads
 
 from .state import KEEP, META, RECIPE, mask_of_state, read_description, recipe_of_state, split_state
@@ -133,6 +134,7 @@ class _Exported:
 
 
 def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask], compact: bool) -> _Exported:
+    check_file(Path(target), ".pt")
     state = load_checkpoint(source)
     masks = stored_masks(state)
     stored = split_state(state["model"])[1]
@@ -187,7 +189,8 @@ def export_masked(source: "str | Path", target: "str | Path", mask: Optional[Hea
         The head mask that was applied, None where weights alone were pruned.
 
     Raises:
-        HeadPruningError: the checkpoint is missing, damaged or compact, has no mask, or the mask is of another model.
+        HeadPruningError: the checkpoint is missing, damaged or compact, has no mask, the mask is of another model, or
+            the target is a folder.
     """
     return _export(source, target, mask, compact=False).mask
 
@@ -208,7 +211,8 @@ def export_compact(source: "str | Path", target: "str | Path", mask: Optional[He
         The mask that was applied.
 
     Raises:
-        HeadPruningError: the checkpoint is missing or damaged, has no mask, or the mask is of another model.
+        HeadPruningError: the checkpoint is missing or damaged, has no mask, the mask is of another model, or the
+            target is a folder.
     """
     return _export(source, target, mask, compact=True).mask
 

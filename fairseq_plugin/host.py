@@ -1,7 +1,9 @@
 """Checkpoints of fairseq for the ``head-pruning`` command: how they load and what they export to."""
 
 import copy
+import functools
 import inspect
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Mapping, MutableMapping, Optional
@@ -17,7 +19,7 @@ from head_pruning.hosts import HostModel
 from head_pruning.programs import program_formats
 from head_pruning.weights import weight_report
 
-from .example import SPECIALS, example
+from .example import SPECIALS, example, longest
 from .export import TASK_SUFFIX, compact, load_checkpoint, masked
 from .programs import export_onnx, export_program
 from .state import KEEP, RECIPE, mask_of_state, split_state
@@ -65,30 +67,35 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     told = None
     if masks:
         told = weight_report(masks, dict(model.named_parameters()), method=stored_method(whole), options={})
-    return HostModel(model, sites, mask, lambda batch, length: example(model, batch, length), told)
+    return HostModel(model, sites, mask, functools.partial(example, model), told, longest(model))
 
 
 def build_model(state: dict, weights: Mapping[str, torch.Tensor]) -> BaseFairseqModel:
     """The model of a checkpoint, with random weights.
 
     A task wants its dictionaries; only their sizes matter here, and the embeddings tell them.
+
+    Raises:
+        HeadPruningError: the embeddings do not tell them, or fairseq cannot build the model.
     """
     cfg = state["cfg"] if state.get("cfg") is not None else convert_namespace_to_omegaconf(state["args"])
     cfg = copy.deepcopy(cfg)
     with tempfile.TemporaryDirectory() as folder:
-        with open_dict(cfg):
-            names = _dictionaries(cfg.task, weights)
-            cfg.task.data = folder if names else cfg.task.get("data")
-        for file, words in names.items():
-            lines = "".join(f"word{number} 1\n" for number in range(words))
-            (Path(folder) / file).write_text(lines, encoding="utf-8")
         try:
+            with open_dict(cfg):
+                names = _dictionaries(cfg.task, weights)
+                cfg.task.data = folder if names else cfg.task.get("data")
+            for file, words in names.items():
+                lines = "".join(f"word{number} 1\n" for number in range(words))
+                (Path(folder) / file).write_text(lines, encoding="utf-8")
             task = tasks.setup_task(cfg.task, from_checkpoint=True)
             if state.get("task_state"):
                 task.load_state_dict(state["task_state"])
             if "from_checkpoint" in inspect.signature(task.build_model).parameters:
                 return task.build_model(cfg.model, from_checkpoint=True)
             return task.build_model(cfg.model)
+        except HeadPruningError:
+            raise
         except Exception as error:  # whatever a task does not find
             reason = " ".join(str(error).split()) or repr(error)
             raise HeadPruningError(
@@ -97,24 +104,38 @@ def build_model(state: dict, weights: Mapping[str, torch.Tensor]) -> BaseFairseq
             ) from error
 
 
+def _words(embedding: str, weights: Mapping[str, torch.Tensor]) -> int:
+    """How many words an embedding has, special ones included; an adaptive one has them in bands."""
+    if f"{embedding}.weight" in weights:
+        return weights[f"{embedding}.weight"].shape[0]
+    bands = re.compile(re.escape(embedding) + r"\.embeddings\.\d+\.0\.weight")
+    found = [weight.shape[0] for name, weight in weights.items() if bands.fullmatch(name)]
+    if not found:
+        raise HeadPruningError(
+            f"The checkpoint has no {embedding}.weight, which tells how many words its dictionary has; models that "
+            "embed words, whole or in adaptive bands, can be loaded."
+        )
+    return sum(found)
+
+
 def _dictionaries(task: MutableMapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The dictionary files that a task of fairseq's own will look for, and how many words each must have."""
 
-    def words(*names: str) -> int:
-        return next(weights[name].shape[0] for name in names if name in weights) - SPECIALS
+    def words(embedding: str) -> int:
+        return _words(embedding, weights) - SPECIALS
 
     kind = str(task["_name"]).removesuffix(TASK_SUFFIX)
     if kind == "translation":
         task["source_lang"] = task["source_lang"] or "source"  # None where fairseq read them off the files
         task["target_lang"] = task["target_lang"] or "target"
         return {
-            f"dict.{task['source_lang']}.txt": words("encoder.embed_tokens.weight"),
-            f"dict.{task['target_lang']}.txt": words("decoder.embed_tokens.weight"),
+            f"dict.{task['source_lang']}.txt": words("encoder.embed_tokens"),
+            f"dict.{task['target_lang']}.txt": words("decoder.embed_tokens"),
         }
     if kind == "language_modeling":
-        return {"dict.txt": words("decoder.embed_tokens.weight")}
+        return {"dict.txt": words("decoder.embed_tokens")}
     if kind == "masked_lm":  # adds a <mask> of its own
-        return {"dict.txt": words("encoder.sentence_encoder.embed_tokens.weight") - 1}
+        return {"dict.txt": words("encoder.sentence_encoder.embed_tokens") - 1}
     return {}
 
 

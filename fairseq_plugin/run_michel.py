@@ -4,8 +4,9 @@
         --batch-size 32 --beam 5 --remove-bpe --num-of-heads 4 --exact-pruning
 
 The architecture, the criterion and the dictionaries' sharing come from the checkpoint. Each round removes
-``--num-of-heads`` heads and is scored by BLEU; the rounds go into ``michel_rounds.json`` in ``--save-dir``, the mask
-of each into ``michel_masks/``. A run that was stopped goes on after its last finished round.
+``--num-of-heads`` heads and is scored by BLEU, or what ``--scoring`` says; the rounds go into ``michel_rounds.json``
+in ``--save-dir``, the mask of each into ``michel_masks/``. A run that was stopped goes on after its last finished
+round.
 """
 
 import copy
@@ -17,39 +18,28 @@ from typing import Optional
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, options, scoring, utils
+from fairseq import options, scoring, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.scoring.chrf import ChrFScorer
 from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, normalize_importance, pruning_rounds
-from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport, fingerprint
+from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
 from head_pruning.report.tables import head_table, text_table
 
 from .attention import UnfusedAttention
 from .errors import sentence_of
+from .michel_loading import data_found, load_translator
+from .michel_settings import SCORE_BEAM, check_counts, check_score_at, flags, read_score_at, settings
 from .unit_map import unit_map
 
-logger = logging.getLogger("fairseq_plugin.run_michel")
+#: How people write what ``--scoring`` measures.
+METRICS = {"bleu": "BLEU", "sacrebleu": "sacreBLEU", "chrf": "chrF"}
 
-#: The flags that make the settings of a run.
-SETTINGS = {
-    "checkpoint": "--restore-file",
-    "data": "data folder",
-    "test": "--gen-subset",
-    "remove_bpe": "--remove-bpe",
-    "lengths": "--max-len-a, --max-len-b",
-    "batches": "--batch-size, --max-tokens",
-    "heads_per_round": "--num-of-heads",
-    "exact": "--exact-pruning",
-    "signed": "--signed-importance",
-    "importance_sentences": "--importance-sentences",
-    "score_sentences": "--score-sentences",
-    "beam": "--beam",
-    "score_at": "--score-at",
-}
+logger = logging.getLogger("fairseq_plugin.run_michel")
 
 
 def get_parser():
@@ -69,7 +59,7 @@ def get_parser():
     group.add_argument("--importance-sentences", type=int, help="training sentences per importance (default: all)")
     group.add_argument("--score-sentences", type=int, help="test sentences that score a round (default: all)")
     group.add_argument("--score-at", help="head counts, such as 18,9,4, to score on the whole test set as well")
-    group.add_argument("--score-beam", type=int, default=5, help="beam of --score-at (default: %(default)s)")
+    group.add_argument("--score-beam", type=int, default=SCORE_BEAM, help="beam of --score-at (default: %(default)s)")
     return parser
 
 
@@ -78,14 +68,8 @@ class MichelRun:
 
     def __init__(self, cfg: DictConfig, args) -> None:
         self.cfg, self.args = cfg, args
-        path = cfg.checkpoint.restore_file
-        if not Path(path).is_file():
-            raise HeadPruningError(f"There is no checkpoint {path}; give a trained model with --restore-file.")
-        overrides = {"data": cfg.task.data}
-        models, saved, self.task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=overrides)
-        self.model = models[0]
-        if getattr(self.model, "_head_pruning", None) is not None:
-            raise HeadPruningError(f"{path} is already pruned; start from a dense checkpoint.")
+        self.metric = METRICS.get(cfg.scoring._name, cfg.scoring._name)
+        self.model, saved, self.task = load_translator(cfg.checkpoint.restore_file, cfg.task.data)
         self.criterion = self.task.build_criterion(saved.criterion)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu")
         if cfg.common.fp16:
@@ -98,8 +82,9 @@ class MichelRun:
         self.accumulator = ImportanceAccumulator(self.gates, signed=args.signed_importance)
         with open_dict(saved):
             saved.task.data = cfg.task.data
-        self.task.load_dataset(cfg.dataset.gen_subset, task_cfg=saved.task)
-        self.scorer = scoring.build_scorer(cfg.scoring, self.task.target_dictionary)
+        with data_found(cfg.task.data):
+            self.task.load_dataset(cfg.dataset.gen_subset, task_cfg=saved.task)
+        self._scorer()  # one that cannot be made is refused now, not after a decoding
         # Before any scoring: words that scoring adds to the target dictionary must not enter the generators.
         self.generators = {}
         for beam in {cfg.generation.beam, args.score_beam}:
@@ -112,7 +97,8 @@ class MichelRun:
     def batches(self, split: str, sentences: Optional[int], shuffle: bool, title: str):
         """Batches of ``split`` with progress, up to a number of sentences."""
         if split not in self.task.datasets:
-            self.task.load_dataset(split)
+            with data_found(self.cfg.task.data):
+                self.task.load_dataset(split)
         dataset = self.task.dataset(split)
         cfg = self.cfg.dataset
         iterator = self.task.get_batch_iterator(
@@ -136,6 +122,11 @@ class MichelRun:
                 seen += len(sample["id"])
                 bar.update(len(sample["id"]))
                 yield utils.move_to_cuda(sample) if self.device.type == "cuda" else sample
+        if not seen:
+            raise HeadPruningError(
+                f"The model can read no sentence of {split} in {self.cfg.task.data}: they are too long for it, or "
+                "there is none; name other data."
+            )
 
     def importance(self, mask: HeadMask) -> np.ndarray:
         """Normalised importance of all heads, over the training set in a new shuffle."""
@@ -150,58 +141,61 @@ class MichelRun:
         return normalize_importance(self.accumulator.scores(), self.unit_map)
 
     def score(self, mask: HeadMask, sentences: Optional[int] = None, beam: Optional[int] = None) -> float:
-        """BLEU on the test set with ``mask``."""
+        """What ``--scoring`` gives on the test set with ``mask``."""
         self.gates.set_evaluation(mask.keep)
         generator = self.generators[beam or self.cfg.generation.beam]
         target = self.task.target_dictionary
-        self.scorer.reset()
-        for sample in self.batches(self.cfg.dataset.gen_subset, sentences, False, f"BLEU at {mask.kept} heads"):
+        scorer = self._scorer()
+        title = f"{self.metric} at {mask.kept} heads"
+        for sample in self.batches(self.cfg.dataset.gen_subset, sentences, False, title):
             hypotheses = self.task.inference_step(generator, [self.model], sample)
             for hypothesis, reference in zip(hypotheses, sample["target"]):
-                self._add(target, reference, hypothesis[0]["tokens"])
-        return float(self.scorer.score())
+                self._add(scorer, target, reference, hypothesis[0]["tokens"])
+        if isinstance(scorer, ChrFScorer):  # fairseq's asks the line that it formats for the score
+            return float(scorer.sacrebleu.corpus_chrf(scorer.pred, [scorer.ref]).score)
+        return float(scorer.score())
 
-    def _add(self, target, reference: torch.Tensor, hypothesis: torch.Tensor) -> None:
+    def _scorer(self):
+        """A new one, since most of fairseq's cannot be emptied."""
+        try:
+            return scoring.build_scorer(self.cfg.scoring, self.task.target_dictionary)
+        except ImportError as error:
+            raise HeadPruningError(
+                f"--scoring {self.cfg.scoring._name} needs a package that is not installed ({error}); install it, or "
+                "choose another."
+            ) from error
+
+    def _add(self, scorer, target, reference: torch.Tensor, hypothesis: torch.Tensor) -> None:
         # As fairseq-generate scores: words, not pieces, when BPE is removed.
         post_process = self.cfg.common_eval.post_process
         reference = utils.strip_pad(reference, target.pad()).int().cpu()
         hypothesis = hypothesis.int().cpu()
-        if hasattr(self.scorer, "add_string"):
-            self.scorer.add_string(target.string(reference, post_process), target.string(hypothesis, post_process))
+        if hasattr(scorer, "add_string"):
+            text = target.string(reference, post_process, escape_unk=True)
+            scorer.add_string(text, target.string(hypothesis, post_process))
             return
         if post_process:
             text = target.string(reference, post_process, escape_unk=True)
             reference = target.encode_line(text, add_if_not_exist=True)
             hypothesis = target.encode_line(target.string(hypothesis, post_process), add_if_not_exist=True)
-        self.scorer.add(reference, hypothesis)
+        scorer.add(reference, hypothesis)
 
 
 def run(args) -> list[dict]:
-    """All rounds; returns and saves one entry per round."""
-    try:
-        score_at = {int(count) for count in (args.score_at or "").split(",") if count}
-    except ValueError:
-        raise HeadPruningError(f"--score-at is {args.score_at}; give head counts such as 18,9,4.") from None
+    """All rounds; returns and saves one entry per round.
+
+    Raises:
+        HeadPruningError: a count is not possible, the folder holds a run of other settings, the checkpoint is damaged,
+            pruned or no translation model's, or its data are not there.
+    """
+    check_counts(args)
+    score_at = read_score_at(args.score_at)
     cfg = convert_namespace_to_omegaconf(args)
     run = MichelRun(cfg, args)
+    check_score_at(score_at, run.unit_map, args.num_of_heads)
     folder = Path(cfg.checkpoint.save_dir)
-    settings = {
-        "checkpoint": fingerprint(cfg.checkpoint.restore_file),
-        "data": os.path.abspath(cfg.task.data),
-        "test": cfg.dataset.gen_subset,
-        "remove_bpe": cfg.common_eval.post_process,
-        "lengths": [cfg.generation.max_len_a, cfg.generation.max_len_b],
-        "batches": [cfg.dataset.batch_size, cfg.dataset.max_tokens],
-        "heads_per_round": args.num_of_heads,
-        "exact": args.exact_pruning,
-        "signed": args.signed_importance,
-        "importance_sentences": args.importance_sentences or args.subset,
-        "score_sentences": args.score_sentences or args.subset,
-        "beam": cfg.generation.beam,
-        "score_at": sorted(score_at),
-    }
     cure = f"choose another --save-dir, or remove {ROUNDS_FILE} and {MASKS_FOLDER}/ from this one"
-    report = RoundsReport(folder, settings, run.unit_map, flags=SETTINGS, cure=cure)
+    report = RoundsReport(folder, settings(cfg, args, score_at), run.unit_map, flags=flags(), cure=cure)
     if report.finished:
         logger.info("all rounds were finished before; nothing is measured anew")
     elif report.start is not None:
@@ -219,11 +213,11 @@ def run(args) -> list[dict]:
         if result.mask.kept in score_at:
             final["final_score"] = run.score(result.mask, None, args.score_beam)
         report.add(result, **final)
-        logger.info("%d heads left: BLEU %.2f", result.mask.kept, result.score)
+        logger.info("%d heads left: %s %.2f", result.mask.kept, run.metric, result.score)
         if 0 < result.mask.kept <= 2 * args.num_of_heads:
             logger.info("kept heads by site:\n%s", head_table(result.mask))
     entries = report.entries
-    header = ("heads kept", "removed %", "BLEU") + (("BLEU, whole test set",) if score_at else ())
+    header = ("heads kept", "removed %", run.metric) + ((f"{run.metric}, whole test set",) if score_at else ())
     table = text_table(
         header,
         [

@@ -38,6 +38,7 @@ class HostModel:
             already cut out.
         example: ``(batch, length)`` to the keyword arguments of a forward pass.
         weights: what pruning.json tells of pruned weights (:func:`head_pruning.weights.weight_report`), if it does.
+        longest: tokens that ``example`` can make, those that the model has positions for; None where any number.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class HostModel:
     mask: Optional[HeadMask]
     example: Callable[[int, int], dict[str, torch.Tensor]]
     weights: Optional[Mapping[str, Any]] = None
+    longest: Optional[int] = None
 
 
 class Host(Protocol):

@@ -1,12 +1,44 @@
 """Inputs of the right shape for a transformers model, made of random numbers."""
 
 import inspect
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from transformers import PreTrainedModel
 
 from head_pruning import HeadPruningError
+
+# How configurations call the tokens that they have positions for.
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def longest(model: PreTrainedModel) -> Optional[int]:
+    """The tokens of :func:`example_inputs` that a model has positions for; None: any number, or it reads no text."""
+    config, takes = model.config, inspect.signature(model.forward).parameters
+    limits: list[Any] = []
+    if _reads_text(model):
+        text = _text_config(config)
+        limits += [next((value for name in _LIMITS if (value := getattr(text, name, None))), None), _numbered(model)]
+    if config.is_encoder_decoder and "decoder_input_ids" in takes:
+        limits.append(getattr(config, "max_target_positions", None))  # of what a sound is transcribed to
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _reads_text(model: PreTrainedModel) -> bool:
+    known = model.main_input_name == "input_ids" or getattr(model.config, "text_config", None) is not None
+    return known and "input_ids" in inspect.signature(model.forward).parameters
+
+
+def _text_config(config: Any) -> Any:
+    return getattr(config, "text_config", None) or getattr(config, "encoder", None) or config
+
+
+def _numbered(model: PreTrainedModel) -> Optional[int]:
+    """The positions of models like RoBERTa, which count them from the one after padding; None for others."""
+    modules = {name: module for name, module in model.named_modules() if name.endswith("position_embeddings")}
+    tables = [module for module in modules.values() if isinstance(getattr(module, "padding_idx", None), int)]
+    counts = [table.weight.shape[0] - table.padding_idx - 1 for table in tables if hasattr(table, "weight")]
+    return min(counts, default=None)
 
 
 def example_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -25,10 +57,11 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str,
     draw = torch.Generator().manual_seed(0)
     made: dict[str, torch.Tensor] = {}
     main = model.main_input_name
-    if "input_ids" in takes and (main == "input_ids" or getattr(config, "text_config", None) is not None):
-        text = getattr(config, "text_config", None) or getattr(config, "encoder", None) or config
-        _check_length(text, length)
-        words = _value(text, "vocab_size", "src_vocab_size")
+    limit = longest(model)
+    if limit is not None and length > limit:
+        raise HeadPruningError(f"The model has {limit} positions; --length {length} is more, give less.")
+    if _reads_text(model):
+        words = _value(_text_config(config), "vocab_size", "src_vocab_size")
         # The first few are special in most vocabularies.
         made["input_ids"] = torch.randint(min(5, words - 1), words, (batch, length), generator=draw)
         if "attention_mask" in takes:
@@ -54,12 +87,6 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str,
 
 def _value(config: Any, *names: str) -> Any:
     return next(value for name in names if (value := getattr(config, name, None)) is not None)
-
-
-def _check_length(config: Any, length: int) -> None:
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if isinstance(longest, int) and 0 < longest < length:
-        raise HeadPruningError(f"The model has {longest} positions; --length {length} is more, give less.")
 
 
 def _image(config: Any) -> tuple[int, int, int]:

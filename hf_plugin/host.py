@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from head_pruning.surgery import recipe_of, sites_left
 from head_pruning.weights import load_weight_masks, save_compressed, write_weight_artifacts
 
 from .compact_heads import take_recipe
-from .example import example_inputs
+from .example import example_inputs, longest
 from .export import save_compact, save_pruned, zeroed_heads
 from .onnx_export import export_onnx, export_program
 from .surgery import plan_site
@@ -73,7 +74,7 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     if mask is not None:
         mask = mask.fitted(sites)
     weights = _report(path).get("weights")
-    return HostModel(model, sites, mask, lambda batch, length: example_inputs(model, batch, length), weights)
+    return HostModel(model, sites, mask, functools.partial(example_inputs, model), weights, longest(model))
 
 
 def _own_mask(file: Path) -> Optional[HeadMask]:

@@ -22,12 +22,12 @@ from ..runtimes import onnx_pass, onnx_session, torch_pass
 from ..surgery import remove_heads
 from ..timing import fastest, stopwatch
 from ..unit_map import HeadMask, full_mask
-from .options import count, given_mask, note, note_step, print_json
+from .options import LENGTH, chosen_length, count, given_mask, note, note_step, print_json
 
 RUNTIMES = ("torch", "onnxruntime")
 COUNTS = {
     "batch": (8, "examples per pass for the throughput; the latency is of one"),
-    "length": (128, "tokens per example"),
+    "length": (None, "tokens per example"),
     "rounds": (10, "turns of each"),
     "threads": (1, "threads; with one, processor time is measured, else the clock"),
 }
@@ -51,7 +51,8 @@ def add_command(commands) -> None:
     command.add_argument("model2", nargs="?", help="the model to compare with; default: the first without its heads")
     command.add_argument("--mask", metavar="FILE", help="head mask to apply instead of the first model's own")
     for name, (value, words) in COUNTS.items():
-        command.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{words} (default: {value})")
+        told = f"at most {LENGTH}" if value is None else value
+        command.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{words} (default: {told})")
     command.add_argument("--runtime", choices=RUNTIMES, default="torch", help="default: %(default)s")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_run)
@@ -59,11 +60,13 @@ def add_command(commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     for name in COUNTS:
-        if getattr(args, name) < 1:
-            raise HeadPruningError(f"--{name} must be 1 or more; it is {getattr(args, name)}.")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise HeadPruningError(f"--{name} must be 1 or more; it is {value}.")
     if args.model2 and args.mask:
         raise HeadPruningError("--mask is for one model, to be compared with itself; leave out --mask or the second.")
     contestants = _contestants(args)
+    args.length = chosen_length(args.length, [contestant.loaded for contestant in contestants])
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="head-pruning-") as folder:
         found = compare(contestants, args, Path(folder))

@@ -15,7 +15,7 @@ from ..report.sizes import Sizes, mac_bound, measure_sizes
 from ..report.tables import head_table, text_table
 from ..surgery import query_heads_left, recipe_of, remove_heads
 from ..unit_map import full_mask
-from .options import count, given_mask, note, print_json, short
+from .options import LENGTH, chosen_length, count, given_mask, note, print_json, short
 
 TOLD_OF_WEIGHTS = ("method", "weights_kept", "weights_total", "density")  # of pruning.json
 DENSE = 0.05  # at most this share of zeros is that of an unpruned model: the embedding of padding
@@ -26,7 +26,7 @@ def add_command(commands) -> None:
     command = commands.add_parser("inspect", help="where a model's heads are, its parameters and MACs")
     command.add_argument("model", help="folder of save_pretrained, or checkpoint of fairseq")
     command.add_argument("--mask", metavar="FILE", help="head mask to look at instead of the model's own")
-    command.add_argument("--length", type=int, default=128, help="tokens that MACs are of (default: %(default)s)")
+    command.add_argument("--length", type=int, help=f"tokens that MACs are of (default: at most {LENGTH})")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--plot", metavar="PNG", help="file to draw the heads in")
     command.set_defaults(run=_run)
@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace) -> None:
     loaded = host.load(Path(args.model), given_mask(args.mask))
     mask = kept_heads(loaded) or full_mask(loaded.unit_map)
     queries = _query_heads(loaded)
-    found = describe(loaded, args.length)
+    found = describe(loaded, chosen_length(args.length, [loaded]))
     if args.json:
         print_json({"model": args.model, "host": host.name, **found})
     else:

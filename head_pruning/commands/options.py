@@ -3,9 +3,19 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Iterable, Optional
 
+from ..hosts import HostModel
 from ..unit_map import HeadMask
+
+LENGTH = 128  # tokens, unless --length says otherwise or a model has fewer positions
+
+
+def chosen_length(given: Optional[int], models: Iterable[HostModel]) -> int:
+    """The tokens of ``--length``; not given, those of the default that all models have positions for."""
+    if given is not None:
+        return given
+    return min(LENGTH, *(model.longest or LENGTH for model in models))
 
 
 def note(text: str) -> None:

@@ -96,6 +96,20 @@ class PruningRound:
     importance: Optional[np.ndarray]
 
 
+def round_sizes(unit_map: UnitMap, heads_per_round: int) -> list[int]:
+    """How many heads the full model and each round leave.
+
+    Raises:
+        HeadPruningError: ``heads_per_round`` is below 1, or more than the model has.
+    """
+    if not 1 <= heads_per_round <= unit_map.num_heads:
+        raise HeadPruningError(
+            f"{heads_per_round} heads per round is not possible with {unit_map.num_heads} heads; "
+            f"give --num-of-heads from 1 to {unit_map.num_heads}."
+        )
+    return [*range(unit_map.num_heads, 0, -heads_per_round), 0]
+
+
 def pruning_rounds(
     unit_map: UnitMap,
     importance: Callable[[HeadMask], np.ndarray],
@@ -118,12 +132,11 @@ def pruning_rounds(
     Yields:
         The full model first (unless ``start`` is given), then each round; the round that removes the last heads is
         scored too.
+
+    Raises:
+        HeadPruningError: ``heads_per_round`` is below 1, or more than the model has.
     """
-    if not 1 <= heads_per_round <= unit_map.num_heads:
-        raise HeadPruningError(
-            f"{heads_per_round} heads per round is not possible with {unit_map.num_heads} heads; "
-            f"give --num-of-heads from 1 to {unit_map.num_heads}."
-        )
+    round_sizes(unit_map, heads_per_round)
     if start is None:
         mask = full_mask(unit_map)
         start = PruningRound(mask, score(mask), None)

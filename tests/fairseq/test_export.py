@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from head_pruning import HeadMask
+from fairseq_plugin import export
+from head_pruning import HeadMask, HeadPruningError
 from tests.fairseq.command_lines import DSP, decoded
 from tests.fairseq.runner import ROOT
 
@@ -77,3 +79,11 @@ def test_export_refuses_bad_files_and_writes_nothing(tmp_path):
         assert done.returncode == 1 and last.startswith("error: ") and words in last, done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch):
+    # Told before the checkpoint is read: an export takes long.
+    monkeypatch.setattr(export, "load_checkpoint", lambda path: pytest.fail("the checkpoint was read first"))
+    for write in (export.masked, export.compact):
+        with pytest.raises(HeadPruningError, match=f"{tmp_path} is a folder; name a file .*model.pt"):
+            write(tmp_path / "checkpoint.pt", tmp_path, None)

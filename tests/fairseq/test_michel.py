@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fairseq import options, scoring
 
-from head_pruning import HeadMask
+from fairseq_plugin import run_michel
+from head_pruning import HeadMask, HeadPruningError
 from tests.fairseq.command_lines import HEADS
 from tests.fairseq.runner import ROOT
+from tests.fairseq.test_host import LANGUAGE, untrained  # noqa: F401  (a fixture)
 
 # The manual's line; what follows it is appended.
 MANUAL = """-s de -t en -a transformer_iwslt_de_en --restore-file {checkpoint}
@@ -40,6 +43,16 @@ def _command(data, dense, save_dir, *more):
 
 def _run(command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+#: Options of a run that takes a second: the full model, one round of importance, and the last.
+QUICK = "--max-len-b 5 --beam 1 --num-of-heads 23 --subset 2"
+
+
+def _quick(data, dense, save_dir, *more):
+    """All rounds of a run in this process; an error is raised, not printed."""
+    line = _command(data, dense, save_dir, *shlex.split(QUICK), *more)[3:]
+    return run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))
 
 
 def _rounds(folder):
@@ -154,3 +167,143 @@ def test_bad_input_ends_with_one_sentence(data, dense, tmp_path, change, words):
     assert done.returncode == 1
     assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not Path(tmp_path / "out" / "michel_rounds.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("--importance-sentences -5", "--importance-sentences is -5; give 1 or more, or leave it out for all"),
+        ("--score-sentences -5", "--score-sentences is -5"),
+        ("--subset 0", "--subset is 0"),
+        ("--beam 0", "--beam is 0; give 1 or more."),
+        ("--score-at 1 --score-beam 0", "--score-beam is 0"),
+    ],
+)
+def test_impossible_counts_are_refused_before_anything_is_loaded(data, tmp_path, change, words):
+    with pytest.raises(HeadPruningError, match=words):
+        _quick(data, tmp_path / "nothing.pt", tmp_path, *change.split())
+
+
+def test_counts_that_no_round_leaves_are_refused(data, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_michel.MichelRun, "score", lambda *args: pytest.fail("it went on to score"))
+    with pytest.raises(HeadPruningError, match="names 99, 9, but no round .* --num-of-heads 23 give some of 24, 1, 0"):
+        _quick(data, dense, tmp_path, "--score-at", "9,99,1")
+    with pytest.raises(HeadPruningError, match=r"give some of 24, 23, .*, 15, \.\.\., 0\."):
+        _quick(data, dense, tmp_path, "--num-of-heads", "1", "--score-at", "99")
+
+
+def test_data_of_which_the_model_can_read_nothing_are_refused(data, dense, tmp_path):
+    with pytest.raises(HeadPruningError, match="can read no sentence of test"):
+        _quick(data, _changed(dense, tmp_path, max_source_positions=2), tmp_path)
+
+
+def _changed(checkpoint, folder, **change):
+    state = torch.load(checkpoint)
+    state["cfg"]["model"] = {**_plain(state["cfg"]["model"]), **change}
+    state["cfg"]["task"] = {**_plain(state["cfg"]["task"]), **change}
+    torch.save(state, folder / "changed.pt")
+    return folder / "changed.pt"
+
+
+def _plain(part) -> dict:
+    return part if isinstance(part, dict) else vars(part)
+
+
+@pytest.mark.parametrize("name", ["bleu", "sacrebleu", "chrf"])
+def test_every_round_is_scored_anew(data, dense, tmp_path, name, capsys):
+    """The score of a round is that of its own translations, and not of those of the rounds before."""
+    scored = []
+    build = scoring.build_scorer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "build_scorer", lambda *args: scored.append(build(*args)) or scored[-1])
+        rounds = _quick(data, dense, tmp_path, "--scoring", name, "--score-at", "1")
+    assert {"bleu": "BLEU", "sacrebleu": "sacreBLEU", "chrf": "chrF"}[name] in capsys.readouterr().out
+    assert [r["heads"] for r in rounds] == [24, 1, 0] and all(0 <= r["score"] <= 100 for r in rounds)
+    if name != "bleu":  # whose scorer counts in C
+        assert [len(scorer.pred) for scorer in scored if scorer.pred] == [10, 10, 10, 10]
+        import sacrebleu
+
+        measure = {"sacrebleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[name]
+        dense_ones = next(scorer for scorer in scored if scorer.pred)
+        assert rounds[0]["score"] == pytest.approx(measure(dense_ones.pred, [dense_ones.ref]).score)
+        assert not any("@@" in text for text in dense_ones.pred + dense_ones.ref)
+
+
+def test_a_scorer_whose_package_is_missing_is_refused_with_one_sentence(data, dense, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "editdistance", None)
+    with pytest.raises(HeadPruningError, match="--scoring wer needs a package that is not installed"):
+        _quick(data, dense, tmp_path, "--scoring", "wer")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("--seed 5 --lenpen 2", r"--seed was not set and is now 5, another --lenpen"),
+        ("--unkpen 1", "another --unkpen"),
+        ("--min-len 2 --no-repeat-ngram-size 2", "--no-repeat-ngram-size was not set and is now 2"),
+        ("--scoring sacrebleu", "--scoring was not set and is now sacrebleu"),
+        ("--scoring sacrebleu --sacrebleu-lowercase", "--sacrebleu-lowercase was not set and is now True"),
+        ("--score-beam 3", "--score-beam was not set and is now 3"),
+        ("--train-subset valid", "--train-subset was not set and is now valid"),
+        ("--fp16", "--fp16 was not set and is now True"),
+    ],
+)
+def test_rounds_are_not_gone_on_with_when_what_they_depend_on_changed(data, dense, old_rounds, change, words):
+    before = (old_rounds / "michel_rounds.json").read_bytes()
+    with pytest.raises(HeadPruningError, match=words):
+        _quick(data, dense, old_rounds, "--score-at", "1", *change.split())
+    assert (old_rounds / "michel_rounds.json").read_bytes() == before
+
+
+def test_rounds_of_files_without_newer_settings_are_gone_on_with(data, dense, old_rounds, monkeypatch):
+    """Those settings had their defaults, written out or not; a --score-beam says nothing without --score-at."""
+    monkeypatch.setattr(run_michel.MichelRun, "score", lambda *args: pytest.fail("it was scored anew"))
+    assert len(_quick(data, dense, old_rounds, "--score-at", "1")) == 3
+    usual = "--seed 1 --lenpen 1 --train-subset train --scoring bleu --score-beam 5 --min-len 1"
+    assert len(_quick(data, dense, old_rounds, "--score-at", "1", *usual.split())) == 3
+
+
+OLD_SETTINGS = {
+    *("checkpoint", "data", "test", "remove_bpe", "lengths", "batches", "heads_per_round", "exact", "signed"),
+    *("importance_sentences", "score_sentences", "beam", "score_at"),
+}
+
+
+@pytest.fixture(scope="module")
+def old_rounds(data, dense, tmp_path_factory):
+    """The finished rounds of a run, in a file with the settings of the first version alone."""
+    folder = tmp_path_factory.mktemp("old")
+    _quick(data, dense, folder, "--score-at", "1")
+    file = folder / "michel_rounds.json"
+    report = json.loads(file.read_text(encoding="utf-8"))
+    report["settings"] = {name: value for name, value in report["settings"].items() if name in OLD_SETTINGS}
+    assert report["settings"].keys() == OLD_SETTINGS
+    file.write_text(json.dumps(report), encoding="utf-8")
+    return folder
+
+
+def test_a_truncated_checkpoint_is_refused_with_one_sentence(data, dense, tmp_path):
+    (tmp_path / "cut.pt").write_bytes(dense.read_bytes()[:20000])
+    with pytest.raises(HeadPruningError, match="cut.pt is damaged or no fairseq checkpoint"):
+        _quick(data, tmp_path / "cut.pt", tmp_path)
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(HeadPruningError, match="no fairseq checkpoint: it has no model in it"):
+        _quick(data, tmp_path / "other.pt", tmp_path)
+
+
+def test_a_model_that_does_not_translate_is_refused_with_one_sentence(data, untrained, tmp_path):  # noqa: F811
+    with pytest.raises(HeadPruningError, match="is a transformer_lm, which does not translate"):
+        _quick(data, untrained(LANGUAGE), tmp_path)
+
+
+def test_other_data_are_refused_with_one_sentence(data, dense, tmp_path):
+    with pytest.raises(HeadPruningError, match="lacks data of this model .*infer language pair"):
+        _quick(tmp_path, dense, tmp_path)
+    with pytest.raises(HeadPruningError, match="lacks data of this model .*Dataset not found: heldout"):
+        _quick(data, dense, tmp_path, "--gen-subset", "heldout")
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with (tmp_path / "dict.de.txt").open("a", encoding="utf-8") as words:
+        words.write("more 1\n")
+    with pytest.raises(HeadPruningError, match="do not fit the dictionaries in .*encoder.embed_tokens.weight"):
+        _quick(tmp_path, dense, tmp_path)

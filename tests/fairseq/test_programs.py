@@ -143,8 +143,10 @@ def test_the_model_stays_what_it_is_and_too_long_sentences_are_refused(tmp_path)
             assert torch.equal(model(**inputs)[0], before(**inputs)[0])
     run, longest = _program(tmp_path / "model.pt2"), model.max_positions()[0]
     assert run(example(model, 2, longest, 3))["logits"].isfinite().all()
+    inputs = example(model, 2, longest, 3)
+    inputs["src_tokens"] = torch.nn.functional.pad(inputs["src_tokens"], (0, 1), value=5)
     with pytest.raises((AssertionError, RuntimeError), match=str(longest)):
-        run(example(model, 2, longest + 1, 3))
+        run(inputs)
 
 
 class _Moody(TransformerModel):

@@ -20,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -102,6 +104,20 @@ def test_example_inputs_run_through_every_family(family):
     model = make(family).model
     with torch.no_grad():
         model(**example_inputs(model, 2, 8))
+
+
+def test_without_a_length_the_text_is_as_long_as_the_model_takes(saved, capsys):
+    """Models like RoBERTa count their positions from the one after padding, so that some have no token."""
+    roberta = RobertaModel(RobertaConfig(**SIZES, vocab_size=40, max_position_embeddings=64, pad_token_id=1)).eval()
+    roberta.save_pretrained(saved("gpt2").parent / "roberta")
+    for name, longest in (("gpt2", 64), ("roberta", 62)):
+        path = str(saved("gpt2").parent / name)
+        for line in (["inspect", path], ["benchmark", path, "--batch", "1", "--rounds", "1"]):
+            capsys.readouterr()
+            main([*line, "--json"])
+            assert json.loads(capsys.readouterr().out)["length"] == longest
+            with pytest.raises(SystemExit, match=f"has {longest} positions; --length {longest + 1} is more"):
+                main([*line, "--length", str(longest + 1)])
 
 
 @pytest.mark.parametrize("name", MODELS)
