@@ -35,7 +35,7 @@ MICHEL_ROUND = 3  # divides all of KEPT
 # The published schedule (1000 to 1e-8 over 25 000 of 36 816 updates) in the same proportion, and one for short runs.
 PUBLISHED = "--annealing --initial_temperature 1000 --final_temperature 1e-8 --cooldown_steps 0.68 --pruning_lr 0.5"
 SHORT = "--annealing --initial_temperature 10 --final_temperature 1e-4 --cooldown_steps 0.6 --pruning_lr 0.2"
-# Gates learn at temperatures around 1 (gate_norm in the log): here in the middle of training, when the model has learnt.
+# Gates learn at temperatures around 1 (see gate_norm in the log): here in the middle of training.
 LATE = "--annealing --initial_temperature 1e8 --final_temperature 1e-4 --cooldown_steps 0.9 --pruning_lr 0.2"
 # Of every training, beside the number of epochs.
 RECIPE = (
