@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Sequence
 
 from head_pruning import HeadPruningError
-from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE
 
-from .export import PICTURE
 from .host import COMPANIONS
-from .starting import make_folder, refuse_taken
+from .starting import REPORTS, make_folder, refuse_taken
 
 RESULTS_FILE = "all_results.json"
 
@@ -48,7 +46,7 @@ def clear(out: Path) -> None:
     shutil.rmtree(out / MASKS_FOLDER, ignore_errors=True)
     for unfinished in out.glob(".saving-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    written = (RESULTS_FILE, REPORT_FILE, MASKS_FILE, PICTURE, "README.md", *_MODEL)
+    written = (RESULTS_FILE, *REPORTS, *_MODEL)
     for path in out.iterdir():
         ours = COMPANIONS.fullmatch(path.name) or any(path.match(pattern) for pattern in written)
         if ours and path.is_file():

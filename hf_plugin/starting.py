@@ -12,8 +12,10 @@ from head_pruning.weights.artifacts import DENSITY_PICTURE
 from .export import PICTURE
 from .host import recipe
 
+#: What a run writes about its model, beside it.
+REPORTS = ("README.md", REPORT_FILE, MASKS_FILE, PICTURE, DENSITY_PICTURE, "weight_density.txt")
 # What a run must not write over unasked.
-_WRITTEN = ("*.safetensors", "config.json", "README.md", REPORT_FILE, PICTURE, DENSITY_PICTURE)
+_WRITTEN = ("*.safetensors", "config.json", *REPORTS)
 
 
 def make_folder(output_dir: "str | Path") -> Path:

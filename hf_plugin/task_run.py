@@ -12,25 +12,22 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, set_seed
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.artifacts import MASKS_FILE, REPORT_FILE, atomic_path
+from head_pruning.artifacts import atomic_path
 from head_pruning.report.tables import head_table
 
 from .arguments import Arguments
 from .callback import refuse_broken
-from .card import DENSITY_PICTURE, dense_card
+from .card import dense_card
 from .checkpoints import check_resumable, last_checkpoint
-from .export import PICTURE, describe_pruned, save_pruned
+from .export import describe_pruned, save_pruned
 from .logs import set_up
 from .optimizers import check_resumed, trainer_options
 from .run_settings import RunSettings, check_same_settings, settings_of
-from .starting import make_folder, refuse_masked_start, refuse_taken
+from .starting import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from .trainer import HeadPruningTrainer
 from .weights import save_weight_masks_and_report, weight_masks
 
 logger = logging.getLogger(__name__)
-
-# What a run writes about a model.
-_REPORTS = ("README.md", REPORT_FILE, MASKS_FILE, PICTURE, DENSITY_PICTURE, "weight_density.txt")
 
 
 @contextlib.contextmanager
@@ -249,7 +246,7 @@ class TaskRun:
         """Write the model and its tokenizer; of a model whose heads were pruned, with what tells of it."""
         trainer, mask = self.trainer, self.head_mask
         if trainer.is_world_process_zero():
-            for name in _REPORTS:  # of a run that was here before
+            for name in REPORTS:  # of a run that was here before
                 (self.out / name).unlink(missing_ok=True)
         if mask is None:
             Trainer.save_model(trainer, _internal_call=bool(self.arguments.chosen))  # with the zeros of weight pruners
@@ -257,16 +254,21 @@ class TaskRun:
             model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
             save_pruned(model, mask, self.out, processing_class=tokenizer, **self._about())
         if trainer.is_world_process_zero():
-            self.describe()
+            self._describe_the_rest()
 
     def describe(self) -> None:
-        """Write what tells of the model, with the scores that are known."""
-        mask, model = self.head_mask, self.trainer.accelerator.unwrap_model(self.trainer.model)
-        if mask is not None:
-            describe_pruned(model, mask, self.out, **self._about())
+        """Write anew what tells of the model, with its scores."""
+        if self.head_mask is not None:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            describe_pruned(model, self.head_mask, self.out, **self._about())
+        self._describe_the_rest()
+
+    def _describe_the_rest(self) -> None:
+        """What tells of pruned weights, or of a dense model."""
         if self.arguments.weight_method is not None:
             self._save_weight_masks()
         if not self.arguments.chosen:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             with atomic_path(self.out / "README.md") as temporary:
                 temporary.write_text(dense_card(model, self._final_scores(), self.dataset), encoding="utf-8")
 
