@@ -76,6 +76,11 @@ class GlueRun(TaskRun):
             compute_metrics=compute_metrics(self.task),
         )
 
+    @staticmethod
+    def task_name(arguments: Arguments) -> str:
+        """As GLUE spells it."""
+        return find_task(arguments.data.task_name).folder
+
     def evaluate(self) -> None:
         """Score every validation set (MNLI has two)."""
         metrics: dict[str, float] = {}

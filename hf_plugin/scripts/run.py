@@ -84,11 +84,16 @@ class TaskRun:
     #: Name of the metric that ranks models.
     main_metric: str
 
+    @staticmethod
+    def task_name(arguments: Arguments) -> Optional[str]:
+        """The one name of a task that users may spell in several ways; None where a script has one task."""
+        return None
+
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         training = arguments.training
         self.out = make_folder(training.output_dir)
-        self.settings = settings_of(arguments)
+        self.settings = settings_of(arguments, self.task_name(arguments))
         self._check_training()
         if arguments.method is not None and not arguments.options.get("head_mask_file"):
             refuse_masked_start(arguments.model.model_name_or_path)

@@ -12,7 +12,6 @@ from transformers.trainer_callback import ExportableState
 from head_pruning import HeadPruningError
 
 from ..command_line.arguments import Arguments
-from ..glue import find_task
 
 # Beside the pruners' options. Lengths of training, batches and paths may differ: a run may go on longer, or elsewhere.
 _DATA = ("version_2_with_negative", "max_seq_length", "max_train_samples")
@@ -38,12 +37,17 @@ class RunSettings(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
 
-def settings_of(arguments: Arguments) -> dict[str, Any]:
-    """The options that two runs have in common when one may go on where the other was stopped; no unset ones."""
+def settings_of(arguments: Arguments, task: Optional[str] = None) -> dict[str, Any]:
+    """The options that two runs have in common when one may go on where the other was stopped; no unset ones.
+
+    Args:
+        arguments: of the command line.
+        task: the one name of the task, which users may spell in several ways.
+    """
     data, training = vars(arguments.data), arguments.training
     found = {"model_name_or_path": Path(arguments.model.model_name_or_path).name}
-    if "task_name" in data:
-        found["task_name"] = find_task(data["task_name"]).folder
+    if task is not None:
+        found["task_name"] = task
     found |= {name: data[name] for name in _DATA if name in data}
     found |= {name: getattr(training, name) for name in _TRAINING}
     found["optimizer"] = arguments.optimizer

@@ -1,19 +1,35 @@
 """Drawing the masks of a pruner's present scores: one threshold over all weights, or tensor by tensor."""
 
 import math
-from typing import TYPE_CHECKING, Optional
+from typing import Any, Optional, Protocol
 
 import numpy as np
 import torch
 
 from .portions import Portion
-from .selection import Threshold, bracketed, expand_blocks, kth_smallest, n_of_m, pool_blocks
-
-if TYPE_CHECKING:
-    from ..base import WeightPruner
+from .selection import Selection, Threshold, bracketed, expand_blocks, kth_smallest, n_of_m, pool_blocks
+from .storage import Storage
 
 
-def draw_masks(pruner: "WeightPruner", sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
+class Scorer(Protocol):
+    """What drawing asks of a weight pruner: its scores, and how it selects by them."""
+
+    storage: Storage
+    selection: Selection
+    policy: str
+    has_mask: bool
+    signed: bool
+    inclusive: bool
+    config: Any
+
+    def scores(self, portion: Portion) -> list[torch.Tensor]: ...
+
+    def masked_scores(self, portion: Portion) -> list[torch.Tensor]: ...
+
+    def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor: ...
+
+
+def draw_masks(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Store masks that prune the ``sparsity`` of the active weights with the lowest scores.
 
     Returns:
@@ -23,7 +39,7 @@ def draw_masks(pruner: "WeightPruner", sparsity: float) -> tuple[torch.Tensor, t
     return (_draw_over_all if pruner.selection.scope == "global" else _draw_each)(pruner, sparsity)
 
 
-def _draw_over_all(pruner: "WeightPruner", sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_over_all(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
     storage, number, nested = pruner.storage, pruner.storage.number, pruner.policy == "nested"
     k = int(number * sparsity)
     if k == 0:
@@ -46,7 +62,7 @@ def _draw_over_all(pruner: "WeightPruner", sparsity: float) -> tuple[torch.Tenso
     return number - (found.below + found.equal if pruner.inclusive else found.below), found.value
 
 
-def _draw_by_sample(pruner: "WeightPruner", k: int, number: int) -> Optional[Threshold]:
+def _draw_by_sample(pruner: Scorer, k: int, number: int) -> Optional[Threshold]:
     """Select and store in one pass over the portions; None if the sample was misleading."""
     storage = pruner.storage
     between: list[tuple[Portion, int, np.ndarray, np.ndarray]] = []
@@ -64,7 +80,7 @@ def _draw_by_sample(pruner: "WeightPruner", k: int, number: int) -> Optional[Thr
     return found
 
 
-def _draw_each(pruner: "WeightPruner", sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_each(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
     storage, selection = pruner.storage, pruner.selection
     kept = torch.zeros((), dtype=torch.int64, device=storage.portions[0].device)
     for target, portion in zip(storage.active, storage.portions):
@@ -85,7 +101,7 @@ def _draw_each(pruner: "WeightPruner", sparsity: float) -> tuple[torch.Tensor, t
     return kept, torch.full((), math.nan, device=kept.device)
 
 
-def _above(pruner: "WeightPruner", score: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+def _above(pruner: Scorer, score: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     keep = score > threshold if pruner.inclusive else score >= threshold
     if pruner.policy == "nested":
         keep &= score > -math.inf
