@@ -15,6 +15,8 @@ _WEIGHT_PRUNER = "method that prunes weights, by its registered name; one of hea
 # no component that is in use wants them.
 _PREFIX = "pruner_"
 _SHARED = ("warmup_steps", "beta1", "beta2")
+#: Their short names, which are second flags, and where these lead.
+SECOND_FLAGS = {f"--{name.replace('_', '-')}": _PREFIX + name for name in _SHARED}
 _ALIASES = {"deltaT": "--delta-t"}
 # A file may have moved: what counts is the mask in it, which the checkpoint has too.
 _BY_CONTENT = ("head_mask_file",)
@@ -46,24 +48,6 @@ def pruning_config(base: type, name: str, module: str) -> type:
     own += [(f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in option_fields().values()]
     own += [_weight_flag(option) for option in option_fields(prunes="weights").values()]
     return make_dataclass(name, own, bases=(base,), namespace={"__module__": module})
-
-
-def add_flags(add_args: Any, parser: Any) -> None:
-    """Call ``add_args(parser)``, and let whatever fairseq adds later have the second flags of what was added."""
-    add_args(parser)
-    second = {f"--{name.replace('_', '-')}" for name in _SHARED}
-    optional = getattr(parser, "_optionals", parser)  # the group that a parser's own flags are in
-    check = optional._check_conflict
-
-    def give_way(action: Any) -> None:
-        for flag in second.intersection(action.option_strings):
-            mine = parser._option_string_actions.get(flag)
-            if mine is not None and mine.dest.startswith(_PREFIX) and mine.dest != action.dest:
-                mine.option_strings.remove(flag)
-                del parser._option_string_actions[flag]
-        check(action)
-
-    optional._check_conflict = give_way
 
 
 def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fairseq_plugin.checkpoints import allow_safe_globals
+from fairseq_plugin.patches import allow_safe_globals
 from head_pruning import HeadMask, UnitMap
 
 
