@@ -15,8 +15,6 @@ _WEIGHT_PRUNER = "method that prunes weights, by its registered name; one of hea
 # no component that is in use wants them.
 _PREFIX = "pruner_"
 _SHARED = ("warmup_steps", "beta1", "beta2")
-#: Their short names, which are second flags, and where these lead.
-SECOND_FLAGS = {f"--{name.replace('_', '-')}": _PREFIX + name for name in _SHARED}
 _ALIASES = {"deltaT": "--delta-t"}
 # A file may have moved: what counts is the mask in it, which the checkpoint has too.
 _BY_CONTENT = ("head_mask_file",)
@@ -48,6 +46,11 @@ def pruning_config(base: type, name: str, module: str) -> type:
     own += [(f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in option_fields().values()]
     own += [_weight_flag(option) for option in option_fields(prunes="weights").values()]
     return make_dataclass(name, own, bases=(base,), namespace={"__module__": module})
+
+
+def second_flags() -> dict[str, str]:
+    """The short flags of what fairseq has too, which may give way to it, and where they lead."""
+    return {f"--{name.replace('_', '-')}": _PREFIX + name for name in _SHARED}
 
 
 def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> None:

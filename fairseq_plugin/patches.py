@@ -28,7 +28,7 @@ from .checkpoints.reports import write_beside
 from .checkpoints.stored import KEY, META, PruningState, peek, refuse_cut_off, split_state
 from .checkpoints.weights import finish
 from .modules.surgery import take_shape
-from .options import SECOND_FLAGS, refuse_other_options
+from .options import refuse_other_options, second_flags
 
 logger = logging.getLogger(__name__)
 _MARK = "of_head_pruning"
@@ -160,8 +160,9 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
         getattr(task, "cut_for_checkpoint", take_shape)(model, stored.recipe)
         self.reinitialize()
         session, keeper = getattr(task, "session", None), keeper_of(model)  # new ones
-    with contextlib.nullcontext() if keeper is None else keeper.loading(stored.weights):
-        extra_state = original(self, filename, *args, **kwargs)
+    if keeper is not None:
+        keeper.coming = stored.weights
+    extra_state = original(self, filename, *args, **kwargs)
     if extra_state is not None:
         extra_state.pop(KEY, None)
         if session is not None and not reset and self.get_num_updates():
@@ -218,9 +219,9 @@ def share_second_flags(add_args: Callable, parser: Any) -> None:
 
 
 def _give_way(original, parser: Any, action: Any) -> None:
-    for flag in SECOND_FLAGS.keys() & set(action.option_strings):
+    for flag, dest in second_flags().items():
         mine = parser._option_string_actions.get(flag)
-        if mine is not None and mine.dest == SECOND_FLAGS[flag] != action.dest:
+        if flag in action.option_strings and mine is not None and mine.dest == dest != action.dest:
             mine.option_strings.remove(flag)
             del parser._option_string_actions[flag]
     original(action)

@@ -1,8 +1,7 @@
 """Pruning state on its way into a fairseq checkpoint and back: of heads and of weights, in one place."""
 
-import contextlib
 import logging
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Mapping, Optional
 
 import numpy as np
 import torch
@@ -44,7 +43,8 @@ class StateKeeper:
         self.unfused = UnfusedAttention(model)
         self.reset_optimizer = reset_optimizer
         self.loaded = False
-        self._coming: Mapping[str, Any] = {}
+        #: What the checkpoint that is to be loaded keeps of weight pruners: its model does not tell.
+        self.coming: Mapping[str, Any] = {}
         self._weights = weight_pruners(session)
         self._heads = [pruner for pruner in (session.pruners if session else ()) if pruner not in self._weights]
         self._handle = model.register_state_dict_post_hook(self)
@@ -108,15 +108,6 @@ class StateKeeper:
         self._handle.remove()
         del self.model._head_pruning
 
-    @contextlib.contextmanager
-    def loading(self, weights: Mapping[str, Any]) -> Iterator[None]:
-        """Inside the block a checkpoint is loaded that keeps ``weights`` of weight pruners, beside its model."""
-        self._coming = weights
-        try:
-            yield
-        finally:
-            self._coming = {}
-
     def check(self, stored: PruningState) -> None:
         """Raise, before any weight is loaded, when the state that comes with a checkpoint cannot be taken."""
         if not stored.heads:
@@ -138,8 +129,8 @@ class StateKeeper:
             )
 
     def restore(self, stored: PruningState) -> None:
-        """Take what came with a checkpoint: the state of heads, and that of weights where it is being loaded."""
-        self.loaded = True
+        """Take what came with a checkpoint: the state of heads, and that of weights."""
+        weights, self.coming, self.loaded = self.coming, {}, True
         if self.session is None:
             self._fix(stored)
             return
@@ -150,13 +141,13 @@ class StateKeeper:
             taken, values = {"step", *_names(heads)}, stored.of_session()
         elif stored.heads:
             logger.info("gates start anew: the checkpoint was pruned with another method")
-        if self._weights and self._coming:
-            tensors = None if self.reset_optimizer else self._coming.get("tensors")
+        if self._weights and weights:
+            tensors = None if self.reset_optimizer else weights.get("tensors")
             if tensors is None:
                 logger.info("the pruner of weights starts anew, from the weights of the checkpoint")
             else:
                 taken |= set(_names(self._weights))
-                values |= {name: value.cpu().numpy() for name, value in self._coming["session"].items()}
+                values |= {name: value.cpu().numpy() for name, value in weights["session"].items()}
         if taken:
             self._take(taken, values, tensors)
 
