@@ -11,6 +11,7 @@ import torch
 
 from ..errors import HeadPruningError
 from ..pruner import Pruner
+from ..schedules import count_of
 from .engine.drawing import LateNumbers, draw_masks
 from .engine.portions import Portion, each
 from .engine.selection import Selection
@@ -58,6 +59,10 @@ class WeightPruner(Pruner):
     def density_at(self, t: int) -> float:
         """The remaining ratio that update ``t`` aims at."""
         raise NotImplementedError
+
+    def count_removed(self, density: float, number: int) -> int:
+        """How many of ``number`` weights, blocks or neighbours a mask of this density removes."""
+        return count_of(1.0 - density, number)
 
     def due(self, t: int) -> bool:
         """Whether update ``t`` ends with a mask."""
@@ -325,7 +330,7 @@ class WeightPruner(Pruner):
 
     def _select(self, density: float) -> None:
         self._tell_inactive()
-        kept, threshold = draw_masks(self, 1.0 - density)
+        kept, threshold = draw_masks(self, density)
         self.has_mask, self.current, self.selected = True, True, density
         if self._numbers is None or self._numbers.device != kept.device:
             self._numbers = LateNumbers(kept.device)

@@ -28,20 +28,22 @@ class Scorer(Protocol):
 
     def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor: ...
 
+    def count_removed(self, density: float, number: int) -> int: ...
 
-def draw_masks(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Store masks that prune the ``sparsity`` of the active weights with the lowest scores.
+
+def draw_masks(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store masks that keep the ``density`` of the active weights with the highest scores.
 
     Returns:
         The number of weights that stay and the threshold, 0-dimensional: minus infinity where nothing is pruned, NaN
         where tensors have thresholds of their own. Nothing waits for the device.
     """
-    return (_draw_over_all if pruner.selection.scope == "global" else _draw_each)(pruner, sparsity)
+    return (_draw_over_all if pruner.selection.scope == "global" else _draw_each)(pruner, density)
 
 
-def _draw_over_all(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_over_all(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tensor]:
     storage, number, nested = pruner.storage, pruner.storage.number, pruner.policy == "nested"
-    k = int(number * sparsity)
+    k = pruner.count_removed(density, number)
     if k == 0:
         for portion in storage.portions:
             storage.masks.store(portion, [torch.ones_like(value, dtype=torch.bool) for value in portion.values])
@@ -80,20 +82,22 @@ def _draw_by_sample(pruner: Scorer, k: int, number: int) -> Optional[Threshold]:
     return found
 
 
-def _draw_each(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_each(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tensor]:
     storage, selection = pruner.storage, pruner.selection
     kept = torch.zeros((), dtype=torch.int64, device=storage.portions[0].device)
     for target, portion in zip(storage.active, storage.portions):
         (score,) = pruner.masked_scores(portion)
         if selection.scope == "pattern":
             # The final density is N/M; on the way there the number of zeros per group is rounded down.
-            keep = n_of_m(score, int(sparsity * selection.size[0] + 1e-9), selection.size[0])
+            keep = n_of_m(score, pruner.count_removed(density, selection.size[0]), selection.size[0])
             if pruner.policy == "nested" and pruner.has_mask:
                 keep &= storage.masks.keep(portion)[0]
         else:
             if selection.scope == "block":
                 score = pool_blocks(score, selection.size, pruner.config.block_pooling)
-            keep = _above(pruner, score, pruner.threshold(target.name, score, int(sparsity * score.numel())))
+            keep = _above(
+                pruner, score, pruner.threshold(target.name, score, pruner.count_removed(density, score.numel()))
+            )
             if selection.scope == "block":
                 keep = expand_blocks(keep, selection.size)
         storage.masks.store(portion, [keep])
