@@ -5,12 +5,13 @@ from .masks import HeadMask, full_mask
 from .pruner import Pruner
 from .registry import build_pruner, choose_method, methods, register_pruner
 from .session import PruningSession
-from .unit_map import AttentionSite, FeedForwardSite, UnitMap
+from .unit_map import AttentionSite, ExpertSite, FeedForwardSite, UnitMap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionSite",
+    "ExpertSite",
     "FeedForwardSite",
     "HeadMask",
     "HeadPruningError",

@@ -37,13 +37,36 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class FeedForwardSite:
-    """One feed-forward block: ``in_proj`` makes ``width`` units that ``out_proj`` reads."""
+    """One feed-forward block: ``in_proj`` makes ``width`` units that ``out_proj`` reads.
+
+    ``gates`` are the projections beside ``in_proj`` whose outputs the units are multiplied with, as in SwiGLU.
+    """
 
     name: str
     layer: str
     width: int
     in_proj: str
     out_proj: str
+    gates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertSite:
+    """The experts of one feed-forward block, which one module holds as tensors ``[experts, ., .]``.
+
+    Args:
+        name: dotted module name.
+        layer: name of the host layer.
+        weights: dotted parameter names of their matrices.
+        biases: dotted parameter names of their biases.
+        transposed: whether each matrix is ``[in, out]`` and not ``[out, in]``; None where that is not known.
+    """
+
+    name: str
+    layer: str
+    weights: tuple[str, ...]
+    biases: tuple[str, ...] = ()
+    transposed: Optional[bool] = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,7 @@ class UnitMap:
 
     attention: tuple[AttentionSite, ...]
     feed_forward: tuple[FeedForwardSite, ...] = ()
+    experts: tuple[ExpertSite, ...] = field(default=(), kw_only=True)
     #: Says what of the model belongs to the heads of a site, see head_pruning.surgery; the host's, never stored.
     planner: Optional[Callable[[Any, AttentionSite], Any]] = field(default=None, compare=False, repr=False)
     #: What else the host does to a model whose heads were removed, e.g. changing classes; the host's, never stored.
@@ -81,7 +105,7 @@ class UnitMap:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the host layers, in order of first appearance."""
-        return tuple(dict.fromkeys(site.layer for site in (*self.attention, *self.feed_forward)))
+        return tuple(dict.fromkeys(site.layer for site in (*self.attention, *self.feed_forward, *self.experts)))
 
     def slices(self) -> Iterator[tuple[AttentionSite, slice]]:
         """Each site with its slice of the flat numbering."""
@@ -110,15 +134,15 @@ class UnitMap:
         return {
             "attention": [dataclasses.asdict(site) for site in self.attention],
             "feed_forward": [dataclasses.asdict(site) for site in self.feed_forward],
+            "experts": [dataclasses.asdict(site) for site in self.experts],
         }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "UnitMap":
         """Rebuild a map from :meth:`to_dict`."""
-        attention = tuple(
-            AttentionSite(**{**site, "projections": tuple(site["projections"])}) for site in data["attention"]
-        )
-        return cls(attention, tuple(FeedForwardSite(**site) for site in data["feed_forward"]))
+        attention = _sites(AttentionSite, data["attention"])
+        feed_forward = _sites(FeedForwardSite, data["feed_forward"])
+        return cls(attention, feed_forward, experts=_sites(ExpertSite, data.get("experts", ())))
 
     def sizes(self) -> list[tuple[str, int]]:
         """Name and number of heads of each site that has any."""
@@ -133,6 +157,13 @@ class UnitMap:
                 f"{what} belongs to another architecture (they differ in {', '.join(odd[:3])}); "
                 "use the model it was made for."
             )
+
+
+def _sites(kind: type, entries: Sequence[Mapping]) -> tuple:
+    def frozen(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    return tuple(kind(**{name: frozen(value) for name, value in dict(entry).items()}) for entry in entries)
 
 
 def alike(mine: Sequence[tuple[str, int]], theirs: Sequence[tuple[str, int]]) -> bool:

@@ -16,7 +16,7 @@ from .engine.drawing import LateNumbers, draw_masks
 from .engine.portions import Portion, each
 from .engine.selection import Selection
 from .engine.storage import Storage
-from .engine.targets import name_pattern, shortened, weight_targets
+from .engine.targets import find_targets, name_pattern, numbered, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -117,16 +117,23 @@ class WeightPruner(Pruner):
     def attach(self, session) -> None:
         super().attach(session)
         options = self.config
-        self.targets = weight_targets(
+        self.found = find_targets(
             session.model,
             session.unit_map,
             include=options.weights_include,
             exclude=options.weights_exclude,
             biases=options.prune_biases and not self.selection.structured,
         )
+        self.targets = self.found.chosen
         if self.selection.structured:
             for target in self.targets:
-                self.selection.check(target.name, target.parameter)
+                self.selection.check(target)
+        if self.found.overlooked:
+            logger.warning(
+                "%d matrices in the layers of the model are not pruned: %s; --weights-include names others",
+                len(self.found.overlooked),
+                numbered(self.found.overlooked),
+            )
         self._refuse_shared_targets(session.pruners)
         self.storage = Storage(
             self.targets,

@@ -12,6 +12,7 @@ from head_pruning.surgery.remaining import recipe_of, site_now
 from head_pruning.unit_map import ATTENTION_KINDS
 
 from ..compact.quantizer import mark_compact
+from .experts import expert_sites
 from .feed_forward import feed_forward_outputs, feed_forward_sites
 from .head_counts import count_heads
 from .head_plans import plan_site
@@ -69,7 +70,13 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
         raise_unmapped(tree, unmapped)
     order = {name: position for position, name in enumerate(tree.modules)}
     attention = sorted([*found, *sites], key=lambda site: (ATTENTION_KINDS.index(site.kind), order[site.name]))
-    return UnitMap(tuple(attention), feed_forward_sites(tree, attention, keep), planner=plan_site, adapt=mark_compact)
+    return UnitMap(
+        tuple(attention),
+        feed_forward_sites(tree, attention, keep),
+        experts=expert_sites(tree, attention, keep),
+        planner=plan_site,
+        adapt=mark_compact,
+    )
 
 
 def _compact_sites(tree: Tree) -> Iterator[AttentionSite]:

@@ -87,11 +87,13 @@ def _draw_each(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tens
     kept = torch.zeros((), dtype=torch.int64, device=storage.portions[0].device)
     for target, portion in zip(storage.active, storage.portions):
         (score,) = pruner.masked_scores(portion)
+        if selection.structured:
+            score = target.by_outputs(score)
         if selection.scope == "pattern":
             # The final density is N/M; on the way there the number of zeros per group is rounded down.
             keep = n_of_m(score, pruner.count_removed(density, selection.size[0]), selection.size[0])
             if pruner.policy == "nested" and pruner.has_mask:
-                keep &= storage.masks.keep(portion)[0]
+                keep &= target.by_outputs(storage.masks.keep(portion)[0])
         else:
             if selection.scope == "block":
                 score = pool_blocks(score, selection.size, pruner.config.block_pooling)
@@ -100,6 +102,8 @@ def _draw_each(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tens
             )
             if selection.scope == "block":
                 keep = expand_blocks(keep, selection.size)
+        if selection.structured:
+            keep = target.back(keep)
         storage.masks.store(portion, [keep])
         kept = kept + torch.count_nonzero(keep).to(kept.device, non_blocking=True)
     return kept, torch.full((), math.nan, device=kept.device)
