@@ -88,12 +88,20 @@ class WeightPruner(Pruner):
         raise NotImplementedError
 
     def masked_scores(self, portion: Portion) -> list[torch.Tensor]:
-        """:meth:`scores`; under the nested policy those of weights already pruned are minus infinity."""
+        """:meth:`scores`; those of weights that must stay pruned are minus infinity, those of weights of heads that
+        are gone plus infinity.
+        """
         scores = self.scores(portion)
-        if self.policy == "nested" and self.has_mask:
+        if self.nested:
             for score, keep in zip(scores, self.storage.masks.keep(portion)):
                 score.masked_fill_(~keep, -math.inf)
+        portion.fill_gone(scores, math.inf)
         return scores
+
+    @property
+    def nested(self) -> bool:
+        """Whether the next mask must prune what the last one does."""
+        return self.has_mask and (self.policy == "nested" or self._hardening)
 
     # -- life cycle --------------------------------------------------------------------------------------------------
 
@@ -149,7 +157,10 @@ class WeightPruner(Pruner):
         self.has_mask = self.locked = self.clean = False
         self.current = False  # whether the mask is that of the present scores
         self.selected = math.nan  # the density it was drawn for
-        self._planned = self._told = self._ready = False
+        self._planned = self._told = self._ready = self._hardening = False
+        self._heads: Optional[np.ndarray] = None  # those that stay, as far as the storage knows
+        self._drawn_for: Optional[np.ndarray] = None  # those that stayed when the mask was drawn
+        self._left = 0  # how many weights counted then
         self._numbers: Optional[LateNumbers] = None
 
     def _refuse_shared_targets(self, pruners: Sequence[Pruner]) -> None:
@@ -208,7 +219,7 @@ class WeightPruner(Pruner):
         if self.scores_moved(t):
             self.current = False
         due, density = self.due(t), self.density_at(t)
-        select = due and not (self.current and self.selected == density)
+        select = due and not (self.current and self.selected == density and self._same_heads())
         masks = (due or self.policy != "revive") and (select or self.has_mask)
         if self.kinds:
             gradients = self.storage.gradients()
@@ -227,23 +238,33 @@ class WeightPruner(Pruner):
 
     @torch.no_grad()
     def harden(self) -> None:
-        """Mask the model at the final density, for good: from now on every optimizer step is masked again."""
-        if self.locked:
-            return
+        """Mask the model at the final density, for good: from now on every optimizer step is masked again.
+
+        What belongs to heads that are gone is pruned too; the density is that of the rest.
+        """
         self._plan_once()
         if not self.storage.active:
             raise HeadPruningError("No weight has ever had a gradient, so none can be pruned; train the model first.")
         self._lay_out()
-        if not self.at_target():
-            if self.policy == "retained" and self.has_mask:
-                self.storage.restore_originals()
-            self._select(self.final_density())
-        self._apply()
-        self.clean = self.locked = True
-        self._warn_of_ties()
+        self._learn_heads()
+        if not self.locked:
+            if not self.at_target():
+                if self.policy == "retained" and self.has_mask:
+                    self.storage.restore_originals()
+                # Training is over: what is zero now would be no use to keep.
+                self._hardening = self.clean and self.policy == "revive"
+                self._select(self.final_density())
+                self._hardening = False
+            self.storage.remove_gone()
+            self._apply()
+            self.clean = self.locked = True
+            self._warn_of_ties()
+        elif self.storage.gone:
+            self.storage.remove_gone()
+            self._apply()
 
     def _warn_of_ties(self) -> None:
-        kept, total, wanted = self.storage.count_kept(), self.storage.number, self.final_density()
+        kept, total, wanted = int(self.storage.count_kept()), self.storage.left, self.final_density()
         if kept > (wanted + _UNEVEN) * total:
             logger.warning(
                 "%d of %d weights stay where %.4g of them should: too many scores are equal, as averages are until "
@@ -254,7 +275,10 @@ class WeightPruner(Pruner):
             )
 
     def at_target(self) -> bool:
-        return self.locked or (self.has_mask and self.final_at(self.t) and self.selected == self.final_density())
+        if self.locked:
+            return True
+        drawn = self.has_mask and self.final_at(self.t) and self.selected == self.final_density()
+        return drawn and self._same_heads()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -278,23 +302,30 @@ class WeightPruner(Pruner):
     def metrics(self) -> dict[str, float]:
         """``prune_target``: remaining ratio aimed at; ``weights_kept``: the mask's; ``mask_threshold``.
 
-        The last two are of the last mask whose numbers have arrived from the device.
+        Where heads are gone, the first two are of what is left, and ``weights_kept_of_all`` is of all weights. All but
+        the first are of the last mask whose numbers have arrived from the device.
         """
         self._plan_once()
         numbers = {"prune_target": self.final_density() if self.locked else self.density_at(self.t)}
         if self._numbers is not None:
             threshold, kept = self._numbers.read()
-            numbers["weights_kept"] = kept / max(1, self.storage.number)
+            numbers["weights_kept"] = kept / max(1, self._left or self.storage.number)
+            if self._drawn_for is not None:
+                numbers["weights_kept_of_all"] = kept / max(1, self.storage.number)
             if math.isfinite(threshold):
                 numbers["mask_threshold"] = threshold
         return numbers
 
     @torch.no_grad()
     def weight_masks(self) -> dict[str, torch.Tensor]:
-        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
+        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask.
+
+        What belongs to heads that are gone does not stay, although it is not zeroed before the outcome is fixed.
+        """
         if not self.has_mask:
             return {}
         self._lay_out()
+        self._learn_heads()
         return self.storage.kept()
 
     # -- the work ----------------------------------------------------------------------------------------------------
@@ -335,8 +366,22 @@ class WeightPruner(Pruner):
     def _apply(self) -> None:
         self.storage.apply_all(keep_originals=self._retains)
 
+    def _learn_heads(self) -> None:
+        """Have the storage know which weights belong to heads that would be gone if training ended now."""
+        mask = self.session.head_mask()
+        if mask is not None and not (self._heads is not None and np.array_equal(self._heads, mask.keep)):
+            self._heads = mask.keep.copy()
+            self.storage.set_gone(self.session.weights_without(mask))
+
+    def _same_heads(self) -> bool:
+        """Whether the heads are those that the mask was drawn for."""
+        mask = self.session.head_mask()
+        return mask is None or (self._drawn_for is not None and np.array_equal(self._drawn_for, mask.keep))
+
     def _select(self, density: float) -> None:
         self._tell_inactive()
+        self._learn_heads()
+        self._drawn_for, self._left = self._heads, self.storage.left
         kept, threshold = draw_masks(self, density)
         self.has_mask, self.current, self.selected = True, True, density
         if self._numbers is None or self._numbers.device != kept.device:
@@ -367,6 +412,7 @@ class WeightPruner(Pruner):
             "progress": np.array([float(self.t), selected, *map(float, flags)]),
             "active": self.storage.active_flags(),
             "numbers": np.array(numbers),
+            **({} if self._drawn_for is None else {"heads": np.array([self._left, *self._drawn_for], dtype=float)}),
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -375,6 +421,9 @@ class WeightPruner(Pruner):
         self.t, self.selected = int(t), math.nan if selected < 0 else selected
         self.has_mask, self.locked, self.clean, self.current = (bool(flag) for flag in flags)
         self._planned = False
+        if "heads" in state:
+            left, *keep = state["heads"].tolist()
+            self._left, self._drawn_for = int(left), np.array(keep, dtype=bool)
         if state["numbers"].size:
             self._numbers = LateNumbers(torch.device("cpu"), tuple(state["numbers"].tolist()))
 
