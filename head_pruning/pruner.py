@@ -126,6 +126,14 @@ class Pruner:
         """The heads that would stay if training ended now; None for methods that prune no heads."""
         return None
 
+    def weight_masks(self) -> dict[str, torch.Tensor]:
+        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty for methods that prune no weights."""
+        return {}
+
+    def left_dense(self) -> Optional[dict[str, int]]:
+        """Names and sizes of the matrices that a method that prunes weights leaves dense; None for others."""
+        return None
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything a killed run needs to go on bit-equal, as float64 arrays."""
         return {}

@@ -224,6 +224,15 @@ class PruningSession:
         """The heads that would stay if training ended now; None when no pruner prunes heads."""
         return next((mask for mask in (pruner.head_mask() for pruner in self.pruners) if mask is not None), None)
 
+    def weight_masks(self) -> dict[str, torch.Tensor]:
+        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty without any yet."""
+        return {name: mask for pruner in self.pruners for name, mask in pruner.weight_masks().items()}
+
+    def left_dense(self) -> dict[str, int]:
+        """Names and sizes of the matrices that no pruner of weights prunes; empty without one."""
+        left = [found for pruner in self.pruners if (found := pruner.left_dense()) is not None]
+        return {name: size for name, size in left[0].items() if all(name in each for each in left)} if left else {}
+
     def weights_without(self, mask: HeadMask) -> dict[str, list[tuple[int, torch.Tensor]]]:
         """What of the model's parameters belongs to heads that ``mask`` removes alone.
 

@@ -20,7 +20,7 @@ def weight_pruners(session: Optional[PruningSession]) -> list[WeightPruner]:
 
 def weight_masks(session: PruningSession) -> dict[str, torch.Tensor]:
     """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
-    return {name: mask for pruner in weight_pruners(session) for name, mask in pruner.weight_masks().items()}
+    return session.weight_masks()
 
 
 def refuse_hosts(options: Any) -> None:
@@ -41,7 +41,10 @@ def zero_weights(weights: dict, masks: Mapping[str, torch.Tensor]) -> None:
 
 
 def finish(session: PruningSession) -> None:
-    """Training is over: where the schedule is not, mask the model at the final density."""
+    """Training is over: fix the masks, at the final density also where the schedule has not ended.
+
+    Without pruned heads, masks of a schedule that has ended stay as they are, and a longer run can go on.
+    """
     for pruner in weight_pruners(session):
         if not pruner.at_target():
             logger.warning(
@@ -49,4 +52,5 @@ def finish(session: PruningSession) -> None:
                 "that are kept",
                 pruner.name,
             )
+        if not pruner.at_target() or session.head_mask() is not None:
             pruner.harden()

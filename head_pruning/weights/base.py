@@ -328,6 +328,11 @@ class WeightPruner(Pruner):
         self._learn_heads()
         return self.storage.kept()
 
+    def left_dense(self) -> dict[str, int]:
+        """Names and sizes of the matrices that are not pruned, also for want of a gradient; without embeddings."""
+        live = {target.name for target in self.storage.active} if self.has_mask else self.sizes.keys()
+        return {**self.found.left, **{n: size for n, size in self.sizes.items() if n not in live}}
+
     # -- the work ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

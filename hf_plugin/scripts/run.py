@@ -14,6 +14,7 @@ from transformers import Trainer, set_seed
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.files import atomic_path
 from head_pruning.report.tables import head_table
+from head_pruning.report.weights import session_counts, sum_counts
 
 from ..command_line.arguments import Arguments
 from ..saving.card import dense_card
@@ -22,7 +23,7 @@ from ..training.callback import refuse_broken
 from ..training.checkpoints import check_resumable, last_checkpoint
 from ..training.optimizers import check_resumed, trainer_options
 from ..training.trainer import HeadPruningTrainer
-from ..training.weights import save_weight_masks_and_report, weight_masks
+from ..training.weights import save_weight_masks_and_report
 from .logs import set_up
 from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from .settings import RunSettings, check_same_settings, settings_of
@@ -233,10 +234,10 @@ class TaskRun:
         kept: dict[str, int] = {}
         if self.head_mask is not None:
             kept |= {"heads_kept": self.head_mask.kept, "heads_total": self.head_mask.keep.size}
-        masks = weight_masks(self.trainer.session) if self.arguments.chosen else {}
-        if masks:
-            kept["weights_kept"] = sum(int(keep.sum()) for keep in masks.values())
-            kept["weights_total"] = sum(keep.numel() for keep in masks.values())
+        counts = session_counts(self.trainer.session) if self.arguments.chosen else {}
+        if counts:
+            numbers = sum_counts(counts).told()
+            kept |= {name: number for name, number in numbers.items() if isinstance(number, int)}
         return kept
 
     def evaluate(self) -> None:
@@ -292,9 +293,10 @@ class TaskRun:
             )
         if "weights_kept" in kept:
             logger.info(
-                "%d of %d weights are left; masks and densities are in %s",
+                "%d of %d weights are left%s; masks and densities are in %s",
                 kept["weights_kept"],
                 kept["weights_total"],
+                f", of {kept['weights_of_dense']} in the dense model" if "weights_of_dense" in kept else "",
                 self.out,
             )
 
