@@ -92,16 +92,21 @@ class WeightPruner(Pruner):
         are gone plus infinity.
         """
         scores = self.scores(portion)
-        if self.nested:
-            for score, keep in zip(scores, self.storage.masks.keep(portion)):
-                score.masked_fill_(~keep, -math.inf)
+        for score, may in zip(scores, self.floor(portion) if self.nested else ()):
+            score.masked_fill_(~may, -math.inf)
         portion.fill_gone(scores, math.inf)
         return scores
 
     @property
     def nested(self) -> bool:
-        """Whether the next mask must prune what the last one does."""
-        return self.has_mask and (self.policy == "nested" or self._hardening)
+        """Whether some weights must not be kept by the next mask."""
+        return self.has_mask and (self.policy == "nested" or self._hardening) or self.storage.fixes_zeros
+
+    def floor(self, portion: Portion) -> list[torch.Tensor]:
+        """Where :attr:`nested` holds: ``bool``, which weights the next mask may keep."""
+        if self.has_mask and (self.policy == "nested" or self._hardening):
+            return self.storage.masks.keep(portion)  # no mask keeps what was zero from the start
+        return portion.state["fixed"]
 
     # -- life cycle --------------------------------------------------------------------------------------------------
 
@@ -150,6 +155,7 @@ class WeightPruner(Pruner):
             retained=self.policy == "retained",
             whole=self.selection.scope != "global",
             sampled=self.selection.scope == "global" and self.policy != "nested",
+            fixes_zeros=getattr(options, "start_from_zeros", False),
         )
         self.storage.active = [] if self.needs_gradient else list(self.targets)
         self.sizes = self.storage.sizes
@@ -161,6 +167,7 @@ class WeightPruner(Pruner):
         self._heads: Optional[np.ndarray] = None  # those that stay, as far as the storage knows
         self._drawn_for: Optional[np.ndarray] = None  # those that stayed when the mask was drawn
         self._left = 0  # how many weights counted then
+        self._gradients: list[torch.Tensor] = []  # of the update, before those of pruned weights were zeroed
         self._numbers: Optional[LateNumbers] = None
 
     def _refuse_shared_targets(self, pruners: Sequence[Pruner]) -> None:
@@ -185,18 +192,25 @@ class WeightPruner(Pruner):
     @torch.no_grad()
     def before_update(self, step: int) -> None:
         self._plan_once()
+        if self.storage.fixes_zeros:
+            self.storage.find_zeros(self.session.master_of)
         if self._ready and self.policy == "retained" and self.has_mask and not self.locked:
             self._apply()  # the host skipped its step after before_step(), as loss scalers do
-        self._ready = False
+        self._ready, self._gradients = False, []
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        """Retained policy: the optimizer steps the retained weights, with gradients of those that stay only."""
+        """Retained policy: the optimizer steps the retained weights, with gradients of those that stay only.
+
+        Averages see all gradients (those of movement are the straight-through ones of Sanh et al. 2020, section 3): a
+        pruned weight's score goes on moving, so that the weight can come back.
+        """
         self._ready = True
         if self.policy != "retained" or not self.has_mask or self.locked:
             return
         self._lay_out()
         self.storage.restore_originals()
+        self._gradients = [gradient.clone() for gradient in self.storage.gradients()] if self.kinds else []
         self.storage.mask_gradients()
 
     @torch.no_grad()
@@ -222,7 +236,7 @@ class WeightPruner(Pruner):
         select = due and not (self.current and self.selected == density and self._same_heads())
         masks = (due or self.policy != "revive") and (select or self.has_mask)
         if self.kinds:
-            gradients = self.storage.gradients()
+            gradients, self._gradients = self._gradients or self.storage.gradients(), []
 
             def work(portion: Portion) -> None:
                 self.track(t, portion, portion.cut(gradients))
@@ -234,6 +248,8 @@ class WeightPruner(Pruner):
             self._select(density)
         if masks and (select or not self.kinds):
             self._apply()
+        elif not masks and self.storage.fixes_zeros:
+            self.storage.zero_fixed()
         self.clean = masks
 
     @torch.no_grad()
@@ -480,8 +496,15 @@ class MaskConfig(WeightConfig):
         default=None,
         metadata={
             "help": "revive (pruned weights are trained on between two masks), nested (a pruned weight never comes "
-            "back) or retained (pruned weights keep their last value aside and come back with it); default: the "
-            "method's own"
+            "back) or retained (pruned weights keep their last value aside and may come back with it, while their "
+            "scores go on); default: the method's own"
+        },
+    )
+    start_from_zeros: bool = field(
+        default=False,
+        metadata={
+            "help": "keep the zeros that a pruned model has at the first update, and prune it further: they stay zero "
+            "under every mask and between masks, and count as pruned"
         },
     )
     block_pooling: str = field(

@@ -26,6 +26,8 @@ class Scorer(Protocol):
 
     def masked_scores(self, portion: Portion) -> list[torch.Tensor]: ...
 
+    def floor(self, portion: Portion) -> list[torch.Tensor]: ...
+
     def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor: ...
 
     def count_removed(self, density: float, number: int) -> int: ...
@@ -51,7 +53,7 @@ def _draw_over_all(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.
         value = torch.full((), -math.inf, device=storage.portions[0].device)
         for portion in storage.portions:
             every = [torch.ones_like(value, dtype=torch.bool) for value in portion.values]
-            storage.masks.store(portion, storage.masks.keep(portion) if nested else every)
+            storage.masks.store(portion, pruner.floor(portion) if nested else every)
         return storage.count_kept() if nested else torch.full_like(value, left), value
     found = _draw_by_sample(pruner, k, storage.number) if storage.sample is not None and not nested else None
     if found is None:
@@ -59,8 +61,8 @@ def _draw_over_all(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.
         for portion in storage.portions:
             here, scores = found.value.to(portion.device, non_blocking=True), pruner.masked_scores(portion)
             if nested:
-                kept = zip(storage.masks.keep(portion), scores)
-                storage.masks.store(portion, [old & _above(pruner, score, here) for old, score in kept])
+                kept = zip(pruner.floor(portion), scores)
+                storage.masks.store(portion, [may & _above(pruner, score, here) for may, score in kept])
             else:
                 storage.masks.store_above(portion, scores, here, pruner.inclusive)
     if nested:  # what is gone stays so, also above the rank that the density asks for
@@ -93,7 +95,7 @@ def _draw_each(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tens
         (score,) = pruner.masked_scores(portion)
         keep = draw(pruner, density, target, score, portion)
         if pruner.nested:
-            keep &= storage.masks.keep(portion)[0]
+            keep &= pruner.floor(portion)[0]
         storage.masks.store(portion, [keep])
     kept = storage.count_kept()
     return kept, torch.full((), math.nan, device=kept.device)
@@ -124,6 +126,9 @@ def _draw_blocks(
 ) -> torch.Tensor:
     """A block's score is that of its weights that count; blocks without any do not count."""
     size, pooling = pruner.selection.size, pruner.config.block_pooling
+    may = pruner.floor(portion)[0] if pruner.nested else None
+    if may is not None and pooling == "avg":
+        score.masked_fill_(~may, 0.0)
     if not portion.gone:
         pooled = pool_blocks(target.by_outputs(score), size, pooling)
     else:
@@ -133,6 +138,9 @@ def _draw_blocks(
         portion.fill_gone([score], 0.0 if pooling == "avg" else -math.inf)
         pooled = pool_blocks(target.by_outputs(score), size, pooling)
         pooled = (pooled / share if pooling == "avg" else pooled).masked_fill_(share == 0, math.inf)
+    if may is not None:
+        whole = pool_blocks(target.by_outputs(may.to(torch.float32)), size, "max")
+        pooled = pooled.masked_fill(whole == 0, -math.inf)
     left = pruner.storage.left_of(target, size)
     if not left:
         return torch.ones_like(score, dtype=torch.bool)

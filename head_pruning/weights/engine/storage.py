@@ -25,6 +25,7 @@ class Storage:
         retained: whether pruned weights keep their last value aside, in the state ``original``.
         whole: whether each tensor is one portion.
         sampled: whether a sample of the weights helps to find thresholds.
+        fixes_zeros: whether weights that are zero at the start stay so; the state ``fixed`` is true for the others.
 
     Attributes:
         state: kind to parameter name to that state.
@@ -46,6 +47,7 @@ class Storage:
         retained: bool,
         whole: bool,
         sampled: bool,
+        fixes_zeros: bool = False,
     ) -> None:
         self.targets = list(targets)
         self.sizes = {target.name: target.parameter.numel() for target in targets}
@@ -57,7 +59,9 @@ class Storage:
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.gone: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._there: dict[str, dict[int, np.ndarray]] = {}
-        self._kinds = list(dict.fromkeys([*kinds, *(["original"] if retained else []), self.masks.kind]))
+        self.fixes_zeros = fixes_zeros
+        more = [*(["original"] if retained else []), *(["fixed"] if fixes_zeros else [])]
+        self._kinds = list(dict.fromkeys([*kinds, *more, self.masks.kind]))
         self._carrier, self._retained, self._whole, self._sampled = carrier, retained, whole, sampled
         self._layout: tuple = ()
         self._tensors: list[torch.Tensor] = []  # the float32 master copies where there are any
@@ -176,9 +180,9 @@ class Storage:
         for target, tensor in zip(self.active, self._tensors):
             old = known.get(target.name)
             if old is None:
-                dtype = {"mask": torch.bool, "original": tensor.dtype}.get(kind, torch.float32)
+                dtype = {"mask": torch.bool, "fixed": torch.bool, "original": tensor.dtype}.get(kind, torch.float32)
                 # Before the first mask every weight stays.
-                start = {"mask": True, self._carrier: TINY}.get(kind, 0.0)
+                start = {"mask": True, "fixed": True, self._carrier: TINY}.get(kind, 0.0)
                 old = torch.full_like(tensor, start, dtype=dtype)
             known[target.name] = old.to(tensor.device)
             found.append(known[target.name])
@@ -205,6 +209,26 @@ class Storage:
     def apply_all(self, *, keep_originals: bool) -> None:
         """:meth:`apply` to every portion, side by side."""
         each(self.portions, lambda portion: self.apply(portion, keep_originals=keep_originals))
+
+    def find_zeros(self, master_of: Optional[Callable] = None) -> None:
+        """Learn which weights are zero, once. Raises HeadPruningError when none of a matrix is."""
+        if "fixed" in self.state:
+            return
+        tensors = {t.name: master_of(t.parameter) if master_of else t.parameter for t in self.targets}
+        found = {name: tensor.detach() != 0 for name, tensor in tensors.items()}
+        if all(bool(stay.all()) for stay in found.values() if stay.dim() > 1):  # new biases are zero anyway
+            raise HeadPruningError(
+                "The model has no zeros for --start-from-zeros to keep; start from a pruned model, or leave it out."
+            )
+        self.state["fixed"] = found
+        self.forget_layout()
+
+    def zero_fixed(self) -> None:
+        """Zero what was zero at the start."""
+        for portion in self.portions:
+            for group in (portion.values, portion.cut(self._owners) if self._owners else ()):
+                for tensor, stay in zip(group, portion.state["fixed"]):
+                    tensor.masked_fill_(~stay, 0.0)
 
     def restore_originals(self) -> None:
         """Give the pruned weights the values that were put aside."""
@@ -261,7 +285,7 @@ class Storage:
         found: dict[str, torch.Tensor] = {}
         for kind, tensors in self.state.items():
             for name, tensor in tensors.items():
-                found[f"{kind}.{name}"] = pack_mask(tensor) if kind == "mask" else tensor
+                found[f"{kind}.{name}"] = pack_mask(tensor) if kind in ("mask", "fixed") else tensor
         found.update({f"threshold.{name}": tensor for name, tensor in self.thresholds.items()})
         return found
 
@@ -281,7 +305,7 @@ class Storage:
             if kind == "threshold":
                 self.thresholds[name] = tensor.to(device)
                 continue
-            if kind == "mask":
+            if kind in ("mask", "fixed"):
                 tensor = unpack_mask(tensor, shape)
             if tensor.shape != shape:
                 raise HeadPruningError(
