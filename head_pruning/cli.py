@@ -1,7 +1,6 @@
 """The ``head-pruning`` command; what it knows of models comes from the hosts (:mod:`head_pruning.hosts`)."""
 
 import argparse
-import dataclasses
 import importlib.util
 import logging
 import sys
@@ -9,6 +8,7 @@ from typing import Optional, Sequence
 
 from .commands import benchmark, export, inspect, masks
 from .errors import HeadPruningError
+from .options import dashed
 from .registry import methods
 
 
@@ -20,10 +20,10 @@ def _user_dir(args: argparse.Namespace) -> None:
 
 
 def _pruners(args: argparse.Namespace) -> None:
-    for method in [*methods("heads").values(), *methods("weights").values()]:
-        print(f"{method.name} ({method.prunes}): {(method.pruner.__doc__ or '').strip().splitlines()[0]}")
-        for field in dataclasses.fields(method.config):
-            print(f"    --{field.name.replace('_', '-')} (default {field.default}): {field.metadata['help']}")
+    for method in methods(None).values():
+        print(f"{method.name} ({method.kind}): {method.summary}")
+        for name, field in method.options.items():
+            print(f"    {dashed(name)} (default {field.default}): {field.metadata['help']}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,40 +1,16 @@
 """What a session asks of every method."""
 
 import contextlib
-import dataclasses
-import numbers
-from typing import TYPE_CHECKING, Any, ContextManager, Optional, Sequence, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ContextManager, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 
-from .errors import HeadPruningError
 from .masks import HeadMask
+from .options import check_types
 
 if TYPE_CHECKING:
     from .session import PruningSession
-
-
-# A whole number will do for a float, numpy's numbers for Python's; a truth value is no number.
-_KINDS: dict[type, tuple[type, str]] = {
-    bool: (bool, "True or False"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    str: (str, "a text"),
-}
-
-
-def check_types(config: Any) -> None:
-    """Raise HeadPruningError if an option's value is not of the type that its field in the dataclass says."""
-    types = get_type_hints(type(config)) if dataclasses.is_dataclass(config) else {}
-    for name, annotation in types.items():
-        value, allowed = getattr(config, name), get_args(annotation) or (annotation,)
-        wanted = next((kind for kind in allowed if kind in _KINDS), None)
-        if wanted is None or value is None and type(None) in allowed:
-            continue
-        kind, words = _KINDS[wanted]
-        if not isinstance(value, kind) or isinstance(value, bool) and wanted is not bool:
-            raise HeadPruningError(f"--{name.replace('_', '-')} is {value!r}; it must be {words}.")
 
 
 class Pruner:
@@ -44,12 +20,18 @@ class Pruner:
     """
 
     name = ""
+    #: What the method does, one of :data:`head_pruning.registry.KINDS`.
+    kind = "heads"
+    #: Where the defaults of the published BERT scripts differ from those of the options, which are fairseq's scripts'.
+    bert_defaults: Mapping[str, Any] = {}
     #: What the host must provide: any of "hidden_states", "attentions", "eager_attention".
     needs: frozenset = frozenset()
     #: Whether the model's own weights stay as they are (pipelined pruning).
     freezes_model = False
     #: Whether a run that starts anew from a checkpoint's weights takes over what was learnt there (gate logits).
     inherits = True
+    #: Whether the model may come with heads that were pruned by zeroing them: the method knows which these are.
+    takes_zeroed_heads = False
     #: Whether head gates must be on the model.
     needs_gates = True
 
@@ -57,6 +39,15 @@ class Pruner:
         check_types(config)
         self.config = config
         self.session: Optional["PruningSession"] = None
+
+    @classmethod
+    def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that were set, and what the published BERT scripts make of others.
+
+        Raises:
+            HeadPruningError: options contradict each other.
+        """
+        return {**cls.bert_defaults, **options}
 
     def check_options(self) -> None:
         """Raise HeadPruningError for options that fit no model or contradict each other; called before any is loaded.

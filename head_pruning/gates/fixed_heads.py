@@ -94,15 +94,19 @@ class GivenConfig:
 
     head_mask_file: Optional[str] = field(
         default=None,
-        metadata={"help": "train with the heads of this mask from the start: masks.safetensors of another run, or a "
-                  "mask of the published code (mask4.pt)"},
-    )  # fmt: skip
+        metadata={
+            "help": "train with the heads of this mask from the start: masks.safetensors of another run, or a mask of "
+            "the published code (mask4.pt)",
+            "by_content": True,
+        },
+    )
 
 
 class GivenPruner(FixedPruner):
     """Trains the model with only the heads of a mask that was found before, by any method."""
 
     name = "given"
+    takes_zeroed_heads = True
 
     def check_options(self) -> None:
         if self.config.head_mask_file is None:

@@ -35,6 +35,7 @@ class WeightPruner(Pruner):
     :attr:`kinds` and :meth:`track`.
     """
 
+    kind = "weights"
     needs_gates = False
     #: Whether parameters without a gradient cannot be scored.
     needs_gradient = False

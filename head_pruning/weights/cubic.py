@@ -7,7 +7,7 @@ from typing import Any, Optional
 import numpy as np
 
 from ..errors import HeadPruningError
-from ..gates.base import require
+from ..options import require
 from ..schedules import STEPS, cubic_density, resolve_steps
 from .base import MaskConfig, WeightPruner
 

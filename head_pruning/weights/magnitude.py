@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..gates.base import require
+from ..options import require
 from ..registry import register_pruner
 from ..schedules import STEPS, gradual_sparsity, resolve_steps
 from .base import MaskConfig, WeightPruner
@@ -159,5 +159,5 @@ class GradualMagnitudePruner(_Magnitude):
                 self.steps[name] = int(step)
 
 
-register_pruner(name="magnitude", config=CubicConfig, pruner=MagnitudePruner, prunes="weights")
-register_pruner(name="gradual_magnitude", config=GradualConfig, pruner=GradualMagnitudePruner, prunes="weights")
+register_pruner(name="magnitude", config=CubicConfig, pruner=MagnitudePruner)
+register_pruner(name="gradual_magnitude", config=GradualConfig, pruner=GradualMagnitudePruner)

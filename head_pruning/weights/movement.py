@@ -26,4 +26,4 @@ class MovementPruner(CubicPruner):
         return scores
 
 
-register_pruner(name="movement", config=CubicConfig, pruner=MovementPruner, prunes="weights")
+register_pruner(name="movement", config=CubicConfig, pruner=MovementPruner)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..gates.base import require
+from ..options import require
 from ..registry import register_pruner
 from .cubic import CubicConfig, CubicPruner
 from .engine.masks import TINY
@@ -145,5 +145,5 @@ class PlatonPruner(SensitivityPruner):
         return scores
 
 
-register_pruner(name="sensitivity", config=SensitivityConfig, pruner=SensitivityPruner, prunes="weights")
-register_pruner(name="platon", config=PlatonConfig, pruner=PlatonPruner, prunes="weights")
+register_pruner(name="sensitivity", config=SensitivityConfig, pruner=SensitivityPruner)
+register_pruner(name="platon", config=PlatonConfig, pruner=PlatonPruner, recommended=True)

@@ -38,4 +38,4 @@ class RandomWeightsPruner(CubicPruner):
         return scores
 
 
-register_pruner(name="random_weights", config=RandomWeightsConfig, pruner=RandomWeightsPruner, prunes="weights")
+register_pruner(name="random_weights", config=RandomWeightsConfig, pruner=RandomWeightsPruner)
