@@ -21,7 +21,7 @@ class Method:
         config: dataclass of its options; every field has ``help`` in its metadata.
         pruner: class built as ``pruner(config)``.
         selected_by: tells from all options whether the user means this method without naming it.
-        prunes: ``heads`` or ``weights``; a run has at most one method of each.
+        prunes: its kind, one of :data:`head_pruning.pruner.KINDS`.
     """
 
     name: str
@@ -40,9 +40,18 @@ def register_pruner(
     config: type,
     pruner: type,
     selected_by: Optional[Callable[[Any], bool]] = None,
-    prunes: str = "heads",
+    prunes: Optional[str] = None,
 ) -> None:
-    """Register a method. Options that share a name with another method's must share type and default."""
+    """Register a method. Options that share a name with another method's must share type and default.
+
+    ``prunes`` is the method's kind; default: that of its class.
+    """
+    prunes = prunes or pruner.kind
+    if prunes != pruner.kind:
+        raise HeadPruningError(
+            f"The pruner {name} is registered as one that prunes {prunes}, but its class is of the kind "
+            f"{pruner.kind}; correct one of them."
+        )
     if name in _METHODS:
         raise HeadPruningError(f"The pruner {name} is registered twice; choose another name.")
     for field in dataclasses.fields(config):

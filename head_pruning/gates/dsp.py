@@ -43,6 +43,7 @@ class DSPPruner(HeadGatePruner):
     """Keeps exactly K heads: a relaxed subset of the perturbed logits whose temperature falls."""
 
     name = "dsp"
+    schedule_option = "cooldown_steps"
 
     def check_options(self) -> None:
         self.require_count()
