@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
+from .masks import HeadMask
 from .outputs import Outputs
-from .unit_map import HeadMask, UnitMap
+from .unit_map import UnitMap
 
 #: What a method does: of each kind a session takes any number, but one method alone may own the head gates.
 KINDS = ("heads", "units", "weights", "distils", "quantizes")

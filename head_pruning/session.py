@@ -25,10 +25,11 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .gates.attach import GateBank, refuse_gates
+from .gates.bank import GateBank, refuse_gates
+from .masks import HeadMask
 from .outputs import NEEDS, Recorder, last_of
 from .pruner import KINDS, Pruner
-from .unit_map import HeadMask, UnitMap
+from .unit_map import UnitMap
 
 logger = logging.getLogger(__name__)
 
@@ -446,9 +447,8 @@ class PruningSession:
         """Warn of each pruner whose schedule was not over when training ended."""
         for pruner in self.pruners:
             if not pruner.at_target():
-                kept = (
-                    f" with exactly the {pruner.kind} that are kept" if pruner.kind in KINDS[:3] else " as it is now"
-                )
+                prunes = pruner.kind in ("heads", "units", "weights")
+                kept = f" with exactly the {pruner.kind} that are kept" if prunes else " as it is now"
                 cure = f"; lower {pruner.schedule_option}" if pruner.schedule_option else ""
                 logger.warning(
                     "training ended before the schedule of %s did: the model was never trained%s%s",

@@ -349,7 +349,7 @@ def test_an_overflow_is_no_failure_of_the_gates(caplog):
     assert not caplog.messages and run.session.metrics()["gate_skip"] == 0 and run.session.metrics()["gate_norm"] == 0
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_a_changed_learning_rate_needs_the_optimizer():
@@ -414,7 +414,7 @@ def test_logits_among_outputs():
         logits_of({"loss": loss})
 
 
-# -- layers of a unit map ------------------------------------------------------------------------------------------------
+# -- layers of a unit map ---------------------------------------------------------------------------------------------
 
 
 def test_layers_of_a_map():
