@@ -84,6 +84,11 @@ class HeadPruner(Pruner):
             min_per_kind=self.config.min_heads_per_kind,
         )
 
+    def summary(self) -> str:
+        trained = "kept as they are (pipelined)" if self.freezes_model else "trained too (joint)"
+        heads, sites = self.unit_map.num_heads, len(self.unit_map.attention)
+        return f"{heads} heads in {sites} attention layers, the model's own weights are {trained}"
+
     def keep(self) -> np.ndarray:
         """``bool[N]``: the heads that would stay now."""
         raise NotImplementedError
@@ -129,6 +134,7 @@ class HeadGatePruner(HeadPruner):
         )
         self.gradient: Optional[np.ndarray] = None
         self.gradient_norm = 0.0
+        self._clipped = self._broken = False
         self.clipped_steps = 0
         self.skipped_steps = 0
         self.drawn = np.ones(self.logits.size)
@@ -188,21 +194,30 @@ class HeadGatePruner(HeadPruner):
             largest = np.abs(gradient).max()
             finite = np.isfinite(largest)
             self.gradient_norm = float(largest * np.linalg.norm(gradient / (largest or 1.0))) if finite else np.inf
-        if not finite:
+        self._broken = not finite
+        if self._broken:
+            return
+        limit = self.config.gate_clip_norm
+        self._clipped = bool(limit) and self.gradient_norm > limit
+        if self._clipped:
+            gradient *= limit / self.gradient_norm
+        self.gradient = gradient
+
+    def skip_update(self, step: int) -> None:
+        if self._broken:  # found by the host too, which tries again with another loss scale
+            self.gradient_norm = 0.0
+        self.gradient, self._clipped, self._broken = None, False, False
+
+    def after_step(self, step: int, lr_factor: float) -> None:
+        if self._broken:
+            self._broken = False
             self.skipped_steps += 1
             logger.warning(
                 "the gate gradients are not finite: this gate step is skipped (%d so far)", self.skipped_steps
             )
-            return
-        limit = self.config.gate_clip_norm
-        if limit and self.gradient_norm > limit:
-            self.clipped_steps += 1
-            gradient *= limit / self.gradient_norm
-        self.gradient = gradient
-
-    def after_step(self, step: int, lr_factor: float) -> None:
         if self.gradient is None:
             return
+        self.clipped_steps += self._clipped
         self.adam.step(self.logits, self.gradient, self.config.pruning_lr * lr_factor)
         self.gradient = None
         self._set_evaluation()

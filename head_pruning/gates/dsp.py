@@ -45,6 +45,7 @@ class DSPPruner(HeadGatePruner):
 
     name = "dsp"
     bert_defaults = {**HeadGatePruner.bert_defaults, "initial_temperature": 1000.0, "cooldown_steps": 25000}
+    schedule_option = "cooldown_steps"
 
     def check_options(self) -> None:
         self.require_count()

@@ -27,6 +27,7 @@ class FixedPruner(HeadPruner):
     """Trains the model with one head mask from the first update on."""
 
     inherits = False
+    starts_anywhere = True
 
     def chosen(self) -> np.ndarray:
         """``bool[N]``: the heads that stay."""

@@ -46,6 +46,8 @@ class CubicConfig(MaskConfig):
 class CubicPruner(WeightPruner):
     """Masks every deltaT updates while the remaining ratio falls, and at every update of the final phase."""
 
+    schedule_option = "warmup_steps"
+
     def check_options(self) -> None:
         super().check_options()
         options = self.config

@@ -19,6 +19,7 @@ class LockPruner(WeightPruner):
     """Keeps the zeros that the model has at the first update; tensors without zeros are left alone."""
 
     name = "lock"
+    needs_trained_model = starts_anywhere = True
 
     def plan(self) -> None:
         if self.has_mask:

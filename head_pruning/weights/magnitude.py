@@ -66,6 +66,7 @@ class GradualMagnitudePruner(_Magnitude):
     inclusive = True
     default_selection, default_policy = "tensor", "retained"
     first_step = 0
+    schedule_option = "policy_end_step"
 
     def check_options(self) -> None:
         super().check_options()

@@ -683,7 +683,8 @@ def test_pruners_share_a_session(toy):
         needs = frozenset({"hidden_states"})
 
         def loss(self, loss, inputs, outputs):
-            return 2 * loss + outputs
+            assert outputs.hidden_states[-1].shape == (4, 6, 12)
+            return 2 * loss + outputs.raw
 
         def lr_factor(self, step):
             return 0.5
@@ -697,8 +698,10 @@ def test_pruners_share_a_session(toy):
     model, unit_map = toy.make()
     gates = build_pruner(methods()["random"], type("Given", (), {"num_of_heads": 5}))
     session = PruningSession(model, unit_map, [gates, Distiller(None)]).attach()
+    session.before_update(0)
+    toy.loss(model, toy.batch(0))
     assert session.loss(torch.tensor(3.0), None, torch.tensor(1.0)).item() == 7.0
-    assert session.lr_factor(0) == 0.5 and [session.phase(2), session.phase(3)] == [0, 1]
+    assert session.lr_factor(0) == 0.5 and [session.phase(2), session.phase(3)] == [(0, 0), (0, 1)]
     assert session.needs == {"hidden_states"} and not session.at_target() and not session.freezes_model
     assert session.head_mask().kept == 5
 
