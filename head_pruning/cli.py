@@ -9,7 +9,7 @@ from typing import Optional, Sequence
 from .commands import benchmark, export, inspect, masks
 from .errors import HeadPruningError
 from .options import dashed
-from .registry import methods
+from .registry import KINDS, methods
 
 
 def _user_dir(args: argparse.Namespace) -> None:
@@ -22,6 +22,10 @@ def _user_dir(args: argparse.Namespace) -> None:
 def _pruners(args: argparse.Namespace) -> None:
     for method in methods(None).values():
         print(f"{method.name} ({method.kind}): {method.summary}")
+        options = " ".join(
+            dashed(name) if value is True else f"{dashed(name)} {value}" for name, value in method.example.items()
+        )
+        print(f"    such as {dashed(KINDS[method.kind].flag)} {method.name} {options}".rstrip())
         for name, field in method.options.items():
             print(f"    {dashed(name)} (default {field.default}): {field.metadata['help']}")
 

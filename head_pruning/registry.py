@@ -60,6 +60,7 @@ class Method:
         kind: one of :data:`KINDS`.
         selected_by: tells from all options whether the user means this method without naming it.
         recommended: whether a message names it first of several methods.
+        example: options of a short run that shows what it does.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Method:
     kind: str
     selected_by: Callable[[Any], bool]
     recommended: bool = False
+    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def options(self) -> dict[str, dataclasses.Field]:
@@ -91,6 +93,7 @@ def register_pruner(
     selected_by: Optional[Callable[[Any], bool]] = None,
     prunes: Optional[str] = None,
     recommended: bool = False,
+    example: Optional[Mapping[str, Any]] = None,
 ) -> None:
     """Register a method. Options that share a name with another method's must share type and default.
 
@@ -102,10 +105,12 @@ def register_pruner(
         selected_by: tells from all options whether the user means this method without naming it; default: never.
         prunes: its kind, one of :data:`KINDS`; default: ``pruner.kind``.
         recommended: whether a message names it first of several methods that would do.
+        example: options of a short run that shows what the method does, step counts as fractions of training: those
+            that are required, and those whose defaults are for long runs.
 
     Raises:
-        HeadPruningError: the name is taken, there is no such kind, or an option has no help or another meaning
-            elsewhere.
+        HeadPruningError: the name is taken, there is no such kind, an option has no help or another meaning elsewhere,
+            or the example sets one that the method has not.
     """
     kind = prunes or pruner.kind
     if name in _METHODS:
@@ -115,7 +120,10 @@ def register_pruner(
             f"The pruner {name} is registered for {kind} and its class says {pruner.kind}; give both the same of "
             f"{', '.join(KINDS)}."
         )
-    method = Method(name, config, pruner, kind, selected_by or (lambda options: False), recommended)
+    method = Method(name, config, pruner, kind, selected_by or (lambda options: False), recommended, example or {})
+    odd = set(method.example) - set(method.options)
+    if odd:
+        raise HeadPruningError(f"The example of the pruner {name} sets {odd.pop()}, which is none of its options.")
     for option, field in method.options.items():
         if not field.metadata.get("help"):
             raise HeadPruningError(f"The option {option} of the pruner {name} has no help text; add one.")
@@ -140,10 +148,10 @@ def _import_methods() -> None:
 
 
 def methods(kind: Optional[str] = "heads") -> Mapping[str, Method]:
-    """The registered methods of a kind of :data:`KINDS`, by name; None: of all kinds, in their order."""
+    """The registered methods of a kind of :data:`KINDS`, sorted by name; None: of all kinds, one after the other."""
     _import_methods()
     wanted = KINDS if kind is None else (kind,)
-    return {name: method for each in wanted for name, method in _METHODS.items() if method.kind == each}
+    return {name: method for each in wanted for name, method in sorted(_METHODS.items()) if method.kind == each}
 
 
 def option_fields(names: Optional[Iterable[str]] = None, kind: Optional[str] = None) -> dict[str, dataclasses.Field]:

@@ -488,7 +488,7 @@ class PruningSession:
         for pruner in self.pruners:
             prefix = f"{pruner.name}."
             mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            if not mine:
+            if not mine and pruner.state_dict():
                 raise HeadPruningError(
                     f"The checkpoint has no state of the pruner {pruner.name}; resume with the pruner that the run "
                     "was started with, or start from the model alone."

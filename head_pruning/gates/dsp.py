@@ -156,6 +156,7 @@ register_pruner(
     config=DSPConfig,
     pruner=DSPPruner,
     recommended=True,
+    example={"num_of_heads": 4, "joint_pruning": True, "annealing": True, "cooldown_steps": 0.5},
     selected_by=lambda options: (
         options.num_of_heads is not None and not options.use_ste and options.l0_penalty is None
     ),

@@ -124,10 +124,11 @@ class GivenPruner(FixedPruner):
         return mask.fitted(self.unit_map, f"The head mask of {path}").keep
 
 
-register_pruner(name="random", config=RandomConfig, pruner=RandomPruner)
+register_pruner(name="random", config=RandomConfig, pruner=RandomPruner, example={"num_of_heads": 4})
 register_pruner(
     name="given",
     config=GivenConfig,
     pruner=GivenPruner,
     selected_by=lambda options: options.head_mask_file is not None,
+    example={"head_mask_file": "masks.safetensors"},
 )

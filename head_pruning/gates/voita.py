@@ -132,4 +132,5 @@ register_pruner(
     config=VoitaConfig,
     pruner=VoitaPruner,
     selected_by=lambda options: options.l0_penalty is not None,
+    example={"l0_penalty": 1.0},
 )

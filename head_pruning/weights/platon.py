@@ -7,7 +7,7 @@ import torch
 
 from ..options import require
 from ..registry import register_pruner
-from .cubic import CubicConfig, CubicPruner
+from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.masks import TINY
 from .engine.portions import Portion, product
 
@@ -145,5 +145,5 @@ class PlatonPruner(SensitivityPruner):
         return scores
 
 
-register_pruner(name="sensitivity", config=SensitivityConfig, pruner=SensitivityPruner)
-register_pruner(name="platon", config=PlatonConfig, pruner=PlatonPruner, recommended=True)
+register_pruner(name="sensitivity", config=SensitivityConfig, pruner=SensitivityPruner, example=EXAMPLE)
+register_pruner(name="platon", config=PlatonConfig, pruner=PlatonPruner, recommended=True, example=EXAMPLE)
