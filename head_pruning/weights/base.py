@@ -35,7 +35,7 @@ class WeightPruner(Pruner):
     :attr:`kinds` and :meth:`track`.
     """
 
-    needs_gates = False
+    kind = "weights"
     #: Whether parameters without a gradient cannot be scored.
     needs_gradient = False
     #: Whether scores may be negative.
@@ -104,6 +104,9 @@ class WeightPruner(Pruner):
         if getattr(options, "block_pooling", "avg") not in ("avg", "max"):
             raise HeadPruningError(f"--block-pooling is {options.block_pooling!r}; choose avg or max.")
 
+    def summary(self) -> str:
+        return f"{sum(self.sizes.values())} weights; {super().summary()}"
+
     def options(self) -> dict[str, Any]:
         options = super().options()
         drawn = {"weight_selection": str(self.selection), "mask_policy": self.policy}
@@ -159,11 +162,14 @@ class WeightPruner(Pruner):
             self.plan()
             self._planned = True
 
-    @torch.no_grad()
     def before_update(self, step: int) -> None:
         self._plan_once()
+
+    @torch.no_grad()
+    def skip_update(self, step: int) -> None:
+        """Retained policy: mask what :meth:`before_step` brought back."""
         if self._ready and self.policy == "retained" and self.has_mask and not self.locked:
-            self._apply()  # the host skipped its step after before_step(), as loss scalers do
+            self._apply()
         self._ready = False
 
     @torch.no_grad()

@@ -95,7 +95,7 @@ class SquadRun(TaskRun):
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
         data, training = arguments.data, arguments.training
-        if data.eval_all_checkpoints and arguments.chosen:
+        if data.eval_all_checkpoints and arguments.pruners:
             raise HeadPruningError(
                 "--eval_all_checkpoints scores whole models, but checkpoints of pruning hold all weights; give "
                 "--eval_steps to score the pruned model on its way."
