@@ -69,7 +69,10 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
         raise_unmapped(tree, unmapped)
     order = {name: position for position, name in enumerate(tree.modules)}
     attention = sorted([*found, *sites], key=lambda site: (ATTENTION_KINDS.index(site.kind), order[site.name]))
-    return UnitMap(tuple(attention), feed_forward_sites(tree, attention, keep), planner=plan_site, adapt=mark_compact)
+    feed_forward = feed_forward_sites(tree, attention, keep)
+    layers = {site.layer for site in (*attention, *compact, *feed_forward) if keep(site.layer)}
+    ordered = tuple(sorted(layers, key=order.__getitem__))
+    return UnitMap(tuple(attention), feed_forward, ordered, planner=plan_site, adapt=mark_compact)
 
 
 def _compact_sites(tree: Tree) -> Iterator[AttentionSite]:

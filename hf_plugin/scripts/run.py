@@ -19,10 +19,10 @@ from ..command_line.arguments import Arguments
 from ..saving.card import dense_card
 from ..saving.folders import describe_pruned, save_pruned
 from ..training.callback import refuse_broken
-from ..training.checkpoints import check_resumable, last_checkpoint
+from ..training.checkpoints import Checkpoint, check_resumable, last_checkpoint
 from ..training.optimizers import check_resumed, trainer_options
 from ..training.trainer import HeadPruningTrainer
-from ..training.weights import save_weight_masks_and_report, weight_masks
+from ..training.weights import save_weight_masks_and_report
 from .logs import set_up
 from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from .settings import RunSettings, check_same_settings, settings_of
@@ -100,7 +100,7 @@ class TaskRun:
         self.resume = self._checkpoint()
         if self.resume is not None:
             check_same_settings(self.resume, self.settings)
-            check_resumed(arguments.optimizer, self.resume)
+            check_resumed(arguments.optimizer, self.resume.folder)
         set_seed(training.seed)
         self.splits = tuple(
             split
@@ -115,7 +115,7 @@ class TaskRun:
             raise HeadPruningError("There is nothing to do; add --do_train, --do_eval or --do_predict.")
         self.results: dict[str, float] = {}
 
-    def _checkpoint(self) -> Optional[Path]:
+    def _checkpoint(self) -> Optional[Checkpoint]:
         """The checkpoint to go on from, if there is one."""
         training = self.arguments.training
         if not training.do_train:
@@ -128,7 +128,7 @@ class TaskRun:
         else:
             found = last_checkpoint(self.out)
         if found is not None:
-            logger.info("resuming from %s (--overwrite_output_dir starts anew)", found)
+            logger.info("resuming from %s (--overwrite_output_dir starts anew)", found.folder)
         elif asked:
             raise HeadPruningError(f"There is no whole checkpoint in {self.out} to resume from.")
         elif not self.arguments.data.overwrite_output_dir:
@@ -170,18 +170,8 @@ class TaskRun:
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
         trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps)
         trainer.in_order = self.in_order
-        session = trainer.session
-        heads, weights = arguments.of("heads"), arguments.of("weights")
-        if heads is not None:
-            logger.info(
-                "pruning with %s: %d heads in %d attention layers, the model's own weights are %s",
-                heads.name,
-                session.unit_map.num_heads,
-                len(session.unit_map.attention),
-                "kept as they are (pipelined)" if session.freezes_model else "trained too (joint)",
-            )
-        if weights is not None:
-            logger.info("pruning weights with %s", weights.name)
+        for pruner in trainer.session.pruners:
+            logger.info("pruning with %s: %s", pruner.name, pruner.summary())
         return trainer
 
     @property
@@ -196,7 +186,7 @@ class TaskRun:
             if self.arguments.data.overwrite_output_dir and self.resume is None:
                 if self.trainer.is_world_process_zero():
                     self._clear()
-            outcome = self.trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
+            outcome = self.trainer.train(resume_from_checkpoint=self._resumed())
             samples = {"train_samples": len(self.trainer.train_dataset)}
             self.report("train", {**outcome.metrics, **samples, **self.kept_metrics()})
             self.trainer.save_state()
@@ -213,6 +203,10 @@ class TaskRun:
                 self.describe()
             self.tell()
         return self.results
+
+    def _resumed(self) -> "Checkpoint | str | None":
+        """What the Trainer resumes: one that prunes takes what was read and checked already."""
+        return self.resume if self.resume is None or self.arguments.pruners else str(self.resume.folder)
 
     def report(self, split: str, metrics: dict[str, float]) -> None:
         """Log the metrics and write them into ``all_results.json``.
@@ -234,7 +228,7 @@ class TaskRun:
         kept: dict[str, int] = {}
         if self.head_mask is not None:
             kept |= {"heads_kept": self.head_mask.kept, "heads_total": self.head_mask.keep.size}
-        masks = weight_masks(self.trainer.session) if self.arguments.pruners else {}
+        masks = self.trainer.session.weight_masks() if self.arguments.pruners else {}
         if masks:
             kept["weights_kept"] = sum(int(keep.sum()) for keep in masks.values())
             kept["weights_total"] = sum(keep.numel() for keep in masks.values())

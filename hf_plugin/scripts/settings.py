@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from head_pruning import HeadPruningError
 
 from ..command_line.arguments import Arguments
 from ..command_line.scripts import choosers
+from ..training.checkpoints import Checkpoint
 
 # Beside the pruners' options. Lengths of training, batches and paths may differ: a run may go on longer, or elsewhere.
 _DATA = ("version_2_with_negative", "max_seq_length", "max_train_samples")
@@ -61,11 +61,9 @@ def settings_of(arguments: Arguments, task: Optional[str] = None) -> dict[str, A
     return json.loads(json.dumps({name: value for name, value in found.items() if value is not None}))
 
 
-def check_same_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+def check_same_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
     """Raise HeadPruningError if the checkpoint is of a run with other settings; older ones that tell none pass."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    stored = (state.get("stateful_callbacks") or {}).get(RunSettings.__name__)
-    stored = stored[-1] if isinstance(stored, list) and stored else stored
+    stored = checkpoint.kept(RunSettings.__name__)
     if not stored:
         return
     theirs = stored["attributes"]["settings"]
@@ -74,7 +72,7 @@ def check_same_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     for name in names:
         if theirs.get(name) != settings.get(name):
             raise HeadPruningError(
-                f"The checkpoint {checkpoint} is of a run {_shown(name, theirs)}, this one is "
+                f"The checkpoint {checkpoint.folder} is of a run {_shown(name, theirs)}, this one is "
                 f"{_shown(name, settings)}; go on with the same options, choose another --output_dir, or start "
                 "anew with --overwrite_output_dir."
             )
