@@ -88,7 +88,10 @@ class StateKeeper:
             "masks": {name: pack_mask(mask) for name, mask in masks.items()},
         }
         if resumable:
-            state |= {"session": self._session_state(state["pruners"]), "tensors": self.session.tensor_state()}
+            state |= {
+                "session": self._session_state({"step", *state["pruners"]}),
+                "tensors": self.session.tensor_state(),
+            }
         return state
 
     def _session_state(self, owners) -> dict[str, torch.Tensor]:
@@ -145,7 +148,7 @@ class StateKeeper:
             if tensors is None:
                 logger.info("%s starts anew, from the weights of the checkpoint", "+".join(_names(self._others)))
             else:
-                taken |= set(_names(self._others))
+                taken |= {*_names(self._others), *({"step"} & weights["session"].keys())}
                 values |= {name: value.cpu().numpy() for name, value in weights["session"].items()}
         if taken:
             self._take(taken, values, tensors)
