@@ -121,7 +121,9 @@ class Run:
     def build(self):
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=0.01)
         begin, end = self.session.schedule_span(self.step)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, total_iters=end - begin)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, 1.0, 0.1, total_iters=(end or UPDATES) - begin
+        )
 
     def to(self, last):
         while self.step < last:
