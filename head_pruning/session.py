@@ -363,8 +363,8 @@ class PruningSession:
         if others:
             raise HeadPruningError(
                 "Pipelined pruning of heads leaves the model's weights as they are, so "
-                f"{', '.join(others)} cannot change them in the same run; train jointly (joint_pruning), or do one "
-                "after the other."
+                f"{', '.join(others)} cannot change them in the same run; add --joint-pruning (joint_pruning=True), "
+                "or do one after the other."
             )
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not trainable:
