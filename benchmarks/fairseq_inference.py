@@ -31,9 +31,9 @@ from tqdm import tqdm
 from fairseq_plugin import remove_heads
 from fairseq_plugin.unit_map import unit_map
 from head_pruning import HeadMask
-from head_pruning.artifacts import atomic_path, write_json
+from head_pruning.files import atomic_path, write_json
+from head_pruning.inference.timing import fastest, stopwatch
 from head_pruning.report.tables import markdown_table, text_table
-from head_pruning.timing import fastest, stopwatch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DENSE = "dense"

@@ -18,12 +18,12 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from head_pruning import PruningSession
-from head_pruning.artifacts import atomic_path, write_json
+from head_pruning.files import atomic_path, write_json
 from head_pruning.report import text_table
-from hf_plugin.defaults import pruner
-from hf_plugin.importance import head_importance
-from hf_plugin.session import open_session
-from hf_plugin.unit_map import unit_map
+from hf_plugin.command_line.defaults import pruner
+from hf_plugin.heads.importance import head_importance
+from hf_plugin.mapping.unit_map import unit_map
+from hf_plugin.training.session import open_session
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VOCABULARY = 1000

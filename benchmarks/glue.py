@@ -23,8 +23,8 @@ from typing import Iterable, Optional, Sequence
 import torch
 
 from benchmarks.cells import run_cells
-from head_pruning.artifacts import atomic_path, write_json
-from head_pruning.processes import CPU_ENVIRONMENT
+from head_pruning.files import atomic_path, write_json
+from head_pruning.inference.environment import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_scores
 from head_pruning.report.tables import markdown_table
 

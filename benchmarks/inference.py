@@ -26,16 +26,16 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from head_pruning import HeadMask
-from head_pruning.artifacts import atomic_path, write_json
-from head_pruning.processes import restart_with_cpu_environment
-from head_pruning.report.sizes import mac_bound, measure_sizes
+from head_pruning.files import atomic_path, write_json
+from head_pruning.inference.environment import restart_with_cpu_environment
+from head_pruning.inference.runtimes import onnx_pass, onnx_session, torch_pass
+from head_pruning.inference.sizes import mac_bound, measure_sizes
+from head_pruning.inference.timing import fastest, stopwatch
 from head_pruning.report.tables import markdown_table, text_table
-from head_pruning.runtimes import onnx_pass, onnx_session, torch_pass
-from head_pruning.surgery import remove_heads
-from head_pruning.timing import fastest, stopwatch
-from hf_plugin.example import example_inputs
-from hf_plugin.onnx_export import export_onnx
-from hf_plugin.unit_map import unit_map
+from head_pruning.surgery.removal import remove_heads
+from hf_plugin.mapping.unit_map import unit_map
+from hf_plugin.saving.example_inputs import example_inputs
+from hf_plugin.saving.programs import export_onnx
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DENSE = "dense"

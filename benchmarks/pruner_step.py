@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from head_pruning import PruningSession
-from head_pruning.artifacts import atomic_path, write_json
+from head_pruning.files import atomic_path, write_json
 from head_pruning.report import text_table
 from head_pruning.weights.platon import PlatonConfig, PlatonPruner
 

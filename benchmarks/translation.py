@@ -19,8 +19,8 @@ from typing import Optional
 from benchmarks.cells import run_cells
 from fairseq_plugin.running import bleu_of
 from head_pruning import HeadMask
-from head_pruning.artifacts import atomic_path, write_json
-from head_pruning.processes import CPU_ENVIRONMENT
+from head_pruning.files import atomic_path, write_json
+from head_pruning.inference.environment import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_head_masks, plot_scores
 from head_pruning.report.tables import markdown_table
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.cells import run_cells
 from benchmarks.glue import RECIPE, ROOT, Bench, Cell, Task, shown
-from head_pruning.artifacts import atomic_path, write_json
+from head_pruning.files import atomic_path, write_json
 from head_pruning.report.plots import plot_scores
 from head_pruning.report.tables import markdown_table
 

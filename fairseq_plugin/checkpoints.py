@@ -22,12 +22,11 @@ from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
 from head_pruning import PruningSession
-from head_pruning.artifacts import REPORT_FILE
+from head_pruning.files import REPORT_FILE
 from head_pruning.pruner import options_of
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
-from head_pruning.weights import write_weight_artifacts
-from head_pruning.weights.artifacts import density_table
+from head_pruning.report.weights import density_table, write_weight_artifacts
 
 from .export import zero_heads
 from .weights import finish, weight_masks, weight_pruners

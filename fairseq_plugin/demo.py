@@ -21,8 +21,8 @@ from typing import Optional
 from tqdm import tqdm
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.artifacts import MASKS_FILE, write_json
-from head_pruning.processes import CPU_ENVIRONMENT
+from head_pruning.files import MASKS_FILE, write_json
+from head_pruning.inference.environment import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
 

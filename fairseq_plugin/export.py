@@ -12,10 +12,10 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.artifacts import atomic_path
-from head_pruning.compact import ATTRIBUTE
-from head_pruning.programs import check_file
-from head_pruning.surgery import remove_heads
+from head_pruning.compact.recipe import ATTRIBUTE
+from head_pruning.files import atomic_path
+from head_pruning.inference.programs import check_file
+from head_pruning.surgery.removal import remove_heads
 
 from .state import KEEP, META, RECIPE, mask_of_state, read_description, recipe_of_state, split_state
 from .surgery import encode, plan_site

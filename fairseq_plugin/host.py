@@ -16,8 +16,8 @@ from omegaconf import open_dict
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.hosts import HostModel
-from head_pruning.programs import program_formats
-from head_pruning.weights import weight_report
+from head_pruning.inference.programs import program_formats
+from head_pruning.report.weights import weight_report
 
 from .example import SPECIALS, example, longest
 from .export import TASK_SUFFIX, compact, load_checkpoint, masked

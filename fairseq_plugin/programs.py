@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from head_pruning import HeadPruningError
-from head_pruning.programs import (
+from head_pruning.inference.programs import (
     ByName,
     Run,
     check_file,

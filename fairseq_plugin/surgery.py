@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from head_pruning import AttentionSite, HeadPruningError
-from head_pruning.compact import apply_recipe
-from head_pruning.surgery import SitePlan, recipe_of
+from head_pruning.compact.recipe import apply_recipe
+from head_pruning.surgery.plans import SitePlan
+from head_pruning.surgery.remaining import recipe_of
 
 from .attention import additive
 

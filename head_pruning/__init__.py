@@ -1,10 +1,11 @@
 """Which parts of a transformer to keep: gates, importance, pruners. Knows no training framework."""
 
 from .errors import HeadPruningError, UnfiredSiteError
+from .masks import HeadMask, full_mask
 from .pruner import Pruner
 from .registry import build_pruner, choose_method, methods, register_pruner
 from .session import PruningSession
-from .unit_map import AttentionSite, FeedForwardSite, HeadMask, UnitMap, full_mask
+from .unit_map import AttentionSite, FeedForwardSite, UnitMap
 
 __version__ = "0.1.0"
 

@@ -19,10 +19,12 @@ from typing import Any, Callable, Mapping, Optional, Protocol
 import torch
 from torch import nn
 
-from .artifacts import MASKS_FILE, read_safetensors
 from .errors import HeadPruningError
-from .surgery import heads_left, mask_of_original, recipe_of, remove_heads
-from .unit_map import HeadMask, UnitMap, full_mask
+from .files import MASKS_FILE, read_safetensors
+from .masks import HeadMask, full_mask
+from .surgery.remaining import heads_left, mask_of_original, recipe_of
+from .surgery.removal import remove_heads
+from .unit_map import UnitMap
 
 GROUP = "head_pruning.hosts"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from .errors import HeadPruningError
-from .unit_map import HeadMask, UnitMap
+from .masks import HeadMask
+from .unit_map import UnitMap
 
 
 def read_old_mask(path: "str | Path", unit_map: UnitMap) -> HeadMask:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .errors import HeadPruningError
-from .unit_map import HeadMask
+from .masks import HeadMask
 
 if TYPE_CHECKING:
     from .session import PruningSession

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .gates.attach import GateBank, refuse_gates
+from .gates.bank import GateBank, refuse_gates
+from .masks import HeadMask
 from .pruner import Pruner
-from .unit_map import HeadMask, UnitMap
+from .unit_map import UnitMap
 
 STATE_VERSION = 1
 _UNGATE = "detach the session, or take the mask off, before another session is attached"

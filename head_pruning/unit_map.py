@@ -1,14 +1,11 @@
 """What of a model can be pruned, in one fixed order, and which of it stays."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
-from .artifacts import atomic_path, read_safetensors, write_safetensors
 from .errors import HeadPruningError
 
 ATTENTION_KINDS = ("encoder_self", "decoder_cross", "decoder_self")
@@ -147,113 +144,3 @@ def alike(mine: Sequence[tuple[str, int]], theirs: Sequence[tuple[str, int]]) ->
     base, longer = sorted((mine, theirs), key=lambda sizes: len(sizes[0][0]))
     prefix = longer[0][0].removesuffix(base[0][0])
     return prefix.endswith(".") and longer == [(prefix + name, heads) for name, heads in base]
-
-
-@dataclass(frozen=True, eq=False)
-class HeadMask:
-    """Which heads stay: ``keep`` is a boolean array of N heads in the map's order."""
-
-    unit_map: UnitMap
-    keep: np.ndarray
-
-    def __post_init__(self) -> None:
-        keep = np.asarray(self.keep, dtype=bool).reshape(-1)
-        if keep.size != self.unit_map.num_heads:
-            raise HeadPruningError(
-                f"The head mask has {keep.size} entries but the model has {self.unit_map.num_heads} heads; "
-                "use a mask made for this model."
-            )
-        object.__setattr__(self, "keep", keep)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, HeadMask) and self.by_site() == other.by_site()
-
-    @property
-    def kept(self) -> int:
-        """Number of heads that stay."""
-        return int(self.keep.sum())
-
-    def by_site(self) -> dict[str, list[bool]]:
-        """Site name to one boolean per head."""
-        return {site.name: self.keep[where].tolist() for site, where in self.unit_map.slices()}
-
-    def kept_heads(self) -> dict[str, list[int]]:
-        """Site name to the indices of the heads that stay."""
-        return {site.name: np.flatnonzero(self.keep[where]).tolist() for site, where in self.unit_map.slices()}
-
-    def fits(self, unit_map: UnitMap) -> bool:
-        """Whether the mask is of the heads of this map, see :func:`alike`."""
-        return alike(self.unit_map.sizes(), unit_map.sizes())
-
-    def fitted(self, unit_map: UnitMap, what: str = "The head mask") -> "HeadMask":
-        """The same mask with the names of ``unit_map``: those of a model with a task head fit its base, and back.
-
-        Raises:
-            HeadPruningError: the mask is of another architecture; the sentence begins with ``what``.
-        """
-        if not self.fits(unit_map):
-            unit_map.check_same_heads(self.unit_map, what)
-        return HeadMask(unit_map, self.keep)
-
-    def compare(self, other: "HeadMask") -> dict[str, float]:
-        """Overlap of two masks of one model: heads both keep, heads only one keeps, and the Jaccard index."""
-        other = other.fitted(self.unit_map, "The other mask")
-        both = int((self.keep & other.keep).sum())
-        either = int((self.keep | other.keep).sum())
-        return {
-            "both": both,
-            "only_first": self.kept - both,
-            "only_second": other.kept - both,
-            "jaccard": both / either if either else 1.0,
-        }
-
-    def save(self, path: "str | Path") -> None:
-        """Write to ``path`` (safetensors: one ``uint8[heads]`` per site, the map as metadata), atomically."""
-        tensors = {f"heads.{name}": np.array(keep, dtype=np.uint8) for name, keep in self.by_site().items()}
-        with atomic_path(path) as temporary:
-            write_safetensors(temporary, tensors, {"unit_map": json.dumps(self.unit_map.to_dict())})
-
-    @classmethod
-    def load(cls, path: "str | Path") -> "HeadMask":
-        """Read what :meth:`save` wrote. Raises HeadPruningError when the file is missing, damaged or has no heads."""
-        tensors, metadata = read_safetensors(path)
-        if "weight_shapes" in metadata and "unit_map" not in metadata:
-            raise HeadPruningError(f"{path} holds masks of weights but no head mask: its run pruned no heads.")
-        try:
-            unit_map = UnitMap.from_dict(json.loads(metadata["unit_map"]))
-            keep = [tensors[f"heads.{site.name}"].reshape(site.heads) for site in unit_map.attention]
-        except (KeyError, TypeError, ValueError) as error:
-            raise HeadPruningError(f"{path} is not a head mask ({error!r}); write one with HeadMask.save.") from error
-        return cls(unit_map, np.concatenate(keep))
-
-    def __str__(self) -> str:
-        from .report.tables import head_table
-
-        return head_table(self)
-
-
-def full_mask(unit_map: UnitMap) -> HeadMask:
-    """The mask that keeps every head."""
-    return HeadMask(unit_map, np.ones(unit_map.num_heads, dtype=bool))
-
-
-def lifted(left: HeadMask, mask: HeadMask) -> HeadMask:
-    """``mask``, of the heads that ``left`` keeps, as a mask of all the heads that ``left`` is of."""
-    keep = left.keep.copy()
-    keep[left.keep] = mask.keep
-    return HeadMask(left.unit_map, keep)
-
-
-def mask_without(unit_map: UnitMap, removed: Mapping[str, Sequence[int]], base: Optional[HeadMask] = None) -> HeadMask:
-    """The mask that removes ``{site name: [head, ...]}`` from ``base`` (default: from all heads)."""
-    keep = (base.keep if base is not None else np.ones(unit_map.num_heads, dtype=bool)).copy()
-    where = {site.name: (site, span) for site, span in unit_map.slices()}
-    for name, heads in removed.items():
-        if name not in where:
-            raise HeadPruningError(f"There is no attention site {name}; the map has {', '.join(where)}.")
-        site, span = where[name]
-        bad = [head for head in heads if not 0 <= head < site.heads]
-        if bad:
-            raise HeadPruningError(f"{name} has heads 0 to {site.heads - 1}; {bad[0]} is not one of them.")
-        keep[span.start + np.array(list(heads), dtype=int)] = False
-    return HeadMask(unit_map, keep)

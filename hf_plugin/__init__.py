@@ -2,45 +2,38 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .loading import mark_compact  # which also lets from_pretrained load compact models
-from .unit_map import unit_map
+from .compact.quantizer import mark_compact  # which also lets from_pretrained load compact models
+from .mapping.unit_map import unit_map
 
 if TYPE_CHECKING:
-    from .callback import HeadPruningCallback
-    from .defaults import pruner
-    from .export import save_compact, save_pruned
-    from .heads import (
-        head_mask,
-        mask_heads,
-        masked_heads,
-        prune_heads,
-        pruned_heads,
-        remove_query_heads,
-        restore_heads,
-    )
-    from .importance import head_importance, least_important
-    from .old_worlds import load_pruned_v4
-    from .session import open_session
-    from .trainer import HeadPruningTrainer
+    from .command_line.defaults import pruner
+    from .heads.importance import head_importance, least_important
+    from .heads.load_v4 import load_pruned_v4
+    from .heads.masking import head_mask, mask_heads, masked_heads, restore_heads
+    from .heads.pruning import prune_heads, pruned_heads, remove_query_heads
+    from .saving.folders import save_compact, save_pruned
+    from .training.callback import HeadPruningCallback
+    from .training.session import open_session
+    from .training.trainer import HeadPruningTrainer
 
 # Imported when first asked for: transformers takes seconds to load.
 _HOME = {
-    "HeadPruningCallback": "callback",
-    "HeadPruningTrainer": "trainer",
-    "head_importance": "importance",
-    "head_mask": "heads",
-    "least_important": "importance",
-    "load_pruned_v4": "old_worlds",
-    "mask_heads": "heads",
-    "masked_heads": "heads",
-    "open_session": "session",
-    "prune_heads": "heads",
-    "pruned_heads": "heads",
-    "pruner": "defaults",
-    "remove_query_heads": "heads",
-    "restore_heads": "heads",
-    "save_compact": "export",
-    "save_pruned": "export",
+    "HeadPruningCallback": "training.callback",
+    "HeadPruningTrainer": "training.trainer",
+    "head_importance": "heads.importance",
+    "head_mask": "heads.masking",
+    "least_important": "heads.importance",
+    "load_pruned_v4": "heads.load_v4",
+    "mask_heads": "heads.masking",
+    "masked_heads": "heads.masking",
+    "open_session": "training.session",
+    "prune_heads": "heads.pruning",
+    "pruned_heads": "heads.pruning",
+    "pruner": "command_line.defaults",
+    "remove_query_heads": "heads.pruning",
+    "restore_heads": "heads.masking",
+    "save_compact": "saving.folders",
+    "save_pruned": "saving.folders",
 }
 __all__ = [
     "HeadPruningCallback",

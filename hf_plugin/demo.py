@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.artifacts import MASKS_FILE, atomic_path, write_json
+from head_pruning.files import MASKS_FILE, atomic_path, write_json
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE
-from head_pruning.processes import CPU_ENVIRONMENT
+from head_pruning.inference.environment import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
 

@@ -18,18 +18,19 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.artifacts import MASKS_FILE, REPORT_FILE
+from head_pruning.files import MASKS_FILE, REPORT_FILE
 from head_pruning.hosts import HostModel, cut_out, holds_heads
-from head_pruning.programs import program_formats
-from head_pruning.surgery import recipe_of, sites_left
-from head_pruning.weights import load_weight_masks, save_compressed, write_weight_artifacts
+from head_pruning.inference.programs import program_formats
+from head_pruning.report.weights import write_weight_artifacts
+from head_pruning.surgery.remaining import recipe_of, sites_left
+from head_pruning.weights import load_weight_masks, save_compressed
 
-from .compact_heads import take_recipe
-from .example import example_inputs, longest
-from .export import save_compact, save_pruned, zeroed_heads
-from .onnx_export import export_onnx, export_program
-from .surgery import plan_site
-from .unit_map import unit_map
+from .compact.model_classes import take_recipe
+from .mapping.head_plans import plan_site
+from .mapping.unit_map import unit_map
+from .saving.example_inputs import example_inputs, longest
+from .saving.folders import save_compact, save_pruned, zeroed_heads
+from .saving.programs import export_onnx, export_program
 
 name = "transformers"
 

@@ -8,14 +8,14 @@
 
 import sys
 
-from hf_plugin import running
-from hf_plugin.arguments import parse
-from hf_plugin.squad import run
+from hf_plugin.command_line import mistakes
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.squad.run import run
 
 
 def main() -> None:
     """Command line."""
-    running.main(lambda: run(parse(sys.argv[1:], "run_squad")))
+    mistakes.main(lambda: run(parse(sys.argv[1:], "run_squad")))
 
 
 if __name__ == "__main__":

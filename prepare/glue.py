@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from head_pruning import HeadPruningError
-from hf_plugin.data.tasks import HUB_REPOSITORY, TASKS, GlueTask, Split, find_task
+from hf_plugin.glue.tasks import HUB_REPOSITORY, TASKS, GlueTask, Split, find_task
 from prepare.command import run
 from prepare.files import PrepareError, copy_file, write_lines
 from prepare.glue_copies import NoCopy, find_copies, read_table
@@ -77,7 +77,7 @@ def prepare(options: Options) -> list[Path]:
 
 
 def _from_hub(options: Options, task: GlueTask, missing: list[Split], target: Path, log: Log) -> None:
-    from hf_plugin.data.hub import hub_split, load_hub
+    from hf_plugin.glue.hub import hub_split, load_hub
 
     log(f"{task.folder}: loading {options.repository}")
     tables = load_hub(task, options.repository, options.cache_dir)
@@ -89,8 +89,8 @@ def _from_hub(options: Options, task: GlueTask, missing: list[Split], target: Pa
 
 
 def _from_copies(options: Options, task: GlueTask, missing: list[Split], target: Path, log: Log) -> None:
-    from hf_plugin.data.hub import from_hub
-    from hf_plugin.data.reading import read_tsv
+    from hf_plugin.glue.hub import from_hub
+    from hf_plugin.glue.reading import read_tsv
 
     copies = find_copies(task, missing, options.source, only=len(options.tasks) == 1)
     for split in missing:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_plugin.data.tasks import GlueTask, Split, plain_name
+from hf_plugin.glue.tasks import GlueTask, Split, plain_name
 from prepare.files import PrepareError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hf_plugin.data.tasks import GlueTask, Split
+from hf_plugin.glue.tasks import GlueTask, Split
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from head_pruning import HeadPruningError
-from hf_plugin.data.squad_reading import SPLITS, VERSIONS, SquadVersion, from_squad_hub, hub_table, read_squad
+from hf_plugin.squad.reading import SPLITS, VERSIONS, SquadVersion, from_squad_hub, hub_table, read_squad
 from prepare.command import run
 from prepare.download import download
 from prepare.files import PrepareError, atomic_text, copy_file

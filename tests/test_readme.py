@@ -89,7 +89,7 @@ def test_every_option_in_the_table_exists():
 
 def test_the_transformers_commands_parse():
     pytest.importorskip("transformers")
-    from hf_plugin.arguments import parse
+    from hf_plugin.command_line.arguments import parse
 
     lines = [
         line for block in _blocks() for line in block.replace("\\\n", " ").splitlines() if "hf_plugin.run_" in line

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Optional
 
 from benchmarks.glue import HEADS, KEPT, MICHEL_ROUND, ROOT, Cell, draw, table_lines
-from head_pruning.artifacts import atomic_path, write_json
+from head_pruning.files import atomic_path, write_json
 
 from .glue_grid import BATCH, MICHEL_BATCH, MICHEL_EXAMPLES, NAME, TASKS, cells, dense_folder
 

@@ -18,14 +18,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer
 from benchmarks.glue import HEADS, KEPT, MICHEL_ROUND, RECIPE, Cell
 from head_pruning import HeadMask
 from head_pruning.importance import pruning_rounds
-from hf_plugin.arguments import parse
-from hf_plugin.data.metrics import predicted, score
-from hf_plugin.data.tasks import find_task
-from hf_plugin.defaults import pruner
-from hf_plugin.heads import head_mask
-from hf_plugin.importance import head_importance
-from hf_plugin.trainer import HeadPruningTrainer
-from hf_plugin.unit_map import unit_map
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.command_line.defaults import pruner
+from hf_plugin.glue.metrics import predicted, score
+from hf_plugin.glue.tasks import find_task
+from hf_plugin.heads.importance import head_importance
+from hf_plugin.heads.masking import head_mask
+from hf_plugin.mapping.unit_map import unit_map
+from hf_plugin.training.trainer import HeadPruningTrainer
 
 from .glue_grid import MICHEL_BATCH, MICHEL_EXAMPLES, TASKS, dense_folder
 from .glue_pack import PackedSplit, collate

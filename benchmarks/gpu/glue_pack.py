@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.glue import HEADS, Task
 from head_pruning import HeadPruningError
-from head_pruning.artifacts import write_json
+from head_pruning.files import write_json
 
 from .glue_grid import TASKS
 
@@ -69,7 +69,7 @@ def pack(model: Path, data: Path, folder: Path) -> None:
 
 
 def _pack_task(task: Task, tokenizer: Any, data: Path, folder: Path, cache: str) -> dict[str, int]:
-    from hf_plugin.data import load_task
+    from hf_plugin.glue import load_task
 
     loaded = load_task(
         task.name,

@@ -21,7 +21,7 @@ from typing import Optional
 import torch
 
 from head_pruning import HeadMask
-from head_pruning.artifacts import write_json
+from head_pruning.files import write_json
 from head_pruning.report.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]

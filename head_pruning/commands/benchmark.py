@@ -16,13 +16,13 @@ import torch
 
 from ..errors import HeadPruningError
 from ..hosts import Host, HostModel, find_host
-from ..report.sizes import mac_bound, measure_sizes
+from ..inference.runtimes import onnx_pass, onnx_session, torch_pass
+from ..inference.sizes import mac_bound, measure_sizes
+from ..inference.timing import fastest, stopwatch
+from ..masks import HeadMask, full_mask
 from ..report.tables import text_table
-from ..runtimes import onnx_pass, onnx_session, torch_pass
-from ..surgery import remove_heads
-from ..timing import fastest, stopwatch
-from ..unit_map import HeadMask, full_mask
-from .options import LENGTH, chosen_length, count, given_mask, note, note_step, print_json
+from ..surgery.removal import remove_heads
+from .common import LENGTH, chosen_length, count, given_mask, note, note_step, print_json
 
 RUNTIMES = ("torch", "onnxruntime")
 COUNTS = {

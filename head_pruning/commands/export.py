@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import HeadPruningError
 from ..hosts import find_host
-from .options import given_mask, note
+from .common import given_mask, note
 
 
 def add_command(commands) -> None:

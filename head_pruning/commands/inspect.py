@@ -10,12 +10,13 @@ from torch import nn
 
 from ..errors import HeadPruningError
 from ..hosts import HostModel, find_host, kept_heads
+from ..inference.sizes import Sizes, mac_bound, measure_sizes
+from ..masks import full_mask
 from ..report.plots import plot_head_masks
-from ..report.sizes import Sizes, mac_bound, measure_sizes
 from ..report.tables import head_table, text_table
-from ..surgery import query_heads_left, recipe_of, remove_heads
-from ..unit_map import full_mask
-from .options import LENGTH, chosen_length, count, given_mask, note, print_json, short
+from ..surgery.remaining import query_heads_left, recipe_of
+from ..surgery.removal import remove_heads
+from .common import LENGTH, chosen_length, count, given_mask, note, print_json, short
 
 TOLD_OF_WEIGHTS = ("method", "weights_kept", "weights_total", "density")  # of pruning.json
 DENSE = 0.05  # at most this share of zeros is that of an unpruned model: the embedding of padding

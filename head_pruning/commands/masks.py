@@ -3,10 +3,10 @@
 import argparse
 
 from ..hosts import read_mask
+from ..masks import HeadMask
 from ..report.plots import plot_head_masks
-from ..report.tables import text_table
-from ..unit_map import HeadMask
-from .options import print_json, short
+from ..report.tables import head_table, text_table
+from .common import print_json, short
 
 
 def add_commands(commands) -> None:
@@ -26,7 +26,7 @@ def add_commands(commands) -> None:
 def _show(args: argparse.Namespace) -> None:
     masks = {path: read_mask(path) for path in args.masks}
     for path, mask in masks.items():
-        print(f"{path}\n{mask}\n")
+        print(f"{path}\n{head_table(mask)}\n")
     first = next(iter(masks.values()))
     rows = [(path, *first.compare(mask).values()) for path, mask in list(masks.items())[1:]]
     if rows:

@@ -1,6 +1,6 @@
 """Head gates: where they sit, and the methods that learn them."""
 
-from .attach import GateBank, HeadGate
+from .bank import GateBank, HeadGate
 from .subset import SoftTopK, gumbel, hard_top_k, plan_rounds
 
 __all__ = ["GateBank", "HeadGate", "SoftTopK", "gumbel", "hard_top_k", "plan_rounds"]

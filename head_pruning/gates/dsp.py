@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import HeadPruningError
 from ..registry import register_pruner
 from ..schedules import log_linear, resolve_steps
-from .pruner import HeadGateConfig, HeadGatePruner, require
+from .base import HeadGateConfig, HeadGatePruner, require
 from .subset import SoftTopK, gumbel
 
 logger = logging.getLogger(__name__)

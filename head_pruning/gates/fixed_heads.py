@@ -7,10 +7,10 @@ from typing import Optional
 import numpy as np
 
 from ..errors import HeadPruningError
+from ..masks import HeadMask
 from ..old_masks import read_old_mask
 from ..registry import register_pruner
-from ..unit_map import HeadMask
-from .pruner import HeadCountConfig, HeadPruner
+from .base import HeadCountConfig, HeadPruner
 from .subset import hard_top_k
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..registry import register_pruner
-from .pruner import HeadGateConfig, HeadGatePruner
+from .base import HeadGateConfig, HeadGatePruner
 
 
 @dataclass

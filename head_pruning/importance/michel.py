@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..gates.attach import GateBank
-from ..unit_map import HeadMask, UnitMap, full_mask
+from ..gates.bank import GateBank
+from ..masks import HeadMask, full_mask
+from ..unit_map import UnitMap
 
 
 class ImportanceAccumulator:

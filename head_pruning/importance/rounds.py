@@ -8,9 +8,10 @@ from typing import Any, Mapping, Optional
 
 import numpy as np
 
-from ..artifacts import write_json
 from ..errors import HeadPruningError
-from ..unit_map import HeadMask, UnitMap
+from ..files import write_json
+from ..masks import HeadMask
+from ..unit_map import UnitMap
 from .michel import PruningRound
 
 ROUNDS_FILE = "michel_rounds.json"

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
-from ..artifacts import MASKS_FILE, REPORT_FILE, run_report, write_json, zeros_in_all
-from ..unit_map import HeadMask
+from ..files import MASKS_FILE, REPORT_FILE, write_json
+from ..masks import HeadMask
+from .report_file import run_report, zeros_in_all
 
 
 def write_artifacts(

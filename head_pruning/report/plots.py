@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
 
-from ..artifacts import atomic_path
-from ..unit_map import HeadMask
+from ..files import atomic_path
+from ..masks import HeadMask
 
 _COLOURS = {"encoder_self": "#3b6fb6", "decoder_cross": "#c8553d", "decoder_self": "#4f9d69"}
 _LABELS = {"encoder_self": "encoder", "decoder_cross": "cross", "decoder_self": "decoder"}

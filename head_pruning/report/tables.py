@@ -2,7 +2,7 @@
 
 from typing import Mapping, Optional, Sequence
 
-from ..unit_map import HeadMask
+from ..masks import HeadMask
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

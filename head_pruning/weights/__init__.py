@@ -1,17 +1,8 @@
 """Weight pruning: scores, selections, mask policies, and the files they leave."""
 
-from .artifacts import (
-    load_compressed,
-    load_weight_masks,
-    pack_mask,
-    save_compressed,
-    save_weight_masks,
-    unpack_mask,
-    weight_report,
-    write_weight_artifacts,
-)
-from .pruner import WeightPruner
-from .targets import Target, weight_targets
+from .base import WeightPruner
+from .engine.targets import Target, weight_targets
+from .files import load_compressed, load_weight_masks, pack_mask, save_compressed, save_weight_masks, unpack_mask
 
 __all__ = [
     "Target",
@@ -22,7 +13,5 @@ __all__ = [
     "save_compressed",
     "save_weight_masks",
     "unpack_mask",
-    "weight_report",
     "weight_targets",
-    "write_weight_artifacts",
 ]

@@ -7,10 +7,9 @@ from typing import Any, Optional
 import numpy as np
 
 from ..errors import HeadPruningError
-from ..gates.pruner import require
+from ..gates.base import require
 from ..schedules import STEPS, cubic_density, resolve_steps
-from .config import MaskConfig
-from .pruner import WeightPruner
+from .base import MaskConfig, WeightPruner
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ import torch
 
 from ..errors import HeadPruningError
 from ..registry import register_pruner
-from .config import WeightConfig
-from .pruner import WeightPruner
+from .base import WeightConfig, WeightPruner
 
 
 @dataclass

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..gates.pruner import require
+from ..gates.base import require
 from ..registry import register_pruner
 from ..schedules import STEPS, gradual_sparsity, resolve_steps
-from .config import MaskConfig
+from .base import MaskConfig, WeightPruner
 from .cubic import CubicConfig, CubicPruner
-from .pieces import Portion
-from .pruner import WeightPruner
+from .engine.portions import Portion
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import torch
 
 from ..registry import register_pruner
 from .cubic import CubicConfig, CubicPruner
-from .pieces import Portion, product
+from .engine.portions import Portion, product
 
 
 class MovementPruner(CubicPruner):

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..gates.pruner import require
+from ..gates.base import require
 from ..registry import register_pruner
 from .cubic import CubicConfig, CubicPruner
-from .masks import TINY
-from .pieces import Portion, product
+from .engine.masks import TINY
+from .engine.portions import Portion, product
 
 # With late_tracking, what the averages would have held of earlier updates weighs less than this.
 _FORGOTTEN = 1e-3

@@ -8,7 +8,7 @@ import torch
 
 from ..registry import register_pruner
 from .cubic import CubicConfig, CubicPruner
-from .pieces import Portion
+from .engine.portions import Portion
 
 
 @dataclass

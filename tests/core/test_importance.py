@@ -8,7 +8,7 @@ from head_pruning import AttentionSite, HeadMask, HeadPruningError, UnitMap, ful
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, PruningRound, normalize_importance, pruning_rounds
 from head_pruning.importance.rounds import RoundsReport
-from head_pruning.unit_map import mask_without
+from head_pruning.masks import mask_without
 
 IMPORTANCE = np.array([0.5, 0.1, 0.9, 0.3, 0.7, 0.2])
 

@@ -7,8 +7,8 @@ import pytest
 
 from head_pruning import AttentionSite, UnitMap
 from head_pruning.gates import SoftTopK, gumbel, hard_top_k, plan_rounds
-from head_pruning.gates.hard_concrete import VoitaConfig, VoitaPruner, expected_gates, open_probability, sample_gates
 from head_pruning.gates.ste import STEConfig, STEPruner
+from head_pruning.gates.voita import VoitaConfig, VoitaPruner, expected_gates, open_probability, sample_gates
 from head_pruning.importance import normalize_importance
 from head_pruning.schedules import log_linear
 

@@ -24,7 +24,7 @@ from head_pruning import (
     methods,
 )
 from head_pruning.gates import GateBank
-from head_pruning.gates.hard_concrete import _OPEN_SHIFT, STRETCH, TEMPERATURE
+from head_pruning.gates.voita import _OPEN_SHIFT, STRETCH, TEMPERATURE
 
 TOKENS = 24
 TINY = torch.finfo(torch.float64).tiny

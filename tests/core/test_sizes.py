@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from head_pruning import AttentionSite, UnitMap
-from head_pruning.report.sizes import mac_bound, measure_sizes
-from head_pruning.timing import fastest, stopwatch
+from head_pruning.inference.sizes import mac_bound, measure_sizes
+from head_pruning.inference.timing import fastest, stopwatch
 from tests.macs import stack_macs
 
 

@@ -10,20 +10,14 @@ import torch
 from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
-from head_pruning.compact import NoHeads, apply_recipe, slices
-from head_pruning.gates.attach import GateBank
-from head_pruning.surgery import (
-    SitePlan,
-    columns_of,
-    heads_left,
-    plain_plan,
-    recipe_of,
-    remove_heads,
-    remove_query_heads,
-    removed_parameters,
-    rows_of,
-)
-from head_pruning.unit_map import full_mask, mask_without
+from head_pruning.compact.no_heads import NoHeads
+from head_pruning.compact.recipe import apply_recipe
+from head_pruning.compact.slices import slices
+from head_pruning.gates.bank import GateBank
+from head_pruning.masks import full_mask, mask_without
+from head_pruning.surgery.plans import SitePlan, columns_of, plain_plan, rows_of
+from head_pruning.surgery.remaining import heads_left, recipe_of
+from head_pruning.surgery.removal import remove_heads, remove_query_heads, removed_parameters
 
 INPUTS = torch.linspace(-1, 1, 120).reshape(2, 5, 12), torch.linspace(1, -2, 96).reshape(2, 4, 12)
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from head_pruning import AttentionSite, FeedForwardSite, HeadMask, HeadPruningError, UnitMap, full_mask
-from head_pruning.artifacts import atomic_path, read_safetensors, write_json, write_safetensors
+from head_pruning.files import atomic_path, read_safetensors, write_json, write_safetensors
+from head_pruning.masks import mask_without
 from head_pruning.report import head_table
 from head_pruning.report.artifacts import write_artifacts
-from head_pruning.unit_map import mask_without
 
 
 def site(name: str, heads: int, kind: str = "encoder_self") -> AttentionSite:
@@ -70,8 +70,8 @@ def test_a_mask_says_what_stays(unit_map):
     assert mask.kept_heads() == {"a": [0], "b": [0], "c": [0]}
     assert mask == mask_without(unit_map, {"a": [1], "b": [1, 2]}) != full_mask(unit_map)
     assert mask_without(unit_map, {"c": [0]}, base=mask).kept == 2 and mask.kept == 3
-    lines = str(mask).splitlines()
-    assert str(mask) == head_table(mask)
+    assert str(mask) == "3 of 6 heads stay; a: 0; b: 0; c: 0"
+    lines = head_table(mask).splitlines()
     assert [line.split() for line in lines[2:]] == [
         ["a", "#.", "1/2"],
         ["b", "#..", "1/3"],

@@ -14,8 +14,7 @@ from torch import nn
 from head_pruning import AttentionSite, FeedForwardSite, HeadPruningError, PruningSession, UnitMap, build_pruner
 from head_pruning.registry import get_method, methods, option_fields
 from head_pruning.weights import load_weight_masks, save_weight_masks, weight_targets
-from head_pruning.weights.pieces import cut_into_portions
-from head_pruning.weights.workers import each
+from head_pruning.weights.engine.portions import cut_into_portions, each
 
 TOTAL = 24
 CUBIC = {"final_threshold": 0.3, "warmup_steps": 4, "initial_warmup": 1, "final_warmup": 1, "deltaT": 3}
@@ -381,7 +380,8 @@ def test_state_takes_at_most_twelve_bytes_per_weight(toy, case, per_weight):
 
 
 def test_small_portions_and_a_misleading_sample_change_nothing(toy, monkeypatch):
-    from head_pruning.weights import drawing, pieces, storage
+    from head_pruning.weights.engine import drawing, storage
+    from head_pruning.weights.engine import portions as pieces
 
     def outcome():
         model, optimizer, session, pruner = start(toy)
@@ -495,7 +495,7 @@ def test_portions_side_by_side_give_the_same(toy, name, monkeypatch):
             update(toy, model, optimizer, session, step)
         return bits(model)
 
-    monkeypatch.setattr("head_pruning.weights.pieces.CPU_PORTION", 40)  # many portions
+    monkeypatch.setattr("head_pruning.weights.engine.portions.CPU_PORTION", 40)  # many portions
     assert same(trained(1), trained(2))
 
 

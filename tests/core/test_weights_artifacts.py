@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from head_pruning import HeadPruningError
-from head_pruning.artifacts import MASKS_FILE, REPORT_FILE, sort_metadata
+from head_pruning.files import MASKS_FILE, REPORT_FILE, sort_metadata
+from head_pruning.masks import HeadMask
 from head_pruning.report.artifacts import write_artifacts
-from head_pruning.unit_map import HeadMask
+from head_pruning.report.weights import density_table, write_weight_artifacts
 from head_pruning.weights import (
     load_compressed,
     load_weight_masks,
@@ -24,9 +25,7 @@ from head_pruning.weights import (
     save_compressed,
     save_weight_masks,
     unpack_mask,
-    write_weight_artifacts,
 )
-from head_pruning.weights.artifacts import density_table
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.randoms(use_true_random=False))

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from head_pruning import HeadPruningError
-from head_pruning.weights.pieces import cut_into_portions
-from head_pruning.weights.select import Selection, bracketed, expand_blocks, kth_smallest, n_of_m, pool_blocks
+from head_pruning.weights.engine.portions import cut_into_portions
+from head_pruning.weights.engine.selection import (
+    Selection,
+    bracketed,
+    expand_blocks,
+    kth_smallest,
+    n_of_m,
+    pool_blocks,
+)
 
 few = st.sampled_from([0.0, 1e-45, 1e-38, 0.5, 0.5000001, 1.0, 1e30, math.inf])
 positive = st.one_of(few, st.floats(0, width=32))
@@ -130,7 +137,7 @@ def test_other_selections_are_refused(text):
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=6), st.integers(1, 20))
 def test_portions_cover_every_weight_once(shapes, limit):
-    from head_pruning.weights import pieces
+    from head_pruning.weights.engine import portions as pieces
 
     before, pieces.CPU_PORTION = pieces.CPU_PORTION, limit
     try:

@@ -24,8 +24,8 @@ from fairseq_plugin.state import attach_mask
 from fairseq_plugin.surgery import CompactAttention, NoHeads, decode
 from fairseq_plugin.unit_map import unit_map
 from head_pruning import HeadMask, HeadPruningError, surgery
-from head_pruning.surgery import recipe_of
-from head_pruning.unit_map import full_mask, mask_without
+from head_pruning.masks import full_mask, mask_without
+from head_pruning.surgery.remaining import recipe_of
 from tests.fairseq.checkpoints import mask_beside, read, same_training_state, weights_of
 from tests.fairseq.command_lines import DSP, decoded, same_decoding
 from tests.fairseq.runner import ROOT, Runner

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hf_plugin import HeadPruningTrainer, pruner
-from hf_plugin.weights import weight_masks
+from hf_plugin.training.weights import weight_masks
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 

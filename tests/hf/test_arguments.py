@@ -15,9 +15,9 @@ from transformers.debug_utils import DebugOption
 
 from head_pruning import HeadPruningError, Pruner, methods, register_pruner, registry
 from head_pruning.registry import option_fields, owners
-from hf_plugin import running
-from hf_plugin.arguments import parse, parse_michel
-from hf_plugin.defaults import pruner
+from hf_plugin.command_line import mistakes
+from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.command_line.defaults import pruner
 from tests.hf.manual_lines import FINE_TUNING, JOINT_DSP, MICHEL, PIPELINED_DSP, STE, VOITA
 
 NEEDED = shlex.split("--model_name_or_path tiny --task_name mrpc --output_dir out")
@@ -295,14 +295,14 @@ def test_the_scripts_end_with_the_sentence(capsys):
         raise HeadPruningError("--num-of-heads is 0, see models--x--num-of-heads; add --pruner, --load-it or -- this.")
 
     with pytest.raises(SystemExit) as stopped:
-        running.main(mistaken)
+        mistakes.main(mistaken)
     expected = "error: --num_of_heads is 0, see models--x--num-of-heads; add --pruner, --load-it or -- this."
     assert stopped.value.code == expected  # Python prints it to stderr and exits with 1
     done = []
-    running.main(lambda: done.append(1))
+    mistakes.main(lambda: done.append(1))
     assert done == [1]
     with pytest.raises(ZeroDivisionError):
-        running.main(lambda: 1 / 0)
+        mistakes.main(lambda: 1 / 0)
 
 
 def test_full_disks_and_interruptions_end_with_a_sentence(capsys):
@@ -310,13 +310,13 @@ def test_full_disks_and_interruptions_end_with_a_sentence(capsys):
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        running.main(lambda: fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.safetensors")))
+        mistakes.main(lambda: fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.safetensors")))
     assert stopped.value.code == "error: out/model.safetensors: No space left on device."
     with pytest.raises(SystemExit) as stopped:
-        running.main(lambda: fail(KeyboardInterrupt()))
+        mistakes.main(lambda: fail(KeyboardInterrupt()))
     assert stopped.value.code == 130 and "the last checkpoint" in capsys.readouterr().err
     with pytest.raises(OSError):  # no mistake of the user's that is known
-        running.main(lambda: fail(OSError("odd")))
+        mistakes.main(lambda: fail(OSError("odd")))
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

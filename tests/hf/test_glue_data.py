@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from head_pruning import HeadPruningError
-from hf_plugin.data.glue import load_task
-from hf_plugin.data.hub import from_hub, hub_split, load_hub
-from hf_plugin.data.metrics import compute_metrics
-from hf_plugin.data.reading import read_split, read_tsv
-from hf_plugin.data.submission import write_predictions
-from hf_plugin.data.tasks import TASKS, find_task
+from hf_plugin.glue.features import load_task
+from hf_plugin.glue.hub import from_hub, hub_split, load_hub
+from hf_plugin.glue.metrics import compute_metrics
+from hf_plugin.glue.reading import read_split, read_tsv
+from hf_plugin.glue.submission import write_predictions
+from hf_plugin.glue.tasks import TASKS, find_task
 from tests.hf.glue_files import FOLDERS, LABELS, OFFICIAL, hub_table, texts, write_official, write_repository
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,7 +294,7 @@ def watch(event, arguments):
         tried.append((event, arguments))
 sys.addaudithook(watch)
 from transformers import BertTokenizer
-from hf_plugin.data.glue import load_task
+from hf_plugin.glue.features import load_task
 data, cache, vocabulary = sys.argv[1:]
 found = load_task("MNLI", tokenizer=BertTokenizer.from_pretrained(vocabulary), data_dir=data, cache_dir=cache)
 assert len(found.train) == 6 and not tried, tried

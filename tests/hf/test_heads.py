@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from head_pruning import AttentionSite, HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
-from head_pruning.unit_map import mask_without
-from hf_plugin.heads import head_mask, mask_heads, masked_heads, restore_heads
-from hf_plugin.unit_map import unit_map
+from head_pruning.masks import mask_without
+from hf_plugin.heads.masking import head_mask, mask_heads, masked_heads, restore_heads
+from hf_plugin.mapping.unit_map import unit_map
 from tests.hf.few_models import MODELS, batch_of, logits, make, with_scaled_columns
 
 ALL = sorted(MODELS)

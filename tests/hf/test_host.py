@@ -30,13 +30,15 @@ from head_pruning import HeadMask, HeadPruningError, full_mask
 from head_pruning.cli import main
 from head_pruning.commands.inspect import describe
 from head_pruning.hosts import HostModel, kept_heads, read_mask
-from head_pruning.report.sizes import mac_bound, measure_sizes
-from head_pruning.surgery import remove_heads
-from head_pruning.weights import load_compressed, load_weight_masks, save_weight_masks, write_weight_artifacts
+from head_pruning.inference.sizes import mac_bound, measure_sizes
+from head_pruning.report.weights import write_weight_artifacts
+from head_pruning.surgery.removal import remove_heads
+from head_pruning.weights import load_compressed, load_weight_masks, save_weight_masks
 from hf_plugin import host, prune_heads, save_compact, save_pruned, unit_map
-from hf_plugin.example import example_inputs
-from hf_plugin.heads import head_mask, mask_heads, remove_query_heads
-from hf_plugin.onnx_export import export_program
+from hf_plugin.heads.masking import head_mask, mask_heads
+from hf_plugin.heads.pruning import remove_query_heads
+from hf_plugin.saving.example_inputs import example_inputs
+from hf_plugin.saving.programs import export_program
 from tests.hf.families import FAMILIES, make, missing
 from tests.macs import stack_macs
 

@@ -10,10 +10,10 @@ from transformers import BatchEncoding
 
 from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
 from head_pruning.importance import normalize_importance
-from head_pruning.unit_map import mask_without
-from hf_plugin.heads import mask_heads
-from hf_plugin.importance import head_importance, least_important
-from hf_plugin.unit_map import unit_map
+from head_pruning.masks import mask_without
+from hf_plugin.heads.importance import head_importance, least_important
+from hf_plugin.heads.masking import mask_heads
+from hf_plugin.mapping.unit_map import unit_map
 from tests.hf.few_models import MODELS, batch_of, make, with_scaled_columns
 from tests.hf.test_heads import hooks, never_run, some_removed
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,15 @@ from transformers import (
 
 import hf_plugin
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.surgery import heads_left, remove_heads
-from head_pruning.unit_map import full_mask, mask_without
+from head_pruning.masks import full_mask, mask_without
+from head_pruning.surgery.remaining import heads_left
+from head_pruning.surgery.removal import remove_heads
 from hf_plugin import mark_compact, save_compact, save_pruned, unit_map
-from hf_plugin.compact_heads import CompactModel, auto_map
-from hf_plugin.heads import mask_heads, prune_heads
-from hf_plugin.loading import HeadPruningConfig
+from hf_plugin.compact import model_classes
+from hf_plugin.compact.model_classes import CORE, CompactModel, auto_map
+from hf_plugin.compact.quantizer import HeadPruningConfig
+from hf_plugin.heads.masking import mask_heads
+from hf_plugin.heads.pruning import prune_heads
 from tests.hf import few_models
 from tests.hf.families import FAMILIES
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
@@ -627,18 +631,10 @@ def test_new_task_heads_train(folders, tmp_path):
 
 
 def test_code_that_travels_is_what_is_tested_here(folders):
-    """The travelling file is the three files of the package and nothing else."""
-    code = (folders / "bert" / CODE).read_text()
-    reading = (ROOT / "head_pruning" / "returned.py").read_text()
-    core = (ROOT / "head_pruning" / "compact.py").read_text()
-    own = (ROOT / "hf_plugin" / "compact_heads.py").read_text()
-    assert reading in code
-    rest = code.replace(reading, "")
-    missing = [line for line in (core + own).splitlines() if line.strip() and line not in rest]
-    assert missing == [
-        "from head_pruning.returned import parsed_forward, placed, return_options, returned_values",
-        "from head_pruning.compact import ATTRIBUTE, apply_recipe",
-    ]
-    assert not any(
-        line.lstrip().startswith(("import head_pruning", "from head_pruning")) for line in code.splitlines()
-    )
+    """The travelling file is the files of the package and nothing else."""
+    code = (folders / "bert" / CODE).read_text().splitlines()
+    files = [*(ROOT / "head_pruning" / "compact" / f"{name}.py" for name in CORE), ROOT / model_classes.__file__]
+    lines = [line for path in files for line in path.read_text().splitlines() if line.strip()]
+    missing = [line for line in lines if line not in code]
+    assert missing and all(re.match(r"from (\.\w+|head_pruning\.compact) import", line) for line in missing)
+    assert not set(code) - set(lines) - {""}

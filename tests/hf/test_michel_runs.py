@@ -12,18 +12,18 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from benchmarks.glue import Bench, Cell
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.importance.rounds import RoundsReport
-from head_pruning.unit_map import full_mask
+from head_pruning.masks import full_mask
 from head_pruning.weights import save_weight_masks
 from hf_plugin import head_mask
-from hf_plugin.arguments import parse, parse_michel
-from hf_plugin.data import find_task
-from hf_plugin.export import save_pruned
-from hf_plugin.glue import run as run_glue
+from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.glue import find_task
+from hf_plugin.glue.metrics import find_metric
+from hf_plugin.glue.michel import MichelRun, run
+from hf_plugin.glue.run import run as run_glue
 from hf_plugin.host import export_compact, export_masked
-from hf_plugin.metric_names import find_metric
-from hf_plugin.run_michel import MichelRun, run
-from hf_plugin.starting import refuse_masked_start
-from hf_plugin.unit_map import unit_map
+from hf_plugin.mapping.unit_map import unit_map
+from hf_plugin.saving.folders import save_pruned
+from hf_plugin.scripts.output_folder import refuse_masked_start
 from tests.hf.script_runs import HEADS, write_model, write_place
 
 LINE = "--data_dir data/MRPC --task_name MRPC --model_name_or_path dense --cache_dir cache --no_cuda".split()

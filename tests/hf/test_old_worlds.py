@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from head_pruning import HeadPruningError
+from head_pruning.masks import mask_without
 from head_pruning.old_masks import read_old_mask
-from head_pruning.surgery import heads_left
-from head_pruning.unit_map import mask_without
+from head_pruning.surgery.remaining import heads_left
 from hf_plugin import load_pruned_v4, prune_heads, unit_map
 from tests.hf import few_models
 

@@ -5,8 +5,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from head_pruning import HeadPruningError
-from hf_plugin.arguments import parse
-from hf_plugin.optimizers import Adamax, check_resumed, trainer_options
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.training.optimizers import Adamax, check_resumed, trainer_options
 from tests.hf.tiny import tiny_bert
 
 LINE = "--task_name MNLI --model_name_or_path m --output_dir out --use_cpu".split()

@@ -20,14 +20,14 @@ from transformers import (
 
 from head_pruning import HeadPruningError
 from hf_plugin import prune_heads, save_compact
-from hf_plugin.arguments import parse, parse_michel
-from hf_plugin.data import find_task
-from hf_plugin.glue import GlueRun, load_pieces, run
-from hf_plugin.pieces import load_tokenizer
-from hf_plugin.run_michel import run as run_michel
-from hf_plugin.script_arguments import ModelArguments
-from hf_plugin.squad import load_pieces as load_squad_pieces
-from hf_plugin.squad import run as run_squad
+from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.command_line.fields import ModelArguments
+from hf_plugin.glue import find_task
+from hf_plugin.glue.michel import run as run_michel
+from hf_plugin.glue.run import GlueRun, load_pieces, run
+from hf_plugin.scripts.models import load_tokenizer
+from hf_plugin.squad.run import load_pieces as load_squad_pieces
+from hf_plugin.squad.run import run as run_squad
 from tests.hf.script_runs import HEADS, TINY, WORDS, write_model, write_task
 from tests.hf.squad_files import write_squad
 

@@ -8,9 +8,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from head_pruning import HeadMask
-from hf_plugin.heads import head_mask, mask_heads
-from hf_plugin.importance import head_importance
-from hf_plugin.unit_map import unit_map
+from hf_plugin.heads.importance import head_importance
+from hf_plugin.heads.masking import head_mask, mask_heads
+from hf_plugin.mapping.unit_map import unit_map
 
 
 @pytest.fixture(scope="module")

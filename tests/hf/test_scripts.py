@@ -13,9 +13,9 @@ import transformers
 from transformers import AutoModelForSequenceClassification
 
 from head_pruning import HeadMask, HeadPruningError
-from hf_plugin.arguments import parse, parse_michel
-from hf_plugin.glue import GlueRun, run
-from hf_plugin.run_michel import run as run_michel
+from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.glue.michel import run as run_michel
+from hf_plugin.glue.run import GlueRun, run
 from tests.hf.glue_files import FOLDERS
 from tests.hf.manual_lines import FINE_TUNING, JOINT_DSP, MICHEL, PIPELINED_DSP, STE, VOITA
 from tests.hf.script_runs import HEADS, ROOT, TINY, start, write_model, write_place, write_task

@@ -13,10 +13,10 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.weights import load_weight_masks
-from hf_plugin.arguments import parse
-from hf_plugin.data.squad_metrics import squad_scores
-from hf_plugin.data.squad_reading import read_squad
-from hf_plugin.squad import load_pieces, run
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.squad.metrics import squad_scores
+from hf_plugin.squad.reading import read_squad
+from hf_plugin.squad.run import load_pieces, run
 from tests.hf.manual_lines import PLATON_BERT, PLATON_DEBERTA
 from tests.hf.script_runs import ROOT, start, write_model
 from tests.hf.squad_files import HEADS, TINY, WORDS, write_squad_place
@@ -191,7 +191,7 @@ def test_without_a_folder_the_hub_is_asked(here, monkeypatch):
         asked.append((repository, split))
         raise ConnectionError("Couldn't reach 'it' on the Hub (offline)")
 
-    monkeypatch.setattr("hf_plugin.data.squad_reading.load_dataset", load_dataset)
+    monkeypatch.setattr("hf_plugin.squad.reading.load_dataset", load_dataset)
     line = [word for word in DENSE if word not in ("--data_dir", "data/squad")]
     for more, repository in (([], "rajpurkar/squad"), (["--version_2_with_negative"], "rajpurkar/squad_v2")):
         with pytest.raises(HeadPruningError) as refused:

@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from head_pruning import HeadPruningError
-from hf_plugin.data.squad_answers import find_answers
-from hf_plugin.data.squad_features import make_features
-from hf_plugin.data.squad_reading import FEATURES, read_squad
+from hf_plugin.squad.answers import find_answers
+from hf_plugin.squad.features import make_features
+from hf_plugin.squad.reading import FEATURES, read_squad
 from tests.hf.squad_files import write_bert, write_squad
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "squad" / "dev-v1.1.json"

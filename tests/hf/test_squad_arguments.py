@@ -6,9 +6,9 @@ import shlex
 import pytest
 
 from head_pruning import HeadPruningError
-from hf_plugin import running
-from hf_plugin.arguments import parse
-from hf_plugin.legacy import SQUAD_SPELLINGS
+from hf_plugin.command_line import mistakes
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.command_line.old_flags import SQUAD_SPELLINGS
 from tests.hf.manual_lines import PLATON_BERT, PLATON_DEBERTA
 
 NEEDED = shlex.split("--model_name_or_path tiny --output_dir out")
@@ -144,7 +144,7 @@ def test_values_are_checked_before_anything_is_loaded(script, words, sentence):
     line = [*(NEEDED if script == "run_squad" else GLUE), *own, "--do_train", "--use_cpu", "--pruner_name", "platon"]
     words = shlex.split(words.replace("--pruner dsp", "") if script == "run_dsp" else words)
     with pytest.raises(SystemExit) as ended:
-        running.main(lambda: parse([*line, *words], script))
+        mistakes.main(lambda: parse([*line, *words], script))
     said = str(ended.value.code)
     assert said.startswith(f"error: {sentence}") and said.endswith(".") and "\n" not in said
 

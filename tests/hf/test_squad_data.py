@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from head_pruning import HeadPruningError
-from hf_plugin.data.squad_features import TEXT_COLUMNS, make_features, most_context, ragged
-from hf_plugin.data.squad_reading import FEATURES, VERSIONS, from_squad_hub, read_squad
+from hf_plugin.squad.features import TEXT_COLUMNS, make_features, most_context, ragged
+from hf_plugin.squad.reading import FEATURES, VERSIONS, from_squad_hub, read_squad
 from tests.hf.squad_files import write_bert, write_deberta, write_squad
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from head_pruning import HeadPruningError
-from hf_plugin.data.squad_metrics import best_threshold, exact_match, normalized, squad_scores, word_f1
-from hf_plugin.data.squad_reading import read_squad
+from hf_plugin.squad.metrics import best_threshold, exact_match, normalized, squad_scores, word_f1
+from hf_plugin.squad.reading import read_squad
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "squad"
 

@@ -16,13 +16,18 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
-from head_pruning.compact import NoHeads, apply_recipe, stays
-from head_pruning.surgery import get_tensor, heads_left, recipe_of, remove_heads, removed_parameters
-from head_pruning.unit_map import full_mask, mask_without
-from hf_plugin.heads import head_mask, mask_heads, prune_heads, pruned_heads, remove_query_heads, restore_heads
-from hf_plugin.importance import least_important
-from hf_plugin.surgery import plan_site
-from hf_plugin.unit_map import unit_map
+from head_pruning.compact.no_heads import NoHeads
+from head_pruning.compact.recipe import apply_recipe
+from head_pruning.compact.slices import stays
+from head_pruning.masks import full_mask, mask_without
+from head_pruning.surgery.plans import get_tensor
+from head_pruning.surgery.remaining import heads_left, recipe_of
+from head_pruning.surgery.removal import remove_heads, removed_parameters
+from hf_plugin.heads.importance import least_important
+from hf_plugin.heads.masking import head_mask, mask_heads, restore_heads
+from hf_plugin.heads.pruning import prune_heads, pruned_heads, remove_query_heads
+from hf_plugin.mapping.head_plans import plan_site
+from hf_plugin.mapping.unit_map import unit_map
 from tests.hf.families import FAMILIES, GROUPED, RELEASE, Family, build, make, missing
 from tests.hf.test_families import tensors
 from tests.hf.tiny import tiny_bert

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 from head_pruning import HeadMask, HeadPruningError
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner
-from hf_plugin.checkpoints import last_checkpoint
+from hf_plugin.training.checkpoints import last_checkpoint
 from tests.hf.tiny import HEADS, arguments, collate, sentences, tiny_bert
 
 DSP = {"num_of_heads": 3, "annealing": True, "initial_temperature": 1.0, "final_temperature": 1e-4}

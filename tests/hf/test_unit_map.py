@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from head_pruning import AttentionSite, HeadPruningError, UnfiredSiteError
-from head_pruning.gates.attach import GateBank
-from hf_plugin.unit_map import unit_map
+from head_pruning.gates.bank import GateBank
+from hf_plugin.mapping.unit_map import unit_map
 from tests.hf.families import FAMILIES, GROUPED, TEXT, VISION, build, make
 
 WORDS = torch.tensor([[5, 6, 7, 8, 9]])

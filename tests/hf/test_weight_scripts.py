@@ -11,10 +11,10 @@ from transformers import AutoModelForSequenceClassification
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.weights import load_weight_masks
-from hf_plugin.arguments import parse
-from hf_plugin.checkpoints import STATE_FILE
-from hf_plugin.glue import run
-from hf_plugin.presets import PRESETS
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.command_line.presets import PRESETS
+from hf_plugin.glue.run import run
+from hf_plugin.training.checkpoints import STATE_FILE
 from tests.hf.manual_lines import FINE_TUNING
 from tests.hf.script_runs import TINY, start, write_place
 from tests.hf.test_scripts import resumes

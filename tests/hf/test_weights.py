@@ -14,11 +14,11 @@ from transformers import (
 )
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.surgery import remove_heads
+from head_pruning.surgery.removal import remove_heads
 from head_pruning.weights import load_weight_masks
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner, save_compact
-from hf_plugin.checkpoints import STATE_FILE
-from hf_plugin.weights import weight_masks
+from hf_plugin.training.checkpoints import STATE_FILE
+from hf_plugin.training.weights import weight_masks
 from tests.hf.test_trainer import METHODS as HEAD_METHODS
 from tests.hf.test_trainer import StopAt, same, same_session, weights
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from datasets import DatasetDict
 
-from hf_plugin.data.reading import read_split
-from hf_plugin.data.tasks import find_task
+from hf_plugin.glue.reading import read_split
+from hf_plugin.glue.tasks import find_task
 from prepare import glue
 from prepare.files import PrepareError
 from prepare.stages import only_run

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_plugin.data.squad_reading import VERSIONS, read_squad
+from hf_plugin.squad.reading import VERSIONS, read_squad
 from prepare import squad
 from prepare.files import PrepareError
 from tests.hf.squad_files import write_squad

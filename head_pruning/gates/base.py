@@ -1,0 +1,270 @@
+"""What the head-gate methods share: logits, their optimizer, clipping, the minimum of heads per group."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Callable, Optional
+
+import numpy as np
+
+from ..errors import HeadPruningError
+from ..masks import HeadMask
+from ..pruner import Pruner
+from .adam import GateAdam
+from .subset import Rounds, hard_top_k, plan_rounds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HeadCountConfig:
+    """Options of every method that keeps a set number of heads."""
+
+    num_of_heads: Optional[int] = field(
+        default=None, metadata={"help": "number of heads to keep, of all heads of the model (K)"}
+    )
+    min_heads_per_layer: int = field(
+        default=0, metadata={"help": "keep at least this many heads in every attention layer"}
+    )
+    min_heads_per_kind: int = field(
+        default=0,
+        metadata={"help": "keep at least this many heads of every kind of attention (encoder, cross, decoder)"},
+    )
+
+
+@dataclass
+class HeadGateConfig(HeadCountConfig):
+    """Options of every method that learns gates."""
+
+    pruning_lr: float = field(default=0.2, metadata={"help": "learning rate of the gate logits (Adam)"})
+    joint_pruning: bool = field(
+        default=False,
+        metadata={
+            "help": "train the model together with the gates; without it only the gates are trained (pipelined)"
+        },
+    )
+    gate_clip_norm: float = field(
+        default=1.0, metadata={"help": "clip the gradient norm of the gate logits, apart from the model's; 0: never"}
+    )
+    gate_weight_decay: float = field(
+        default=0.0, metadata={"help": "decoupled weight decay of the gate logits, per step and learning rate"}
+    )
+    gate_adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first decay rate for the gate logits"})
+    gate_adam_beta2: float = field(default=0.98, metadata={"help": "Adam's second decay rate for the gate logits"})
+    sample_in_eval: bool = field(
+        default=False,
+        metadata={"help": "evaluate during training with the sampled soft gates, as the published code does"},
+    )
+
+
+def require(config, option: str, holds: Callable[[float], bool], words: str) -> None:
+    """Raise HeadPruningError unless ``holds`` for the option's value (NaN, infinity and other types never do)."""
+    value = getattr(config, option)
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and holds(value)):
+        raise HeadPruningError(f"--{option.replace('_', '-')} is {value!r}; it must be {words}.")
+
+
+class HeadPruner(Pruner):
+    """A method with a head mask: gates on the model, one value per head in training and one in evaluation."""
+
+    def check_options(self) -> None:
+        super().check_options()
+        if isinstance(self.config, HeadCountConfig):
+            for option in ("min_heads_per_layer", "min_heads_per_kind"):
+                require(self.config, option, lambda value: value >= 0, "0 or more")
+
+    def attach(self, session) -> None:
+        super().attach(session)
+        self.unit_map = session.unit_map
+        self.rounds = self._plan_rounds() if isinstance(self.config, HeadCountConfig) else None
+        self.final: Optional[np.ndarray] = None
+
+    def _plan_rounds(self) -> Optional[Rounds]:
+        if self.config.num_of_heads is None:
+            return None
+        return plan_rounds(
+            self.unit_map.num_heads,
+            self.config.num_of_heads,
+            rows=self.unit_map.rows(),
+            kinds=list(self.unit_map.kinds().values()),
+            min_per_row=self.config.min_heads_per_layer,
+            min_per_kind=self.config.min_heads_per_kind,
+        )
+
+    def keep(self) -> np.ndarray:
+        """``bool[N]``: the heads that would stay now."""
+        raise NotImplementedError
+
+    def head_mask(self) -> HeadMask:
+        return HeadMask(self.unit_map, self.keep() if self.final is None else self.final)
+
+    def harden(self) -> None:
+        self.final = self.keep()
+        self.session.gates.set_fixed(self.final)
+
+
+class HeadGatePruner(HeadPruner):
+    """A method that learns one logit per head.
+
+    The logits are float64 on the host and never enter the host's optimizer. Once per update the gates are drawn,
+    and once per update their gradient (one copy of N floats) is mapped to the logits in closed form.
+    """
+
+    def __init__(self, config: HeadGateConfig) -> None:
+        super().__init__(config)
+        self.freezes_model = not config.joint_pruning
+        self.noise = None  # parity with recorded runs: a function from the step to the N uniforms
+
+    def check_options(self) -> None:
+        super().check_options()
+        require(self.config, "pruning_lr", lambda value: value > 0, "above 0")
+        for option in ("gate_clip_norm", "gate_weight_decay"):
+            require(self.config, option, lambda value: value >= 0, "0 or more")
+        for option in ("gate_adam_beta1", "gate_adam_beta2"):
+            require(self.config, option, lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+    def attach(self, session) -> None:
+        super().attach(session)
+        self.generator = np.random.default_rng([session.seed, 0])
+        self.logits = self.initial_logits(self.generator)
+        self.adam = GateAdam(
+            self.logits.size,
+            (self.config.gate_adam_beta1, self.config.gate_adam_beta2),
+            weight_decay=self.config.gate_weight_decay,
+        )
+        self.gradient: Optional[np.ndarray] = None
+        self.gradient_norm = 0.0
+        self.clipped_steps = 0
+        self.skipped_steps = 0
+        self.drawn = np.ones(self.logits.size)
+        self._set_evaluation()
+
+    def initial_logits(self, generator: np.random.Generator) -> np.ndarray:
+        """Xavier-uniform over the [sites, heads] matrix."""
+        bound = np.sqrt(6.0 / (len(self.unit_map.attention) + self.unit_map.attention[0].heads))
+        return generator.uniform(-bound, bound, self.unit_map.num_heads)
+
+    def draw(self, step: int) -> np.ndarray:
+        """The N gates of update ``step``; keeps what :meth:`chain` needs."""
+        raise NotImplementedError
+
+    def chain(self, gradient: np.ndarray) -> np.ndarray:
+        """dL/dlogits from dL/dgates, for the last draw."""
+        raise NotImplementedError
+
+    def penalty(self) -> float:
+        """The regulariser that the objective adds once per micro-batch."""
+        return 0.0
+
+    def penalty_gradient(self) -> np.ndarray:
+        """Its gradient with respect to the logits."""
+        return np.zeros_like(self.logits)
+
+    def evaluation_gates(self) -> np.ndarray:
+        """The N gates of evaluation."""
+        return self.drawn if self.config.sample_in_eval else self.keep()
+
+    def uniforms(self, step: int) -> np.ndarray:
+        """N uniforms in [0, 1): the same on every rank and after a resume."""
+        if self.noise is not None:
+            return np.asarray(self.noise(step), dtype=np.float64).reshape(-1)
+        return np.random.default_rng([self.session.seed, 1, step]).random(self.logits.size)
+
+    def before_update(self, step: int) -> None:
+        if self.final is not None:
+            self.session.gates.set_fixed(self.final)
+            return
+        self.drawn = self.draw(step)
+        self.session.gates.set_training(self.drawn)
+        self.gradient = None
+        if self.config.sample_in_eval:
+            self._set_evaluation()
+
+    def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
+        if self.final is not None:
+            return
+        gates = self.session.gates
+        packed = np.array([denominator, micro_batches])
+        gradient, (denominator, micro_batches) = self.session.collect(gates.gradients, packed)
+        with np.errstate(over="ignore", invalid="ignore"):
+            gradient = self.chain(gradient / loss_scale) + micro_batches * self.penalty_gradient()
+            gradient /= denominator or 1.0
+            # Scale before squaring: gradients of the relaxation can exceed 1e154.
+            largest = np.abs(gradient).max()
+            finite = np.isfinite(largest)
+            self.gradient_norm = float(largest * np.linalg.norm(gradient / (largest or 1.0))) if finite else np.inf
+        if not finite:
+            self.skipped_steps += 1
+            logger.warning(
+                "the gate gradients are not finite: this gate step is skipped (%d so far)", self.skipped_steps
+            )
+            return
+        limit = self.config.gate_clip_norm
+        if limit and self.gradient_norm > limit:
+            self.clipped_steps += 1
+            gradient *= limit / self.gradient_norm
+        self.gradient = gradient
+
+    def after_step(self, step: int, lr_factor: float) -> None:
+        if self.gradient is None:
+            return
+        self.adam.step(self.logits, self.gradient, self.config.pruning_lr * lr_factor)
+        self.gradient = None
+        self._set_evaluation()
+
+    def reset_optimizer(self) -> None:
+        self.adam = GateAdam(self.logits.size, self.adam.betas, weight_decay=self.adam.weight_decay)
+        self.clipped_steps = self.skipped_steps = 0
+
+    def scale_gradient(self, factor: float) -> None:
+        """Scale the collected gradient: for runs that clip one norm over model and gates."""
+        if self.gradient is not None:
+            self.gradient *= factor
+
+    def _set_evaluation(self) -> None:
+        self.session.gates.set_evaluation(self.evaluation_gates())
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "gate_norm": self.gradient_norm,
+            "gate_clip": 100.0 * self.clipped_steps / max(1, self.adam.steps),
+            "gate_skip": float(self.skipped_steps),
+            "penalty": self.penalty(),
+            "heads_expected": self.expected_heads(),
+            "heads_kept": float(self.keep().sum()),
+        }
+
+    def expected_heads(self) -> float:
+        """The number of open heads that the gates of this update amount to."""
+        return float(self.drawn.sum())
+
+    def keep(self) -> np.ndarray:
+        return hard_top_k(self.logits, self.rounds)
+
+    def require_count(self) -> None:
+        """Raise unless the number of heads to keep was given."""
+        if self.config.num_of_heads is None:
+            raise HeadPruningError(f"{self.name} needs the number of heads to keep; add --num-of-heads K.")
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        state = {"logits": self.logits.copy(), "counts": np.array([self.clipped_steps, self.skipped_steps], float)}
+        state["final"] = np.array([] if self.final is None else self.final, dtype=float)
+        state.update({f"adam.{name}": value for name, value in self.adam.state_dict().items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        if state["logits"].size != self.logits.size:
+            raise HeadPruningError(
+                f"The checkpoint has gate logits for {state['logits'].size} heads but the model has "
+                f"{self.logits.size}; resume with the options that the run was started with."
+            )
+        self.logits = np.array(state["logits"], dtype=np.float64)
+        self.clipped_steps, self.skipped_steps = (int(count) for count in state["counts"])
+        self.final = state["final"].astype(bool) if state["final"].size else None
+        self.adam.load_state_dict(
+            {name[len("adam.") :]: value for name, value in state.items() if name.startswith("adam.")}
+        )
+        if self.final is None:
+            self._set_evaluation()
+        else:
+            self.session.gates.set_fixed(self.final)

@@ -1,0 +1,1 @@
+"""After training: programs of compact models, runtimes that run them, their sizes and times."""

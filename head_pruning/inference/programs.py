@@ -1,0 +1,191 @@
+"""Models for other runtimes: ONNX files, and programs of ``torch.export``, written once they give what torch gives."""
+
+import contextlib
+import inspect
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
+
+import torch
+from torch import nn
+
+from ..errors import HeadPruningError
+from ..files import atomic_path
+from ..hosts import HostModel, cut_out
+from ..masks import HeadMask
+from .runtimes import NEEDS_ONNX, onnx_pass, onnx_session
+
+Tensors = Mapping[str, torch.Tensor]
+Run = Callable[[Tensors], Tensors]
+Check = Callable[[Run], float]
+"""Compares a run with the model: the largest difference, or HeadPruningError."""
+
+OPSET = 20  # the first with Gelu
+LIMIT = 2 << 30  # bytes of weights from which ONNX keeps them in a second file
+
+
+class ByName(nn.Module):
+    """A model whose forward has its inputs as parameters, after which exporters name them.
+
+    Args:
+        model: the model.
+        names: of the inputs, in order.
+        outputs: what the model returns to tensors by name.
+        options: arguments of every call.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], outputs: Callable[[Any], dict[str, torch.Tensor]], **options: Any
+    ) -> None:
+        super().__init__()
+        self.model = model
+        names = list(names)
+
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, torch.Tensor]:
+            return outputs(model(**dict(zip(names, args)), **kwargs, **options))
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        self.forward = forward
+
+
+def program_formats(
+    load: Callable[[Path, Optional[HeadMask]], HostModel],
+    onnx: Callable[[HostModel, Path], float],
+    program: Callable[[HostModel, Path], float],
+) -> dict[str, Callable[[Path, Path, Optional[HeadMask]], str]]:
+    """A host's ``exports`` of these kinds.
+
+    Args:
+        load: the host's.
+        onnx: writes an ONNX file of a model whose heads are cut out; returns the largest difference from it.
+        program: likewise a program of torch.export.
+    """
+
+    def exporter(write: Callable[[HostModel, Path], float], compared: str) -> Callable[..., str]:
+        def export(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+            loaded = load(source, mask)
+            words = cut_out(loaded)
+            return f"{target}: {words}; largest difference between {compared} {write(loaded, target):.1e}"
+
+        return export
+
+    return {
+        "onnx": exporter(onnx, "onnxruntime and torch"),
+        "torch-export": exporter(program, "the exported program and the model"),
+    }
+
+
+def refuse_difference(model: nn.Module, what: str, difference: float, limit: float) -> None:
+    """Raise HeadPruningError unless ``difference`` of an export from its model is at most ``limit``; NaN never is."""
+    if not difference <= limit:
+        raise HeadPruningError(
+            f"The {what} export of {type(model).__name__} differs by {difference:.1e} from the model, so it was not "
+            "written; export it compact and run it in torch."
+        )
+
+
+@contextlib.contextmanager
+def one_sentence(model: nn.Module, what: str) -> Iterator[None]:
+    """Quiet exporters; what they cannot do becomes one sentence, a HeadPruningError."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (HeadPruningError, OSError):  # a full disk is not torch's fault
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()) or repr(cause)
+        raise HeadPruningError(
+            f"torch cannot export {type(model).__name__} to {what} ({reason:.200}); export it compact instead, and "
+            "run it in torch."
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def check_file(target: Path, suffix: str) -> None:
+    """Raise HeadPruningError when the file to write is a folder; ``suffix`` is for the name to propose."""
+    if target.is_dir():
+        raise HeadPruningError(f"{target} is a folder; name a file to write, such as {target / f'model{suffix}'}.")
+
+
+def check_onnx(model: nn.Module, target: Path) -> None:
+    """Raise HeadPruningError when a package is missing, the model too large, or ``target`` a folder."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise HeadPruningError(NEEDS_ONNX) from error
+    check_file(target, ".onnx")
+    if sum(p.numel() * p.element_size() for p in model.parameters()) >= LIMIT:
+        raise HeadPruningError("An ONNX file holds less than 2 GB of weights; export the model compact instead.")
+
+
+def write_program(program: torch.export.ExportedProgram, target: Path, check: Check) -> float:
+    """Write ``target``, which ``torch.export.load(target).module()`` runs without any package but torch.
+
+    Returns:
+        The largest difference that ``check`` found.
+
+    Raises:
+        HeadPruningError: of ``check``; nothing is written then.
+    """
+    difference = check(lambda inputs: program.module()(**inputs))
+    with atomic_path(target) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with temporary.open("wb") as file:  # a path would be warned of unless it ends in .pt2
+            torch.export.save(program, file)
+    return difference
+
+
+def write_onnx(
+    program: "nn.Module | torch.export.ExportedProgram",
+    inputs: Tensors,
+    axes: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+    target: Path,
+    check: Check,
+) -> float:
+    """Write ``target``, an ONNX file, once it has passed ``check`` in onnxruntime.
+
+    Args:
+        program: takes its inputs by name.
+        inputs: an example of them, in order.
+        axes: what varies in each, by name.
+        outputs: names for the tensors that it returns.
+        target: the file, written atomically.
+        check: is given a run of the file in onnxruntime.
+
+    Returns:
+        The largest difference that ``check`` found.
+
+    Raises:
+        HeadPruningError: of ``check``; nothing is written then.
+    """
+    with contextlib.redirect_stdout(None):
+        made = torch.onnx.export(
+            program,
+            (),
+            kwargs=dict(inputs),
+            dynamic_shapes={name: dict(axes[name]) for name in inputs},
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    with atomic_path(target) as temporary:
+        made.save(str(temporary), external_data=False)
+        session = onnx_session(temporary)
+        return check(lambda given: dict(zip(outputs, map(torch.from_numpy, onnx_pass(session, given)()))))

@@ -1,0 +1,56 @@
+"""Forward passes to be timed: a module in torch, or an exported file in onnxruntime."""
+
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+import torch
+from torch import nn
+
+from ..errors import HeadPruningError
+
+NEEDS_ONNX = "onnx, onnxscript and onnxruntime are needed for this; install them: pip install 'head-pruning[onnx]'."
+
+
+def torch_pass(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+    """A forward pass of a model without gradients."""
+
+    @torch.inference_mode()
+    def run() -> Any:
+        return model(**inputs)
+
+    return run
+
+
+def onnx_session(path: "str | Path", threads: int = 1, *, fused_norms: bool = True):
+    """An onnxruntime session on the CPU.
+
+    Args:
+        path: the ONNX file.
+        threads: that compute.
+        fused_norms: False leaves residual sums and layer norms apart: onnxruntime fuses them into an operator that
+            takes longer on CPUs than both (``benchmarks/inference.py``).
+
+    Raises:
+        HeadPruningError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise HeadPruningError(NEEDS_ONNX) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Waiting threads would count as processor time.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    left_out = [] if fused_norms else ["SkipLayerNormFusion"]
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
+    )
+
+
+def onnx_pass(session: Any, inputs: Mapping[str, torch.Tensor]) -> Callable[[], list]:
+    """A forward pass of :func:`onnx_session`; inputs that the exported model does not read are left out."""
+    names = {given.name for given in session.get_inputs()}
+    feed = {name: tensor.numpy() for name, tensor in inputs.items() if name in names}
+    return lambda: session.run(None, feed)

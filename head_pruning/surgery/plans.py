@@ -1,0 +1,101 @@
+"""What of a model belongs to the heads of one site."""
+
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional
+
+import torch
+from torch import nn
+
+from ..errors import HeadPruningError
+from ..unit_map import AttentionSite
+
+# A block of a dimension: (1, width) is `width` slices per head, head after head; (1, width, first, end) is the same of
+# some heads; (0, width) is shared by all heads; (2, width) is `width` slices per query head.
+Blocks = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What of a model belongs to the heads of one site, as :mod:`head_pruning.compact` describes it.
+
+    Args:
+        tensors: ``(dotted name, dimension, blocks)`` of every parameter and buffer with slices per head.
+        counts: ``(dotted attribute, what one head adds to it)``, with ``"queries"`` in third place: one query head.
+        hooks: ``(kind, module, options)``, see :data:`head_pruning.compact.HOOKS`.
+        empty: ``(module, options)`` of what becomes :class:`head_pruning.compact.NoHeads` when no head stays, or
+            ``(output projection, None)`` for a site that keeps a dummy head then; None: the site cannot lose its last
+            head.
+        refuse: why no head of the site can be cut out; empty: they can.
+        per_group: query heads in each head (a key/value group), where single ones can be cut out; else 1.
+    """
+
+    tensors: tuple[tuple[str, int, Blocks], ...]
+    counts: tuple[tuple, ...] = ()
+    hooks: tuple[tuple[str, str, Mapping[str, Any]], ...] = ()
+    empty: Optional[tuple[str, Optional[Mapping[str, Any]]]] = None
+    refuse: str = ""
+    per_group: int = 1
+
+    def entry(self, heads: int) -> dict[str, Any]:
+        """The site's entry in a recipe, JSON-ready, with all heads kept."""
+        return {
+            "heads": heads,
+            "kept": list(range(heads)),
+            "tensors": [[name, dim, [list(block) for block in blocks]] for name, dim, blocks in self.tensors],
+            "counts": [list(count) for count in self.counts],
+            "hooks": [[kind, name, dict(options)] for kind, name, options in self.hooks],
+            "empty": [self.empty[0], self.empty[1] and dict(self.empty[1])] if self.empty else None,
+            **({"per_group": self.per_group} if self.per_group > 1 else {}),
+        }
+
+
+def rows_of(model: nn.Module, projection: str, blocks: Blocks) -> list[tuple[str, int, Blocks]]:
+    """The tensors of a projection whose outputs are ``blocks``: weight (Linear or Conv1D), bias and buffers."""
+    module = model.get_submodule(projection)
+    conv1d = hasattr(module, "nf")
+    wide = module.weight.shape[1 if conv1d else 0]
+    found = []
+    for name, tensor in _own_tensors(module):
+        if tensor.ndim and tensor.shape[-1 if conv1d else 0] == wide:
+            found.append((f"{projection}.{name}", tensor.ndim - 1 if conv1d else 0, blocks))
+    return found
+
+
+def columns_of(model: nn.Module, projection: str, blocks: Blocks) -> list[tuple[str, int, Blocks]]:
+    """The tensors of a projection whose inputs are ``blocks``."""
+    module = model.get_submodule(projection)
+    dim = 0 if hasattr(module, "nf") else 1
+    return [
+        (f"{projection}.{name}", dim, blocks)
+        for name, tensor in _own_tensors(module)
+        if tensor.shape == module.weight.shape
+    ]
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def plain_plan(model: nn.Module, site: AttentionSite) -> SitePlan:
+    """The plan of a site with one projection each for query, key and value, heads one after the other.
+
+    Raises:
+        HeadPruningError: a projection's width is not that of so many heads.
+    """
+    tensors = columns_of(model, site.out_proj, ((1, site.head_dim),))
+    for name in site.projections:
+        module = model.get_submodule(name)
+        wide = module.weight.shape[1 if hasattr(module, "nf") else 0]
+        if wide % site.heads or len(site.projections) != 3:
+            raise HeadPruningError(
+                f"It is not known how the {site.heads} heads of {site.name} lie in {name}; export the model masked, "
+                "or give the unit map a planner that says it."
+            )
+        tensors += rows_of(model, name, ((1, wide // site.heads),))
+    return SitePlan(tuple(tensors))
+
+
+def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of this dotted name."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)

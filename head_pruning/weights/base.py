@@ -1,0 +1,423 @@
+"""What the weight pruners share: targets, masks and when they are drawn, policies, evaluation, state."""
+
+import contextlib
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Optional, Sequence
+
+import numpy as np
+import torch
+
+from ..errors import HeadPruningError
+from ..pruner import Pruner
+from .engine.drawing import LateNumbers, draw_masks
+from .engine.portions import Portion, each
+from .engine.selection import Selection
+from .engine.storage import Storage
+from .engine.targets import name_pattern, shortened, weight_targets
+
+logger = logging.getLogger(__name__)
+
+# A density above the target by more than this is not the rounding of small tensors.
+_UNEVEN = 0.05
+
+
+class WeightPruner(Pruner):
+    """A method with one mask per pruned tensor.
+
+    Masks act on the parameters themselves, in place, after the optimizer's step. All ranks of a data-parallel run
+    see the same reduced gradients and so draw the same masks; nothing is exchanged. Where the host keeps float32
+    master copies, ``session.master_of`` leads from a parameter to its copy: scores are taken and masks are applied
+    there, and the masks on the parameter too.
+
+    A method implements :meth:`plan`, :meth:`density_at`, :meth:`due`, :meth:`scores` and, if it keeps averages,
+    :attr:`kinds` and :meth:`track`.
+    """
+
+    needs_gates = False
+    #: Whether parameters without a gradient cannot be scored.
+    needs_gradient = False
+    #: Whether scores may be negative.
+    signed = False
+    #: Whether the k-th smallest score itself is pruned (k zeros) or only what lies below it (k - 1 zeros).
+    inclusive = False
+    #: Names of the float32 states with one value per weight.
+    kinds: tuple[str, ...] = ()
+    #: One of them that is above 0: its signs can hold the mask.
+    carrier: Optional[str] = None
+    default_selection, default_policy = "global", "revive"
+    #: The number of the first update: the published script counts from 1.
+    first_step = 1
+
+    # -- for methods -------------------------------------------------------------------------------------------------
+
+    def plan(self) -> None:
+        """Settle the schedule, once the length of training is known."""
+
+    def density_at(self, t: int) -> float:
+        """The remaining ratio that update ``t`` aims at."""
+        raise NotImplementedError
+
+    def due(self, t: int) -> bool:
+        """Whether update ``t`` ends with a mask."""
+        raise NotImplementedError
+
+    def final_at(self, t: int) -> bool:
+        """Whether the masks of update ``t`` have the final density."""
+        raise NotImplementedError
+
+    def final_density(self) -> float:
+        """The remaining ratio of the outcome."""
+        raise NotImplementedError
+
+    def track(self, t: int, portion: Portion, gradients: list[torch.Tensor]) -> None:
+        """Update the states of a portion from its weights after, and its gradients of, update ``t``."""
+
+    def scores_moved(self, t: int) -> bool:
+        """Whether update ``t`` changes scores."""
+        return True
+
+    def scores(self, portion: Portion) -> list[torch.Tensor]:
+        """float32 scores of the portion's weights, in temporaries of the portion."""
+        raise NotImplementedError
+
+    def masked_scores(self, portion: Portion) -> list[torch.Tensor]:
+        """:meth:`scores`; under the nested policy those of weights already pruned are minus infinity."""
+        scores = self.scores(portion)
+        if self.policy == "nested" and self.has_mask:
+            for score, keep in zip(scores, self.storage.masks.keep(portion)):
+                score.masked_fill_(~keep, -math.inf)
+        return scores
+
+    # -- life cycle --------------------------------------------------------------------------------------------------
+
+    def check_options(self) -> None:
+        super().check_options()
+        options = self.config
+        name_pattern(options.weights_include, "--weights-include")
+        name_pattern(options.weights_exclude, "--weights-exclude")
+        self.selection = Selection.parse(getattr(options, "weight_selection", None) or self.default_selection)
+        self.policy = getattr(options, "mask_policy", None) or self.default_policy
+        if self.policy not in POLICIES:
+            raise HeadPruningError(f"--mask-policy is {self.policy!r}; choose one of {', '.join(POLICIES)}.")
+        if getattr(options, "block_pooling", "avg") not in ("avg", "max"):
+            raise HeadPruningError(f"--block-pooling is {options.block_pooling!r}; choose avg or max.")
+
+    def options(self) -> dict[str, Any]:
+        options = super().options()
+        drawn = {"weight_selection": str(self.selection), "mask_policy": self.policy}
+        return {**options, **{name: value for name, value in drawn.items() if name in options}}
+
+    def attach(self, session) -> None:
+        super().attach(session)
+        options = self.config
+        self.targets = weight_targets(
+            session.model,
+            session.unit_map,
+            include=options.weights_include,
+            exclude=options.weights_exclude,
+            biases=options.prune_biases and not self.selection.structured,
+        )
+        if self.selection.structured:
+            for target in self.targets:
+                self.selection.check(target.name, target.parameter)
+        self._refuse_shared_targets(session.pruners)
+        self.storage = Storage(
+            self.targets,
+            kinds=self.kinds,
+            carrier=None if self.policy == "nested" else self.carrier,  # a nested mask outlives the averages' change
+            retained=self.policy == "retained",
+            whole=self.selection.scope != "global",
+            sampled=self.selection.scope == "global" and self.policy != "nested",
+        )
+        self.storage.active = [] if self.needs_gradient else list(self.targets)
+        self.sizes = self.storage.sizes
+        self.t = self.first_step - 1
+        self.has_mask = self.locked = self.clean = False
+        self.current = False  # whether the mask is that of the present scores
+        self.selected = math.nan  # the density it was drawn for
+        self._planned = self._told = self._ready = False
+        self._numbers: Optional[LateNumbers] = None
+
+    def _refuse_shared_targets(self, pruners: Sequence[Pruner]) -> None:
+        mine = {target.name for target in self.targets}
+        for other in pruners[: pruners.index(self)]:
+            if isinstance(other, WeightPruner) and (other.name == self.name or mine & {t.name for t in other.targets}):
+                raise HeadPruningError(
+                    f"The pruners {other.name} and {self.name} cannot prune weights in one session: they are of one "
+                    "name or share weights; give them different methods and different --weights-include."
+                )
+
+    def detach(self) -> None:
+        super().detach()
+        self.targets, self._numbers = [], None
+        self.storage.release()
+
+    def _plan_once(self) -> None:
+        if not self._planned:
+            self.plan()
+            self._planned = True
+
+    @torch.no_grad()
+    def before_update(self, step: int) -> None:
+        self._plan_once()
+        if self._ready and self.policy == "retained" and self.has_mask and not self.locked:
+            self._apply()  # the host skipped its step after before_step(), as loss scalers do
+        self._ready = False
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Retained policy: the optimizer steps the retained weights, with gradients of those that stay only."""
+        self._ready = True
+        if self.policy != "retained" or not self.has_mask or self.locked:
+            return
+        self._lay_out()
+        self.storage.restore_originals()
+        self.storage.mask_gradients()
+
+    @torch.no_grad()
+    def after_step(self, step: int, lr_factor: float) -> None:
+        """Read the gradients of the update (they must still be there), track, and mask if it is time."""
+        self._plan_once()
+        self.t = t = step + self.first_step
+        if self.locked:
+            self._lay_out()
+            self._apply()
+            return
+        if self.policy == "retained" and self.has_mask and not self._ready:
+            raise HeadPruningError(
+                "The retained mask policy needs session.before_step() just before the optimizer's step; call it."
+            )
+        self._ready = False
+        if self.needs_gradient:
+            self._activate()
+        self._lay_out()
+        if self.scores_moved(t):
+            self.current = False
+        due, density = self.due(t), self.density_at(t)
+        select = due and not (self.current and self.selected == density)
+        masks = (due or self.policy != "revive") and (select or self.has_mask)
+        if self.kinds:
+            gradients = self.storage.gradients()
+
+            def work(portion: Portion) -> None:
+                self.track(t, portion, portion.cut(gradients))
+                if masks and not select:  # while the portion is in the cache
+                    self.storage.apply(portion, keep_originals=self._retains)
+
+            each(self.storage.portions, work)
+        if select:
+            self._select(density)
+        if masks and (select or not self.kinds):
+            self._apply()
+        self.clean = masks
+
+    @torch.no_grad()
+    def harden(self) -> None:
+        """Mask the model at the final density, for good: from now on every optimizer step is masked again."""
+        if self.locked:
+            return
+        self._plan_once()
+        if not self.storage.active:
+            raise HeadPruningError("No weight has ever had a gradient, so none can be pruned; train the model first.")
+        self._lay_out()
+        if not self.at_target():
+            if self.policy == "retained" and self.has_mask:
+                self.storage.restore_originals()
+            self._select(self.final_density())
+        self._apply()
+        self.clean = self.locked = True
+        self._warn_of_ties()
+
+    def _warn_of_ties(self) -> None:
+        kept, total, wanted = self.storage.count_kept(), self.storage.number, self.final_density()
+        if kept > (wanted + _UNEVEN) * total:
+            logger.warning(
+                "%d of %d weights stay where %.4g of them should: too many scores are equal, as averages are until "
+                "deltaT updates have passed; train longer or lower --deltaT",
+                kept,
+                total,
+                wanted,
+            )
+
+    def at_target(self) -> bool:
+        return self.locked or (self.has_mask and self.final_at(self.t) and self.selected == self.final_density())
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the model is masked with the last mask drawn; afterwards it is bit for bit as before."""
+        if not self.has_mask or self.clean:
+            yield
+            return
+        with torch.no_grad():
+            self._lay_out()
+            touched = self.storage.touched()
+            kept = [tensor.clone() for tensor in touched]
+            self._apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([tensor.detach() for tensor in touched], kept)
+
+    evaluating = applied
+
+    def metrics(self) -> dict[str, float]:
+        """``prune_target``: remaining ratio aimed at; ``weights_kept``: the mask's; ``mask_threshold``.
+
+        The last two are of the last mask whose numbers have arrived from the device.
+        """
+        self._plan_once()
+        numbers = {"prune_target": self.final_density() if self.locked else self.density_at(self.t)}
+        if self._numbers is not None:
+            threshold, kept = self._numbers.read()
+            numbers["weights_kept"] = kept / max(1, self.storage.number)
+            if math.isfinite(threshold):
+                numbers["mask_threshold"] = threshold
+        return numbers
+
+    @torch.no_grad()
+    def weight_masks(self) -> dict[str, torch.Tensor]:
+        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
+        if not self.has_mask:
+            return {}
+        self._lay_out()
+        return self.storage.kept()
+
+    # -- the work ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def mask_now(self, density: float) -> None:
+        """Draw a mask of the present scores, outside of the schedule."""
+        self._lay_out()
+        self._select(density)
+        self._apply()
+        self.clean = True
+
+    def _activate(self) -> None:
+        """Take in the parameters that have a gradient for the first time."""
+        storage = self.storage
+        if len(storage.active) == len(self.targets):
+            return
+        names = {target.name for target in storage.active}
+        master = self.session.master_of or (lambda parameter: parameter)
+        live = [
+            target for target in self.targets
+            if target.name in names or target.parameter.grad is not None or master(target.parameter).grad is not None
+        ]  # fmt: skip
+        if not live:
+            raise HeadPruningError(
+                "No pruned parameter has a gradient in session.after_step(); call it before zero_grad(), and check "
+                "that the chosen weights take part in the loss."
+            )
+        storage.active = live
+
+    def _lay_out(self) -> None:
+        self.storage.lay_out(self.session.master_of)
+
+    @property
+    def _retains(self) -> bool:
+        return self.policy == "retained" and not self.locked
+
+    def _apply(self) -> None:
+        self.storage.apply_all(keep_originals=self._retains)
+
+    def _select(self, density: float) -> None:
+        self._tell_inactive()
+        kept, threshold = draw_masks(self, 1.0 - density)
+        self.has_mask, self.current, self.selected = True, True, density
+        if self._numbers is None or self._numbers.device != kept.device:
+            self._numbers = LateNumbers(kept.device)
+        self._numbers.write(threshold, kept)
+
+    def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
+        """The threshold of one tensor, its ``k``-th smallest score; minus infinity prunes nothing, at k = 0."""
+        if k == 0:
+            return torch.full((), -math.inf, device=score.device)
+        return score.flatten().kthvalue(k).values
+
+    def _tell_inactive(self) -> None:
+        if self._told or len(self.storage.active) == len(self.targets):
+            return
+        self._told = True
+        names = {target.name for target in self.storage.active}
+        silent = [target.name for target in self.targets if target.name not in names]
+        logger.warning("%d parameters never had a gradient and are not pruned: %s", len(silent), shortened(silent))
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        flags = (self.has_mask, self.locked, self.clean, self.current)
+        numbers = [] if self._numbers is None else [x if math.isfinite(x) else 0.0 for x in self._numbers.read()]
+        selected = -1.0 if math.isnan(self.selected) else self.selected
+        return {
+            "progress": np.array([float(self.t), selected, *map(float, flags)]),
+            "active": self.storage.active_flags(),
+            "numbers": np.array(numbers),
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self.storage.load_active_flags(state["active"])
+        t, selected, *flags = state["progress"].tolist()
+        self.t, self.selected = int(t), math.nan if selected < 0 else selected
+        self.has_mask, self.locked, self.clean, self.current = (bool(flag) for flag in flags)
+        self._planned = False
+        if state["numbers"].size:
+            self._numbers = LateNumbers(torch.device("cpu"), tuple(state["numbers"].tolist()))
+
+    @torch.no_grad()
+    def tensor_state(self) -> dict[str, torch.Tensor]:
+        """Averages as they are (not copies), masks packed to one bit per weight, by ``kind.parameter``."""
+        return self.storage.tensor_state()
+
+    @torch.no_grad()
+    def load_tensor_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore :meth:`tensor_state`. Raises HeadPruningError when it is of other tensors."""
+        self.storage.load_tensor_state(state)
+
+
+POLICIES = ("revive", "nested", "retained")
+
+
+@dataclass
+class WeightConfig:
+    """Options of every weight pruner."""
+
+    weights_include: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "regular expression of the parameters to prune; default: the projections of all attention and "
+            "feed-forward blocks"
+        },
+    )
+    weights_exclude: Optional[str] = field(
+        default=None, metadata={"help": "regular expression of parameters to leave dense"}
+    )
+    prune_biases: bool = field(
+        default=True, metadata={"help": "prune the biases of the chosen modules too, as the published code does"}
+    )
+
+
+@dataclass
+class MaskConfig(WeightConfig):
+    """Options of every weight pruner that draws masks."""
+
+    weight_selection: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "global (one threshold), tensor (one per tensor), N:M such as 2:4 (N of M neighbours stay), or "
+            "ROWSxCOLUMNS such as 4x4 (whole blocks); default: the method's own"
+        },
+    )
+    mask_policy: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "revive (pruned weights are trained on between two masks), nested (a pruned weight never comes "
+            "back) or retained (pruned weights keep their last value aside and come back with it); default: the "
+            "method's own"
+        },
+    )
+    block_pooling: str = field(
+        default="avg", metadata={"help": "score of a block of weights: avg or max of its weights' scores"}
+    )

@@ -1,0 +1,262 @@
+"""Removing the heads of a fine-tuned classifier by their importance (Michel et al. 2019), round by round."""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+
+from head_pruning import HeadMask, HeadPruningError
+from head_pruning.files import write_json
+from head_pruning.importance import pruning_rounds
+from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
+from head_pruning.report.tables import head_table, text_table
+
+from ..command_line.arguments import MichelArguments
+from ..heads.importance import head_importance
+from ..heads.masking import head_mask
+from ..host import COMPANIONS
+from ..mapping.unit_map import unit_map
+from ..saving.folders import save_pruned
+from ..scripts import logs
+from ..scripts.output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
+from ..scripts.run import first_examples
+from . import compute_metrics, find_task, load_task
+from .metrics import find_metric
+from .run import load_pieces
+
+logger = logging.getLogger("hf_plugin.run_michel")
+
+# What the heads that are removed depend on, beside the model and its data.
+_CHOICE = (
+    *("num_of_heads", "exact_pruning", "dont_normalize_importance_by_layer", "dont_normalize_global_importance"),
+    *("per_example", "max_train_samples"),
+)
+_SETTINGS = ("model_name_or_path", "task_name", "data_dir", "data_subset", *_CHOICE, "max_seq_length", "batch_size")
+_FLAGS = {"model_checksum": "set of weights, from --model_name_or_path or drawn with --seed"}
+_CURE = "choose another --output_dir or add --overwrite_output_dir"
+
+
+class MichelRun:
+    """A fine-tuned model, its training data for importance and its validation data for scores."""
+
+    def __init__(self, arguments: MichelArguments) -> None:
+        self.arguments = arguments
+        task = find_task(arguments.task_name)
+        self.scored, self.metric = find_metric(arguments.metric_name, task)
+        refuse_masked_start(arguments.model_name_or_path)
+        self.out = open_folder(arguments.output_dir, arguments.model_name_or_path, arguments.overwrite_output_dir)
+        set_seed(arguments.seed)
+        tokenizer, self.model, self.task = load_pieces(arguments, task)
+        self.unit_map = unit_map(self.model)
+        self.data = load_task(
+            self.task,
+            tokenizer=tokenizer,
+            data_dir=arguments.data_dir,
+            cache_dir=arguments.cache_dir,
+            max_seq_length=arguments.max_seq_length,
+            overwrite_cache=arguments.overwrite_cache,
+            splits=("train", "validation"),
+        )
+        subset = arguments.data_subset if arguments.data_subset > 0 else None
+        self.validation = {name: first_examples(part, subset) for name, part in self.data.validation.items()}
+        self.collator = DataCollatorWithPadding(tokenizer)
+        self.trainer = Trainer(
+            model=self.model,
+            args=TrainingArguments(
+                output_dir=arguments.output_dir,
+                per_device_eval_batch_size=arguments.batch_size,
+                report_to="none",
+                dataloader_pin_memory=not arguments.no_cuda and torch.cuda.is_available(),
+                use_cpu=arguments.no_cuda,
+                disable_tqdm=not sys.stderr.isatty(),
+                seed=arguments.seed,
+            ),
+            data_collator=self.collator,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics(self.task),
+        )
+        self.device = self.trainer.args.device
+        self.scores: dict[str, float] = {}
+        self.measured: dict[int, dict[str, float]] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """What the rounds depend on; rounds of other settings are not gone on with.
+
+        What says the same as its default is None: files of rounds may be older than the setting.
+        """
+        arguments = self.arguments
+        found = {name: getattr(arguments, name) for name in _SETTINGS}
+        for name in ("tokenizer_name", "config_name"):
+            given = getattr(arguments, name)
+            found[name] = None if given == arguments.model_name_or_path else given
+        usual = find_metric(None, self.task)
+        if (self.scored, self.metric) != usual:
+            found["metric_name"] = self.metric if self.scored == usual[0] else f"{self.scored}/{self.metric}"
+        # A seed matters only to weights that the model's folder lacks, such as those of a new classifier.
+        found["model_checksum"] = sum(float(weight.detach().double().sum()) for weight in self.model.parameters())
+        return found
+
+    def importance(self, mask: HeadMask) -> np.ndarray:
+        """The importance of all heads over the training set, in its order."""
+        arguments = self.arguments
+        train = first_examples(self.data.train, arguments.max_train_samples)
+        loader = DataLoader(train, batch_size=arguments.batch_size, collate_fn=self.collator)
+        return head_importance(
+            self.model,
+            loader,
+            mask=mask,
+            unit_map=self.unit_map,
+            per_example=arguments.per_example,
+            normalize_by_layer=not arguments.dont_normalize_importance_by_layer,
+            normalize_globally=not arguments.dont_normalize_global_importance,
+        )
+
+    def evaluate(self, mask: HeadMask) -> dict[str, float]:
+        """All metrics of all (first) validation examples, under the names that the scripts that train give them."""
+        metrics: dict[str, float] = {}
+        with head_mask(self.model, mask):
+            for i, (name, part) in enumerate(self.validation.items()):
+                prefix = "eval" if i == 0 else f"eval_{name.rpartition('-')[2]}"
+                found = self.trainer.evaluate(part, metric_key_prefix=prefix)
+                # Where a training went before, there is no preparation, and the epoch is the training's.
+                other = ("epoch", f"{prefix}_model_preparation_time")
+                metrics |= {key: value for key, value in found.items() if key not in other}
+                metrics[f"{prefix}_samples"] = len(part)
+                self.scores[name] = 100.0 * metrics[f"{prefix}_{self.metric}"]
+        self.measured[mask.kept] = metrics
+        return metrics
+
+    def score(self, mask: HeadMask) -> float:
+        """100 x the metric on its (first) validation set."""
+        self.evaluate(mask)
+        return self.scores[self.scored]
+
+    def prune(self, report: RoundsReport) -> None:
+        """All rounds that ``report`` lacks."""
+        arguments = self.arguments
+        if report.start is not None and not report.finished:
+            logger.info("going on after the round that left %d heads", report.start.mask.kept)
+        for result in pruning_rounds(
+            self.unit_map,
+            self.importance,
+            self.score,
+            heads_per_round=arguments.num_of_heads,
+            exact=arguments.exact_pruning,
+            start=report.start,
+        ):
+            report.add(result, scores=dict(self.scores))
+            logger.info("%d heads left: %s %.2f", result.mask.kept, self.metric, result.score)
+            if 0 < result.mask.kept <= 2 * arguments.num_of_heads:
+                logger.info("kept heads by site:\n%s", head_table(result.mask))
+
+    def save(self, report: RoundsReport) -> None:
+        """Write the model of :func:`model_round` and what tells of it; ``all_results.json`` comes last."""
+        mask = report.mask(model_round(report.entries))
+        metrics = self.measured.get(mask.kept) or self.evaluate(mask)
+        save_pruned(
+            self.model,
+            mask,
+            self.out,
+            processing_class=self.trainer.processing_class,
+            method="michel",
+            options={name: getattr(self.arguments, name) for name in _CHOICE},
+            scores=metrics,
+            dataset=f"GLUE {self.task.folder}",
+            history=[{name: value for name, value in e.items() if name != "importance"} for e in report.entries],
+        )
+        write_json(self.out / RESULTS_FILE, {**metrics, "heads_kept": mask.kept, "heads_total": mask.keep.size})
+        logger.info("%d of %d heads are left in the model in %s", mask.kept, mask.keep.size, self.out)
+
+    def table(self, report: RoundsReport) -> str:
+        """One line per round."""
+        names = list(self.validation)
+        rows = [
+            (entry["heads"], entry["removed_percent"], *(float(entry["scores"][name]) for name in names))
+            for entry in report.entries
+        ]
+        return text_table(("heads kept", "removed %", *(f"{name} {self.metric} x 100" for name in names)), rows)
+
+
+def run(arguments: MichelArguments) -> list[dict]:
+    """All rounds; returns and saves one entry per round, and saves the model at the end.
+
+    Raises:
+        HeadPruningError: the folder holds a run of other settings or another model, the start model's heads are zeroed
+            already, there is no such metric, or the model or its data cannot be loaded.
+    """
+    logs.set_up()
+    for note in arguments.notes:
+        logger.info("%s", note)
+    michel = MichelRun(arguments)
+    if arguments.overwrite_output_dir:
+        clear(michel.out)
+    report = RoundsReport(michel.out, michel.settings(), michel.unit_map, flags=_FLAGS, cure=_CURE)
+    if report.start is None:
+        (michel.out / RESULTS_FILE).unlink(missing_ok=True)  # of some other run; that of this one says that it is done
+    if report.finished and (michel.out / RESULTS_FILE).exists():
+        logger.info("this run is finished already (--overwrite_output_dir starts anew)")
+    else:
+        michel.prune(report)
+        michel.save(report)
+    print(michel.table(report))
+    logger.info("rounds are in %s", report.path)
+    return report.entries
+
+
+RESULTS_FILE = "all_results.json"
+
+# Beside the tokenizer's files.
+_MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "compact_heads.py")
+
+
+def open_folder(output_dir: "str | Path", start: str, overwrite: bool) -> Path:
+    """The folder that a run writes to, made if missing; nothing in it is touched.
+
+    Args:
+        output_dir: what ``--output_dir`` says.
+        start: what ``--model_name_or_path`` says.
+        overwrite: whether the folder may hold the model of another run.
+
+    Raises:
+        HeadPruningError: it cannot be made or written, is the start model's own, or holds files of another run that
+            this one would write over.
+    """
+    out = make_folder(output_dir)
+    if Path(start).is_dir() and out.resolve() == Path(start).resolve():
+        raise HeadPruningError(
+            f"--output_dir {out} is the start model's own folder, where the pruned model would take its place; choose "
+            "another --output_dir."
+        )
+    if not overwrite and not (out / ROUNDS_FILE).exists():
+        refuse_taken(out)
+    return out
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier Michel run wrote; a folder without one is left as it is."""
+    if not (out / ROUNDS_FILE).exists():
+        return
+    shutil.rmtree(out / MASKS_FOLDER, ignore_errors=True)
+    for unfinished in out.glob(".saving-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    written = (RESULTS_FILE, *REPORTS, *_MODEL)
+    for path in out.iterdir():
+        ours = COMPANIONS.fullmatch(path.name) or any(path.match(pattern) for pattern in written)
+        if ours and path.is_file():
+            path.unlink()
+    # Last: what is cut off on the way is cleared by the next call.
+    (out / ROUNDS_FILE).unlink()
+
+
+def model_round(rounds: Sequence[dict]) -> dict:
+    """The entry whose mask the folder's model gets: the fewest heads, but not none where another round leaves some.
+
+    The last round always removes the last head, and nobody wants that model.
+    """
+    return ([entry for entry in rounds[1:] if entry["heads"]] or rounds)[-1]

@@ -1,0 +1,1 @@
+"""What transformers v5 took away: pruning, masking and scoring heads of a model."""

@@ -1,0 +1,1 @@
+"""What a transformers model is made of: its sites, layers and how heads lie in its projections."""

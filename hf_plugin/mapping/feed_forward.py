@@ -1,0 +1,74 @@
+"""The feed-forward blocks of a model."""
+
+from typing import Callable, Sequence
+
+from torch import nn
+
+from head_pruning import AttentionSite, FeedForwardSite
+
+from .layouts import FEED_FORWARD_LAYOUTS, features, find_parts, parse_layout
+from .module_tree import Tree
+
+LAYOUTS = tuple(parse_layout(line) for line in FEED_FORWARD_LAYOUTS)
+
+
+def feed_forward_outputs(module: nn.Module) -> set[str]:
+    """Names, relative to ``module``, of what would be the output projection of a feed-forward block there."""
+    return {parts["out"] for layout in LAYOUTS if (parts := find_parts(module, layout))}
+
+
+def _layer(tree: Tree, name: str, attention_layers: set[str]) -> str:
+    """The host layer of a block: the one that attention sites name, if it lies in one or beside one."""
+    around = (outer for outer, _ in tree.path(name) if outer in attention_layers)
+    layer = next(around, None)
+    return layer or _parallel_layer(tree, tree.host_layer(name), attention_layers)
+
+
+def _parallel_layer(tree: Tree, layer: str, attention_layers: set[str]) -> str:
+    """XLM keeps the attention modules of all layers in one list and the blocks in another: the same index in both."""
+    holder, _, index = layer.rpartition(".")
+    parent = holder.rpartition(".")[0]
+    if layer in attention_layers or not index.isdigit() or not {holder, parent} <= tree.modules.keys():
+        return layer
+    count = len(list(tree.modules[holder].children()))
+    for other, siblings in tree.modules[parent].named_children():
+        beside = f"{parent}.{other}".lstrip(".")
+        names = [f"{beside}.{child}" for child, _ in siblings.named_children()]
+        if beside != holder and len(names) == count and attention_layers.issuperset(names):
+            return f"{beside}.{index}"
+    return layer
+
+
+def feed_forward_sites(
+    tree: Tree, attention: Sequence[AttentionSite], keep: Callable[[str], bool]
+) -> tuple[FeedForwardSite, ...]:
+    """The blocks that lie in an attention site's layer or in a list of modules, in the order of the modules.
+
+    ``in_proj`` is as wide as the block, or twice as wide where it also makes the gates of the units. What has no
+    known layout, e.g. experts, is left out.
+    """
+    layers = {site.layer for site in attention if site.layer}
+    taken: set[int] = set()
+    sites = []
+    for name, module in tree.modules.items():
+        parts = next((found for layout in LAYOUTS if (found := find_parts(module, layout))), None)
+        if parts is None or not keep(name):
+            continue
+        first, last = (module.get_submodule(parts[role]) for role in ("in", "out"))
+        width = features(last)[0]
+        layer = _layer(tree, name, layers)
+        in_list = any(outer.rpartition(".")[2].isdigit() for outer, _ in tree.path(name))
+        if features(first)[1] not in (width, 2 * width) or id(last) in taken or not (layer in layers or in_list):
+            continue
+        taken.add(id(last))
+        holds_attention = any(site.name == name or site.name.startswith(f"{name}.") for site in attention)
+        sites.append(
+            FeedForwardSite(
+                name=f"{name}.ffn" if holds_attention else name,
+                layer=layer,
+                width=width,
+                in_proj=tree.name_of(first),
+                out_proj=tree.name_of(last),
+            )
+        )
+    return tuple(sites)

@@ -1,0 +1,1 @@
+"""The folders that a pruned model leaves: model, card, programs."""

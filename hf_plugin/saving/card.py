@@ -1,0 +1,143 @@
+"""The model card of a pruned model."""
+
+from typing import Any, Mapping, Optional
+
+import torch
+from torch import nn
+
+from head_pruning import HeadMask
+from head_pruning.report.tables import head_table, markdown_table
+from head_pruning.report.weights import DENSITY_PICTURE, densities
+from head_pruning.surgery.remaining import recipe_of
+
+from ..compact.model_classes import auto_map
+
+
+def model_card(
+    model: nn.Module,
+    mask: HeadMask,
+    *,
+    method: str,
+    options: Mapping[str, Any],
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+    parameters: Optional[tuple[int, int]] = None,
+) -> str:
+    """Markdown with the metadata header that the hub reads.
+
+    Args:
+        model: the pruned model.
+        mask: the heads that stay.
+        method: name of the pruning method.
+        options: its options.
+        scores: metric name to value.
+        dataset: what they were measured on.
+        parameters: of a model whose heads are cut out: how many the original had, and how many are left.
+    """
+    lines = _top(model, f"{mask.kept} of {mask.keep.size} attention heads", "head-pruning", method)
+    if parameters is not None:
+        lines[-1] += "The removed heads are cut out of the weights."
+        lines += ["", *_numbers(*parameters), "", "## Loading", "", *_loading(model)]
+    elif recipe_of(model) is None:
+        lines[-1] += "The weights of the removed heads are zero, so"
+        lines += ["the model loads with `from_pretrained` and needs no other package.", ""]
+    else:
+        lines[-1] += "The weights of the removed heads are zero;"
+        lines += ["others were cut out before.", "", "## Loading", "", *_loading(model)]
+    lines += _results(scores, dataset)
+    lines += ["## Heads that stay", "", "```", head_table(mask), "```", "", "![heads](head_mask.png)", ""]
+    return "\n".join([*lines, *_options(options)])
+
+
+def weight_card(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor],
+    *,
+    method: str,
+    options: Mapping[str, Any],
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+) -> str:
+    """:func:`model_card` of a model of which only weights were pruned.
+
+    Args:
+        model: the pruned model.
+        masks: parameter name to ``bool`` mask (true: stays).
+        method: name of the pruning method.
+        options: its options.
+        scores: metric name to value.
+        dataset: what they were measured on.
+    """
+    counted = densities(masks).values()
+    kept, total = (sum(pair[i] for pair in counted) for i in (0, 1))
+    lines = _top(model, f"{kept / total:.1%} of the weights of {len(counted)} tensors", "weight-pruning", method)
+    lines[-1] += f"Of the {total:,} weights of these tensors {kept:,} stay;"
+    if recipe_of(model) is None:
+        lines += ["the others are zero, so the model loads with `from_pretrained` and needs no other package.", ""]
+    else:
+        lines += ["the others are zero. Heads were cut out before.", "", "## Loading", "", *_loading(model)]
+    lines += _results(scores, dataset)
+    return "\n".join([*lines, *weight_section(), *_options(options)])
+
+
+def dense_card(model: nn.Module, scores: Optional[Mapping[str, float]], dataset: Optional[str]) -> str:
+    """The README.md of a model of which nothing was pruned.
+
+    Args:
+        model: the model.
+        scores: metric name to value.
+        dataset: what they were measured on, and the model trained.
+    """
+    base = getattr(model.config, "_name_or_path", "") or "the model"
+    lines = ["---", "library_name: transformers", "---", "", f"# {type(model).__name__}", ""]
+    lines += [f"Made from `{base}`{f' by fine-tuning on {dataset}' if dataset else ''}; nothing was pruned.", ""]
+    return "\n".join([*lines, *_results(scores, dataset)])
+
+
+def weight_section() -> list[str]:
+    """The lines of a card that show the densities of pruned weights."""
+    return ["## Weights that stay", "", f"![densities]({DENSITY_PICTURE})", ""]
+
+
+def _top(model: nn.Module, left: str, tag: str, method: str) -> list[str]:
+    base = getattr(model.config, "_name_or_path", "") or "the model"
+    lines = ["---", "library_name: transformers", "tags:", f"- {tag}", f"- {method}", "---", ""]
+    lines += [f"# {type(model).__name__} with {left}", ""]
+    return [*lines, f"Made from `{base}` with the pruning method `{method}`. "]
+
+
+def _results(scores: Optional[Mapping[str, float]], dataset: Optional[str]) -> list[str]:
+    if not scores:
+        return []
+    rows = [(key, f"{value:.4f}" if isinstance(value, float) else value) for key, value in scores.items()]
+    return [f"## Results{' on ' + dataset if dataset else ''}", "", markdown_table(("metric", "value"), rows), ""]
+
+
+def _options(options: Mapping[str, Any]) -> list[str]:
+    shown = {
+        key: f"{value:g}" if isinstance(value, float) else value
+        for key, value in options.items()
+        if value is not None and value is not False
+    }
+    return ["## Options", "", markdown_table(("option", "value"), list(shown.items())), ""]
+
+
+def _numbers(before: int, after: int) -> list[str]:
+    rows = [("before", f"{before:,}"), ("after", f"{after:,} ({after / before:.1%})")]
+    return markdown_table(("parameters", ""), rows).splitlines()
+
+
+def _loading(model: nn.Module) -> list[str]:
+    name = type(model).__name__
+    autos = [auto for auto, reference in auto_map(model).items() if reference.endswith(f".{name}")]
+    auto = autos[0] if autos else name
+    return [
+        "```python",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("FOLDER", trust_remote_code=True)  # runs compact_heads.py of this folder',
+        "```",
+        "",
+        "With the package head-pruning installed, `import hf_plugin` takes the place of `trust_remote_code=True`.",
+        "",
+    ]

@@ -1,0 +1,242 @@
+"""The masked export, an ordinary model folder whose pruned heads are zero, and the compact one without them."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+import torch
+import transformers
+from torch import nn
+
+from head_pruning import HeadMask, HeadPruningError, Pruner
+from head_pruning.pruner import options_of
+from head_pruning.report.artifacts import write_artifacts
+from head_pruning.report.plots import plot_head_masks
+from head_pruning.surgery.remaining import heads_left
+
+from ..compact.quantizer import dense_twin, mark_compact
+from .card import model_card
+
+PICTURE = "head_mask.png"
+
+
+@contextlib.contextmanager
+def zeroed_heads(model: nn.Module, mask: HeadMask) -> Iterator[None]:
+    """Inside the block the weights of the removed heads are zero; afterwards they are what they were.
+
+    Zero are the columns of the output projections, and the rows of query, key and value where each has a projection
+    of its own and no norm spans the heads.
+    """
+    undo = []
+
+    def zero(weight: torch.Tensor, index: torch.Tensor, dim: int) -> None:
+        index = index.to(weight.device)
+        undo.append((weight, index, dim, weight.data.index_select(dim, index)))
+        weight.data.index_fill_(dim, index, 0)
+
+    try:
+        for site, where in mask.unit_map.slices():
+            removed = torch.from_numpy(~mask.keep[where])
+            if not removed.any():
+                continue
+            out = _plain(model.get_submodule(site.out_proj))
+            # Conv1D of GPT-2 keeps its weight as [in, out].
+            dim = 0 if isinstance(out, transformers.pytorch_utils.Conv1D) else 1
+            if out.weight.shape[dim] != removed.numel() * site.head_dim:
+                raise HeadPruningError(
+                    f"{site.out_proj} reads {out.weight.shape[dim]} features, the mask says "
+                    f"{removed.numel() * site.head_dim}; use a mask made for this model."
+                )
+            zero(out.weight, removed.repeat_interleave(site.head_dim).nonzero().flatten(), dim)
+            normed = any("norm" in name for name, _ in model.get_submodule(site.name).named_children())
+            if normed or len(set(site.projections)) != 3:
+                continue
+            for name in site.projections:
+                projection = _plain(model.get_submodule(name))
+                if not isinstance(projection, nn.Linear) or projection.out_features % removed.numel():
+                    continue
+                rows = removed.repeat_interleave(projection.out_features // removed.numel()).nonzero().flatten()
+                zero(projection.weight, rows, 0)
+                if projection.bias is not None:
+                    zero(projection.bias, rows, 0)
+        yield
+    finally:
+        for weight, index, dim, values in reversed(undo):
+            weight.data.index_copy_(dim, index, values)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """The layer itself under an adapter of PEFT."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def save_pruned(
+    model: nn.Module,
+    mask: HeadMask,
+    folder: "str | Path",
+    *,
+    processing_class: Any = None,
+    pruners: Sequence[Pruner] = (),
+    method: Optional[str] = None,
+    options: Optional[Mapping[str, Any]] = None,
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+    history: Optional[list] = None,
+) -> None:
+    """Write the pruned model: a folder that plain ``from_pretrained`` loads, with the outputs of the gated model.
+
+    Beside the model and its tokenizer lie ``masks.safetensors``, ``pruning.json``, ``head_mask.png`` and a model card.
+    Every file appears whole or not at all. Of a PEFT model the adapter is saved, and no weight is zeroed.
+
+    Args:
+        model: the model, gated or not; it is left as it is.
+        mask: the heads that stay.
+        folder: where to; made if missing.
+        processing_class: tokenizer or processor to save along.
+        pruners: the methods that made the mask, for the report.
+        method: their name, if ``pruners`` is not given.
+        options: their options, if ``pruners`` is not given.
+        scores: metrics for the model card.
+        dataset: what the scores were measured on.
+        history: one entry per scored state.
+
+    Raises:
+        HeadPruningError: the model has no ``save_pretrained``.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise HeadPruningError(
+            f"{type(model).__name__} has no save_pretrained; save its state dict and the mask (mask.save), or pass "
+            "the model of transformers that it holds."
+        )
+    adapter = hasattr(model, "peft_config")
+    method = method or "+".join(pruner.name for pruner in pruners) or "mask"
+    options = dict(options or options_of(pruners))
+    with _appearing_at_once(folder) as temporary:
+        with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
+            model.save_pretrained(temporary)
+            sizes = (_size(model), _nonzero(model))
+        if processing_class is not None:
+            processing_class.save_pretrained(temporary)
+        _describe(temporary, model, mask, sizes, None, method, options, history, scores, dataset)
+
+
+def describe_pruned(
+    model: nn.Module,
+    mask: HeadMask,
+    folder: "str | Path",
+    *,
+    method: str,
+    options: Optional[Mapping[str, Any]] = None,
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+    history: Optional[list] = None,
+) -> None:
+    """Write anew what :func:`save_pruned` wrote beside the model, such as when its scores are known."""
+    adapter = hasattr(model, "peft_config")
+    with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
+        sizes = (_size(model), _nonzero(model))
+    with _appearing_at_once(folder) as temporary:
+        _describe(temporary, model, mask, sizes, None, method, options or {}, history, scores, dataset)
+
+
+def save_compact(
+    model: transformers.PreTrainedModel,
+    folder: "str | Path",
+    *,
+    processing_class: Any = None,
+    method: str = "mask",
+    options: Optional[Mapping[str, Any]] = None,
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+    history: Optional[list] = None,
+) -> None:
+    """Write a model whose heads are removed: a folder that ``AutoModel*.from_pretrained`` loads.
+
+    It loads after ``import hf_plugin``, or with ``trust_remote_code=True`` where this package is not installed. The
+    model's own ``save_pretrained`` writes as much of it as is needed to load; here its tokenizer, ``pruning.json``,
+    ``masks.safetensors`` and ``head_mask.png``, which tell the heads of the original that each site still has, and a
+    model card come on top. Every file appears whole or not at all.
+
+    Args:
+        model: what :func:`head_pruning.surgery.remove_heads` made, or ``from_pretrained`` loaded.
+        folder: where to; made if missing.
+        processing_class: tokenizer or processor to save along.
+        method: name of the method that chose the heads, for the report.
+        options: its options.
+        scores: metrics for the model card.
+        dataset: what the scores were measured on.
+        history: one entry per scored state.
+
+    Raises:
+        HeadPruningError: the model has all of its heads, or is not of transformers.
+    """
+    mask = heads_left(model)
+    if mask is None or not isinstance(model, transformers.PreTrainedModel):
+        raise HeadPruningError(
+            "No heads were cut out of the model; remove them with head_pruning.surgery.remove_heads first (of a "
+            "model wrapped by PEFT, after merging), or write it with save_pruned."
+        )
+    mark_compact(model)
+    with _appearing_at_once(folder) as temporary:
+        model.save_pretrained(temporary)
+        if processing_class is not None:
+            processing_class.save_pretrained(temporary)
+        sizes = (_size(dense_twin(model)), _nonzero(model))
+        _describe(temporary, model, mask, sizes, _size(model), method, options or {}, history, scores, dataset)
+
+
+@contextlib.contextmanager
+def _appearing_at_once(folder: "str | Path") -> Iterator[Path]:
+    """A temporary folder in ``folder`` whose files move there when the block is done."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        yield Path(temporary)
+        for path in Path(temporary).iterdir():
+            os.replace(path, folder / path.name)
+
+
+def _describe(
+    folder: Path,
+    model: nn.Module,
+    mask: HeadMask,
+    sizes: tuple[int, int],
+    compact: Optional[int],
+    method: str,
+    options: Mapping[str, Any],
+    history: Optional[list],
+    scores: Optional[Mapping[str, float]],
+    dataset: Optional[str],
+) -> None:
+    """Everything beside the model: report, masks, picture and card."""
+    write_artifacts(
+        folder,
+        mask,
+        method=method,
+        options=options,
+        history=history,
+        versions={"transformers": transformers.__version__},
+        parameters=sizes,
+        compact_parameters=compact,
+    )
+    plot_head_masks({method: mask}, folder / PICTURE)
+    card = model_card(
+        model,
+        mask,
+        method=method,
+        options=options,
+        scores=scores,
+        dataset=dataset,
+        parameters=None if compact is None else (sizes[0], compact),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _nonzero(model: nn.Module) -> int:
+    return int(torch.stack([torch.count_nonzero(parameter.detach()) for parameter in model.parameters()]).sum())

@@ -1,0 +1,1 @@
+"""What all scripts share beside their flags: the run, the model, the output folder."""

@@ -1,0 +1,338 @@
+"""What the runs of all tasks share: resume, train with or without a pruner, report, save."""
+
+import contextlib
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+from datasets import Dataset
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, set_seed
+
+from head_pruning import HeadMask, HeadPruningError
+from head_pruning.files import atomic_path
+from head_pruning.report.tables import head_table
+
+from ..command_line.arguments import Arguments
+from ..saving.card import dense_card
+from ..saving.folders import describe_pruned, save_pruned
+from ..training.callback import refuse_broken
+from ..training.checkpoints import check_resumable, last_checkpoint
+from ..training.optimizers import check_resumed, trainer_options
+from ..training.trainer import HeadPruningTrainer
+from ..training.weights import save_weight_masks_and_report, weight_masks
+from .logs import set_up
+from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
+from .settings import RunSettings, check_same_settings, settings_of
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Inside the block the model ``name`` is loaded; what goes wrong becomes a HeadPruningError."""
+    try:
+        yield
+    except HeadPruningError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HeadPruningError(
+            f"{name} cannot be loaded ({reason}); give the folder or the hub name of a model with its tokenizer."
+        ) from error
+
+
+def first_examples(dataset: Dataset, count: Optional[int]) -> Dataset:
+    """At most ``count`` examples, all if None."""
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+class _Ordered:
+    """A Trainer that can keep the dataset's order when it does not train; transformers groups by length there too."""
+
+    in_order = False
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Optional[Sampler]:
+        if not self.in_order:
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+class _DenseTrainer(_Ordered, Trainer):
+    pass
+
+
+class _PruningTrainer(_Ordered, HeadPruningTrainer):
+    pass
+
+
+class TaskRun:
+    """The steps of one run; ``run()`` does all that the arguments ask for.
+
+    A task's own class loads model and data, sets ``trainer`` (see :meth:`build_trainer`), ``dataset`` and
+    ``main_metric``, and brings :meth:`evaluate` and :meth:`predict`.
+    """
+
+    #: Whether evaluation must keep the dataset's order.
+    in_order = False
+
+    trainer: Trainer
+    #: What the scores were measured on, for the model card.
+    dataset: str
+    #: Name of the metric that ranks models.
+    main_metric: str
+
+    @staticmethod
+    def task_name(arguments: Arguments) -> Optional[str]:
+        """The one name of a task that users may spell in several ways; None where a script has one task."""
+        return None
+
+    def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments
+        training = arguments.training
+        self.out = make_folder(training.output_dir)
+        self.settings = settings_of(arguments, self.task_name(arguments))
+        self._check_training()
+        if arguments.method is not None and not arguments.options.get("head_mask_file"):
+            refuse_masked_start(arguments.model.model_name_or_path)
+        self.resume = self._checkpoint()
+        if self.resume is not None:
+            check_same_settings(self.resume, self.settings)
+            check_resumed(arguments.optimizer, self.resume)
+        set_seed(training.seed)
+        self.splits = tuple(
+            split
+            for split, do in (
+                ("train", training.do_train),
+                ("validation", training.do_eval or str(training.eval_strategy.value) != "no"),
+                ("test", training.do_predict),
+            )
+            if do
+        )
+        if not self.splits:
+            raise HeadPruningError("There is nothing to do; add --do_train, --do_eval or --do_predict.")
+        self.results: dict[str, float] = {}
+
+    def _checkpoint(self) -> Optional[Path]:
+        """The checkpoint to go on from, if there is one."""
+        training = self.arguments.training
+        if not training.do_train:
+            return None
+        asked = training.resume_from_checkpoint
+        if asked and str(asked).lower() != "true":
+            return check_resumable(asked)
+        if self.arguments.data.overwrite_output_dir and not asked:
+            found = None
+        else:
+            found = last_checkpoint(self.out)
+        if found is not None:
+            logger.info("resuming from %s (--overwrite_output_dir starts anew)", found)
+        elif asked:
+            raise HeadPruningError(f"There is no whole checkpoint in {self.out} to resume from.")
+        elif not self.arguments.data.overwrite_output_dir:
+            refuse_taken(self.out)
+        return found
+
+    def _check_training(self) -> None:
+        """Raise HeadPruningError for what transformers would take without a word, or notice too late."""
+        training = self.arguments.training
+        if training.do_train and training.max_steps <= 0 and training.num_train_epochs <= 0:
+            raise HeadPruningError(
+                f"--num_train_epochs is {training.num_train_epochs:g}, so nothing would be trained; give a number "
+                "above 0, or leave out --do_train."
+            )
+        if training.do_predict and training.prediction_loss_only:
+            raise HeadPruningError(
+                "--prediction_loss_only leaves nothing to write for --do_predict; drop one of them."
+            )
+
+    def _clear(self) -> None:
+        """Remove the checkpoints and the scores of the run that --overwrite_output_dir gives up."""
+        start = Path(self.arguments.model.model_name_or_path).resolve()
+        for path in self.out.glob("checkpoint-*"):
+            if path.is_dir() and path.resolve() not in (start, *start.parents):
+                shutil.rmtree(path)
+        for pattern in ("mask[0-9]*.safetensors", "*_results.json", "trainer_state.json"):
+            for path in self.out.glob(pattern):
+                path.unlink()
+
+    def build_trainer(self, **options: Any) -> Trainer:
+        """The Trainer with ``options``, and with the pruners if some were chosen."""
+        arguments = self.arguments
+        options = {"args": arguments.training, **trainer_options(arguments.optimizer, arguments.training), **options}
+        options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
+        if not arguments.chosen:
+            trainer = _DenseTrainer(**options)
+            trainer.in_order = self.in_order
+            return trainer
+        mask_steps = 1000 if arguments.data.intermediate_masks else 0
+        trainer = _PruningTrainer(**options, pruners=arguments.pruners(), mask_steps=mask_steps)
+        trainer.in_order = self.in_order
+        session = trainer.session
+        if arguments.method is not None:
+            logger.info(
+                "pruning with %s: %d heads in %d attention layers, the model's own weights are %s",
+                arguments.method.name,
+                session.unit_map.num_heads,
+                len(session.unit_map.attention),
+                "kept as they are (pipelined)" if session.freezes_model else "trained too (joint)",
+            )
+        if arguments.weight_method is not None:
+            logger.info("pruning weights with %s", arguments.weight_method.name)
+        return trainer
+
+    @property
+    def head_mask(self) -> Optional[HeadMask]:
+        """The heads that stay; None for a dense run."""
+        return getattr(self.trainer, "head_mask", None)
+
+    def run(self) -> dict[str, float]:
+        """Train, evaluate, predict, save; returns all metrics."""
+        training = self.arguments.training
+        if training.do_train:
+            if self.arguments.data.overwrite_output_dir and self.resume is None:
+                if self.trainer.is_world_process_zero():
+                    self._clear()
+            outcome = self.trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
+            samples = {"train_samples": len(self.trainer.train_dataset)}
+            self.report("train", {**outcome.metrics, **samples, **self.kept_metrics()})
+            self.trainer.save_state()
+            refuse_broken(self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.state.global_step)
+            self.save()  # before anything else can fail
+        elif self.arguments.chosen:
+            raise HeadPruningError("Pruning learns what to keep; add --do_train.")
+        if training.do_eval:
+            self.evaluate()
+        if training.do_predict:
+            self.predict()
+        if training.do_train and self.trainer.is_world_process_zero():
+            if self._final_scores():
+                self.describe()
+            self.tell()
+        return self.results
+
+    def report(self, split: str, metrics: dict[str, float]) -> None:
+        """Log the metrics and write them into ``all_results.json``.
+
+        Raises:
+            HeadPruningError: a score is not finite.
+        """
+        broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        if split != "train" and broken:
+            raise HeadPruningError(
+                f"{broken[0]} is not finite: the model's outputs are NaN or infinite; lower --learning_rate."
+            )
+        self.results.update(metrics)
+        self.trainer.log_metrics(split, metrics)
+        self.trainer.save_metrics(split, metrics)
+
+    def kept_metrics(self) -> dict[str, int]:
+        """How many heads and weights stay, of how many; empty for a dense run."""
+        kept: dict[str, int] = {}
+        if self.head_mask is not None:
+            kept |= {"heads_kept": self.head_mask.kept, "heads_total": self.head_mask.keep.size}
+        masks = weight_masks(self.trainer.session) if self.arguments.chosen else {}
+        if masks:
+            kept["weights_kept"] = sum(int(keep.sum()) for keep in masks.values())
+            kept["weights_total"] = sum(keep.numel() for keep in masks.values())
+        return kept
+
+    def evaluate(self) -> None:
+        """Score the validation sets."""
+        raise NotImplementedError
+
+    def predict(self) -> None:
+        """Write predictions for the test sets."""
+        raise NotImplementedError
+
+    def save(self) -> None:
+        """Write the model and its tokenizer; of a model whose heads were pruned, with what tells of it."""
+        trainer, mask = self.trainer, self.head_mask
+        if trainer.is_world_process_zero():
+            for name in REPORTS:  # of a run that was here before
+                (self.out / name).unlink(missing_ok=True)
+        if mask is None:
+            Trainer.save_model(trainer, _internal_call=bool(self.arguments.chosen))  # with the zeros of weight pruners
+        elif trainer.is_world_process_zero():
+            model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+            save_pruned(model, mask, self.out, processing_class=tokenizer, **self._about())
+        if trainer.is_world_process_zero():
+            self._describe_the_rest()
+
+    def describe(self) -> None:
+        """Write anew what tells of the model, with its scores."""
+        if self.head_mask is not None:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            describe_pruned(model, self.head_mask, self.out, **self._about())
+        self._describe_the_rest()
+
+    def _describe_the_rest(self) -> None:
+        """What tells of pruned weights, or of a dense model."""
+        if self.arguments.weight_method is not None:
+            self._save_weight_masks()
+        if not self.arguments.chosen:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            with atomic_path(self.out / "README.md") as temporary:
+                temporary.write_text(dense_card(model, self._final_scores(), self.dataset), encoding="utf-8")
+
+    def tell(self) -> None:
+        """Log what is left, and where it is."""
+        mask, kept = self.head_mask, self.kept_metrics()
+        if mask is not None:
+            logger.info("kept heads by site:\n%s", head_table(mask))
+            score = self.results.get(f"eval_{self.main_metric}")
+            logger.info(
+                "%d of %d heads are left%s; model, mask and report are in %s",
+                mask.kept,
+                mask.keep.size,
+                "" if score is None else f", {self.main_metric} {score:.4f}",
+                self.out,
+            )
+        if "weights_kept" in kept:
+            logger.info(
+                "%d of %d weights are left; masks and densities are in %s",
+                kept["weights_kept"],
+                kept["weights_total"],
+                self.out,
+            )
+
+    def _about(self) -> dict[str, Any]:
+        chosen = self.arguments.chosen
+        return {
+            "method": "+".join(method.name for method, _ in chosen),
+            "options": {name: value for _, options in chosen for name, value in options.items()},
+            "scores": self._final_scores(),
+            "dataset": self.dataset,
+            "history": self._history(),
+        }
+
+    def _final_scores(self) -> dict[str, float]:
+        return {name: value for name, value in self.results.items() if name.startswith("eval_")}
+
+    def _history(self) -> list[dict[str, float]]:
+        """The scores on the way and at the end."""
+        return [entry for entry in self.trainer.state.log_history if "eval_loss" in entry]
+
+    def _save_weight_masks(self) -> None:
+        """Add the masks and the densities reached to the model's folder."""
+        trainer = self.trainer
+        save_weight_masks_and_report(
+            self.out,
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.session,
+            scores=self._final_scores(),
+            dataset=self.dataset,
+            history=self._history(),
+        )
+
+
+def start(run: type[TaskRun], arguments: Arguments) -> dict[str, float]:
+    """Set up the log, then do all that the arguments ask for; returns the metrics that ``all_results.json`` holds."""
+    training = arguments.training
+    shown = training.should_log and training.log_level == "passive"
+    set_up(None if shown else training.get_process_log_level())
+    for note in arguments.notes:
+        logger.info("%s", note)
+    return run(arguments).run()

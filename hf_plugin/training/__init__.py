@@ -1,0 +1,1 @@
+"""Pruning in a Trainer: session, callback, checkpoints."""

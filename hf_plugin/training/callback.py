@@ -1,0 +1,347 @@
+"""A pruning session driven from the events of a Trainer."""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Optional
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from head_pruning import HeadPruningError, PruningSession, UnitMap
+from head_pruning.weights import save_weight_masks
+
+from ..saving.folders import save_pruned
+from .checkpoints import read_tensor_state, write_tensor_state
+from .weights import refuse_sharded_weights, save_weight_masks_and_report, weight_masks, weight_pruners
+
+logger = logging.getLogger(__name__)
+
+# The option that says how long a pruner's schedule takes.
+_SCHEDULES = ("cooldown_steps", "warmup_steps", "policy_end_step")
+
+
+# What a loss scale falls below only if every update overflows; where fairseq stops too.
+_MIN_SCALE = 1e-4
+_BROKEN = (
+    "The loss or its gradient is not finite at step {step}; lower --learning_rate, clip with --max_grad_norm, or "
+    "resume from the last checkpoint with bf16 in place of fp16."
+)
+
+
+def refuse_broken(model: nn.Module, step: int) -> None:
+    """Raise HeadPruningError if a trained weight is NaN or infinite: losses are seen only where they are logged."""
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in trained]
+    sums = [tensor.sum(dtype=torch.float32) for tensor in local if tensor.numel()]
+    if sums and not torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all():
+        raise HeadPruningError(_BROKEN.format(step=step))
+
+
+class HeadPruningCallback(TrainerCallback, ExportableState):
+    """Drives a session from any Trainer; its state is in every checkpoint.
+
+    What is the size of the gates lies in ``trainer_state.json``, what is the size of the model (averages and masks of
+    weight pruners) in ``pruning_state.safetensors`` beside it.
+
+        session = open_session(model, [pruner("dsp", num_of_heads=12, joint_pruning=True)])
+        trainer = Trainer(model=model, ...)
+        HeadPruningCallback(session).add_to(trainer)
+
+    Evaluation during training uses the hard mask and masked weights. Only states at the target (exactly K heads and
+    the final density, annealing over) count as best checkpoints. After training the masks are final and the gates
+    stay on the model.
+
+    Args:
+        session: an open session on the Trainer's model.
+        mask_steps: write the current masks into ``output_dir`` every so many updates and at the end; 0: never.
+    """
+
+    #: The checkpoint that training goes on from; None: the folder of that step in ``output_dir``.
+    resumed_from: "str | Path | None" = None
+
+    def __init__(self, session: Optional[PruningSession] = None, *, mask_steps: int = 0) -> None:
+        if session is None:
+            raise HeadPruningError(
+                "HeadPruningCallback needs an open session; if restore_callback_states_from_checkpoint is set, leave "
+                "it out: the gates are restored without it."
+            )
+        self.session = session
+        self.mask_steps = mask_steps
+        self._scale = 1.0
+        self._added = False
+        self._saved_step: Optional[int] = None
+
+    def add_to(self, trainer: Any) -> "HeadPruningCallback":
+        """Add to a Trainer, before its other callbacks, so that trackers report the gates' metrics too.
+
+        From now on the Trainer's ``evaluation_loop`` runs with the masks on (between two masks the weights of some
+        pruners are all there), and its ``save_model`` writes the pruned model; checkpoints keep all weights.
+
+        Raises:
+            HeadPruningError: weights are to be pruned but the Trainer shards them.
+        """
+        if weight_pruners(self.session):
+            refuse_sharded_weights(
+                getattr(trainer, "is_fsdp_enabled", False), getattr(trainer, "is_deepspeed_enabled", False)
+            )
+        trainer.callback_handler.callbacks.insert(0, self)
+        loop = trainer.evaluation_loop
+
+        @functools.wraps(loop)
+        def evaluation_loop(*args: Any, **options: Any) -> Any:
+            with self.session.evaluating():
+                return loop(*args, **options)
+
+        trainer.evaluation_loop = evaluation_loop
+        if not getattr(trainer, "saves_outcome", False):
+            self._wrap_saving(trainer)
+        self._added = True
+        return self
+
+    def _wrap_saving(self, trainer: Any) -> None:
+        save_model = trainer.save_model
+
+        @functools.wraps(save_model)
+        def save_pruned_model(output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
+            if _internal_call and output_dir is not None:
+                save_model(output_dir, _internal_call=True)  # a checkpoint
+            else:
+                self.save_outcome(trainer, output_dir, save_model)
+
+        trainer.save_model = save_pruned_model
+
+    def save_outcome(self, trainer: Any, output_dir: Optional[str], save_model: Callable[..., None]) -> None:
+        """Save the pruned model: removed heads zeroed, weights masked, masks and report beside it.
+
+        Args:
+            trainer: whose model it is.
+            output_dir: where to; default: the Trainer's.
+            save_model: the Trainer's own way of saving, for models that keep all their heads.
+        """
+        weights, mask = weight_pruners(self.session), self.session.head_mask()
+        folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+        with self.session.evaluating():
+            if mask is None:
+                save_model(str(folder), _internal_call=True)
+            elif trainer.is_world_process_zero():
+                tokenizer, pruners = trainer.processing_class, self.session.pruners
+                save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners)
+            if weights and trainer.is_world_process_zero():
+                save_weight_masks_and_report(folder, model, self.session)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """What ``trainer_state.json`` keeps of the session."""
+        values = {name: np.asarray(value).tolist() for name, value in self.session.state_dict().items()}
+        description = json.loads(self.session.description())
+        tensors = sorted(self.session.tensor_state())
+        return {"args": {}, "attributes": {**description, "session": values, "tensors": tensors}}
+
+    def save_tensors(self, folder: "str | Path", step: int) -> None:
+        """Write what of the session's state is the size of the model into the checkpoint of update ``step``."""
+        tensors = self.session.tensor_state()
+        if tensors:
+            write_tensor_state(folder, tensors, step)
+        self._saved_step = step
+
+    def stored(self, stateful_callbacks: Mapping[str, Any], folder: "str | Path") -> dict[str, Any]:
+        """What a checkpoint keeps of a session like this one.
+
+        Args:
+            stateful_callbacks: those in its ``trainer_state.json``.
+            folder: the checkpoint, for messages.
+
+        Raises:
+            HeadPruningError: it has nothing, or of other pruners or another model.
+        """
+        stored = stateful_callbacks.get(type(self).__name__)
+        stored = stored[0] if isinstance(stored, list) and stored else stored
+        if not stored:
+            raise HeadPruningError(
+                f"{folder} was not written by a pruning run; start from its model (--model_name_or_path) instead of "
+                "resuming it."
+            )
+        with _undamaged(folder):
+            attributes = dict(stored["attributes"])
+            pruners = list(map(str, attributes.get("pruners", ["another version"])))
+            theirs = attributes["unit_map"] and UnitMap.from_dict(attributes["unit_map"])
+        mine = [pruner.name for pruner in self.session.pruners]
+        if pruners != mine:
+            raise HeadPruningError(
+                f"{folder} was pruned with {', '.join(pruners)}, this run uses {', '.join(mine)}; resume with the "
+                "same pruner or choose another output_dir."
+            )
+        if theirs and self.session.unit_map:
+            theirs.check_same_heads(self.session.unit_map, str(folder))
+        return attributes
+
+    def restore(self, stateful_callbacks: Mapping[str, Any], folder: "str | Path", step: int) -> None:
+        """Take the session's state out of the checkpoint of update ``step``.
+
+        Args:
+            stateful_callbacks: those in its ``trainer_state.json``.
+            folder: the checkpoint.
+            step: its update.
+
+        Raises:
+            HeadPruningError: it has none, or one of other pruners or another model, it is damaged, or its tensors are
+                missing.
+        """
+        attributes = self.stored(stateful_callbacks, folder)
+        with _undamaged(folder):
+            values = {name: np.array(value, dtype=np.float64) for name, value in attributes["session"].items()}
+            self.session.load_state_dict(values)
+        if attributes.get("tensors"):
+            tensors = read_tensor_state(folder, step)
+            missing = sorted(set(attributes["tensors"]) - set(tensors))
+            if missing:
+                raise HeadPruningError(f"The pruning state in {folder} lacks {missing[0]}; resume from another one.")
+            self.session.load_tensor_state(tensors)
+
+    # -- events ------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Learn the length of training, restore a resumed run, refuse what cannot work."""
+        if not any(module is self.session.model for module in model.modules()):
+            raise HeadPruningError("The gates are on another model than the Trainer's; open the session on its model.")
+        self.session.total_steps = state.max_steps
+        self._saved_step = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                self.session.all_reduce = torch.distributed.all_reduce
+        if weight_pruners(self.session) and not self._added:
+            raise HeadPruningError(
+                "Add the callback with its add_to(trainer), not through the Trainer's callbacks: evaluations must see "
+                "the masked weights."
+            )
+        if state.global_step > 0:
+            own = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.restore(state.stateful_callbacks, self.resumed_from or own, state.global_step)
+        if self.session.freezes_model:
+            for group in optimizer.param_groups:
+                group["weight_decay"] = 0.0  # the one parameter left to the optimizer must not move
+        self.session.metrics()  # settles the schedules, or refuses them, before anything is trained
+        self._only_at_target(state)  # a resumed run's best was written before on_save()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """An update starts: draw the gates."""
+        self.session.before_update(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """The gradients are final. Keep their loss scale; in pipelined pruning leave the model as it is."""
+        scaler = getattr(optimizer, "scaler", None)
+        scaled = scaler is not None and scaler.is_enabled()
+        self._scale = scaler.get_scale() if scaled else 1.0
+        if scaled and args.max_grad_norm <= 0 and (self.session.freezes_model or weight_pruners(self.session)):
+            scaler.unscale_(optimizer.optimizer)  # and looks for overflows, as clipping would have
+        if self.session.freezes_model:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.zero_()
+        self.session.before_step()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """The model has stepped: step the gates and mask the weights, unless the loss scaler found an overflow."""
+        # Fused optimizers look for overflows themselves, which accelerate does not notice; but the scale falls.
+        scaler = getattr(optimizer, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else self._scale
+        if scale < _MIN_SCALE:
+            raise HeadPruningError(_BROKEN.format(step=state.global_step))
+        overflow = scale < self._scale
+        if overflow or getattr(optimizer, "step_was_skipped", False):
+            self.session.before_update(self.session.step)  # takes back what before_step() did
+            return
+        self.session.after_backward(self._scale)
+        self.session.after_step(_lr_factor(optimizer))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Forget scores of models that nobody will get."""
+        self._only_at_target(state)
+        if self.mask_steps and (state.global_step % self.mask_steps == 0 or state.global_step == state.max_steps):
+            if state.is_world_process_zero:
+                self._save_masks(Path(args.output_dir) / f"mask{state.global_step}.safetensors")
+
+    def on_save(self, args, state, control, **kwargs):
+        """As :meth:`on_step_end`: the last evaluation comes after the last step.
+
+        HeadPruningTrainer has written the tensors before ``trainer_state.json``; here they are for other Trainers.
+        """
+        self._only_at_target(state)
+        if args.should_save and self._saved_step != state.global_step:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            if folder.is_dir():
+                self.save_tensors(folder, state.global_step)
+
+    def _save_masks(self, path: Path) -> None:
+        heads, weights = self.session.head_mask(), weight_masks(self.session)
+        if weights:
+            save_weight_masks(path, weights, heads)
+        elif heads is not None:
+            heads.save(path)
+
+    def _only_at_target(self, state) -> None:
+        if not self.session.at_target():
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        """Add the gates' metrics to the training log; stop when training has broken down."""
+        if not logs or "loss" not in logs:
+            return
+        scaled = getattr(optimizer, "scaler", None) is not None  # then single overflows are normal
+        broken = not math.isfinite(logs["loss"]) or not (scaled or math.isfinite(logs.get("grad_norm", 0.0)))
+        if broken:
+            raise HeadPruningError(_BROKEN.format(step=state.global_step))
+        metrics = self.session.metrics()
+        logs.update(metrics)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Fix the outcome. If the Trainer went back to its best checkpoint, gates and masks go back as well."""
+        refuse_broken(self.session.model, state.global_step)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            folder = Path(state.best_model_checkpoint)
+            stored = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            self.restore(stored["stateful_callbacks"], folder, stored["global_step"])
+        for pruner in self.session.pruners:
+            if not pruner.at_target():
+                flags = [name for name in _SCHEDULES if hasattr(pruner.config, name)]
+                logger.warning(
+                    "training ended before the pruning schedule did: the model was never trained with exactly the %s "
+                    "that are kept%s",
+                    "weights" if pruner in weight_pruners(self.session) else "heads",
+                    f"; lower --{flags[0]} (a value below 1 is a fraction of training)" if flags else "",
+                )
+        self.session.harden()
+
+
+@contextlib.contextmanager
+def _undamaged(folder: "str | Path") -> Iterator[None]:
+    """Inside the block the pruning state in ``folder`` is read."""
+    try:
+        yield
+    except HeadPruningError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise HeadPruningError(
+            f"The pruning state in {folder} is damaged ({error!r}); resume from another checkpoint."
+        ) from error
+
+
+def _lr_factor(optimizer: Any) -> float:
+    """Where the learning-rate schedule stands: the gates' learning rate follows it, as in the published script."""
+    group = optimizer.param_groups[0]
+    initial = float(group.get("initial_lr", group["lr"]))
+    return float(group["lr"]) / initial if initial else 1.0

@@ -1,0 +1,79 @@
+"""Opening a pruning session on a transformers model."""
+
+from typing import Any, Optional, Sequence
+
+from torch import nn
+
+from head_pruning import HeadPruningError, Pruner, PruningSession, UnitMap
+from head_pruning.session import check_pruners
+
+from ..heads.masking import masked_heads
+from ..mapping.module_tree import check_model
+from ..mapping.unit_map import unit_map as map_units
+
+# Models that skip whole layers at random need some updates until every site has run.
+_LAYERDROP_UPDATES = 100
+_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+
+def open_session(
+    model: nn.Module,
+    pruners: Sequence[Pruner],
+    *,
+    unit_map: Optional[UnitMap] = None,
+    seed: int = 42,
+    **options: Any,
+) -> PruningSession:
+    """Map a transformers model and put gates and masks on it; freeze it when only the gates are to be trained.
+
+    Args:
+        model: any model that :func:`hf_plugin.unit_map` can map, also in a module of one's own; PEFT models after
+            ``get_peft_model``.
+        pruners: the methods, such as ``[hf_plugin.pruner("dsp", num_of_heads=12, joint_pruning=True)]``.
+        unit_map: the sites; default: found by :func:`hf_plugin.unit_map`. Pruners of weights that are all named by
+            ``weights_include`` need none.
+        seed: of every draw.
+        **options: further arguments of :class:`head_pruning.PruningSession`.
+
+    Returns:
+        The attached session; its ``detach()`` leaves the model as it was.
+
+    Raises:
+        HeadPruningError: the model cannot be mapped, its heads are masked or gated already, or the options do not fit
+            it or each other; the model is left as it was.
+    """
+    check_model(model)
+    pruners = check_pruners(pruners)
+    options.setdefault("fired_within", _LAYERDROP_UPDATES if _drops_layers(model) else 1)
+    gated = any(pruner.needs_gates for pruner in pruners)
+    if unit_map is None and (gated or not all(getattr(p.config, "weights_include", None) for p in pruners)):
+        unit_map = map_units(model)
+    if gated and masked_heads(model) is not None:
+        raise HeadPruningError(
+            "Heads of the model are masked by mask_heads; call restore_heads(model) before a session is opened on it, "
+            "or remove them with prune_heads."
+        )
+    session = PruningSession(model, unit_map, pruners, seed=seed, **options).attach()
+    try:
+        if session.freezes_model:
+            _freeze(session)  # HeadPruningCallback never steps what is left
+    except BaseException:
+        session.detach()
+        raise
+    return session
+
+
+def _drops_layers(model: nn.Module) -> bool:
+    """Whether a part of the model skips layers at random; parts without a config of transformers do not tell."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return any(getattr(config, name, 0) or 0 for config in configs for name in _LAYERDROP)
+
+
+def _freeze(session: PruningSession) -> None:
+    """Freeze the model for pipelined pruning, unless weights are to be pruned too."""
+    if not all(pruner.needs_gates for pruner in session.pruners):
+        raise HeadPruningError(
+            "Pipelined pruning of heads leaves the model's weights as they are, so they cannot be pruned in the "
+            "same run; train jointly (joint_pruning), or prune the weights in a run of their own."
+        )
+    session.freeze()

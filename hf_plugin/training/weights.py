@@ -1,0 +1,91 @@
+"""What the host asks of a session's weight pruners: which they are, their masks, and the files these leave."""
+
+import contextlib
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import torch
+import transformers
+from torch import nn
+
+from head_pruning import HeadPruningError, PruningSession
+from head_pruning.files import atomic_path
+from head_pruning.pruner import options_of
+from head_pruning.report.weights import write_weight_artifacts
+from head_pruning.weights import WeightPruner
+
+from ..saving.card import weight_card, weight_section
+from ..saving.folders import zeroed_heads
+
+
+def refuse_sharded_weights(fsdp: Any, deepspeed: Any) -> None:
+    """Raise HeadPruningError if weights are to be pruned that the host splits over processes.
+
+    Args:
+        fsdp: whether FSDP is on, as a flag's value: also a word or a list.
+        deepspeed: likewise.
+    """
+    for value, host in ((fsdp, "FSDP"), (deepspeed, "DeepSpeed")):
+        if value and str(value).lower() != "false":
+            raise HeadPruningError(
+                f"Weights are not pruned under {host}, which splits them over processes; use plain data parallelism "
+                "(DDP), or prune heads only."
+            )
+
+
+def weight_pruners(session: PruningSession) -> list[WeightPruner]:
+    """Those of the session's pruners that prune weights."""
+    return [pruner for pruner in session.pruners if isinstance(pruner, WeightPruner)]
+
+
+def weight_masks(session: PruningSession) -> dict[str, torch.Tensor]:
+    """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
+    return {name: mask for pruner in weight_pruners(session) for name, mask in pruner.weight_masks().items()}
+
+
+def save_weight_masks_and_report(
+    folder: "str | Path",
+    model: nn.Module,
+    session: PruningSession,
+    *,
+    scores: Optional[Mapping[str, float]] = None,
+    dataset: Optional[str] = None,
+    history: Optional[list] = None,
+) -> None:
+    """Add masks, densities and their picture to the folder of a pruned model, and to its card (new if no heads went).
+
+    The numbers are those of the model as it is saved: with the weights of removed heads at zero too.
+
+    Args:
+        folder: where the model was saved.
+        model: the model.
+        session: the session that pruned it.
+        scores: metrics for a new card.
+        dataset: what they were measured on.
+        history: one entry per scored state, if no heads went.
+
+    Raises:
+        HeadPruningError: there is no mask yet.
+    """
+    pruners, mask, masks = weight_pruners(session), session.head_mask(), weight_masks(session)
+    method = "+".join(pruner.name for pruner in pruners)
+    options = options_of(pruners)
+    with contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
+        parameters = dict(model.named_parameters())
+        write_weight_artifacts(
+            folder,
+            masks,
+            parameters,
+            method=method,
+            options=options,
+            head_mask=mask,
+            history=history,
+            versions={"transformers": transformers.__version__},
+        )
+    path = Path(folder) / "README.md"
+    if mask is None:
+        card = weight_card(model, masks, method=method, options=options, scores=scores, dataset=dataset)
+    else:  # save_pruned wrote it just before
+        card = "\n".join([path.read_text(encoding="utf-8"), *weight_section()])
+    with atomic_path(path) as temporary:
+        temporary.write_text(card, encoding="utf-8")
