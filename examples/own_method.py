@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from head_pruning import register_pruner
-from head_pruning.gates.pruner import HeadGateConfig, HeadGatePruner, require
+from head_pruning import HeadPruningError, register_pruner
+from head_pruning.gates.base import HeadGateConfig, HeadGatePruner
 from hf_plugin import open_session, pruner
 
 VOCABULARY, LENGTH, UPDATES = 12, 8, 200
@@ -33,7 +33,8 @@ class SigmoidPruner(HeadGatePruner):
 
     def check_options(self) -> None:
         self.require_count()
-        require(self.config, "sharpness", lambda value: value > 0, "above 0")
+        if self.config.sharpness <= 0:
+            raise HeadPruningError(f"--sharpness is {self.config.sharpness}; it must be above 0.")
         super().check_options()
 
     def draw(self, step: int) -> np.ndarray:
