@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 
 import pytest
 
@@ -102,3 +103,13 @@ def test_every_method_has_all_its_options_and_no_others():
 
 def test_the_options_are_written_from_the_registry():
     assert read(METHODS) == with_option_tables(read(METHODS)), "run python -m tests.documents"
+
+
+@pytest.mark.slow
+def test_the_site_builds():
+    """In an environment of its own, which the first call sets up."""
+    done = subprocess.run(["make", "docs"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (ROOT / "site" / "api" / "hf_plugin.html").read_text(encoding="utf-8")
+    assert "HeadPruningTrainer" in page and "transformers' Trainer with a pruning session" in page
+    assert (ROOT / "site" / "source" / "benchmarks" / "results" / "translation.png").is_file()
