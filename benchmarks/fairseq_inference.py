@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from fairseq_plugin import remove_heads
-from fairseq_plugin.unit_map import unit_map
+from fairseq_plugin.modules.unit_map import unit_map
 from head_pruning import HeadMask
 from head_pruning.files import atomic_path, write_json
 from head_pruning.inference.timing import fastest, stopwatch

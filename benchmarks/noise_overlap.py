@@ -8,8 +8,7 @@ import argparse
 
 import numpy as np
 
-from fairseq_plugin.export import load_checkpoint
-from fairseq_plugin.state import SESSION, mask_of_state, split_state
+from fairseq_plugin.checkpoints.stored import PruningState, load_checkpoint
 from head_pruning.gates import gumbel
 
 DRAWS = 2000
@@ -19,9 +18,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    state = split_state(load_checkpoint(parser.parse_args().checkpoint)["model"])[1]
-    keep = mask_of_state(state).keep
-    logits = state[f"{SESSION}dsp.logits"].numpy()
+    stored = PruningState.of(load_checkpoint(parser.parse_args().checkpoint))
+    keep = stored.head_mask().keep
+    logits = stored.of_session()["dsp.logits"]
     noise = gumbel(np.random.default_rng(0).random((DRAWS, logits.size)))
     drawn = np.argsort(-(logits + noise), axis=1)[:, : keep.sum()]
     shared = keep[drawn].sum(axis=1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Optional
 
 from benchmarks.cells import run_cells
-from fairseq_plugin.running import bleu_of
+from fairseq_plugin.demo import bleu_of
 from head_pruning import HeadMask
 from head_pruning.files import atomic_path, write_json
 from head_pruning.inference.environment import CPU_ENVIRONMENT

@@ -26,8 +26,6 @@ from head_pruning.inference.environment import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
 
-from .running import bleu_of
-
 USER_DIR = Path(__file__).resolve().parent
 HEADS = 36
 MARGIN = 3.0  # BLEU that random heads must lose, else the comparison shows nothing
@@ -71,6 +69,14 @@ def variants(keep: int) -> list[Variant]:
             for i in range(1, RANDOM_DRAWS + 1)
         ),
     ]
+
+
+def bleu_of(output: str) -> float:
+    """The BLEU that fairseq-generate printed last. Raises HeadPruningError when it printed none."""
+    found = re.findall(r"BLEU4? = ([\d.]+)", output)
+    if not found:
+        raise HeadPruningError("fairseq-generate printed no BLEU; its test set has no references.")
+    return float(found[-1])
 
 
 class Demo:

@@ -19,12 +19,12 @@ from head_pruning.hosts import HostModel
 from head_pruning.inference.programs import program_formats
 from head_pruning.report.weights import weight_report
 
-from .example import SPECIALS, example, longest
-from .export import TASK_SUFFIX, compact, load_checkpoint, masked
-from .programs import export_onnx, export_program
-from .state import KEEP, RECIPE, mask_of_state, split_state
-from .unit_map import unit_map
-from .weights import stored_masks, stored_method, zero_weights
+from .checkpoints.stored import KEEP, RECIPE, PruningState, load_checkpoint, split_state
+from .checkpoints.weights import zero_weights
+from .exporting.checkpoints import TASK_SUFFIX, compact, masked
+from .exporting.example_batch import SPECIALS, example, longest
+from .exporting.programs import export_onnx, export_program
+from .modules.unit_map import unit_map
 
 name = "fairseq"
 
@@ -47,14 +47,14 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
         HeadPruningError: it cannot be loaded or mapped, or the mask is of another model.
     """
     whole = load_checkpoint(path)
-    weights, stored = split_state(whole["model"])
-    masks = stored_masks(whole)
+    stored, weights = PruningState.of(whole), split_state(whole["model"])[0]
+    masks = stored.weight_masks()
     zero_weights(weights, masks)
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    if mask is None and KEEP in stored:
-        mask = mask_of_state(stored)
+    if mask is None and KEEP in stored.heads:
+        mask = stored.head_mask()
     model = build_model(state, weights)
-    shape = {RECIPE: stored[RECIPE]} if RECIPE in stored else {}
+    shape = {name: value for name, value in whole["model"].items() if name == RECIPE}
     try:
         model.load_state_dict({**weights, **shape}, strict=True)
     except RuntimeError as error:
@@ -66,7 +66,9 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
         sites.check_same_heads(mask.unit_map, "The head mask")
     told = None
     if masks:
-        told = weight_report(masks, dict(model.named_parameters()), method=stored_method(whole), options={})
+        told = weight_report(
+            masks, dict(model.named_parameters()), method="+".join(stored.weight_pruners()), options={}
+        )
     return HostModel(model, sites, mask, functools.partial(example, model), told, longest(model))
 
 

@@ -48,22 +48,9 @@ def pruning_config(base: type, name: str, module: str) -> type:
     return make_dataclass(name, own, bases=(base,), namespace={"__module__": module})
 
 
-def add_flags(add_args: Any, parser: Any) -> None:
-    """Call ``add_args(parser)``, and let whatever fairseq adds later have the second flags of what was added."""
-    add_args(parser)
-    second = {f"--{name.replace('_', '-')}" for name in _SHARED}
-    optional = getattr(parser, "_optionals", parser)  # the group that a parser's own flags are in
-    check = optional._check_conflict
-
-    def give_way(action: Any) -> None:
-        for flag in second.intersection(action.option_strings):
-            mine = parser._option_string_actions.get(flag)
-            if mine is not None and mine.dest.startswith(_PREFIX) and mine.dest != action.dest:
-                mine.option_strings.remove(flag)
-                del parser._option_string_actions[flag]
-        check(action)
-
-    optional._check_conflict = give_way
+def second_flags() -> dict[str, str]:
+    """The short flags of what fairseq has too, which may give way to it, and where they lead."""
+    return {f"--{name.replace('_', '-')}": _PREFIX + name for name in _SHARED}
 
 
 def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> None:

@@ -6,8 +6,8 @@ from torch import nn
 
 from head_pruning import Pruner, PruningSession
 
-from .attention import UnfusedAttention
-from .unit_map import unit_map
+from .modules.attention import UnfusedAttention
+from .modules.unit_map import unit_map
 
 
 def open_session(model: nn.Module, pruners: Sequence[Pruner], **options) -> PruningSession:

@@ -18,13 +18,13 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from head_pruning import HeadPruningError, Pruner, PruningSession
 
-from .checkpoints import watch_training
+from . import patches
+from .checkpoints.keeper import StateKeeper
+from .checkpoints.weights import refuse_hosts, weight_pruners
 from .masters import master_of, unscale
-from .options import add_flags, build_pruners, pruning_config
+from .modules.surgery import take_shape
+from .options import build_pruners, pruning_config
 from .session import open_session
-from .state import StateKeeper
-from .surgery import take_shape
-from .weights import refuse_hosts, weight_pruners
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class HeadPruningMixin:
     @classmethod
     def add_args(cls, parser: Any) -> None:
         """As the base task; flags that a scheduler or optimizer has too are left to it."""
-        add_flags(super().add_args, parser)
+        patches.share_second_flags(super().add_args, parser)
 
     @property
     def options(self) -> Any:
@@ -80,7 +80,7 @@ class HeadPruningMixin:
             refuse_hosts(self.options)
         self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
         self.session.on_detach(self._keeper.remove)
-        watch_training(self.session)
+        patches.install()  # fairseq-train itself, where it was imported after this package
         self._optimizer = None
         self._epochs: Optional[float] = None
         if self.session.freezes_model:

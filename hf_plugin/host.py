@@ -23,13 +23,14 @@ from head_pruning.hosts import HostModel, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats
 from head_pruning.report.weights import write_weight_artifacts
 from head_pruning.surgery.remaining import recipe_of, sites_left
+from head_pruning.surgery.zeros import zeroed_heads
 from head_pruning.weights import load_weight_masks, save_compressed
 
 from .compact.model_classes import take_recipe
 from .mapping.head_plans import plan_site
 from .mapping.unit_map import unit_map
 from .saving.example_inputs import example_inputs, longest
-from .saving.folders import save_compact, save_pruned, zeroed_heads
+from .saving.folders import save_compact, save_pruned
 from .saving.programs import export_onnx, export_program
 
 name = "transformers"

@@ -294,7 +294,7 @@ def checkpoint(tmp_path):
     from fairseq.tasks.translation import TranslationTask
     from omegaconf import OmegaConf
 
-    from fairseq_plugin.unit_map import unit_map as map_units
+    from fairseq_plugin.modules.unit_map import unit_map as map_units
 
     line = ["data", "--task", "translation", "--arch", "transformer", "-s", "de", "-t", "en"]
     for side in ("encoder", "decoder"):

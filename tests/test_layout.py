@@ -1,6 +1,7 @@
 """The rules of the structure: who may import whom, and what a fresh process imports."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -30,6 +31,57 @@ def _imported(path: Path) -> set[str]:
 def test_no_package_imports_what_it_must_not(package):
     for path in (ROOT / package).rglob("*.py"):
         assert not _imported(path) & FORBIDDEN[package], path
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """Module to the modules of its own package that it imports, anywhere in it, by dotted names."""
+    files = {".".join(path.relative_to(package.parent).with_suffix("").parts): path for path in package.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = []
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names += [(alias.name, "") for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                up = node.level - (path.name == "__init__.py")
+                start = module.split(".")[: len(module.split(".")) - up] if node.level else []
+                source = ".".join([*start, *filter(None, [node.module])])
+                names += [(source, alias.name) for alias in node.names]
+        found = {f"{source}.{name}" if f"{source}.{name}" in modules else source for source, name in names}
+        graph[module] = found & modules.keys()
+    return graph
+
+
+def circle(package: Path) -> list[str]:
+    """Modules of a package that import each other in a circle, empty if none do."""
+    try:
+        graphlib.TopologicalSorter(import_graph(package)).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.mark.parametrize("package", ["fairseq_plugin", "hf_plugin"])
+def test_imports_go_one_way(package):
+    assert len(import_graph(ROOT / package)) > 10 and not circle(ROOT / package)
+
+
+def test_circles_are_found_inside_functions_and_through_packages(tmp_path):
+    package = tmp_path / "rooms"
+    files = {
+        "__init__.py": "from .top import run",
+        "top.py": "import os\nfrom .low import tool",
+        "low/__init__.py": "",
+        "low/tool.py": "from . import nail",
+        "low/nail.py": "def late():\n    WHAT",
+    }
+    for name, text in files.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text, encoding="utf-8")
+    for what, found in (("import rooms.top", 3), ("from ..top import run", 3), ("from .. import run", 4), ("pass", 0)):
+        (package / "low/nail.py").write_text(files["low/nail.py"].replace("WHAT", what), encoding="utf-8")
+        assert len(set(circle(package))) == found, what
 
 
 def test_the_core_loads_without_any_host():

@@ -15,61 +15,12 @@ from head_pruning.pruner import options_of
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.surgery.remaining import heads_left
+from head_pruning.surgery.zeros import zeroed_heads
 
 from ..compact.quantizer import dense_twin, mark_compact
 from .card import model_card
 
 PICTURE = "head_mask.png"
-
-
-@contextlib.contextmanager
-def zeroed_heads(model: nn.Module, mask: HeadMask) -> Iterator[None]:
-    """Inside the block the weights of the removed heads are zero; afterwards they are what they were.
-
-    Zero are the columns of the output projections, and the rows of query, key and value where each has a projection
-    of its own and no norm spans the heads.
-    """
-    undo = []
-
-    def zero(weight: torch.Tensor, index: torch.Tensor, dim: int) -> None:
-        index = index.to(weight.device)
-        undo.append((weight, index, dim, weight.data.index_select(dim, index)))
-        weight.data.index_fill_(dim, index, 0)
-
-    try:
-        for site, where in mask.unit_map.slices():
-            removed = torch.from_numpy(~mask.keep[where])
-            if not removed.any():
-                continue
-            out = _plain(model.get_submodule(site.out_proj))
-            # Conv1D of GPT-2 keeps its weight as [in, out].
-            dim = 0 if isinstance(out, transformers.pytorch_utils.Conv1D) else 1
-            if out.weight.shape[dim] != removed.numel() * site.head_dim:
-                raise HeadPruningError(
-                    f"{site.out_proj} reads {out.weight.shape[dim]} features, the mask says "
-                    f"{removed.numel() * site.head_dim}; use a mask made for this model."
-                )
-            zero(out.weight, removed.repeat_interleave(site.head_dim).nonzero().flatten(), dim)
-            normed = any("norm" in name for name, _ in model.get_submodule(site.name).named_children())
-            if normed or len(set(site.projections)) != 3:
-                continue
-            for name in site.projections:
-                projection = _plain(model.get_submodule(name))
-                if not isinstance(projection, nn.Linear) or projection.out_features % removed.numel():
-                    continue
-                rows = removed.repeat_interleave(projection.out_features // removed.numel()).nonzero().flatten()
-                zero(projection.weight, rows, 0)
-                if projection.bias is not None:
-                    zero(projection.bias, rows, 0)
-        yield
-    finally:
-        for weight, index, dim, values in reversed(undo):
-            weight.data.index_copy_(dim, index, values)
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """The layer itself under an adapter of PEFT."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def save_pruned(

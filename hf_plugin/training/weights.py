@@ -12,10 +12,10 @@ from head_pruning import HeadPruningError, PruningSession
 from head_pruning.files import atomic_path
 from head_pruning.pruner import options_of
 from head_pruning.report.weights import write_weight_artifacts
+from head_pruning.surgery.zeros import zeroed_heads
 from head_pruning.weights import WeightPruner
 
 from ..saving.card import weight_card, weight_section
-from ..saving.folders import zeroed_heads
 
 
 def refuse_sharded_weights(fsdp: Any, deepspeed: Any) -> None:

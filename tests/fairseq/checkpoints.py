@@ -1,12 +1,13 @@
 """What the tests read from checkpoints, and a pruned model made by hand."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fairseq_plugin.checkpoints import allow_safe_globals
-from head_pruning import HeadMask
+from fairseq_plugin.patches import allow_safe_globals
+from head_pruning import HeadMask, UnitMap
 
 
 def read(path) -> dict:
@@ -23,6 +24,12 @@ def mask_beside(checkpoint) -> HeadMask:
 def mask_in(checkpoint) -> HeadMask:
     """The mask in a checkpoint (the files beside it are of the last one saved)."""
     return HeadMask(mask_beside(checkpoint).unit_map, read(checkpoint)["model"]["head_pruning.keep"].numpy() > 0.5)
+
+
+def mask_in_state(state) -> HeadMask:
+    """The mask in a checkpoint that was read, without the files beside it."""
+    told = json.loads(bytes(state["model"]["head_pruning.meta.version1"].tolist()))
+    return HeadMask(UnitMap.from_dict(told["unit_map"]), state["model"]["head_pruning.keep"].numpy() > 0.5)
 
 
 def session_of(checkpoint) -> dict[str, np.ndarray]:

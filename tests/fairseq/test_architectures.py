@@ -16,8 +16,8 @@ from fairseq.models.hubert.hubert import HubertConfig, HubertModel, HubertPretra
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fairseq.modules import MultiheadAttention
 
-from fairseq_plugin.attention import UnfusedAttention
-from fairseq_plugin.unit_map import unit_map
+from fairseq_plugin.modules.attention import UnfusedAttention
+from fairseq_plugin.modules.unit_map import unit_map
 from head_pruning.gates import GateBank
 
 TINY = "--encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 24 --decoder-ffn-embed-dim 24 \

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fairseq_plugin import export
+from fairseq_plugin.exporting import checkpoints as export
 from head_pruning import HeadMask, HeadPruningError
 from tests.fairseq.command_lines import DSP, decoded
 from tests.fairseq.runner import ROOT

@@ -9,7 +9,7 @@ from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
-from fairseq_plugin.example import example
+from fairseq_plugin.exporting.example_batch import example
 from head_pruning import HeadPruningError
 from head_pruning.cli import main
 from head_pruning.hosts import find_host

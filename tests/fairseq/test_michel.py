@@ -14,7 +14,7 @@ import pytest
 import torch
 from fairseq import options, scoring
 
-from fairseq_plugin import run_michel
+from fairseq_plugin.michel import run as run_michel
 from head_pruning import HeadMask, HeadPruningError
 from tests.fairseq.command_lines import HEADS
 from tests.fairseq.runner import ROOT
@@ -98,7 +98,7 @@ def test_importance_is_the_sum_of_absolute_derivatives(data, dense, tmp_path):
     from fairseq import checkpoint_utils
 
     import fairseq_plugin  # noqa: F401  (reads checkpoints)
-    from fairseq_plugin.unit_map import unit_map
+    from fairseq_plugin.modules.unit_map import unit_map
 
     for flag in ((), ("--signed-importance",)):
         folder = tmp_path / f"signed{len(flag)}"

@@ -9,11 +9,12 @@ import pytest
 import torch
 from fairseq.models.transformer import TransformerModel
 
-from fairseq_plugin import host, programs, remove_heads
-from fairseq_plugin.attention import UnfusedAttention
-from fairseq_plugin.example import example
-from fairseq_plugin.export import export_compact
-from fairseq_plugin.state import attach_mask
+from fairseq_plugin import host, remove_heads
+from fairseq_plugin.checkpoints.keeper import attach_mask
+from fairseq_plugin.exporting import programs
+from fairseq_plugin.exporting.checkpoints import export_compact
+from fairseq_plugin.exporting.example_batch import example
+from fairseq_plugin.modules.attention import UnfusedAttention
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.cli import main
 from head_pruning.weights import pack_mask

@@ -14,8 +14,8 @@ from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
 from fairseq.optim.adam import Adam
 
-from fairseq_plugin.attention import UnfusedAttention
-from fairseq_plugin.unit_map import unit_map
+from fairseq_plugin.modules.attention import UnfusedAttention
+from fairseq_plugin.modules.unit_map import unit_map
 from head_pruning import PruningSession, build_pruner, full_mask, methods
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, normalize_importance

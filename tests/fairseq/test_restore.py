@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq_plugin.state import KEEP, META, mask_of_state
+from fairseq_plugin.checkpoints.stored import KEEP, META, PruningState
 from head_pruning import AttentionSite, HeadPruningError, UnitMap
 from head_pruning.session import STATE_VERSION
 from tests.fairseq.checkpoints import logits_of, mask_beside, read, session_of, weights_of
@@ -161,9 +161,9 @@ def test_an_average_of_different_masks_is_refused(translation, tmp_path):
         state[KEEP] = torch.tensor(values, dtype=torch.float64)
         if kept is None:
             with pytest.raises(HeadPruningError, match="an average of checkpoints that keep different heads"):
-                mask_of_state(state)
+                PruningState(state).head_mask()
         else:
-            assert mask_of_state(state).kept == kept
+            assert PruningState(state).head_mask().kept == kept
 
 
 @pytest.mark.parametrize("command", ["train", "generate"])

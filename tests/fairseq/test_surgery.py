@@ -17,12 +17,12 @@ from fairseq.modules import MultiheadAttention
 from fairseq.sequence_generator import SequenceGenerator
 
 from fairseq_plugin import remove_heads
-from fairseq_plugin.attention import UnfusedAttention
-from fairseq_plugin.export import export_compact, export_masked
+from fairseq_plugin.checkpoints.keeper import attach_mask
+from fairseq_plugin.exporting.checkpoints import export_compact, export_masked
 from fairseq_plugin.host import load
-from fairseq_plugin.state import attach_mask
-from fairseq_plugin.surgery import CompactAttention, NoHeads, decode
-from fairseq_plugin.unit_map import unit_map
+from fairseq_plugin.modules.attention import UnfusedAttention
+from fairseq_plugin.modules.surgery import CompactAttention, NoHeads, decode
+from fairseq_plugin.modules.unit_map import unit_map
 from head_pruning import HeadMask, HeadPruningError, surgery
 from head_pruning.masks import full_mask, mask_without
 from head_pruning.surgery.remaining import recipe_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq_plugin.export import export_compact, masked
+from fairseq_plugin.exporting.checkpoints import export_compact, masked
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.cli import main
 from head_pruning.schedules import cubic_density

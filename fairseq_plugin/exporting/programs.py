@@ -27,7 +27,7 @@ from head_pruning.inference.programs import (
     write_program,
 )
 
-from .example import example
+from .example_batch import example
 
 OUTPUT = "logits"
 AXES = {

@@ -16,38 +16,14 @@ from head_pruning.compact.recipe import ATTRIBUTE
 from head_pruning.files import atomic_path
 from head_pruning.inference.programs import check_file
 from head_pruning.surgery.removal import remove_heads
+from head_pruning.surgery.zeros import zero_heads
 
-from .state import KEEP, META, RECIPE, mask_of_state, read_description, recipe_of_state, split_state
-from .surgery import encode, plan_site
-from .weights import KEY, stored_masks, zero_weights
+from ..checkpoints.stored import KEEP, KEY, META, RECIPE, PruningState, load_checkpoint, split_state
+from ..checkpoints.weights import zero_weights
+from ..modules.surgery import encode, plan_site
 
 TASK_SUFFIX = "_head_pruning"
 FP32_PARAMETERS = "ema_fp32_params"
-
-
-def load_checkpoint(path: "str | Path") -> dict:
-    """Read a fairseq checkpoint without unpickling code. Raises HeadPruningError when missing or damaged."""
-    if not Path(path).is_file():
-        raise HeadPruningError(f"There is no checkpoint {path}; check the path.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise HeadPruningError(f"{path} is damaged or no fairseq checkpoint ({reason}); write it again.") from error
-    if not isinstance(state, dict) or "model" not in state:
-        raise HeadPruningError(f"{path} is no fairseq checkpoint: it has no model in it.")
-    return state
-
-
-def zero_heads(weights: dict, mask: HeadMask) -> None:
-    """Zero, in place, the q, k, v rows and the output columns of the removed heads in a model state dict."""
-    for site, where in mask.unit_map.slices():
-        channels = torch.from_numpy(~mask.keep[where]).repeat_interleave(site.head_dim)
-        weights[f"{site.out_proj}.weight"][:, channels] = 0
-        for name in site.projections:
-            weights[f"{name}.weight"][channels] = 0
-            if f"{name}.bias" in weights:
-                weights[f"{name}.bias"][channels] = 0
 
 
 def plain_config(cfg: dict) -> None:
@@ -85,6 +61,16 @@ def cut_heads(weights: dict, mask: HeadMask, before: Optional[dict]) -> tuple[di
                 f"{site.name} has {len(known['kept'])} heads left, and the mask is for {site.heads}; use a mask made "
                 "for the compact model."
             )
+    tree = _tree(weights)
+    if before is not None:
+        setattr(tree, ATTRIBUTE, before)
+    recipe = remove_heads(tree, dataclasses.replace(mask.unit_map, planner=plan_site, adapt=None), mask)
+    left = dict(tree.named_buffers(remove_duplicate=False))
+    return {name: left[name] for name in weights if name in left}, recipe
+
+
+def _tree(weights: dict) -> nn.Module:
+    """A model state dict as modules that hold nothing else."""
     tree = nn.Module()
     for name, tensor in weights.items():
         *path, leaf = name.split(".")
@@ -94,11 +80,7 @@ def cut_heads(weights: dict, mask: HeadMask, before: Optional[dict]) -> tuple[di
                 module.add_module(part, nn.Module())
             module = module._modules[part]
         module.register_buffer(leaf, tensor)
-    if before is not None:
-        setattr(tree, ATTRIBUTE, before)
-    recipe = remove_heads(tree, dataclasses.replace(mask.unit_map, planner=plan_site, adapt=None), mask)
-    left = dict(tree.named_buffers(remove_duplicate=False))
-    return {name: left[name] for name in weights if name in left}, recipe
+    return tree
 
 
 def parameters(weights: dict) -> int:
@@ -136,17 +118,16 @@ class _Exported:
 def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask], compact: bool) -> _Exported:
     check_file(Path(target), ".pt")
     state = load_checkpoint(source)
-    masks = stored_masks(state)
-    stored = split_state(state["model"])[1]
-    before = recipe_of_state(stored)
+    stored = PruningState.of(state)
+    masks, before = stored.weight_masks(), stored.recipe
     if before is not None and not compact:
         raise HeadPruningError(f"{source} is compact, the heads are gone; export the checkpoint it was made from.")
-    if before is not None and mask is None and KEEP not in stored:
+    if before is not None and mask is None and KEEP not in stored.heads:
         raise HeadPruningError(f"{source} is compact already; give a mask to cut more heads.")
-    if mask is None and (KEEP in stored or compact or not masks):
-        mask = mask_of_state(stored)
-    elif mask is not None and META in stored:
-        read_description(stored)["unit_map"].check_same_heads(mask.unit_map, "The mask")
+    if mask is None and (KEEP in stored.heads or compact or not masks):
+        mask = stored.head_mask()
+    elif mask is not None and META in stored.heads:
+        stored.description()["unit_map"].check_same_heads(mask.unit_map, "The mask")
     sizes = [parameters(split_state(state["model"])[0])]
     try:
         for place, key in _weights(state):
@@ -157,7 +138,7 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
                 if key != FP32_PARAMETERS:  # is no state dict of a model
                     own[RECIPE] = encode(recipe)
             elif mask is not None:
-                zero_heads(own, mask)
+                zero_heads(_tree(own), mask)
             place[key] = own
     except HeadPruningError:
         raise

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from head_pruning import HeadPruningError
 
-from .export import load_checkpoint
+from ..checkpoints.keeper import keeper_of
+from ..checkpoints.stored import load_checkpoint
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def load_translator(path: str, data: str) -> tuple[BaseFairseqModel, DictConfig,
             f"The weights in {path} do not fit the dictionaries in {data} ({reason:.300}); name the data folder "
             "that it was trained on."
         ) from error
-    if getattr(models[0], "_head_pruning", None) is not None:
+    if keeper_of(models[0]) is not None:
         raise HeadPruningError(f"{path} is already pruned; start from a dense checkpoint.")
     return models[0], saved, task
 

@@ -1,0 +1,1 @@
+"""The state of pruning in fairseq's checkpoints, and the files beside them."""

@@ -1,0 +1,263 @@
+"""Pruning state on its way into a fairseq checkpoint and back: of heads and of weights, in one place."""
+
+import logging
+from typing import Any, Mapping, Optional
+
+import numpy as np
+import torch
+from fairseq.models import BaseFairseqModel
+
+from head_pruning import HeadMask, HeadPruningError, PruningSession
+from head_pruning.gates import GateBank
+from head_pruning.surgery.remaining import recipe_of
+from head_pruning.surgery.removal import remove_heads as cut_out
+from head_pruning.weights import pack_mask
+
+from ..modules.attention import UnfusedAttention
+from ..modules.surgery import encode
+from ..modules.unit_map import unit_map
+from .stored import DAMAGED, KEEP, META, RECIPE, SESSION, PruningState
+from .weights import weight_masks, weight_pruners
+
+logger = logging.getLogger(__name__)
+
+
+class StateKeeper:
+    """Hangs on a model: writes the pruning state into its state dict and restores it.
+
+    Either of a ``session`` (training) or of a fixed mask with the ``stored`` state of the run that made it
+    (decoding, or training on with a task that does not prune). A compact model's recipe is part of it.
+    """
+
+    def __init__(
+        self,
+        model: BaseFairseqModel,
+        *,
+        session: Optional[PruningSession] = None,
+        reset_optimizer: bool = False,
+    ) -> None:
+        self.model = model
+        self.session = session
+        self.stored: dict[str, torch.Tensor] = {}
+        self.gates: Optional[GateBank] = None
+        self.unfused = UnfusedAttention(model)
+        self.reset_optimizer = reset_optimizer
+        self.loaded = False
+        #: What the checkpoint that is to be loaded keeps of weight pruners: its model does not tell.
+        self.coming: Mapping[str, Any] = {}
+        self._weights = weight_pruners(session)
+        self._heads = [pruner for pruner in (session.pruners if session else ()) if pruner not in self._weights]
+        self._handle = model.register_state_dict_post_hook(self)
+        model._head_pruning = self
+
+    def __deepcopy__(self, memo: dict) -> "StateKeeper":
+        # A copy of the model (fairseq's moving average) goes on writing the state of the run.
+        return self
+
+    def __call__(self, module: torch.nn.Module, state_dict: dict, prefix: str, metadata: Any) -> None:
+        """State-dict post hook."""
+        for name, value in self.of_heads().items():
+            state_dict[prefix + name] = value
+
+    def of_heads(self) -> dict[str, torch.Tensor]:
+        """What the model's state dict keeps: flat names to fresh tensors."""
+        recipe = recipe_of(self.model)
+        shape = {RECIPE: encode(recipe)} if recipe is not None else {}
+        if self.session is None:
+            return {**{name: value.clone() for name, value in self.stored.items()}, **shape}
+        if not self._heads:
+            return shape
+        state = {SESSION + name: value for name, value in self._session_state({"step", *_names(self._heads)}).items()}
+        mask = self.session.head_mask()
+        if mask is not None:
+            state[KEEP] = torch.from_numpy(mask.keep.astype(np.float64))
+        state[META] = torch.tensor(list(self.session.description().encode()), dtype=torch.int32)
+        return {**state, **shape}
+
+    def of_weights(self, *, resumable: bool) -> dict[str, Any]:
+        """What ``extra_state`` keeps of weight pruners; empty without them.
+
+        Args:
+            resumable: whether training is to go on from it; else only the masks are kept, one bit per weight.
+        """
+        if not self._weights:
+            return {}
+        masks = weight_masks(self.session)
+        state = {
+            "pruners": _names(self._weights),
+            "shapes": {name: list(mask.shape) for name, mask in masks.items()},
+            "masks": {name: pack_mask(mask) for name, mask in masks.items()},
+        }
+        if resumable:
+            state |= {"session": self._session_state(state["pruners"]), "tensors": self.session.tensor_state()}
+        return state
+
+    def _session_state(self, owners) -> dict[str, torch.Tensor]:
+        values = self.session.state_dict().items()
+        return {name: torch.from_numpy(np.array(value)) for name, value in values if _owner(name) in owners}
+
+    def let_go(self) -> None:
+        """Take off the gates of a fixed mask: the model is about to be cut."""
+        if self.gates is not None:
+            self.gates.detach()
+            self.unfused.detach()
+        self.gates, self.stored = None, {}
+
+    def remove(self) -> None:
+        """Hang on the model no more."""
+        self._handle.remove()
+        del self.model._head_pruning
+
+    def check(self, stored: PruningState) -> None:
+        """Raise, before any weight is loaded, when the state that comes with a checkpoint cannot be taken."""
+        if not stored.heads:
+            return
+        description = stored.description()
+        description["unit_map"].check_same_heads(unit_map(self.model), "The pruned checkpoint")
+        if self.session is None:
+            return
+        if KEEP in stored.heads and not self._heads:
+            raise HeadPruningError(
+                "The checkpoint has heads that are pruned, and pruning its weights alone would bring them back; add "
+                "the options of its pruner of heads, or start from its export (head-pruning export --to compact)."
+            )
+        theirs, mine = description["pruners"], _names(self.session.pruners)
+        if theirs != mine and not self.reset_optimizer:
+            raise HeadPruningError(
+                f"The checkpoint was pruned with {', '.join(theirs)}, this run uses {', '.join(mine)}; resume with "
+                "the same pruner, or add --reset-optimizer to start new gates from its weights."
+            )
+
+    def restore(self, stored: PruningState) -> None:
+        """Take what came with a checkpoint: the state of heads, and that of weights."""
+        weights, self.coming, self.loaded = self.coming, {}, True
+        if self.session is None:
+            self._fix(stored)
+            return
+        taken, values, tensors = set(), {}, None
+        if stored.heads and set(_names(self._heads)).issubset(stored.description()["pruners"]):
+            # A run that starts anew keeps the heads that its own options name.
+            heads = [pruner for pruner in self._heads if pruner.inherits or not self.reset_optimizer]
+            taken, values = {"step", *_names(heads)}, stored.of_session()
+        elif stored.heads:
+            logger.info("gates start anew: the checkpoint was pruned with another method")
+        if self._weights and weights:
+            tensors = None if self.reset_optimizer else weights.get("tensors")
+            if tensors is None:
+                logger.info("the pruner of weights starts anew, from the weights of the checkpoint")
+            else:
+                taken |= set(_names(self._weights))
+                values |= {name: value.cpu().numpy() for name, value in weights["session"].items()}
+        if taken:
+            self._take(taken, values, tensors)
+
+    def _take(self, owners: set, values: Mapping[str, np.ndarray], tensors: Optional[Mapping]) -> None:
+        """Restore what the session keeps of ``owners``, pruners or its step; the others stay as they are."""
+        state = {name: value for name, value in self.session.state_dict().items() if _owner(name) not in owners}
+        state |= {name: value for name, value in values.items() if _owner(name) in owners}
+        try:
+            self.session.load_state_dict(state)
+        except HeadPruningError:
+            raise
+        except (KeyError, IndexError, ValueError) as error:
+            raise HeadPruningError(DAMAGED) from error
+        if tensors is not None:
+            self.session.load_tensor_state({name: tensor.clone() for name, tensor in tensors.items()})
+        if self.reset_optimizer:
+            self.session.reset_optimizer()
+
+    def _fix(self, stored: PruningState) -> None:
+        """Gate the model with the mask of a checkpoint, in place of the one before."""
+        self.let_go()
+        self.gates = attach_mask(self.model, stored.head_mask()) if KEEP in stored.heads else None
+        if self.gates is not None:
+            self.unfused.attach()
+        self.stored = dict(stored.heads)
+
+
+def _names(pruners) -> list[str]:
+    return [pruner.name for pruner in pruners]
+
+
+def _owner(name: str) -> str:
+    """Whose an entry of a session's state dict is: a pruner's name, or ``step``."""
+    return name.partition(".")[0]
+
+
+def keeper_of(model: torch.nn.Module) -> Optional[StateKeeper]:
+    """What hangs on a model, or on the one that it was copied from; None on a dense one without a session."""
+    return getattr(model, "_head_pruning", None)
+
+
+def check_weights(session: Optional[PruningSession], stored: PruningState, *, reset: bool, prunes: bool) -> None:
+    """Raise, before any weight is loaded, when a run cannot go on from a checkpoint whose weights were pruned.
+
+    Args:
+        session: of this run; None when it does not prune.
+        stored: of the checkpoint.
+        reset: whether this run starts anew from the checkpoint's model.
+        prunes: whether its task is one that prunes.
+
+    Raises:
+        HeadPruningError: it would go on with other pruners of weights.
+    """
+    theirs, mine = stored.weight_pruners(), _names(weight_pruners(session))
+    if theirs and theirs != mine and prunes and not reset:
+        raise HeadPruningError(
+            f"The checkpoint's weights were pruned with {', '.join(theirs)}, this run uses "
+            f"{', '.join(mine) or 'no weight pruner'}; resume with the same --weight-pruner, or add --reset-optimizer "
+            "to start anew from its weights."
+        )
+    if theirs and not mine:
+        logger.warning(
+            "the checkpoint's weights were pruned with %s, and this run trains its zeros too; --weight-pruner lock "
+            "keeps them",
+            ", ".join(theirs),
+        )
+
+
+def refuse_late_start(session: PruningSession, file: str, stored: PruningState) -> None:
+    """Raise HeadPruningError if training goes on in the middle with a schedule that has not begun."""
+    for pruner in session.pruners:
+        known = stored.weights if pruner in weight_pruners(session) else META in stored.heads
+        if pruner.inherits and pruner.name != "lock" and not known:
+            raise HeadPruningError(
+                f"{file} was not pruned with {pruner.name}, whose schedule would start in the middle of training; add "
+                "--reset-optimizer --reset-lr-scheduler --reset-meters --reset-dataloader, or give the file as "
+                "--finetune-from-model."
+            )
+
+
+def attach_mask(model: BaseFairseqModel, mask: HeadMask) -> GateBank:
+    """Gate a model, whose attention is unfused, with a fixed mask, in training and in evaluation."""
+    gates = GateBank(model, unit_map(model))
+    gates.attach()
+    gates.set_fixed(mask.keep)
+    return gates
+
+
+def remove_heads(model: BaseFairseqModel, mask: Optional[HeadMask] = None) -> dict:
+    """Cut heads out of a fairseq model for good, in place; checkpoints of it carry what was cut.
+
+    Args:
+        model: dense, with the fixed mask of a pruned checkpoint, or compact already; no session may be on it.
+        mask: the heads that stay; default: those of the checkpoint that was loaded.
+
+    Returns:
+        The recipe, see :func:`head_pruning.surgery.remove_heads`.
+
+    Raises:
+        HeadPruningError: there is no mask, it is of another model, or a session is on the model.
+    """
+    keeper = keeper_of(model)
+    if keeper is not None and keeper.session is not None:
+        raise HeadPruningError("A pruning session is on the model; detach it before its heads are cut out.")
+    if mask is None:
+        mask = PruningState(keeper.stored if keeper is not None else {}).head_mask()
+    unit_map(model).check_same_heads(mask.unit_map, "The head mask")
+    if keeper is not None:
+        keeper.let_go()
+    recipe = cut_out(model, unit_map(model), mask)
+    if keeper is None:
+        StateKeeper(model)
+    return recipe

@@ -1,0 +1,87 @@
+"""The files beside a checkpoint: what is pruned, as masks, numbers, a table and a picture."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import fairseq
+import torch
+
+from head_pruning import HeadMask, PruningSession
+from head_pruning.files import REPORT_FILE
+from head_pruning.pruner import options_of
+from head_pruning.report.artifacts import write_artifacts
+from head_pruning.report.tables import head_table
+from head_pruning.report.weights import density_table, write_weight_artifacts
+from head_pruning.surgery.zeros import removed_slices, zeroed_heads
+
+from .weights import weight_masks, weight_pruners
+
+logger = logging.getLogger(__name__)
+
+
+def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
+    """Write pruning.json and masks.safetensors into ``save_dir``, with weight masks also their table and picture.
+
+    With ``log_heads`` also log the kept heads by site, and the kept weights by tensor.
+    """
+    session, folder = trainer.task.session, Path(save_dir)
+    mask, masks = session.head_mask(), weight_masks(session)
+    if mask is None and not masks:
+        return
+    numbers = {name: value if math.isfinite(value) else None for name, value in session.metrics().items()}
+    entry = {"updates": trainer.get_num_updates(), "at_target": session.at_target(), **numbers}
+    history, versions = [*_history(folder, entry["updates"]), entry], {"fairseq": fairseq.__version__}
+    if mask is not None:
+        write_artifacts(
+            folder,
+            mask,
+            method="+".join(pruner.name for pruner in session.pruners),
+            options=options_of(session.pruners),
+            history=history,
+            versions=versions,
+            parameters=_parameters(trainer.get_model(), mask),
+        )
+    if masks:
+        _write_weights(folder, trainer.get_model(), session, masks, history, versions)
+    if log_heads and mask is not None:
+        logger.info("kept heads by site:%s%s", os.linesep, head_table(mask))
+    if log_heads and masks:
+        logger.info("kept weights by tensor:%s%s", os.linesep, density_table(masks))
+
+
+def _write_weights(
+    folder: Path, model: torch.nn.Module, session: PruningSession, masks: dict, history: list, versions: dict
+) -> None:
+    """Add the weight masks to the files in ``folder``; the numbers are of the model masked, without removed heads."""
+    pruners, mask = weight_pruners(session), session.head_mask()
+    with session.evaluating(), contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
+        write_weight_artifacts(
+            folder,
+            masks,
+            dict(model.named_parameters()),
+            method="+".join(pruner.name for pruner in pruners),
+            options=options_of(pruners),
+            head_mask=mask,
+            history=history,
+            versions=versions,
+        )
+
+
+def _history(save_dir: Path, updates: int) -> list[dict]:
+    """The entries that earlier saves left, up to the one that training went on from."""
+    try:
+        entries = json.loads((save_dir / REPORT_FILE).read_text(encoding="utf-8"))["history"]
+        return [entry for entry in entries if entry["updates"] < updates]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _parameters(model: torch.nn.Module, mask: HeadMask) -> tuple[int, int]:
+    """Parameters of the model, and how many are left when those of the removed heads are zero."""
+    removed = sum(tensor.numel() // tensor.shape[dim] * len(at) for tensor, dim, at in removed_slices(model, mask))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - removed

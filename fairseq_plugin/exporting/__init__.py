@@ -1,0 +1,1 @@
+"""What a pruned checkpoint is turned into."""

@@ -1,0 +1,1 @@
+"""Pruning the heads of a trained translation model by their importance."""

@@ -1,0 +1,1 @@
+"""What fairseq's models are made of, and how their heads are gated and cut out."""

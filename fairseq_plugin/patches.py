@@ -1,0 +1,227 @@
+"""Every change that the plugin makes to fairseq itself, and to torch and Python for its sake.
+
+Each patch is a function that is called in the place of another, which it gets as its first argument.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import logging
+import math
+import sys
+from typing import Any, Callable, Optional
+
+import numpy as np
+import omegaconf
+import torch
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models import BaseFairseqModel
+from fairseq.trainer import Trainer
+
+from head_pruning import HeadPruningError
+from head_pruning.surgery.remaining import recipe_of
+
+from .checkpoints.keeper import StateKeeper, check_weights, keeper_of, refuse_late_start
+from .checkpoints.reports import write_beside
+from .checkpoints.stored import KEY, META, PruningState, peek, refuse_cut_off, split_state
+from .checkpoints.weights import finish
+from .modules.surgery import take_shape
+from .options import refuse_other_options, second_flags
+
+logger = logging.getLogger(__name__)
+_MARK = "of_head_pruning"
+# What rank 0 sends the others: a checkpoint with its configuration. Files may not hold it.
+_BETWEEN_RANKS = [
+    *(Any, bool, dict, float, int, list, str, collections.defaultdict),
+    *(omegaconf.DictConfig, omegaconf.ListConfig, omegaconf.nodes.AnyNode),
+    *(omegaconf.base.ContainerMetadata, omegaconf.base.Metadata),
+    distributed_utils._TensorPlaceholder,
+]
+_validated_at_target = True
+
+
+def install() -> None:
+    """Apply every patch, once per process; called again, only what fairseq has imported since."""
+    allow_safe_globals()
+    _replace(sys, "excepthook", print_sentence)
+    _replace(distributed_utils, "_broadcast_object_slow", read_configurations)
+    _replace(checkpoint_utils, "load_checkpoint_to_cpu", refuse_damaged_files)
+    _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
+    _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
+    _replace(Trainer, "load_checkpoint", load_pruned_training)
+    _replace(Trainer, "state_dict", state_with_weights)
+    for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
+        module = sys.modules.get(name)
+        if hasattr(module, "should_stop_early") and hasattr(module, "validate"):
+            _replace(module, "validate", validate_masked)
+            _replace(module, "should_stop_early", stop_at_target)
+
+
+def _replace(owner: Any, name: str, patch: Callable) -> None:
+    """Call ``patch(original, ...)`` wherever ``owner.name(...)`` is called."""
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def patched(*args, **kwargs):
+        return patch(original, *args, **kwargs)
+
+    setattr(patched, _MARK, True)
+    setattr(owner, name, patched)
+
+
+def allow_safe_globals() -> None:
+    """Let torch's weights-only loading read what fairseq puts into checkpoints: a Namespace and numpy numbers."""
+    torch.serialization.add_safe_globals(
+        [
+            argparse.Namespace,
+            np.dtype,
+            np.ndarray,
+            (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+            (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+            np._core.multiarray._reconstruct,
+            np._core.multiarray.scalar,
+            *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")),
+        ]
+    )
+
+
+def sentence_of(error: Optional[BaseException]) -> Optional[str]:
+    """The sentence of the first HeadPruningError in the chain of causes (fairseq wraps errors of loading)."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, HeadPruningError):
+            return str(error)
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def print_sentence(original, kind, error, traceback) -> None:
+    """A user's mistake ends fairseq's commands with one sentence; the exit status stays non-zero."""
+    sentence = sentence_of(error)
+    if sentence is None:
+        original(kind, error, traceback)
+    else:
+        print(f"error: {sentence}", file=sys.stderr)
+
+
+def read_configurations(original, *args, **kwargs):
+    """Ranks read what rank 0 sends them."""
+    with torch.serialization.safe_globals(_BETWEEN_RANKS):
+        return original(*args, **kwargs)
+
+
+def refuse_damaged_files(original, path, *args, **kwargs):
+    """A checkpoint that ends too early is named."""
+    refuse_cut_off(path)
+    return original(path, *args, **kwargs)
+
+
+def load_pruned_model(original, self, state_dict, *args, **kwargs):
+    """Every model loads pruned and compact checkpoints: it takes their shape, and their heads stay pruned."""
+    own, keeper = split_state(state_dict)[0], keeper_of(self)
+    if keeper is not None and keeper.model is not self:  # a copy of the model: its gates stay what they are
+        return original(self, own, *args, **kwargs)
+    stored = PruningState.of({"model": state_dict})
+    if stored.recipe != recipe_of(self):
+        if keeper is not None:
+            if keeper.session is not None:
+                raise HeadPruningError(
+                    "The checkpoint is compact and the gates are on a model that is not; load it with "
+                    "--restore-file or --finetune-from-model, or cut the model before its session is opened."
+                )
+            keeper.let_go()
+        take_shape(self, stored.recipe)
+    if keeper is None and (stored.heads or stored.recipe is not None):
+        keeper = StateKeeper(self)
+    if keeper is not None:
+        keeper.check(stored)
+    result = original(self, own, *args, **kwargs)
+    if keeper is not None:
+        keeper.restore(stored)
+    return result
+
+
+def load_pruned_training(original, self, filename, *args, **kwargs):
+    """The trainer goes on from pruned and compact checkpoints with the pruners, and the options, that made them."""
+    # Before the data-parallel wrapper and the optimizer see the parameters.
+    checkpoint, model, task = peek(filename), self.get_model(), self.task
+    stored, keeper = PruningState.of(checkpoint), keeper_of(model)
+    reset = keeper.reset_optimizer if keeper is not None else bool(args[0] if args else kwargs.get("reset_optimizer"))
+    session = getattr(task, "session", None)
+    if session is not None and not reset and (META in stored.heads or stored.weights):
+        refuse_other_options(str(filename), (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
+    check_weights(session, stored, reset=reset, prunes=hasattr(type(task), "session"))
+    if stored.recipe is not None and stored.recipe != recipe_of(model):
+        getattr(task, "cut_for_checkpoint", take_shape)(model, stored.recipe)
+        self.reinitialize()
+        session, keeper = getattr(task, "session", None), keeper_of(model)  # new ones
+    if keeper is not None:
+        keeper.coming = stored.weights
+    extra_state = original(self, filename, *args, **kwargs)
+    if extra_state is not None:
+        extra_state.pop(KEY, None)
+        if session is not None and not reset and self.get_num_updates():
+            refuse_late_start(session, str(filename), stored)
+    return extra_state
+
+
+def state_with_weights(original, self):
+    """The trainer's checkpoints keep the state of weight pruners."""
+    state, keeper = original(self), keeper_of(self.get_model())
+    of_weights = {} if keeper is None else keeper.of_weights(resumable=not self.cfg.checkpoint.no_save_optimizer_state)
+    if of_weights:
+        state["extra_state"][KEY] = of_weights
+    return state
+
+
+def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
+    """No best checkpoint before the target, and the mask beside every checkpoint."""
+    session = getattr(trainer.task, "session", None)
+    if session is None:
+        return original(cfg, trainer, epoch_itr, val_loss)
+    if val_loss is not None and not session.at_target():
+        logger.info("not a candidate for checkpoint_best: pruning has not reached its target yet")
+        val_loss = None
+    last = trainer.get_num_updates() >= (session.total_steps or math.inf)
+    if last:
+        finish(session)
+    saved = original(cfg, trainer, epoch_itr, val_loss)
+    if not cfg.no_save and trainer.data_parallel_rank == 0:
+        write_beside(cfg.save_dir, trainer, log_heads=last or epoch_itr.end_of_epoch())
+    return saved
+
+
+def validate_masked(original, cfg, trainer, task, *args, **kwargs):
+    """fairseq-train validates the masked model."""
+    global _validated_at_target
+    session = getattr(task, "session", None)
+    _validated_at_target = session is None or session.at_target()
+    # Here, not batch by batch: masking and taking back is work for every weight.
+    with getattr(task, "evaluating", contextlib.nullcontext)():
+        return original(cfg, trainer, task, *args, **kwargs)
+
+
+def stop_at_target(original, cfg, valid_loss):
+    """``--patience`` counts validations only once the run is at its target."""
+    return _validated_at_target and original(cfg, valid_loss)
+
+
+def share_second_flags(add_args: Callable, parser: Any) -> None:
+    """Call ``add_args(parser)``, and let whatever fairseq adds later have the second flags of what was added."""
+    add_args(parser)
+    optional = getattr(parser, "_optionals", parser)  # the group that a parser's own flags are in
+    optional._check_conflict = functools.partial(_give_way, optional._check_conflict, parser)
+
+
+def _give_way(original, parser: Any, action: Any) -> None:
+    for flag, dest in second_flags().items():
+        mine = parser._option_string_actions.get(flag)
+        if flag in action.option_strings and mine is not None and mine.dest == dest != action.dest:
+            mine.option_strings.remove(flag)
+            del parser._option_string_actions[flag]
+    original(action)
