@@ -93,6 +93,11 @@ def registered() -> dict:
     return {name: method for kind in KINDS for name, method in methods(kind).items()}
 
 
+def kinds() -> dict[str, str]:
+    """What each registered method prunes, by its name."""
+    return {name: kind for kind in KINDS for name in methods(kind)}
+
+
 def option_groups() -> dict[str, tuple[str, list[dataclasses.Field]]]:
     """Each config class that adds options: name to the first line of its docstring and these options."""
     found: dict[str, tuple[str, list[dataclasses.Field]]] = {}

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from head_pruning import AttentionSite, HeadMask, UnitMap, registry
-from tests.documents import PAGES, ROOT, blocks, commands, prose, read
+from tests.documents import PAGES, ROOT, blocks, commands, prose, read, registered
 
 # Commands that are neither read by a parser nor run here.
 NOT_RUN = {
@@ -332,7 +332,7 @@ def known_flags():
     found |= set(re.findall(r"--\w+", printed.getvalue()))
     for path in (*(ROOT / "prepare").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         found |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', read(path)))
-    options = [name for kind in ("heads", "weights") for name in registry.option_fields(prunes=kind)]
+    options = [name for method in registered().values() for name in method.config.__dataclass_fields__]
     return found | {f"--{name.replace('_', '-')}" for name in options}
 
 
