@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/hf.txt requirements/dev.txt
@@ -9,7 +10,7 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo demo-hf test test-slow test-oldest lint format clean
+.PHONY: setup demo demo-hf test test-slow test-oldest docs lint format clean
 
 setup: $(STAMP)
 
@@ -50,6 +51,16 @@ $(OLDEST)/.set-up: requirements/oldest/hf.txt $(REQUIREMENTS)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
+# The site, in site/. It reads the code without importing it, so it needs nothing of .venv.
+docs: $(DOCS)/.set-up
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
+
+$(DOCS)/.set-up: requirements/docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt ruff \
+		$(REQUIREMENTS:%=-c %)
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,4 +70,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info demo-output demo-hf-output
+	rm -rf $(VENV) $(OLDEST) $(DOCS) build site *.egg-info demo-output demo-hf-output
