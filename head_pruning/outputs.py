@@ -1,10 +1,11 @@
 """What a model gave for one micro-batch, and the hooks that record it, whatever the host."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Optional
 
 import torch
-from torch import nn
 
 from .errors import HeadPruningError
 from .unit_map import UnitMap
@@ -44,7 +45,7 @@ class Outputs:
         """``[..., classes]`` each: one for most tasks, that of the start and that of the end for spans of text."""
         return logits_of(self.raw)
 
-    def call(self, model: nn.Module) -> Any:
+    def call(self, model: torch.nn.Module) -> Any:
         """What another model, such as a teacher, gives for the same micro-batch."""
         return model(*self.args, **self.kwargs)
 
@@ -96,12 +97,12 @@ class _Call:
         self.layers: dict[str, list[tuple]] = {}
         self.sites: dict[str, list[Any]] = {}
 
-    def begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def begin(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if self.live:
             self.forget()
             self.running, self.args, self.kwargs = True, args, kwargs
 
-    def end(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+    def end(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         if self.running:
             self.running, self.finished, self.raw = False, True, output
 
@@ -112,7 +113,7 @@ class _Layer:
     def __init__(self, call: _Call, name: str) -> None:
         self.call, self.name = call, name
 
-    def hook(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+    def hook(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         if self.call.running:
             into = next(_tensors([*args, *kwargs.values()]), None)
             self.call.layers.setdefault(self.name, []).append((into, next(_tensors(output), None)))
@@ -124,7 +125,7 @@ class _Site:
     def __init__(self, call: _Call, name: str) -> None:
         self.call, self.name = call, name
 
-    def hook(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def hook(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if self.call.running:
             self.call.sites.setdefault(self.name, []).append(output)
 
@@ -152,7 +153,7 @@ class Recorder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: torch.nn.Module,
         unit_map: Optional[UnitMap],
         needs: "frozenset[str] | set[str]" = frozenset(),
         *,
@@ -200,7 +201,7 @@ class Recorder:
             self._handles.pop().remove()
         self._call.forget()
 
-    def _module(self, name: str) -> nn.Module:
+    def _module(self, name: str) -> torch.nn.Module:
         try:
             return self.model.get_submodule(name)
         except AttributeError as error:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import pkgutil
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Mapping, Optional
+from typing import Any, Callable, Iterable, Mapping, Optional, get_type_hints
 
 import numpy as np
 
@@ -124,7 +124,9 @@ def register_pruner(
     odd = set(method.example) - set(method.options)
     if odd:
         raise HeadPruningError(f"The example of the pruner {name} sets {odd.pop()}, which is none of its options.")
+    types = get_type_hints(config)
     for option, field in method.options.items():
+        field.type = types[option]  # not its text, which is only understood where the dataclass stands
         if not field.metadata.get("help"):
             raise HeadPruningError(f"The option {option} of the pruner {name} has no help text; add one.")
         for other in _METHODS.values():

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .gates.bank import GateBank, refuse_gates
+from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
 from .outputs import NEEDS, Recorder, last_of
 from .pruner import Pruner

@@ -1,5 +1,7 @@
 """What of a model can be pruned, in one fixed order, and which of it stays."""
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence

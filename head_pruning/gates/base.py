@@ -1,5 +1,7 @@
 """What the head-gate methods share: logits, their optimizer, clipping, the minimum of heads per group."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Optional

@@ -1,5 +1,7 @@
 """DSP: differentiable subset pruning with the Gumbel soft top-K (Li et al. 2021)."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Optional

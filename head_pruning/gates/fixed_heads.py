@@ -1,5 +1,7 @@
 """Heads fixed from the start: K random ones, the baseline that any method must beat, or those of a file."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional

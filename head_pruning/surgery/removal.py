@@ -10,7 +10,7 @@ from torch import nn
 from ..compact.recipe import VERSION, apply_recipe
 from ..compact.slices import held_heads, held_queries, stays, was
 from ..errors import HeadPruningError
-from ..gates.bank import refuse_gates
+from ..gates.engine.bank import refuse_gates
 from ..masks import HeadMask
 from ..unit_map import AttentionSite, UnitMap
 from .plans import get_tensor, plain_plan

@@ -1,5 +1,7 @@
 """The schedule of PLATON and its siblings: a warm-up, a cubic fall of the remaining ratio, a final phase."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Any, Optional

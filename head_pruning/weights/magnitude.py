@@ -1,5 +1,7 @@
 """Pruning by magnitude: on PLATON's schedule, and gradually per tensor (Zhu and Gupta 2017)."""
 
+from __future__ import annotations
+
 import logging
 import math
 from dataclasses import dataclass, field

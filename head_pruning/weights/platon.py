@@ -1,5 +1,7 @@
 """PLATON: pruning by an upper confidence bound of weight importance (Zhang et al. 2022), and smoothed sensitivity."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
 

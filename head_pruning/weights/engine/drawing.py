@@ -1,5 +1,7 @@
 """Drawing the masks of a pruner's present scores: one threshold over all weights, or tensor by tensor."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, Optional, Protocol
 

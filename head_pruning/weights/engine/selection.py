@@ -1,5 +1,7 @@
 """Which weights stay: the exact k-th smallest score without sorting or copying scores, N:M patterns, blocks."""
 
+from __future__ import annotations
+
 import math
 import re
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from .portions import Portion, each
 _LOW = 16  # bits that the second pass tells apart; the first pass tells the others
 _SIGN = 0x7FFFFFFF
 
-Scores = Callable[[], Iterable[list[torch.Tensor]]]
+Scores = Callable[[], Iterable["list[torch.Tensor]"]]
 
 
 @dataclass(frozen=True)

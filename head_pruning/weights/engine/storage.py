@@ -1,5 +1,7 @@
 """What a weight pruner keeps for each weight, laid out in portions."""
 
+from __future__ import annotations
+
 from typing import Callable, Optional, Sequence
 
 import numpy as np

@@ -1,12 +1,13 @@
 """Which tensors of a model are pruned: by the unit map's sites, or by patterns of parameter names."""
 
+from __future__ import annotations
+
 import logging
 import re
 from dataclasses import dataclass
 from typing import Iterator, Optional
 
 import torch
-from torch import nn
 
 from ...errors import HeadPruningError
 from ...unit_map import UnitMap
@@ -19,11 +20,11 @@ class Target:
     """One pruned parameter: its dotted name in the model, and itself."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: torch.nn.Parameter
 
 
 def weight_targets(
-    model: nn.Module,
+    model: torch.nn.Module,
     unit_map: Optional[UnitMap],
     *,
     include: Optional[str] = None,
@@ -104,9 +105,9 @@ def _projections(unit_map: UnitMap) -> Iterator[str]:
         yield from (block.in_proj, block.out_proj)
 
 
-def _is_protected(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or "norm" in type(module).__name__.lower()
+def _is_protected(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) or "norm" in type(module).__name__.lower()
 
 
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+def _own(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     return module.parameters(recurse=False)

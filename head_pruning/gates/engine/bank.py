@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import HeadPruningError, UnfiredSiteError
-from ..unit_map import UnitMap
+from ...errors import HeadPruningError, UnfiredSiteError
+from ...unit_map import UnitMap
 
 
 class HeadGate(nn.Module):
