@@ -62,7 +62,7 @@ def circle(package: Path) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("package", ["fairseq_plugin", "hf_plugin"])
+@pytest.mark.parametrize("package", FORBIDDEN)
 def test_imports_go_one_way(package):
     assert len(import_graph(ROOT / package)) > 10 and not circle(ROOT / package)
 
