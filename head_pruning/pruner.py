@@ -19,7 +19,7 @@ class SessionView(Protocol):
 
     model: torch.nn.Module
     unit_map: Optional[UnitMap]
-    pruners: Sequence["Pruner"]
+    pruners: list[Pruner]
     seed: int
     total_steps: Optional[int]
     gates: Any
@@ -60,7 +60,8 @@ class Pruner:
     def __init__(self, config: Any) -> None:
         check_types(config)
         self.config = config
-        self.session: Optional[SessionView] = None
+        #: Set while attached.
+        self.session: SessionView = None  # type: ignore[assignment]
 
     @property
     def needs_gates(self) -> bool:
@@ -96,7 +97,7 @@ class Pruner:
 
     def detach(self) -> None:
         """Leave the model as it was."""
-        self.session = None
+        self.session = None  # type: ignore[assignment]
 
     # -- an update ---------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def test_names_that_load_later_are_those_that_type_checkers_see(name):
     for wanted, home in seen.items():
         assert getattr(package, wanted) is getattr(importlib.import_module(home), wanted)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        package.nothing
+        _ = package.nothing
     with pytest.raises(ImportError):
         exec(f"from {name} import nothing")
 

@@ -7,6 +7,7 @@ turns; the shortest time counts.
 
 import argparse
 import copy
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def compare(contestants: list[Contestant], args: argparse.Namespace, folder: Pat
     for batch in dict.fromkeys((1, args.batch)):
         passes = prepare(batch)
         shown = f"batch {batch}: round {{}} of {args.rounds}"
-        times[batch] = fastest(passes, args.rounds, watch, lambda turn, shown=shown: note_step(shown.format(turn)))
+        times[batch] = fastest(passes, args.rounds, watch, functools.partial(_note_turn, shown))
     note_step("")
     names = [contestant.name for contestant in contestants]
     found: dict[str, Any] = {name: getattr(args, name) for name in (*COUNTS, "runtime")}
@@ -132,6 +133,10 @@ def _prepare(
     return lambda batch: {
         c.name: onnx_pass(sessions[c.name], c.loaded.example(batch, args.length)) for c in contestants
     }
+
+
+def _note_turn(shown: str, turn: int) -> None:
+    note_step(shown.format(turn))
 
 
 def _table(found: dict[str, Any]) -> str:

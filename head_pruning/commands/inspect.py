@@ -50,21 +50,21 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
     weights = {name: told[name] for name in TOLD_OF_WEIGHTS} if told.keys() >= set(TOLD_OF_WEIGHTS) else None
     zeros = _zeros(loaded.model)
     compact = recipe_of(loaded.model) is not None
-    pending = loaded.mask is not None and not loaded.mask.keep.all()
+    pending = None if loaded.mask is None or loaded.mask.keep.all() else loaded.mask
     inputs = loaded.example(1, length)
     sizes: dict[str, Sizes] = {"now": measure_sizes(loaded.model, loaded.unit_map, inputs)}
     refusal: Optional[str] = None
     name = type(loaded.model).__name__
-    if pending:
+    if pending is not None:
         try:
-            remove_heads(loaded.model, loaded.unit_map, loaded.mask)
+            remove_heads(loaded.model, loaded.unit_map, pending)
             sizes["compact"] = measure_sizes(loaded.model, loaded.unit_map, inputs)
         except HeadPruningError as error:
             refusal = str(error)
     shown = mask or full_mask(loaded.unit_map)
     return {
         "class": name,
-        "state": _state(compact, pending, weights is not None, zeros),
+        "state": _state(compact, pending is not None, weights is not None, zeros),
         "weights": weights,
         "zeros_of_matrices": zeros,
         "heads_kept": shown.kept,

@@ -144,7 +144,7 @@ class SoftTopK:
         self.temperature = temperature
         exact = _one_hot_everywhere(perturbed, temperature, len(rounds.supports)) if rounds.free else None
         self.saturated = exact is not None
-        if self.saturated:
+        if exact is not None:
             self.mask = exact
             return
         # The same operations in the same order as the published code: near saturation at T about 0.01 the recursion

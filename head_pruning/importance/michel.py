@@ -57,6 +57,7 @@ class ImportanceAccumulator:
         gates = gates.repeat(count, 1).requires_grad_(True)
         with self.gates.reading(gates):
             yield
+        assert gates.grad is not None
         self._add(gates.grad.double())
 
     def _add(self, gradient: torch.Tensor) -> None:

@@ -117,8 +117,9 @@ def plan_recipe(model: nn.Module, unit_map: UnitMap, head_mask: HeadMask) -> dic
 
 
 def _recipe(model: nn.Module, unit_map: UnitMap) -> dict:
-    if recipe_of(model) is not None:
-        return {**copy.deepcopy(recipe_of(model)), "version": VERSION}
+    before = recipe_of(model)
+    if before is not None:
+        return {**copy.deepcopy(before), "version": VERSION}
     return {"version": VERSION, "unit_map": json.loads(json.dumps(unit_map.to_dict())), "sites": {}}
 
 

@@ -6,13 +6,13 @@ import contextlib
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..pruner import Pruner
+from ..pruner import Pruner, SessionView
 from .engine.drawing import LateNumbers, draw_masks
 from .engine.no_grad import no_grad
 from .engine.portions import Portion, each
@@ -115,7 +115,7 @@ class WeightPruner(Pruner):
         drawn = {"weight_selection": str(self.selection), "mask_policy": self.policy}
         return {**options, **{name: value for name, value in drawn.items() if name in options}}
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
         options = self.config
         self.targets = weight_targets(
@@ -381,7 +381,7 @@ class WeightPruner(Pruner):
         return self.storage.tensor_state()
 
     @no_grad
-    def load_tensor_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore :meth:`tensor_state`. Raises HeadPruningError when it is of other tensors."""
         self.storage.load_tensor_state(state)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import HeadPruningError
 from ..options import require
+from ..pruner import SessionView
 from ..schedules import STEPS, cubic_density, resolve_steps
 from .base import MaskConfig, WeightPruner
 
@@ -78,7 +79,7 @@ class CubicPruner(WeightPruner):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "final_threshold": self._density}
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         self.warmup = -1
         super().attach(session)
 

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import HeadPruningError
 from ..options import require
+from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import STEPS, gradual_sparsity, resolve_steps
 from .base import MaskConfig, WeightPruner
@@ -95,7 +96,7 @@ class GradualMagnitudePruner(_Magnitude):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "target_sparsity": self._target}
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         self.steps: dict[str, int] = {}
         super().attach(session)
 

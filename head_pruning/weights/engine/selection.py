@@ -123,10 +123,11 @@ def _count(scores: Scores, bins: Callable, number: int, signed: bool) -> torch.T
                 counts = torch.zeros(number, dtype=torch.int64, device=key.device)
                 counts.scatter_add_(0, place.long(), torch.ones_like(place, dtype=torch.int64))
             total = counts if total is None else total.add_(counts.to(total.device, non_blocking=True))
+    assert total is not None  # there are scores
     return total
 
 
-def _find(counts: torch.Tensor, k) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _find(counts: torch.Tensor, k: "int | torch.Tensor") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The bin of the k-th element, the number of elements in lower bins, and in this one."""
     summed = counts.cumsum(0)
     rank = torch.as_tensor(k, device=counts.device, dtype=summed.dtype).reshape(1)

@@ -52,7 +52,7 @@ def weight_targets(
     if wanted is None and unit_map is None:
         raise HeadPruningError("Without a unit map the weights to prune must be named; add --weights-include.")
     protected = {id(parameter) for module in model.modules() if _is_protected(module) for parameter in _own(module)}
-    prefixes = () if wanted is not None else tuple(f"{name}." for name in _projections(unit_map))
+    prefixes = () if unit_map is None or wanted is not None else tuple(f"{name}." for name in _projections(unit_map))
     chosen, frozen = [], []
     for name, parameter in model.named_parameters():
         if not (wanted.search(name) if wanted is not None else name.startswith(prefixes)):
