@@ -153,7 +153,8 @@ class Pruner:
     def phase(self, step: int) -> int:
         """A new number asks the host for a new optimizer and learning-rate schedule from update ``step`` on.
 
-        It must follow from the step, the options and the length of training, so that a resumed run knows its phase.
+        It must follow from the step, the options and the state that checkpoints keep (of the length of training, say),
+        so that a resumed run knows its phase before it builds its optimizer.
         """
         return 0
 

@@ -135,6 +135,7 @@ class PruningSession:
         self.step = 0
         self._updates_here = 0
         self._started = self._stepping = False
+        self._told: set[str] = set()
         self._phases = [0] * len(self.pruners)
         self._unscaled: list[tuple[dict, Any]] = []
         self._attached: list[Pruner] = []
@@ -366,8 +367,8 @@ class PruningSession:
         if others:
             raise HeadPruningError(
                 "Pipelined pruning of heads leaves the model's weights as they are, so "
-                f"{', '.join(others)} cannot change them in the same run; train jointly (joint_pruning), or do one "
-                "after the other."
+                f"{', '.join(others)} cannot change them in the same run; add --joint-pruning (joint_pruning=True), "
+                "or do one after the other."
             )
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not trainable:
@@ -433,7 +434,10 @@ class PruningSession:
         return tuple(pruner.phase(step) for pruner in self.pruners)
 
     def schedule_span(self, step: int) -> tuple[int, Optional[int]]:
-        """Begin and end, in updates, of the learning-rate schedule of the phase of ``step``; end None: not known."""
+        """First update of the phase of ``step``, and the one at which its learning-rate schedule ends.
+
+        None: at the end of training, as schedules do.
+        """
         phase, begin = self.phase(step), step
         if self.overrides("phase"):
             while begin > 0 and self.phase(begin - 1) == phase:
@@ -441,7 +445,7 @@ class PruningSession:
         else:
             begin = 0
         ends = [end for end in (pruner.schedule_end(step) for pruner in self.pruners) if end is not None]
-        return begin, min([*ends, *([] if self.total_steps is None else [self.total_steps])], default=None)
+        return begin, min(ends, default=None)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for the training log; ``lr_factor`` where a pruner changes the learning rate that the host logs."""
@@ -449,9 +453,10 @@ class PruningSession:
         return {**found, "lr_factor": self.lr_factor(self.step)} if self.overrides("lr_factor") else found
 
     def tell_unfinished(self) -> None:
-        """Warn of each pruner whose schedule was not over when training ended."""
+        """Warn, once, of each pruner whose schedule was not over when training ended."""
         for pruner in self.pruners:
-            if not pruner.at_target():
+            if not pruner.at_target() and pruner.name not in self._told:
+                self._told.add(pruner.name)
                 prunes = pruner.kind in ("heads", "units", "weights")
                 kept = f" with exactly the {pruner.kind} that are kept" if prunes else " as it is now"
                 cure = f"; lower {pruner.schedule_option}" if pruner.schedule_option else ""

@@ -119,3 +119,20 @@ def test_the_makefile_installs_the_pinned_versions():
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==\S+", pin) for pin in pins), pins
     names = [pin.partition("==")[0].lower() for pin in pins]
     assert len(names) == len(set(names)) and "torchaudio" not in names
+
+
+def test_no_host_knows_a_method():
+    """What a host must know of a method is a property of its class, not its name or its type."""
+    from head_pruning import Pruner, methods
+
+    known = {**methods("heads"), **methods("weights")}
+    classes = {base.__name__ for method in known.values() for base in method.pruner.__mro__}
+    classes -= {base.__name__ for base in Pruner.__mro__}
+    names = known.keys() - {"random", "given"}  # also words
+    for folder in ("fairseq_plugin", "hf_plugin/training", "hf_plugin/scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name == "demo.py":
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                word = getattr(node, "value", None) if isinstance(node, ast.Constant) else getattr(node, "id", None)
+                assert not isinstance(word, str) or word not in names | classes, f"{path}:{node.lineno} {word}"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from fairseq.models import BaseFairseqModel
 
-from head_pruning import HeadMask, HeadPruningError, PruningSession
+from head_pruning import HeadMask, HeadPruningError, Pruner, PruningSession
 from head_pruning.gates import GateBank
 from head_pruning.surgery.remaining import recipe_of
 from head_pruning.surgery.removal import remove_heads as cut_out
@@ -17,7 +17,6 @@ from ..modules.attention import UnfusedAttention
 from ..modules.surgery import encode
 from ..modules.unit_map import unit_map
 from .stored import DAMAGED, KEEP, META, RECIPE, SESSION, PruningState
-from .weights import weight_masks, weight_pruners
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +42,10 @@ class StateKeeper:
         self.unfused = UnfusedAttention(model)
         self.reset_optimizer = reset_optimizer
         self.loaded = False
-        #: What the checkpoint that is to be loaded keeps of weight pruners: its model does not tell.
+        #: What the checkpoint that is to be loaded keeps of all pruners but those of heads: its model does not tell.
         self.coming: Mapping[str, Any] = {}
-        self._weights = weight_pruners(session)
-        self._heads = [pruner for pruner in (session.pruners if session else ()) if pruner not in self._weights]
+        self._heads = session.of_kind("heads") if session else []
+        self._others = others_of(session)
         self._handle = model.register_state_dict_post_hook(self)
         model._head_pruning = self
 
@@ -75,21 +74,24 @@ class StateKeeper:
         return {**state, **shape}
 
     def of_weights(self, *, resumable: bool) -> dict[str, Any]:
-        """What ``extra_state`` keeps of weight pruners; empty without them.
+        """What ``extra_state`` keeps of pruners of weights and of all others but those of heads; empty without them.
 
         Args:
             resumable: whether training is to go on from it; else only the masks are kept, one bit per weight.
         """
-        if not self._weights:
+        if not self._others:
             return {}
-        masks = weight_masks(self.session)
+        masks = self.session.weight_masks()
         state = {
-            "pruners": _names(self._weights),
+            "pruners": _names(self._others),
             "shapes": {name: list(mask.shape) for name, mask in masks.items()},
             "masks": {name: pack_mask(mask) for name, mask in masks.items()},
         }
         if resumable:
-            state |= {"session": self._session_state(state["pruners"]), "tensors": self.session.tensor_state()}
+            state |= {
+                "session": self._session_state({"step", *state["pruners"]}),
+                "tensors": self.session.tensor_state(),
+            }
         return state
 
     def _session_state(self, owners) -> dict[str, torch.Tensor]:
@@ -141,12 +143,12 @@ class StateKeeper:
             taken, values = {"step", *_names(heads)}, stored.of_session()
         elif stored.heads:
             logger.info("gates start anew: the checkpoint was pruned with another method")
-        if self._weights and weights:
+        if self._others and weights:
             tensors = None if self.reset_optimizer else weights.get("tensors")
             if tensors is None:
-                logger.info("the pruner of weights starts anew, from the weights of the checkpoint")
+                logger.info("%s starts anew, from the weights of the checkpoint", "+".join(_names(self._others)))
             else:
-                taken |= set(_names(self._weights))
+                taken |= {*_names(self._others), *({"step"} & weights["session"].keys())}
                 values |= {name: value.cpu().numpy() for name, value in weights["session"].items()}
         if taken:
             self._take(taken, values, tensors)
@@ -184,6 +186,11 @@ def _owner(name: str) -> str:
     return name.partition(".")[0]
 
 
+def others_of(session: Optional[PruningSession]) -> list[Pruner]:
+    """The session's pruners but for those of heads; their state is kept beside the model's."""
+    return [pruner for pruner in (session.pruners if session else ()) if pruner.kind != "heads"]
+
+
 def keeper_of(model: torch.nn.Module) -> Optional[StateKeeper]:
     """What hangs on a model, or on the one that it was copied from; None on a dense one without a session."""
     return getattr(model, "_head_pruning", None)
@@ -201,14 +208,14 @@ def check_weights(session: Optional[PruningSession], stored: PruningState, *, re
     Raises:
         HeadPruningError: it would go on with other pruners of weights.
     """
-    theirs, mine = stored.weight_pruners(), _names(weight_pruners(session))
+    theirs, mine = stored.weight_pruners(), _names(others_of(session))
     if theirs and theirs != mine and prunes and not reset:
         raise HeadPruningError(
             f"The checkpoint's weights were pruned with {', '.join(theirs)}, this run uses "
             f"{', '.join(mine) or 'no weight pruner'}; resume with the same --weight-pruner, or add --reset-optimizer "
             "to start anew from its weights."
         )
-    if theirs and not mine:
+    if stored.weights.get("masks") and not mine:
         logger.warning(
             "the checkpoint's weights were pruned with %s, and this run trains its zeros too; --weight-pruner lock "
             "keeps them",
@@ -219,8 +226,8 @@ def check_weights(session: Optional[PruningSession], stored: PruningState, *, re
 def refuse_late_start(session: PruningSession, file: str, stored: PruningState) -> None:
     """Raise HeadPruningError if training goes on in the middle with a schedule that has not begun."""
     for pruner in session.pruners:
-        known = stored.weights if pruner in weight_pruners(session) else META in stored.heads
-        if pruner.inherits and pruner.name != "lock" and not known:
+        known = META in stored.heads if pruner.kind == "heads" else stored.weights
+        if not pruner.starts_anywhere and not known:
             raise HeadPruningError(
                 f"{file} was not pruned with {pruner.name}, whose schedule would start in the middle of training; add "
                 "--reset-optimizer --reset-lr-scheduler --reset-meters --reset-dataloader, or give the file as "

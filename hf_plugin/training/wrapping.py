@@ -78,7 +78,8 @@ def wrap_building(trainer: Any, session: PruningSession, before: Callable[[], in
     def create_scheduler(original: Callable, num_training_steps: int, *args: Any, **options: Any) -> Any:
         session.total_steps = num_training_steps
         begin, end = session.schedule_span(before())
-        return original(end - begin, *args, **options)
+        last = num_training_steps if end is None else min(end, num_training_steps)
+        return original(last - begin, *args, **options)
 
     wrap(trainer, "create_optimizer", create_optimizer)
     wrap(trainer, "create_scheduler", create_scheduler)

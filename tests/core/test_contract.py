@@ -121,7 +121,9 @@ class Run:
     def build(self):
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=0.01)
         begin, end = self.session.schedule_span(self.step)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, total_iters=end - begin)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, 1.0, 0.1, total_iters=(end or UPDATES) - begin
+        )
 
     def to(self, last):
         while self.step < last:
@@ -401,7 +403,7 @@ def test_a_model_that_was_not_called_or_gave_too_little():
 def test_pipelined_heads_go_with_nothing_that_changes_the_model():
     pipelined = build_pruner(methods()["ste"], type("Given", (), {"num_of_heads": 3}))
     session = PruningSession(make(), MAP, [pipelined, Probe()]).attach()
-    with pytest.raises(HeadPruningError, match="so probe cannot change them in the same run; train jointly"):
+    with pytest.raises(HeadPruningError, match="so probe cannot change them in the same run; add --joint-pruning"):
         session.freeze()
 
 

@@ -9,7 +9,7 @@ from head_pruning import HeadPruningError
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner
 from hf_plugin.training import checkpoints
 from hf_plugin.training.wrapping import token_masks
-from tests.contract import FACTORS, SECOND, UPDATES, Probe, expected, watching
+from tests.contract import FACTORS, SECOND, UPDATE, UPDATES, Probe, expected, watching
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 LR = 1e-3
@@ -66,6 +66,34 @@ def test_hooks_in_order_and_learning_rates(tmp_path, own, accumulation):
     assert session.head_mask().kept == 3 and trainer.model.config._attn_implementation == "eager"
     session.detach()
     assert trainer.model.config._attn_implementation == "sdpa"
+
+
+def test_an_overflow_ends_in_a_skipped_update(tmp_path):
+    """Loss scaling with torch's own scaler, on the CPU: what is skipped, and that training goes on."""
+    trainer, session, probe = trainer_of(tmp_path, True, optim="adamw_torch", max_grad_norm=0.0, warmup_steps=0)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
+    logits = session.pruners[0].logits.copy()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    left_alone = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            same = all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+            left_alone.append(same and np.array_equal(session.pruners[0].logits, logits))
+
+    trainer.add_callback(Looks())
+    with watching(probe):
+        trainer.train()
+    skipped = probe.seen.count("skip_update")
+    assert 0 < skipped < UPDATES and left_alone == [True] * skipped + [False] * (UPDATES - skipped)
+    hooks = []
+    for step in range(UPDATES):
+        ended = ["skip_update"] if step < skipped else ["optimizer", "after_step"]
+        hooks += [*(["enter_phase 1"] if step == SECOND else []), *UPDATE[:5], *ended]
+    assert probe.seen == hooks
+    assert session.metrics()["gate_skip"] == 0
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {trainer.lr_scheduler.get_last_lr()[0]}
 
 
 @OWN
