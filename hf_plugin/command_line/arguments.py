@@ -58,7 +58,7 @@ def parse(argv: Sequence[str], script: str) -> Arguments:
             another flag.
         SystemExit: ``--help``.
     """
-    about, notes = SCRIPTS[script], []
+    about, notes = SCRIPTS[script], list[str]()
     given = _read(argv, about, notes)
     chosen = _choose(given, about)
     training, options = _complete(given, chosen, about, notes)
