@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .gates.bank import GateBank, refuse_gates
+from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
 from .outputs import NEEDS, Recorder, last_of
 from .pruner import Pruner
@@ -155,6 +155,7 @@ class PruningSession:
         for pruner in self.pruners:
             pruner.check_options()
         if self.gated:
+            assert self.unit_map is not None
             refuse_gates(self.model, self.unit_map, _UNGATE)
         try:
             for pruner in self.pruners:
@@ -167,6 +168,7 @@ class PruningSession:
             if twice is not None:
                 raise HeadPruningError(f"Two pruners are called {twice}, which their states are told apart by.")
             if self.gated:
+                assert self.gates is not None
                 self.gates.attach()
             if self._changes_loss:
                 self._recorder.live = False
@@ -211,6 +213,7 @@ class PruningSession:
                     "it, and build the optimizer and its schedule anew."
                 )
         if self.gated and not self._started:
+            assert self.gates is not None
             self.gates.check_in_place(self.model)
         self._started = True
         self.step = step
@@ -271,6 +274,7 @@ class PruningSession:
         self._recorder.live = False
         self._updates_here += 1
         if self.gated and self._updates_here == self.fired_within:
+            assert self.gates is not None
             self.gates.check_fired()
         for pruner in self.pruners:
             pruner.after_backward(loss_scale, denominator, micro_batches)
@@ -473,8 +477,8 @@ class PruningSession:
             return gradients.double().cpu().numpy(), counts
         flat = torch.cat([gradients.double(), torch.from_numpy(counts.astype(np.float64)).to(gradients.device)])
         self.all_reduce(flat)
-        flat = flat.cpu().numpy()
-        return flat[: gradients.numel()], flat[gradients.numel() :]
+        summed = flat.cpu().numpy()
+        return summed[: gradients.numel()], summed[gradients.numel() :]
 
     # -- state ---------------------------------------------------------------------------------------------------
 

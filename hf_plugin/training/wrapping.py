@@ -37,7 +37,7 @@ def wrap_loss(trainer: Any, session: PruningSession) -> None:
             return original(model, inputs, return_outputs=return_outputs, **options)
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs  # label smoothing takes the labels out
         loss, outputs = original(model, inputs, return_outputs=True, **options)
-        masks = token_masks(session.unit_map, given) if session.needs else None
+        masks = token_masks(session.unit_map, given) if session.needs and session.unit_map else None
         weight = mean_weight(trainer, options.get("num_items_in_batch"))
         loss = session.loss(loss, given, outputs, masks=masks, weight=weight)
         return (loss, outputs) if return_outputs else loss
