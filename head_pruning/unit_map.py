@@ -1,5 +1,7 @@
 """What of a model can be pruned, in one fixed order, and which of it stays."""
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
@@ -76,10 +78,18 @@ class UnitMap:
     Heads are numbered site after site in the order of ``attention``, within a site from 0.
     An encoder-decoder map lists encoder self-attention, then decoder cross-attention, then
     decoder self-attention (the row order of the published code).
+
+    Args:
+        attention: the attention sites.
+        feed_forward: the feed-forward blocks.
+        layers: dotted names of the host's layers in the order in which data goes through them; default: those that
+            the sites name, in order of first appearance. A layer all of whose heads are gone names no site any more.
+        experts: the experts that are tensors of one module.
     """
 
     attention: tuple[AttentionSite, ...]
     feed_forward: tuple[FeedForwardSite, ...] = ()
+    layers: tuple[str, ...] = ()
     experts: tuple[ExpertSite, ...] = field(default=(), kw_only=True)
     #: Says what of the model belongs to the heads of a site, see head_pruning.surgery; the host's, never stored.
     planner: Optional[Callable[[Any, AttentionSite], Any]] = field(default=None, compare=False, repr=False)
@@ -96,16 +106,16 @@ class UnitMap:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise HeadPruningError(f"The unit map names {', '.join(twice)} twice; list each attention module once.")
+        object.__setattr__(self, "layers", tuple(self.layers) or self._layers_of_sites())
+
+    def _layers_of_sites(self) -> tuple[str, ...]:
+        named = [site.layer for sites in (self.attention, self.feed_forward, self.experts) for site in sites]
+        return tuple(dict.fromkeys(named))
 
     @property
     def num_heads(self) -> int:
         """N, the number of heads under control."""
         return sum(site.heads for site in self.attention)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the host layers, in order of first appearance."""
-        return tuple(dict.fromkeys(site.layer for site in (*self.attention, *self.feed_forward, *self.experts)))
 
     def slices(self) -> Iterator[tuple[AttentionSite, slice]]:
         """Each site with its slice of the flat numbering."""
@@ -130,11 +140,15 @@ class UnitMap:
         return [np.arange(where.start, where.stop) for _, where in self.slices()]
 
     def to_dict(self) -> dict:
-        """A JSON-ready description; :meth:`from_dict` is its inverse."""
+        """A JSON-ready description; :meth:`from_dict` is its inverse.
+
+        ``layers`` is left out where the sites tell it, as files of older versions do.
+        """
         return {
             "attention": [dataclasses.asdict(site) for site in self.attention],
             "feed_forward": [dataclasses.asdict(site) for site in self.feed_forward],
-            "experts": [dataclasses.asdict(site) for site in self.experts],
+            **({"experts": [dataclasses.asdict(site) for site in self.experts]} if self.experts else {}),
+            **({} if self.layers == self._layers_of_sites() else {"layers": list(self.layers)}),
         }
 
     @classmethod
@@ -142,7 +156,8 @@ class UnitMap:
         """Rebuild a map from :meth:`to_dict`."""
         attention = _sites(AttentionSite, data["attention"])
         feed_forward = _sites(FeedForwardSite, data["feed_forward"])
-        return cls(attention, feed_forward, experts=_sites(ExpertSite, data.get("experts", ())))
+        experts = _sites(ExpertSite, data.get("experts", ()))
+        return cls(attention, feed_forward, tuple(data.get("layers", ())), experts=experts)
 
     def sizes(self) -> list[tuple[str, int]]:
         """Name and number of heads of each site that has any."""

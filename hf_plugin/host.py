@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE
 from head_pruning.hosts import HostModel, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats
@@ -84,10 +85,9 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
 def _told_of_weights(path: Path, model: PreTrainedModel, mask: Optional[HeadMask]) -> Optional[Mapping[str, Any]]:
     """What the run's report tells of pruned weights, with the numbers of the model as it is now, under ``mask``."""
     told = _report(path).get("weights")
-    names = told.get("kept_by_tensor") if isinstance(told, dict) else None
-    if not isinstance(names, dict):
+    if not isinstance(told, dict) or not isinstance(told.get("kept_by_tensor"), dict):
         return told
-    counts = _counts(model, mask, names, told.get("removed_with_heads"))
+    counts = _counts(model, mask, told["kept_by_tensor"], told.get("removed_with_heads"))
     return {**told, **sum_counts(counts).told()}
 
 
@@ -147,7 +147,7 @@ def load_model(path: Path) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, HeadPruningError):
             raise
-        reason = " ".join(str(error).split()) or repr(error)
+        reason = one_line(error)
         raise HeadPruningError(f"transformers cannot load {path} ({reason:.300}); write it again.") from error
 
 
@@ -198,10 +198,12 @@ def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -
     loaded = _pruned(source, mask)
     if recipe_of(loaded.model) is not None:
         raise HeadPruningError(f"The heads of {source} are cut out already; export the model that it was made from.")
+    mask = loaded.mask
+    assert mask is not None  # as _pruned says
     with _whole_folder(target, source) as folder, _quiet():
-        save_pruned(loaded.model, loaded.mask, folder, **_history(source))
-        _carry_weight_masks(source, folder, loaded)
-    return f"{target}: {loaded.mask.kept} of {loaded.mask.keep.size} heads{_words(loaded)}, the others are zero"
+        save_pruned(loaded.model, mask, folder, **_history(source))
+        _carry_weight_masks(source, folder, loaded, mask)
+    return f"{target}: {mask.kept} of {mask.keep.size} heads{_words(loaded)}, the others are zero"
 
 
 def _words(loaded: HostModel) -> str:
@@ -210,28 +212,28 @@ def _words(loaded: HostModel) -> str:
     if not isinstance(told, dict) or not isinstance(told.get("weights_kept"), int):
         return ""
     kept, left = told["weights_kept"], told["weights_total"]
-    return f", {WeightCount(kept, left, told.get('weights_of_dense', left))}"
+    return f", {WeightCount(kept, left, int(told.get('weights_of_dense', left)))}"
 
 
-def _carry_weight_masks(source: Path, folder: Path, loaded: HostModel) -> None:
+def _carry_weight_masks(source: Path, folder: Path, loaded: HostModel, mask: HeadMask) -> None:
     """Add what the run's files tell of pruned weights, which are zero in the model already."""
     told = loaded.weights
     if isinstance(told, dict) and told:
         masks = load_weight_masks(source / MASKS_FILE)
-        counts = _counts(loaded.model, loaded.mask, masks, None)
-        with zeroed_heads(loaded.model, loaded.mask):
-            _describe_weights(folder, loaded, loaded.mask, masks, counts)
+        counts = _counts(loaded.model, mask, masks, None)
+        with zeroed_heads(loaded.model, mask):
+            _describe_weights(folder, loaded, mask, masks, counts)
 
 
 def _describe_weights(
     folder: Path,
     loaded: HostModel,
-    head_mask: HeadMask,
+    head_mask: Optional[HeadMask],
     masks: Mapping[str, torch.Tensor],
     counts: Mapping[str, WeightCount],
 ) -> None:
     """Add masks and densities to a folder, and to its card."""
-    parameters, told = dict(loaded.model.named_parameters()), loaded.weights
+    parameters, told = dict(loaded.model.named_parameters()), loaded.weights or {}
     left = {name: size for name, size in told.get("left_dense", {}).items() if name in parameters}
     write_weight_artifacts(
         folder,

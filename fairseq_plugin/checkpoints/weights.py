@@ -1,36 +1,28 @@
 """Weight pruners in fairseq: where they are refused, and what they remove of a checkpoint."""
 
-import logging
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping
 
 import torch
 
 from head_pruning import HeadPruningError, PruningSession
-from head_pruning.weights import WeightPruner
-
-logger = logging.getLogger(__name__)
 
 _UNTESTED = ("fully_sharded", "slowmo", "slow_mo")
 
 
-def weight_pruners(session: Optional[PruningSession]) -> list[WeightPruner]:
-    """Those of the session's pruners that prune weights."""
-    return [pruner for pruner in (session.pruners if session else ()) if isinstance(pruner, WeightPruner)]
+def refuse_hosts(session: PruningSession, options: Any) -> None:
+    """Raise HeadPruningError where ranks do not hold the same whole weights and gradients at every update.
 
-
-def weight_masks(session: PruningSession) -> dict[str, torch.Tensor]:
-    """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
-    return session.weight_masks()
-
-
-def refuse_hosts(options: Any) -> None:
-    """Raise HeadPruningError where ranks do not hold the same whole weights and gradients at every update."""
+    Pruners of heads, whose gates are their own, do not mind.
+    """
     backend = str(getattr(options, "ddp_backend", ""))
+    alone = not session.steers_host and not session.changes_loss
+    if alone and len(session.of_kind("heads")) == len(session.pruners):
+        return
     if backend in _UNTESTED or getattr(options, "use_bmuf", False):
         named = f"--ddp-backend {backend}" if backend in _UNTESTED else "--use-bmuf"
         raise HeadPruningError(
-            f"Weights are not pruned with {named}, where ranks do not hold the same whole weights at every update; "
-            "use --ddp-backend pytorch_ddp or legacy_ddp, or prune heads only."
+            f"Weights are not pruned with {named}, nor models distilled: ranks do not hold the same whole weights at "
+            "every update there; use --ddp-backend pytorch_ddp or legacy_ddp, or prune heads only."
         )
 
 
@@ -45,12 +37,8 @@ def finish(session: PruningSession) -> None:
 
     Without pruned heads, masks of a schedule that has ended stay as they are, and a longer run can go on.
     """
-    for pruner in weight_pruners(session):
-        if not pruner.at_target():
-            logger.warning(
-                "training ended before the schedule of %s did: the model was never trained with exactly the weights "
-                "that are kept",
-                pruner.name,
-            )
-        if not pruner.at_target() or session.head_mask() is not None:
-            pruner.harden()
+    with_heads = session.head_mask() is not None
+    wanting = [pruner for pruner in session.of_kind("weights") if with_heads or not pruner.at_target()]
+    session.tell_unfinished()
+    for pruner in wanting:
+        pruner.harden()

@@ -96,8 +96,8 @@ def density_table(masks: Mapping[str, torch.Tensor], counts: Optional[Mapping[st
     if total.dense == total.left:
         return text_table(("tensor", "kept", "of", "percent"), rows)
     more = [(c.dense, _percent(c.kept, c.dense)) for c in (*counts.values(), total)]
-    rows = [(*row, *extra) for row, extra in zip(rows, more)]
-    return text_table(("tensor", "kept", "of", "percent", "of dense", "percent"), rows)
+    wide = [(*row, *extra) for row, extra in zip(rows, more)]
+    return text_table(("tensor", "kept", "of", "percent", "of dense", "percent"), wide)
 
 
 def _percent(part: int, whole: int) -> float:

@@ -4,7 +4,7 @@ The model keeps its shapes then, and plain frameworks load it.
 """
 
 import contextlib
-from typing import Iterator
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def removed_counts(model: nn.Module, mask: HeadMask) -> dict[str, int]:
     }
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def _plain(module: Any) -> Any:
     """The layer itself under an adapter of PEFT."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 

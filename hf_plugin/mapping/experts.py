@@ -42,8 +42,13 @@ def expert_sites(
 
 
 def _find(matrices: dict[str, torch.Tensor], layout: dict[str, tuple[str, ...]]) -> Optional[dict[str, str]]:
-    found = {role: next((name for name in names if name in matrices), None) for role, names in layout.items()}
-    return found if all(found.values()) else None
+    found = {}
+    for role, names in layout.items():
+        there = [name for name in names if name in matrices]
+        if not there:
+            return None
+        found[role] = there[0]
+    return found
 
 
 def _transposed(module: nn.Module, first: torch.Tensor, last: torch.Tensor, hidden: Optional[int]) -> Optional[bool]:

@@ -1,5 +1,7 @@
 """What a weight pruner keeps for each weight, laid out in portions."""
 
+from __future__ import annotations
+
 from typing import Callable, Mapping, Optional, Sequence
 
 import numpy as np
@@ -88,7 +90,7 @@ class Storage:
         sizes, there = list(target.parameter.shape), self._there.get(target.name, {})
         found = 1
         for dim, size in enumerate(sizes):
-            of = block[target.layout.index(dim)] if block and dim in target.layout else 1
+            of = block[target.layout.index(dim)] if block and target.layout and dim in target.layout else 1
             stay = there.get(dim)
             found *= size // of if stay is None else int(stay.reshape(-1, of).any(1).sum())
         return found
@@ -289,7 +291,7 @@ class Storage:
         found.update({f"threshold.{name}": tensor for name, tensor in self.thresholds.items()})
         return found
 
-    def load_tensor_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore :meth:`tensor_state`. Raises HeadPruningError when it is of other tensors."""
         parameters = {target.name: target.parameter for target in self.targets}
         self.state, self.thresholds = {}, {}

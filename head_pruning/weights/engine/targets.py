@@ -1,12 +1,13 @@
 """Which tensors of a model are pruned, by the unit map's sites or by patterns of names, and how they are laid out."""
 
+from __future__ import annotations
+
 import logging
 import re
 from dataclasses import dataclass
 from typing import Iterable, Iterator, Optional
 
 import torch
-from torch import nn
 
 from ...errors import HeadPruningError
 from ...unit_map import UnitMap
@@ -26,15 +27,17 @@ class Target:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: torch.nn.Parameter
     layout: Optional[tuple[int, int]] = None
 
     def by_outputs(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the parameter's shape as a view ``[..., outputs, inputs]``; :meth:`back` is the inverse."""
+        assert self.layout is not None  # as Selection.check makes sure
         return tensor.movedim(self.layout, (-2, -1))
 
     def back(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor ``[..., outputs, inputs]`` as a view of the parameter's shape."""
+        assert self.layout is not None
         return tensor.movedim((-2, -1), self.layout)
 
 
@@ -54,7 +57,7 @@ class Targets:
 
 
 def weight_targets(
-    model: nn.Module,
+    model: torch.nn.Module,
     unit_map: Optional[UnitMap],
     *,
     include: Optional[str] = None,
@@ -66,7 +69,7 @@ def weight_targets(
 
 
 def find_targets(
-    model: nn.Module,
+    model: torch.nn.Module,
     unit_map: Optional[UnitMap],
     *,
     include: Optional[str] = None,
@@ -94,8 +97,9 @@ def find_targets(
     if wanted is None and unit_map is None:
         raise HeadPruningError("Without a unit map the weights to prune must be named; add --weights-include.")
     protected = {id(parameter) for module in model.modules() if _is_protected(module) for parameter in _own(module)}
-    places = () if wanted is not None else tuple(_places(unit_map))
-    layers = () if wanted is not None else tuple(f"{layer}." for layer in unit_map.layers)
+    by_sites = unit_map if wanted is None else None
+    places = () if by_sites is None else tuple(_places(by_sites))
+    layers = () if by_sites is None else tuple(f"{layer}." for layer in by_sites.layers)
     experts = {name: site.transposed for site in (unit_map.experts if unit_map else ()) for name in site.weights}
     owners = {id(parameter): module for module in model.modules() for parameter in _own(module)}
     found, frozen = Targets([], {}, []), []
@@ -128,10 +132,10 @@ def find_targets(
 
 
 def _layout(
-    owner: nn.Module, name: str, parameter: torch.Tensor, transposed: Optional[bool]
+    owner: torch.nn.Module, name: str, parameter: torch.Tensor, transposed: Optional[bool]
 ) -> Optional[tuple[int, int]]:
     """The dimensions of a matrix's outputs and inputs; None where they are not known."""
-    if isinstance(owner, nn.modules.conv._ConvNd):
+    if isinstance(owner, torch.nn.modules.conv._ConvNd):
         return (1, 0) if owner.transposed else (0, 1)
     if parameter.dim() == 2 and hasattr(owner, "nf"):  # a Conv1D of transformers keeps its weight as [in, out]
         return 1, 0
@@ -144,7 +148,7 @@ def _layout(
     return None
 
 
-def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def _around(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
     """The modules that hold a parameter, but for the model itself."""
     while name := name.rpartition(".")[0]:
         yield model.get_submodule(name)
@@ -186,13 +190,13 @@ def _places(unit_map: UnitMap) -> Iterator[str]:
         yield from (f"{name}." for name in (*site.projections, site.out_proj))
     for block in unit_map.feed_forward:
         yield from (f"{name}." for name in (block.in_proj, *block.gates, block.out_proj))
-    for site in unit_map.experts:
-        yield from (f"{name}." for name in (*site.weights, *site.biases))
+    for experts in unit_map.experts:
+        yield from (f"{name}." for name in (*experts.weights, *experts.biases))
 
 
-def _is_protected(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or "norm" in type(module).__name__.lower()
+def _is_protected(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) or "norm" in type(module).__name__.lower()
 
 
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+def _own(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     return module.parameters(recurse=False)
