@@ -28,31 +28,33 @@ class HeadWeights:
         model: the model, or a tree of modules that hold nothing but its tensors.
         unit_map: its sites.
 
-    Raises:
-        HeadPruningError: the map is of another model.
     """
 
     def __init__(self, model: nn.Module, unit_map: UnitMap) -> None:
-        names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        # Of each site: the tensor's name, itself, the dimension, and along it the head, or -1 for what heads share.
-        self._sites: list[tuple[slice, list[tuple[str, torch.Tensor, int, np.ndarray]]]] = []
-        for site, where in unit_map.slices():
-            parts = [(names[id(tensor)], tensor, dim, owner) for tensor, dim, owner in _parts(model, unit_map, site)]
-            self._sites.append((where, parts))
+        self._model, self._unit_map = model, unit_map
+        self._names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        # Of each site that lost heads: tensors, dimensions, and along them the head, or -1 for what heads share.
+        self._parts: dict[str, list[tuple[torch.Tensor, int, np.ndarray]]] = {}
 
     def gone(self, keep: np.ndarray) -> Iterator[tuple[str, torch.Tensor, int, torch.Tensor]]:
         """What belongs to heads that go, as ``(name, tensor, dimension, places along it)``.
 
         Args:
             keep: ``bool[N]``: the heads that stay.
+
+        Raises:
+            HeadPruningError: the map is of another model.
         """
-        for where, parts in self._sites:
+        for site, where in self._unit_map.slices():
             removed = np.flatnonzero(~keep[where])
-            if removed.size:
-                for name, tensor, dim, owner in parts:
-                    places = np.flatnonzero(np.isin(owner, removed))
-                    if places.size:
-                        yield name, tensor, dim, torch.from_numpy(places)
+            if not removed.size:
+                continue
+            if site.name not in self._parts:
+                self._parts[site.name] = list(_parts(self._model, self._unit_map, site))
+            for tensor, dim, owner in self._parts[site.name]:
+                places = np.flatnonzero(np.isin(owner, removed))
+                if places.size:
+                    yield self._names[id(tensor)], tensor, dim, torch.from_numpy(places)
 
 
 def _parts(model: nn.Module, unit_map: UnitMap, site: AttentionSite) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
