@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/hf.txt requirements/dev.txt
@@ -14,7 +15,7 @@ PIP := $(BIN)/python $(INSTALL)
 # Optimising what fairseq compiles against torch's headers takes minutes, and its fast loops of Python say -O3 themselves.
 FAST_BUILD := CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0"
 
-.PHONY: setup demo demo-hf test test-slow test-oldest lint types format clean
+.PHONY: setup demo demo-hf test test-slow test-oldest docs lint types format clean
 
 setup: $(STAMP)
 
@@ -56,6 +57,16 @@ $(OLDEST)/.set-up: requirements/oldest/hf.txt $(REQUIREMENTS)
 	$(OLDEST)/bin/python $(INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
 
+# The site, in site/. It reads the code without importing it, so it needs nothing of .venv.
+docs: $(DOCS)/.set-up
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
+
+$(DOCS)/.set-up: requirements/docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python $(INSTALL) -r requirements/docs.txt ruff \
+		$(REQUIREMENTS:%=-c %)
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +79,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .mypy_cache build *.egg-info demo-output demo-hf-output
+	rm -rf $(VENV) $(OLDEST) $(DOCS) .mypy_cache build site *.egg-info demo-output demo-hf-output
