@@ -11,7 +11,7 @@ from types import MethodType
 from typing import Any, Iterator
 
 import torch
-from fairseq.models import BaseFairseqModel, FairseqEncoderDecoderModel
+from fairseq.models import BaseFairseqModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -27,7 +27,7 @@ from head_pruning.inference.programs import (
     write_program,
 )
 
-from .example_batch import example
+from .example_batch import example, positions
 
 OUTPUT = "logits"
 AXES = {
@@ -77,14 +77,12 @@ def _traceable(model: BaseFairseqModel) -> Iterator[None]:
 
 def _longest(model: BaseFairseqModel) -> dict[str, int]:
     """How many tokens the model has positions for, by axis."""
-    if isinstance(model, FairseqEncoderDecoderModel):
-        return dict(zip(("source_length", "target_length"), model.max_positions()))
-    return {"source_length": model.max_positions()}
+    return dict(zip(("source_length", "target_length"), positions(model)))
 
 
 def _inputs(model: BaseFairseqModel, batch: int, source: int, target: int) -> dict[str, torch.Tensor]:
     longest = _longest(model)
-    lengths = min(source, longest["source_length"]), min(target, longest.get("target_length", target))
+    lengths = min(source, longest["source_length"]), min(target, longest["target_length"])
     return example(model, batch, *lengths, padded=True)
 
 
