@@ -1,42 +1,16 @@
 """What a session asks of every method."""
 
 import contextlib
-import dataclasses
-import numbers
-from typing import Any, Callable, ContextManager, Mapping, Optional, Protocol, Sequence, get_args, get_type_hints
+from typing import Any, Callable, ContextManager, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from .errors import HeadPruningError
 from .masks import HeadMask
+from .options import check_types
 from .outputs import Outputs
 from .unit_map import UnitMap
-
-#: What a method does: of each kind a session takes any number, but one method alone may own the head gates.
-KINDS = ("heads", "units", "weights", "distils", "quantizes")
-
-# A whole number will do for a float, numpy's numbers for Python's; a truth value is no number.
-_KINDS: dict[type, tuple[type, str]] = {
-    bool: (bool, "True or False"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    str: (str, "a text"),
-}
-
-
-def check_types(config: Any) -> None:
-    """Raise HeadPruningError if an option's value is not of the type that its field in the dataclass says."""
-    types = get_type_hints(type(config)) if dataclasses.is_dataclass(config) else {}
-    for name, annotation in types.items():
-        value, allowed = getattr(config, name), get_args(annotation) or (annotation,)
-        wanted = next((kind for kind in allowed if kind in _KINDS), None)
-        if wanted is None or value is None and type(None) in allowed:
-            continue
-        kind, words = _KINDS[wanted]
-        if not isinstance(value, kind) or isinstance(value, bool) and wanted is not bool:
-            raise HeadPruningError(f"--{name.replace('_', '-')} is {value!r}; it must be {words}.")
 
 
 class SessionView(Protocol):
@@ -62,8 +36,10 @@ class Pruner:
     """
 
     name = ""
-    #: What the method does, one of :data:`KINDS`.
+    #: What the method does, one of :data:`head_pruning.registry.KINDS`.
     kind = "heads"
+    #: Where the defaults of the published BERT scripts differ from those of the options, which are fairseq's scripts'.
+    bert_defaults: Mapping[str, Any] = {}
     #: What :meth:`loss` looks at: any of "hidden_states", "attentions"; "eager_attention" asks the host to compute
     #: attention openly ("attentions" does so too).
     needs: frozenset = frozenset()
@@ -71,6 +47,8 @@ class Pruner:
     freezes_model = False
     #: Whether a run that starts anew from a checkpoint's weights takes over what was learnt there (gate logits).
     inherits = True
+    #: Whether the model may come with heads that were pruned by zeroing them: the method knows which these are.
+    takes_zeroed_heads = False
     #: Whether the method goes on from a trained model only.
     needs_trained_model = False
     #: Whether the method may set in in the middle of a training that did not use it: it has no schedule.
@@ -87,6 +65,15 @@ class Pruner:
     def needs_gates(self) -> bool:
         """Whether head gates must be on the model."""
         return self.kind == "heads"
+
+    @classmethod
+    def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that were set, and what the published BERT scripts make of others.
+
+        Raises:
+            HeadPruningError: options contradict each other.
+        """
+        return {**cls.bert_defaults, **options}
 
     def check_options(self) -> None:
         """Raise HeadPruningError for options that fit no model or contradict each other; called before any is loaded.

@@ -28,7 +28,8 @@ from .errors import HeadPruningError
 from .gates.bank import GateBank, refuse_gates
 from .masks import HeadMask
 from .outputs import NEEDS, Recorder, last_of
-from .pruner import KINDS, Pruner
+from .pruner import Pruner
+from .registry import KINDS
 from .unit_map import UnitMap
 
 logger = logging.getLogger(__name__)
@@ -380,7 +381,7 @@ class PruningSession:
     # -- what a host asks ----------------------------------------------------------------------------------------
 
     def of_kind(self, *kinds: str) -> list[Pruner]:
-        """The pruners of these kinds (:data:`head_pruning.pruner.KINDS`)."""
+        """The pruners of these kinds (:data:`head_pruning.registry.KINDS`)."""
         return [pruner for pruner in self.pruners if pruner.kind in kinds]
 
     def overrides(self, hook: str) -> bool:
@@ -492,7 +493,7 @@ class PruningSession:
         for pruner in self.pruners:
             prefix = f"{pruner.name}."
             mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            if not mine:
+            if not mine and pruner.state_dict():
                 raise HeadPruningError(
                     f"The checkpoint has no state of the pruner {pruner.name}; resume with the pruner that the run "
                     "was started with, or start from the model alone."

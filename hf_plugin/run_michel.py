@@ -12,7 +12,7 @@ saves its model; ``head-pruning export START OTHER --to masked --mask michel_mas
 import sys
 
 from hf_plugin.command_line import mistakes
-from hf_plugin.command_line.arguments import parse_michel
+from hf_plugin.command_line.michel import parse_michel
 from hf_plugin.glue.michel import run
 
 

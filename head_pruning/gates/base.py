@@ -1,14 +1,14 @@
 """What the head-gate methods share: logits, their optimizer, clipping, the minimum of heads per group."""
 
 import logging
-import math
 from dataclasses import dataclass, field
-from typing import Callable, Optional
+from typing import Optional
 
 import numpy as np
 
 from ..errors import HeadPruningError
 from ..masks import HeadMask
+from ..options import require
 from ..pruner import Pruner
 from .adam import GateAdam
 from .subset import Rounds, hard_top_k, plan_rounds
@@ -55,13 +55,6 @@ class HeadGateConfig(HeadCountConfig):
         default=False,
         metadata={"help": "evaluate during training with the sampled soft gates, as the published code does"},
     )
-
-
-def require(config, option: str, holds: Callable[[float], bool], words: str) -> None:
-    """Raise HeadPruningError unless ``holds`` for the option's value (NaN, infinity and other types never do)."""
-    value = getattr(config, option)
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and holds(value)):
-        raise HeadPruningError(f"--{option.replace('_', '-')} is {value!r}; it must be {words}.")
 
 
 class HeadPruner(Pruner):
@@ -114,6 +107,8 @@ class HeadGatePruner(HeadPruner):
     The logits are float64 on the host and never enter the host's optimizer. Once per update the gates are drawn,
     and once per update their gradient (one copy of N floats) is mapped to the logits in closed form.
     """
+
+    bert_defaults = {"pruning_lr": 0.5, "gate_adam_beta2": 0.999}
 
     def __init__(self, config: HeadGateConfig) -> None:
         super().__init__(config)

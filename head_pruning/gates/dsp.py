@@ -7,9 +7,10 @@ from typing import Optional
 import numpy as np
 
 from ..errors import HeadPruningError
+from ..options import require
 from ..registry import register_pruner
 from ..schedules import log_linear, resolve_steps
-from .base import HeadGateConfig, HeadGatePruner, require
+from .base import HeadGateConfig, HeadGatePruner
 from .subset import SoftTopK, gumbel
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class DSPPruner(HeadGatePruner):
     """Keeps exactly K heads: a relaxed subset of the perturbed logits whose temperature falls."""
 
     name = "dsp"
+    bert_defaults = {**HeadGatePruner.bert_defaults, "initial_temperature": 1000.0, "cooldown_steps": 25000}
     schedule_option = "cooldown_steps"
 
     def check_options(self) -> None:
@@ -153,6 +155,8 @@ register_pruner(
     name="dsp",
     config=DSPConfig,
     pruner=DSPPruner,
+    recommended=True,
+    example={"num_of_heads": 4, "joint_pruning": True, "annealing": True, "cooldown_steps": 0.5},
     selected_by=lambda options: (
         options.num_of_heads is not None and not options.use_ste and options.l0_penalty is None
     ),

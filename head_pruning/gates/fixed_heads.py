@@ -95,15 +95,19 @@ class GivenConfig:
 
     head_mask_file: Optional[str] = field(
         default=None,
-        metadata={"help": "train with the heads of this mask from the start: masks.safetensors of another run, or a "
-                  "mask of the published code (mask4.pt)"},
-    )  # fmt: skip
+        metadata={
+            "help": "train with the heads of this mask from the start: masks.safetensors of another run, or a mask of "
+            "the published code (mask4.pt)",
+            "by_content": True,
+        },
+    )
 
 
 class GivenPruner(FixedPruner):
     """Trains the model with only the heads of a mask that was found before, by any method."""
 
     name = "given"
+    takes_zeroed_heads = True
 
     def check_options(self) -> None:
         if self.config.head_mask_file is None:
@@ -120,10 +124,11 @@ class GivenPruner(FixedPruner):
         return mask.fitted(self.unit_map, f"The head mask of {path}").keep
 
 
-register_pruner(name="random", config=RandomConfig, pruner=RandomPruner)
+register_pruner(name="random", config=RandomConfig, pruner=RandomPruner, example={"num_of_heads": 4})
 register_pruner(
     name="given",
     config=GivenConfig,
     pruner=GivenPruner,
     selected_by=lambda options: options.head_mask_file is not None,
+    example={"head_mask_file": "masks.safetensors"},
 )

@@ -31,4 +31,10 @@ class STEPruner(HeadGatePruner):
         return np.asarray(gradient, dtype=np.float64)
 
 
-register_pruner(name="ste", config=STEConfig, pruner=STEPruner, selected_by=lambda options: options.use_ste)
+register_pruner(
+    name="ste",
+    config=STEConfig,
+    pruner=STEPruner,
+    selected_by=lambda options: options.use_ste,
+    example={"num_of_heads": 4, "joint_pruning": True, "use_ste": True},
+)

@@ -45,4 +45,4 @@ class LockPruner(WeightPruner):
         return self.selected if not math.isnan(self.selected) else 1.0
 
 
-register_pruner(name="lock", config=LockConfig, pruner=LockPruner, prunes="weights")
+register_pruner(name="lock", config=LockConfig, pruner=LockPruner)

@@ -1,6 +1,7 @@
 """Pruning by magnitude: on PLATON's schedule, and gradually per tensor (Zhu and Gupta 2017)."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,11 +9,11 @@ import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..gates.base import require
+from ..options import require
 from ..registry import register_pruner
 from ..schedules import STEPS, gradual_sparsity, resolve_steps
 from .base import MaskConfig, WeightPruner
-from .cubic import CubicConfig, CubicPruner
+from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.portions import Portion
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,8 @@ class GradualMagnitudePruner(_Magnitude):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         # Steps may have been given as fractions: a resumed run keeps those that it was started with.
-        return {**super().state_dict(), "schedule": np.array([float(step) for step in self.steps.values()])}
+        settled = [float(self.steps.get(name, math.nan)) for name in _STEPS] if self.steps else []
+        return {**super().state_dict(), "schedule": np.array(settled)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         super().load_state_dict(state)
@@ -160,5 +162,10 @@ class GradualMagnitudePruner(_Magnitude):
                 self.steps[name] = int(step)
 
 
-register_pruner(name="magnitude", config=CubicConfig, pruner=MagnitudePruner, prunes="weights")
-register_pruner(name="gradual_magnitude", config=GradualConfig, pruner=GradualMagnitudePruner, prunes="weights")
+register_pruner(name="magnitude", config=CubicConfig, pruner=MagnitudePruner, example=EXAMPLE)
+register_pruner(
+    name="gradual_magnitude",
+    config=GradualConfig,
+    pruner=GradualMagnitudePruner,
+    example={"target_sparsity": 0.8, "pruning_frequency": 2, "policy_end_step": 0.7},
+)

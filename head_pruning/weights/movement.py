@@ -3,7 +3,7 @@
 import torch
 
 from ..registry import register_pruner
-from .cubic import CubicConfig, CubicPruner
+from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.portions import Portion, product
 
 
@@ -26,4 +26,4 @@ class MovementPruner(CubicPruner):
         return scores
 
 
-register_pruner(name="movement", config=CubicConfig, pruner=MovementPruner, prunes="weights")
+register_pruner(name="movement", config=CubicConfig, pruner=MovementPruner, example=EXAMPLE)

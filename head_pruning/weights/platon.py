@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..gates.base import require
+from ..options import require
 from ..registry import register_pruner
-from .cubic import CubicConfig, CubicPruner
+from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.masks import TINY
 from .engine.portions import Portion, product
 
@@ -145,5 +145,5 @@ class PlatonPruner(SensitivityPruner):
         return scores
 
 
-register_pruner(name="sensitivity", config=SensitivityConfig, pruner=SensitivityPruner, prunes="weights")
-register_pruner(name="platon", config=PlatonConfig, pruner=PlatonPruner, prunes="weights")
+register_pruner(name="sensitivity", config=SensitivityConfig, pruner=SensitivityPruner, example=EXAMPLE)
+register_pruner(name="platon", config=PlatonConfig, pruner=PlatonPruner, recommended=True, example=EXAMPLE)

@@ -182,6 +182,18 @@ def read_mapping(path: "str | Path") -> dict[str, Any]:
     return data
 
 
+def subset(given: Mapping[str, Any], fields: Iterable[dataclasses.Field]) -> dict[str, Any]:
+    """Of the flags that were set, those of the fields."""
+    return {field.name: given[field.name] for field in fields if field.name in given}
+
+
+def require_positive(given: Mapping[str, Any], *names: str) -> None:
+    """Raise HeadPruningError if a flag of these names was set below 1."""
+    for name in names:
+        if given.get(name, 1) < 1:
+            raise HeadPruningError(f"--{name} is {given[name]}; it must be 1 or more.")
+
+
 def _number(kind: type, words: str) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:

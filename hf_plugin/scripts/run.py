@@ -95,7 +95,7 @@ class TaskRun:
         self.out = make_folder(training.output_dir)
         self.settings = settings_of(arguments, self.task_name(arguments))
         self._check_training()
-        if arguments.method is not None and not arguments.options.get("head_mask_file"):
+        if any(pruner.kind == "heads" and not pruner.takes_zeroed_heads for pruner in arguments.pruners):
             refuse_masked_start(arguments.model.model_name_or_path)
         self.resume = self._checkpoint()
         if self.resume is not None:
@@ -163,12 +163,12 @@ class TaskRun:
         arguments = self.arguments
         options = {"args": arguments.training, **trainer_options(arguments.optimizer, arguments.training), **options}
         options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
-        if not arguments.chosen:
+        if not arguments.pruners:
             trainer = _DenseTrainer(**options)
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
-        trainer = _PruningTrainer(**options, pruners=arguments.pruners(), mask_steps=mask_steps)
+        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps)
         trainer.in_order = self.in_order
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())
@@ -192,7 +192,7 @@ class TaskRun:
             self.trainer.save_state()
             refuse_broken(self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.state.global_step)
             self.save()  # before anything else can fail
-        elif self.arguments.chosen:
+        elif self.arguments.pruners:
             raise HeadPruningError("Pruning learns what to keep; add --do_train.")
         if training.do_eval:
             self.evaluate()
@@ -206,7 +206,7 @@ class TaskRun:
 
     def _resumed(self) -> "Checkpoint | str | None":
         """What the Trainer resumes: one that prunes takes what was read and checked already."""
-        return self.resume if self.resume is None or self.arguments.chosen else str(self.resume.folder)
+        return self.resume if self.resume is None or self.arguments.pruners else str(self.resume.folder)
 
     def report(self, split: str, metrics: dict[str, float]) -> None:
         """Log the metrics and write them into ``all_results.json``.
@@ -228,7 +228,7 @@ class TaskRun:
         kept: dict[str, int] = {}
         if self.head_mask is not None:
             kept |= {"heads_kept": self.head_mask.kept, "heads_total": self.head_mask.keep.size}
-        masks = self.trainer.session.weight_masks() if self.arguments.chosen else {}
+        masks = self.trainer.session.weight_masks() if self.arguments.pruners else {}
         if masks:
             kept["weights_kept"] = sum(int(keep.sum()) for keep in masks.values())
             kept["weights_total"] = sum(keep.numel() for keep in masks.values())
@@ -249,7 +249,9 @@ class TaskRun:
             for name in REPORTS:  # of a run that was here before
                 (self.out / name).unlink(missing_ok=True)
         if mask is None:
-            Trainer.save_model(trainer, _internal_call=bool(self.arguments.chosen))  # with the zeros of weight pruners
+            Trainer.save_model(
+                trainer, _internal_call=bool(self.arguments.pruners)
+            )  # with the zeros of weight pruners
         elif trainer.is_world_process_zero():
             model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
             save_pruned(model, mask, self.out, processing_class=tokenizer, **self._about())
@@ -265,9 +267,9 @@ class TaskRun:
 
     def _describe_the_rest(self) -> None:
         """What tells of pruned weights, or of a dense model."""
-        if self.arguments.weight_method is not None:
+        if self.arguments.of("weights") is not None:
             self._save_weight_masks()
-        if not self.arguments.chosen:
+        if not self.arguments.pruners:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             with atomic_path(self.out / "README.md") as temporary:
                 temporary.write_text(dense_card(model, self._final_scores(), self.dataset), encoding="utf-8")
@@ -294,10 +296,10 @@ class TaskRun:
             )
 
     def _about(self) -> dict[str, Any]:
-        chosen = self.arguments.chosen
+        pruners = self.arguments.pruners
         return {
-            "method": "+".join(method.name for method, _ in chosen),
-            "options": {name: value for _, options in chosen for name, value in options.items()},
+            "method": "+".join(pruner.name for pruner in pruners),
+            "options": {name: value for pruner in pruners for name, value in vars(pruner.config).items()},
             "scores": self._final_scores(),
             "dataset": self.dataset,
             "history": self._history(),

@@ -1,6 +1,5 @@
 """What a run was asked for, kept in its checkpoints: a run with other options does not go on from them."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Mapping, Optional
@@ -11,6 +10,7 @@ from transformers.trainer_callback import ExportableState
 from head_pruning import HeadPruningError
 
 from ..command_line.arguments import Arguments
+from ..command_line.scripts import choosers
 from ..training.checkpoints import Checkpoint
 
 # Beside the pruners' options. Lengths of training, batches and paths may differ: a run may go on longer, or elsewhere.
@@ -51,13 +51,12 @@ def settings_of(arguments: Arguments, task: Optional[str] = None) -> dict[str, A
     found |= {name: data[name] for name in _DATA if name in data}
     found |= {name: getattr(training, name) for name in _TRAINING}
     found["optimizer"] = arguments.optimizer
-    for flag, method, options in (
-        ("pruner", arguments.method, arguments.options),
-        ("pruner_name", arguments.weight_method, arguments.weight_options),
-    ):
-        if method is not None:
-            names = [known.name for known in dataclasses.fields(method.config)]
-            found |= {flag: method.name, **{name: options.get(name) for name in names}}
+    for flag, (kind, *_) in choosers().items():
+        chosen = [pruner for pruner in arguments.pruners if pruner.kind == kind]
+        if chosen:
+            found[flag] = ",".join(pruner.name for pruner in chosen)
+        for pruner in chosen:
+            found |= vars(pruner.config)
     # As they come out of a file.
     return json.loads(json.dumps({name: value for name, value in found.items() if value is not None}))
 
@@ -69,7 +68,7 @@ def check_same_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> 
         return
     theirs = stored["attributes"]["settings"]
     # The pruner first: where it differs, so do all its options.
-    names = sorted({*theirs, *settings}, key=lambda name: name not in ("task_name", "pruner", "pruner_name"))
+    names = sorted({*theirs, *settings}, key=lambda name: name not in ("task_name", *choosers()))
     for name in names:
         if theirs.get(name) != settings.get(name):
             raise HeadPruningError(

@@ -21,7 +21,7 @@ from ..command_line.arguments import Arguments, ModelArguments
 from ..command_line.fields import SquadArguments
 from ..scripts.models import give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
-from ..training.checkpoints import checkpoints
+from ..training.checkpoints import whole_checkpoints
 from .answers import find_answers
 from .features import TEXT_COLUMNS, make_features
 from .metrics import squad_scores
@@ -95,7 +95,7 @@ class SquadRun(TaskRun):
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
         data, training = arguments.data, arguments.training
-        if data.eval_all_checkpoints and arguments.chosen:
+        if data.eval_all_checkpoints and arguments.pruners:
             raise HeadPruningError(
                 "--eval_all_checkpoints scores whole models, but checkpoints of pruning hold all weights; give "
                 "--eval_steps to score the pruned model on its way."
@@ -193,11 +193,11 @@ class SquadRun(TaskRun):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         final = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         metrics: dict[str, float] = {}
-        for step, folder in checkpoints(self.out):
-            with loading(str(folder)):
-                stored, _ = load_model(AutoModelForQuestionAnswering, str(folder))
+        for found in reversed(list(whole_checkpoints(self.out))):
+            with loading(str(found.folder)):
+                stored, _ = load_model(AutoModelForQuestionAnswering, str(found.folder))
             model.load_state_dict(stored.state_dict())
-            metrics |= self._evaluate(str(step), f"eval_{step}")
+            metrics |= self._evaluate(str(found.step), f"eval_{found.step}")
         model.load_state_dict(final)
         return metrics
 

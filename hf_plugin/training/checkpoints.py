@@ -6,7 +6,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
@@ -120,14 +120,9 @@ def last_checkpoint(output_dir: "str | Path") -> Optional[Checkpoint]:
         HeadPruningError: some were finished, but none of them can be resumed.
     """
     broken: Optional[HeadPruningError] = None
-    for folder in _newest_first(Path(output_dir)):
+    for found in whole_checkpoints(output_dir):
         try:
-            found = read_checkpoint(folder)
-        except HeadPruningError as error:  # cut off while it was written
-            logger.warning("%s", error)
-            continue
-        try:
-            _check_parts(folder)
+            _check_parts(found.folder)
             return found
         except HeadPruningError as error:
             logger.warning("%s", error)
@@ -135,6 +130,15 @@ def last_checkpoint(output_dir: "str | Path") -> Optional[Checkpoint]:
     if broken is not None:
         raise broken
     return None
+
+
+def whole_checkpoints(output_dir: "str | Path") -> Iterator[Checkpoint]:
+    """The ``checkpoint-N`` in ``output_dir`` that were finished, newest first; the others are told of."""
+    for folder in _newest_first(Path(output_dir)):
+        try:
+            yield read_checkpoint(folder)
+        except HeadPruningError as error:  # cut off while it was written
+            logger.warning("%s", error)
 
 
 def _newest_first(output_dir: Path) -> list[Path]:

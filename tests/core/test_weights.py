@@ -709,13 +709,13 @@ def test_names_are_those_of_the_manual_in_any_case():
     )
     assert get_method("PLATON", known).name == "platon" and get_method("Magnitude", known).name == "magnitude"
     assert not set(known) & set(methods())
-    defaults = {name: field.default for name, field in option_fields(["platon"], "weights").items()}
+    defaults = {name: field.default for name, field in option_fields(["platon"]).items()}
     expected = {
         "initial_threshold": 1.0, "warmup_steps": 5400, "initial_warmup": 1,
         "final_warmup": 2, "beta1": 0.85, "beta2": 0.0, "deltaT": 1,
     }  # fmt: skip
     assert expected.items() <= defaults.items()
-    for name, option in option_fields(prunes="weights").items():
+    for name, option in option_fields(kind="weights").items():
         assert len(option.metadata["help"].split()) > 3, name
 
 
