@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE
 from head_pruning.hosts import HostModel, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats
@@ -114,7 +115,7 @@ def load_model(path: Path) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, HeadPruningError):
             raise
-        reason = " ".join(str(error).split()) or repr(error)
+        reason = one_line(error)
         raise HeadPruningError(f"transformers cannot load {path} ({reason:.300}); write it again.") from error
 
 

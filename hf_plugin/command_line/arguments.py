@@ -8,6 +8,7 @@ from typing import Any, Mapping, Optional, Sequence
 from transformers import TrainingArguments
 
 from head_pruning import HeadPruningError, Pruner, build_pruner, choose_methods
+from head_pruning.errors import one_line
 from head_pruning.registry import Method
 
 from ..training.optimizers import OPTIMIZERS
@@ -167,7 +168,7 @@ def _training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
     try:
         training = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise HeadPruningError(f"The training flags do not fit: {reason}.") from error
     if training.fsdp and not training.fsdp_config.get("xla") and training.world_size <= 1:
         raise HeadPruningError(

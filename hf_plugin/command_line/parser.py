@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from head_pruning import HeadPruningError
+from head_pruning.errors import one_line
 
 FILES = (".json", ".yaml", ".yml")
 
@@ -175,7 +176,7 @@ def read_mapping(path: "str | Path") -> dict[str, Any]:
     except OSError as error:
         raise HeadPruningError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise HeadPruningError(f"{path} does not parse ({reason}); correct it there.") from error
     if not isinstance(data, dict):
         raise HeadPruningError(f"{path} holds no names and values; write it as name: value.")

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, set_seed
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.files import atomic_path
 from head_pruning.report.tables import head_table
 
@@ -38,7 +39,7 @@ def loading(name: str) -> Iterator[None]:
     except HeadPruningError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise HeadPruningError(
             f"{name} cannot be loaded ({reason}); give the folder or the hub name of a model with its tokenizer."
         ) from error

@@ -381,7 +381,7 @@ def test_needs_and_kinds_are_known_ones():
         PruningSession(make(), MAP, [probe])
     with pytest.raises(HeadPruningError, match="found by the model's unit map"):
         PruningSession(make(), None, [Probe()])
-    with pytest.raises(HeadPruningError, match="registered as one that prunes weights, but its class is of the kind"):
+    with pytest.raises(HeadPruningError, match="is registered for weights and its class says distils"):
         register_pruner(name="probe", config=ProbeConfig, pruner=Probe, prunes="weights")
 
 
