@@ -1,7 +1,7 @@
 """How far a student is from its teacher: logits, hidden states, attention probabilities.
 
-Each is a mean over the elements of the real tokens, in float32. The published code of SPD and of others takes the mean
-over padding too: pass no masks for that.
+Each is a mean over the elements of the real tokens, in float32 or wider. The published code of SPD and of others takes
+the mean over padding too: pass no masks for that.
 """
 
 from typing import Optional, Sequence
@@ -25,7 +25,7 @@ def soft_cross_entropy(
         temperature: above 0; the loss is not scaled by its square.
         mask: ``bool[...]`` of the rows that count; None: all.
     """
-    terms = F.softmax(theirs.float() / temperature, -1) * F.log_softmax(mine.float() / temperature, -1)
+    terms = F.softmax(_wide(theirs) / temperature, -1) * F.log_softmax(_wide(mine) / temperature, -1)
     return _mean_of_rows(-terms.mean(-1), mask)
 
 
@@ -35,10 +35,14 @@ def divergence(
     """Distillation of logits (Hinton et al. 2015): ``temperature**2`` times the Kullback-Leibler divergence of the
     student from the teacher, summed over classes and averaged over rows. Arguments as :func:`soft_cross_entropy`.
     """
-    ours = F.log_softmax(mine.float() / temperature, -1)
-    target = F.log_softmax(theirs.float() / temperature, -1)
+    ours = F.log_softmax(_wide(mine) / temperature, -1)
+    target = F.log_softmax(_wide(theirs) / temperature, -1)
     far = F.kl_div(ours, target, reduction="none", log_target=True).sum(-1)
     return temperature**2 * _mean_of_rows(far, mask)
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _mean_of_rows(values: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
@@ -48,10 +52,10 @@ def _mean_of_rows(values: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.T
 def mean_square(mine: torch.Tensor, theirs: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
     """Mean of squared differences over the elements where ``mask``, which broadcasts to their shape, is true."""
     if mask is None:
-        return F.mse_loss(mine.float(), theirs.float())
+        return F.mse_loss(_wide(mine), _wide(theirs))
     # Elements per element of the mask, which has as many dimensions.
     repeated = mine.numel() // mask.expand(*mask.shape).numel()
-    far = (mine.float() - theirs.float()) * mask
+    far = (_wide(mine) - _wide(theirs)) * mask
     return torch.dot(far.flatten(), far.flatten()) / (mask.sum() * repeated).clamp(min=1)
 
 

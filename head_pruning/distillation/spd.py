@@ -146,13 +146,6 @@ class SpdPruner(Distiller):
         self.grafts = Grafts(model, self.teacher.model, unit_map.layers, self.teacher.unit_map.layers)
         self.drawn = np.ones(len(unit_map.layers), dtype=bool)
         self.step = 0
-        outside = {name: p for name, p in model.named_parameters() if name in self._outside and p.requires_grad}
-        own = [name for name, parameter in outside.items() if id(parameter) not in self.teacher.shared]
-        self._frozen = [parameter for parameter in outside.values() if id(parameter) in self.teacher.shared]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-        if own:
-            logger.info("%d parameters outside of the layers differ from the teacher's and are trained too", len(own))
 
     def open_teacher(self) -> Teacher:
         if self.session.unit_map is None:
@@ -162,8 +155,16 @@ class SpdPruner(Distiller):
             for name in self.session.unit_map.layers
             for parameter in self.session.model.get_submodule(name).parameters()
         }
-        self._outside = [n for n, parameter in self.session.model.named_parameters() if id(parameter) not in inside]
-        return open_teacher(self.session, self.config.teacher_path, self.config.teacher_dtype, self._outside)
+        outside = {n: p for n, p in self.session.model.named_parameters() if id(p) not in inside}
+        learn = {name for name, parameter in outside.items() if parameter.requires_grad}  # a teacher's do not
+        teacher = open_teacher(self.session, self.config.teacher_path, self.config.teacher_dtype, outside)
+        own = [outside[name] for name in learn if id(outside[name]) not in teacher.shared]
+        self._frozen = [outside[name] for name in learn if id(outside[name]) in teacher.shared]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        if own:
+            logger.info("%d parameters outside of the layers differ from the teacher's and are trained too", len(own))
+        return teacher
 
     @property
     def needs(self) -> frozenset:

@@ -131,8 +131,9 @@ class SpdMagnitudePruner(MagnitudeScores):
         return min(t, last) // self.every
 
     def density_at(self, t: int) -> float:
-        sparsity = self.config.sparsity * (1.0 - (1.0 - min(1.0, self._number(t) / self.masks)) ** 3)
-        return 1.0 - sparsity
+        final = self.config.sparsity
+        # Written as the published code has it: a weight more or less hangs on the rounding.
+        return 1.0 - (final + (0.0 - final) * (1.0 - min(1.0, self._number(t) / self.masks)) ** 3)
 
     def due(self, t: int) -> bool:
         return self._number(t) > self._number(t - 1)
