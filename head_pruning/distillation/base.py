@@ -107,8 +107,8 @@ class Distiller(Pruner):
         return {**super().options(), **{f"distill_{term}": self.weight(term) for term in TERMS}}
 
     def attach(self, session) -> None:
-        super().attach(session)
         self.teacher: Optional[Teacher] = None
+        super().attach(session)
         self._numbers: Optional[LateNumbers] = None
         self.teacher = self.open_teacher()
         self._fingerprint: Optional[np.ndarray] = None

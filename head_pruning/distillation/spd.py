@@ -141,10 +141,15 @@ class SpdPruner(Distiller):
         self._frozen: list[torch.nn.Parameter] = []
         self._settled: Optional[list[int]] = None
         self._planned = False
-        super().attach(session)
-        model, unit_map = session.model, session.unit_map
-        self.grafts = Grafts(model, self.teacher.model, unit_map.layers, self.teacher.unit_map.layers)
-        self.drawn = np.ones(len(unit_map.layers), dtype=bool)
+        self.grafts: Optional[Grafts] = None
+        try:
+            super().attach(session)
+            layers, theirs = session.unit_map.layers, self.teacher.unit_map.layers
+            self.grafts = Grafts(session.model, self.teacher.model, layers, theirs)
+        except BaseException:
+            self.detach()
+            raise
+        self.drawn = np.ones(len(layers), dtype=bool)
         self.step = 0
 
     def open_teacher(self) -> Teacher:
@@ -172,9 +177,8 @@ class SpdPruner(Distiller):
         return super().needs | {"hidden_states"}
 
     def detach(self) -> None:
-        if getattr(self, "grafts", None) is not None:
+        if self.grafts is not None:
             self.grafts.detach()
-            self.grafts = None
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []

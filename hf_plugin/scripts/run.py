@@ -116,6 +116,11 @@ class TaskRun:
             raise HeadPruningError("There is nothing to do; add --do_train, --do_eval or --do_predict.")
         self.results: dict[str, float] = {}
 
+    @property
+    def learners(self) -> list[str]:
+        """The names of distillers that learn from the model as it is loaded."""
+        return [p.name for p in self.arguments.pruners if p.kind == "distils" and p.needs_trained_model]
+
     def _checkpoint(self) -> Optional[Checkpoint]:
         """The checkpoint to go on from, if there is one."""
         training = self.arguments.training
