@@ -1,6 +1,6 @@
 """A layer of the student replaced by the teacher's for one update, without a copy of either."""
 
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
 from torch import nn
@@ -10,54 +10,69 @@ from ..weights.engine.targets import shortened
 
 
 class Graft:
-    """Hooks on one layer of the student: while it runs in training, it has the teacher's parameters.
+    """Whether one layer of the student is replaced by the teacher's.
 
     The layer itself runs, with its dropout, its gates and whatever else hangs on it; no module is replaced, so those
     who look at the layers (transformers' own capture of hidden states, recorders) see it as ever. The teacher's
-    parameters need no gradient, so none is computed. A layer in evaluation is the student's.
-
-    A deep copy of a model takes its hooks along; those of the copy do nothing.
+    parameters need no gradient, so none is computed.
 
     Args:
         layer: the student's.
         donor: the teacher's, with parameters of the same names and shapes.
 
     Attributes:
-        live: whether the teacher's parameters are used.
+        live: whether the teacher's parameters are used, in training; a layer in evaluation is the student's.
     """
 
-    def __init__(self, layer: nn.Module = None, donor: nn.Module = None) -> None:
+    def __init__(self, layer: nn.Module, donor: nn.Module) -> None:
         self.live = False
-        self._donors = dict(donor.named_modules()) if donor is not None else {}
-        self._places: list[tuple[dict, dict, str]] = []
-        self._kept: list[list[nn.Parameter]] = []
-        if layer is not None:
-            for path, module in layer.named_modules():
-                theirs = self._donors[path]._parameters
-                self._places += [
-                    (module._parameters, theirs, name) for name, p in module._parameters.items() if p is not None
-                ]
+        self._swaps = []
+        for path, module in layer.named_modules():
+            theirs = donor.get_submodule(path)
+            places = [
+                (inner._parameters, theirs.get_submodule(name)._parameters, own)
+                for name, inner in module.named_modules()
+                for own, parameter in inner._parameters.items()
+                if parameter is not None
+            ]
+            if places:
+                self._swaps.append((module, _Swap(self, places)))
 
-    def __deepcopy__(self, memo: dict) -> "Graft":
-        return Graft()
+    def attach(self) -> list:
+        """Put the hooks on; returns their handles."""
+        return [handle for module, swap in self._swaps for handle in swap.attach(module)]
+
+
+class _Swap:
+    """Hooks on one module of a layer: while it runs it has the teacher's parameters, and all modules in it.
+
+    Every module of a layer has them, for the backward pass runs parts of a layer again under activation checkpointing,
+    past the hooks of the layer itself. A deep copy of a model takes its hooks along; those of the copy do nothing.
+    """
+
+    def __init__(self, graft: Optional[Graft] = None, places: Sequence[tuple[dict, dict, str]] = ()) -> None:
+        self._graft, self._places = graft, places
+        self._kept: list[list[nn.Parameter]] = []
+
+    def __deepcopy__(self, memo: dict) -> "_Swap":
+        return _Swap()
 
     def __reduce__(self) -> tuple:
-        return Graft, ()
+        return _Swap, ()
 
-    def attach(self, layer: nn.Module) -> list:
-        """Put the hooks on; returns their handles."""
+    def attach(self, module: nn.Module) -> list:
         return [
-            layer.register_forward_pre_hook(self._enter),
-            layer.register_forward_hook(self._leave, always_call=True),
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(self.leave, always_call=True),
         ]
 
-    def _enter(self, layer: nn.Module, args: tuple) -> None:
-        if self.live and layer.training:
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        if self._graft is not None and self._graft.live and module.training:
             self._kept.append([mine[name] for mine, _, name in self._places])
             for mine, theirs, name in self._places:
                 mine[name] = theirs[name]
 
-    def _leave(self, layer: nn.Module, args: tuple, output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._kept:
             for (mine, _, name), parameter in zip(self._places, self._kept.pop()):
                 mine[name] = parameter
@@ -84,16 +99,16 @@ class Grafts:
             )
         self.layers = tuple(layers)
         self._handles: list = []
-        self._mine = [student.get_submodule(name) for name in layers]
+        mine = [student.get_submodule(name) for name in layers]
         donors = [teacher.get_submodule(name) for name in theirs]
-        for name, layer, donor in zip(layers, self._mine, donors):
+        for name, layer, donor in zip(layers, mine, donors):
             _check_alike(name, _shapes(layer), _shapes(donor))
-        self._grafts = [Graft(layer, donor) for layer, donor in zip(self._mine, donors)]
+        self._grafts = [Graft(layer, donor) for layer, donor in zip(mine, donors)]
 
     def attach(self) -> None:
         """Put the hooks on. Idempotent. What shall see a layer with the parameters that it ran with comes before."""
         if not self._handles:
-            self._handles = [h for graft, layer in zip(self._grafts, self._mine) for h in graft.attach(layer)]
+            self._handles = [h for graft in self._grafts for h in graft.attach()]
 
     def detach(self) -> None:
         """Take the hooks off."""

@@ -12,7 +12,7 @@ from head_pruning.session import LAYERDROP_UPDATES, check_pruners, needs_of
 from ..heads.masking import masked_heads
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
-from .attention import switch_to_eager
+from .attention import ask_for_probabilities, switch_to_eager
 from .teachers import load_teacher
 
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -63,6 +63,8 @@ def open_session(
     # Before pruners are attached, so that copies of the model compute their attention so too.
     if needs & {ATTENTIONS, EAGER_ATTENTION}:
         session.on_detach(switch_to_eager(model))
+        if ATTENTIONS in needs:
+            session.on_detach(ask_for_probabilities(model, unit_map))
     try:
         session.attach()
         if session.freezes_model:

@@ -11,7 +11,7 @@ from head_pruning import HeadPruningError, UnitMap
 from head_pruning.outputs import ATTENTIONS
 
 from ..mapping.unit_map import unit_map as map_units
-from .attention import switch_to_eager
+from .attention import ask_for_probabilities, switch_to_eager
 
 
 def load_teacher(
@@ -42,9 +42,11 @@ def load_teacher(
             "trained model."
         ) from error
     _check_tokens_and_classes(path, model.config, getattr(student, "config", None))
+    unit_map = map_units(model) if needs else None
     if ATTENTIONS in needs:
         switch_to_eager(model)
-    return model, map_units(model) if needs else None
+        ask_for_probabilities(model, unit_map)
+    return model, unit_map
 
 
 def _check_tokens_and_classes(path: str, theirs: Any, ours: Any) -> None:

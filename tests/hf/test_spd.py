@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, TrainingArguments
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.weights import load_weight_masks
@@ -16,6 +16,7 @@ from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pru
 from hf_plugin.command_line.arguments import parse
 from hf_plugin.glue.run import run
 from hf_plugin.mapping.unit_map import unit_map
+from hf_plugin.training.attention import ask_for_probabilities, switch_to_eager
 from tests.hf.families import FAMILIES, build, make, missing
 from tests.hf.few_models import batch_of
 from tests.hf.few_models import make as make_few
@@ -25,6 +26,10 @@ from tests.hf.script_runs import write_place
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 NAMES = "bert roberta distilbert deberta deberta-v2 electra mpnet modernbert vit gpt2 llama bart t5".split()
+# What transformers 5.0 calls it, and later releases.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 QUICK = "--per_gpu_train_batch_size 8 --num_train_epochs 4 --num_prune_epochs 2 --use_cpu --disable_tqdm True".split()
 
 
@@ -56,7 +61,8 @@ def test_every_family_is_grafted_by_its_layers(name):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     method = pruner("spd", distill_logits=0.0, teacher_path="given")
     session = open_session(model, [method], load_teacher=lambda path, needs: (teacher, mapped), total_steps=4)
-    teacher.set_attn_implementation("eager")
+    switch_to_eager(teacher)
+    ask_for_probabilities(teacher, mapped)
     expected = output(copy.deepcopy(teacher).train(), inputs)[0]
     alone = output(model, inputs)[0]
     method.draw = lambda step: np.zeros(len(mapped.layers), dtype=bool)
@@ -242,7 +248,7 @@ def test_the_best_model_is_one_at_the_target(tmp_path):
 
 def test_gradient_checkpointing_and_accumulation_train_the_same(tmp_path):
     found = []
-    for place, options in (("plain", {}), ("checkpointing", {"gradient_checkpointing": True})):
+    for place, options in (("plain", {}), ("checkpointing", {CHECKPOINTING: True})):
         model = tiny_bert()
         trainer = HeadPruningTrainer(
             model=model,
