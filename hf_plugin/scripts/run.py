@@ -275,7 +275,7 @@ class TaskRun:
         """What tells of pruned weights, or of a dense model."""
         if self.arguments.of("weights") is not None:
             self._save_weight_masks()
-        if not self.arguments.pruners:
+        elif self.head_mask is None:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             with atomic_path(self.out / "README.md") as temporary:
                 temporary.write_text(dense_card(model, self._final_scores(), self.dataset), encoding="utf-8")
