@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import functools
 import re
-from dataclasses import Field, field, make_dataclass
+from dataclasses import Field, field, fields, make_dataclass
 from types import SimpleNamespace
 from typing import Any, List, Mapping, Optional
 
@@ -39,7 +39,7 @@ def pruning_config(base: type, name: str, module: str) -> type:
         ("train_subset", str, II("dataset.train_subset")),
     ]
     own = [_chooser(kind) for kind in KINDS if methods(kind)]
-    own += [entry for entry in run if entry[0] not in base.__dataclass_fields__]
+    own += [entry for entry in run if entry[0] not in {field.name for field in fields(base)}]
     own += map(_option, option_fields().values())
     return make_dataclass(name, own, bases=(base,), namespace={"__module__": module})
 

@@ -79,15 +79,16 @@ def _replace(owner: Any, name: str, patch: Callable) -> None:
 
 def allow_safe_globals() -> None:
     """Let torch's weights-only loading read what fairseq puts into checkpoints: a Namespace and numpy numbers."""
+    multiarray: Any = np._core.multiarray  # type: ignore[attr-defined]  # where pickles of today look for them
     torch.serialization.add_safe_globals(
         [
             argparse.Namespace,
             np.dtype,
             np.ndarray,
-            (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-            (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-            np._core.multiarray._reconstruct,
-            np._core.multiarray.scalar,
+            (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+            (multiarray.scalar, "numpy.core.multiarray.scalar"),
+            multiarray._reconstruct,
+            multiarray.scalar,
             *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")),
         ]
     )

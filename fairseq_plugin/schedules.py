@@ -19,7 +19,8 @@ def restart_schedule(trainer: Any, begin: int, end: Optional[int]) -> None:
     """
     if not begin and end is None:
         return
-    options = OmegaConf.create(OmegaConf.to_container(trainer.cfg, resolve=True)["lr_scheduler"])
+    settings: Any = OmegaConf.to_container(trainer.cfg, resolve=True)
+    options: Any = OmegaConf.create(settings["lr_scheduler"])
     for name in _ENDS:
         own = options.get(name)
         if own:

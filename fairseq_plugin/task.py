@@ -34,11 +34,16 @@ _METRIC_ROUND = {
 }
 
 
-class HeadPruningMixin:
+_Task: Any = object  # the class of the task comes after the mixin
+
+
+class HeadPruningMixin(_Task):
     """Drives a pruning session from fairseq's trainer."""
 
     session: Optional[PruningSession] = None
     _evaluating = False
+    _denominator: float
+    _micro_batches: int
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
@@ -158,10 +163,12 @@ class HeadPruningMixin:
         if self._new_update:
             self._begin_update(optimizer, update_num)
 
+        session = self.session
+
         def objective(model, sample):
             loss, sample_size, log = criterion(model, sample)
-            if self.session.changes_loss:
-                loss = self.session.loss(loss, sample, masks=self.token_masks(sample), weight=sample_size)
+            if session.changes_loss:
+                loss = session.loss(loss, sample, masks=self.token_masks(sample), weight=sample_size)
             return loss, sample_size, log
 
         loss, sample_size, log = super().train_step(
@@ -175,6 +182,7 @@ class HeadPruningMixin:
     def token_masks(self, sample: Any) -> dict[str, torch.Tensor]:
         """``bool[B, T]`` of the tokens of a batch that are no padding, by ``encoder`` and ``decoder``."""
         pad, tokens = self.target_dictionary.pad(), sample["net_input"].get("src_tokens")
+        assert self.session is not None and self.session.unit_map is not None
         sides = {kind.partition("_")[0] for kind in self.session.unit_map.kinds()}
         target = sample.get("target") if len(sides) == 2 else tokens
         found = {"encoder": tokens, "decoder": target}
@@ -184,24 +192,27 @@ class HeadPruningMixin:
         # The trainer tells no task where an update starts; it does clear the gradients then.
         if self._optimizer is optimizer:
             return
+        assert self.session is not None
+        session = self.session
         self._optimizer, self._new_update = optimizer, True
-        self.session.master_of = master_of(optimizer)
+        session.master_of = master_of(optimizer)
         original = optimizer.zero_grad
 
         def zero_grad(*args, **kwargs):
             self._new_update = True
             if self._updating:  # an overflow, or the batch did not fit into memory
-                self.session.skip_update()
+                session.skip_update()
                 self._updating = False
             return original(*args, **kwargs)
 
         optimizer.zero_grad = zero_grad
 
     def _begin_update(self, optimizer, update_num: int) -> None:
+        assert self.session is not None
         self.session.before_update(update_num)
         self._new_update, self._updating = False, True
         self._denominator, self._micro_batches = 0, 0
-        scaler = getattr(optimizer, "scaler", None)
+        scaler: Any = getattr(optimizer, "scaler", None)
         if isinstance(optimizer, AMPOptimizer):
             self._loss_scale = scaler.get_scale()
         else:

@@ -6,10 +6,9 @@ import logging
 import sys
 from typing import Optional, Sequence
 
-from .commands import benchmark, export, inspect, masks
+from .commands.flags import add_commands
 from .errors import HeadPruningError
-from .options import dashed
-from .registry import KINDS, methods
+from .lazy import load_later
 
 
 def _user_dir(args: argparse.Namespace) -> None:
@@ -20,6 +19,10 @@ def _user_dir(args: argparse.Namespace) -> None:
 
 
 def _pruners(args: argparse.Namespace) -> None:
+    load_later("torch", "numpy")  # methods are imported to be listed, but none is run
+    from .options import dashed
+    from .registry import KINDS, methods
+
     for method in methods(None).values():
         print(f"{method.name} ({method.kind}): {method.summary}")
         options = " ".join(
@@ -38,9 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_user_dir)
     command = commands.add_parser("pruners", help="list the registered pruners and their options")
     command.set_defaults(run=_pruners)
-    for own in (inspect, export, benchmark):
-        own.add_command(commands)
-    masks.add_commands(commands)
+    add_commands(commands)
     return parser
 
 

@@ -1,5 +1,7 @@
 """Which heads stay."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

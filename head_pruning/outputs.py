@@ -1,10 +1,11 @@
 """What a model gave for one micro-batch, and the hooks that record it, whatever the host."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Optional
 
 import torch
-from torch import nn
 
 from .errors import HeadPruningError
 from .unit_map import UnitMap
@@ -48,7 +49,7 @@ class Outputs:
         """``[..., classes]`` each: one for most tasks, that of the start and that of the end for spans of text."""
         return logits_of(self.raw)
 
-    def call(self, model: nn.Module) -> Any:
+    def call(self, model: torch.nn.Module) -> Any:
         """What another model, such as a teacher, gives for the same micro-batch."""
         return model(*self.args, **self.kwargs)
 
@@ -96,21 +97,23 @@ class _Call:
         return _Call(live=False)
 
     def forget(self) -> None:
-        self.finished, self.raw, self.args, self.kwargs = False, None, (), {}
+        self.finished, self.raw = False, None
+        self.args: tuple = ()
+        self.kwargs: Mapping[str, Any] = {}
         self.layers: dict[str, list[tuple]] = {}
         self.sites: dict[str, list[Any]] = {}
         self.lost: list[str] = []
 
-    def begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def begin(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if self.live:
             self.forget()
             self.running, self.args, self.kwargs = True, args, kwargs
 
-    def end(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+    def end(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         if self.running:
             self.running, self.finished, self.raw = False, True, output
 
-    def check_gradient(self, name: str, module: nn.Module, given: Optional[torch.Tensor]) -> None:
+    def check_gradient(self, name: str, module: torch.nn.Module, given: Optional[torch.Tensor]) -> None:
         """Write down a module that learns but gives no gradient; its parameters are those that it runs with now."""
         if given is not None and not given.requires_grad and module.training:
             if any(parameter.requires_grad for parameter in module.parameters()):
@@ -123,7 +126,7 @@ class _Layer:
     def __init__(self, call: _Call, name: str) -> None:
         self.call, self.name = call, name
 
-    def hook(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+    def hook(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         if self.call.running:
             into, out = next(_tensors([*args, *kwargs.values()]), None), next(_tensors(output), None)
             self.call.layers.setdefault(self.name, []).append((into, out))
@@ -136,7 +139,7 @@ class _Site:
     def __init__(self, call: _Call, name: str, read: Callable[[Any], Optional[torch.Tensor]]) -> None:
         self.call, self.name, self.read = call, name, read
 
-    def hook(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def hook(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if self.call.running:
             found = self.read(output)
             self.call.sites.setdefault(self.name, []).append(found)
@@ -166,18 +169,20 @@ class Recorder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: torch.nn.Module,
         unit_map: Optional[UnitMap],
         needs: "frozenset[str] | set[str]" = frozenset(),
         *,
         time_first: bool = False,
         read_attention: Callable[[Any], Optional[torch.Tensor]] = last_of,
     ) -> None:
-        self.model, self.unit_map = model, unit_map
+        self.model = model
         self.hidden, self.attentions = HIDDEN_STATES in needs, ATTENTIONS in needs
         self.time_first, self.read_attention = time_first, read_attention
         if unit_map is None and (self.hidden or self.attentions):
             raise HeadPruningError("Hidden states and attentions are found by the model's unit map; pass it.")
+        self._layers = () if unit_map is None else unit_map.layers
+        self._sites = () if unit_map is None else unit_map.attention
         self._call = _Call()
         self._handles: list = []
 
@@ -200,11 +205,11 @@ class Recorder:
         call, handles = self._call, self._handles
         handles.append(self.model.register_forward_pre_hook(call.begin, with_kwargs=True))
         if self.hidden:
-            for name in self.unit_map.layers:
+            for name in self._layers:
                 layer = _Layer(call, name)
                 handles.append(self._module(name).register_forward_hook(layer.hook, with_kwargs=True))
         if self.attentions:
-            for site in self.unit_map.attention:
+            for site in self._sites:
                 hook = _Site(call, site.name, self.read_attention).hook
                 handles.append(self._module(site.name).register_forward_hook(hook))
         handles.append(self.model.register_forward_hook(call.end, with_kwargs=True))
@@ -215,7 +220,7 @@ class Recorder:
             self._handles.pop().remove()
         self._call.forget()
 
-    def _module(self, name: str) -> nn.Module:
+    def _module(self, name: str) -> torch.nn.Module:
         try:
             return self.model.get_submodule(name)
         except AttributeError as error:
@@ -256,8 +261,8 @@ class Recorder:
 
     def _hidden_states(self) -> tuple[list[torch.Tensor], list[str]]:
         states, sides, stack, side = [], [], None, "encoder"
-        kinds = {site.layer: site.kind for site in self.unit_map.attention}
-        for name in self.unit_map.layers:
+        kinds = {site.layer: site.kind for site in self._sites}
+        for name in self._layers:
             runs = self._call.layers.get(name)
             if not runs or any(out is None for _, out in runs):
                 raise HeadPruningError(
@@ -280,10 +285,12 @@ class Recorder:
             )
 
     def _attentions(self) -> tuple[list[torch.Tensor], list[tuple[str, str]]]:
-        found, pairs = [], []
-        for site in self.unit_map.attention:
-            runs = self._call.sites.get(site.name, [])
-            if not runs or any(run is None for run in runs):
+        found: list[torch.Tensor] = []
+        pairs: list[tuple[str, str]] = []
+        for site in self._sites:
+            read = self._call.sites.get(site.name, [])
+            runs = [run for run in read if run is not None]
+            if not runs or len(runs) < len(read):
                 raise HeadPruningError(
                     f"{site.name} gave no attention probabilities, which a pruner needs; switch the model to eager "
                     'attention (attn_implementation="eager").'

@@ -1,11 +1,12 @@
 """What a session asks of every method."""
 
+from __future__ import annotations
+
 import contextlib
 from typing import Any, Callable, ContextManager, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from .masks import HeadMask
 from .options import check_types
@@ -16,15 +17,15 @@ from .unit_map import UnitMap
 class SessionView(Protocol):
     """What a pruner may ask of the session that it is attached to."""
 
-    model: nn.Module
+    model: torch.nn.Module
     unit_map: Optional[UnitMap]
-    pruners: Sequence["Pruner"]
+    pruners: list[Pruner]
     seed: int
     total_steps: Optional[int]
     steps_per_epoch: Optional[float]
-    load_teacher: Optional[Callable[[str, frozenset], tuple[nn.Module, Optional[UnitMap]]]]
+    load_teacher: Optional[Callable[[str, frozenset], tuple[torch.nn.Module, Optional[UnitMap]]]]
     gates: Any
-    master_of: Optional[Callable[[nn.Parameter], torch.Tensor]]
+    master_of: Optional[Callable[[torch.nn.Parameter], torch.Tensor]]
 
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks."""
@@ -33,7 +34,7 @@ class SessionView(Protocol):
     def needs(self) -> frozenset:
         """What all pruners of the session need of a model's outputs."""
 
-    def recorder(self, model: nn.Module, unit_map: Optional[UnitMap]) -> Recorder:
+    def recorder(self, model: torch.nn.Module, unit_map: Optional[UnitMap]) -> Recorder:
         """What records all of this of another model."""
 
 
@@ -70,7 +71,8 @@ class Pruner:
     def __init__(self, config: Any) -> None:
         check_types(config)
         self.config = config
-        self.session: Optional[SessionView] = None
+        #: Set while attached.
+        self.session: SessionView = None  # type: ignore[assignment]
 
     @property
     def needs_gates(self) -> bool:
@@ -106,7 +108,7 @@ class Pruner:
 
     def detach(self) -> None:
         """Leave the model as it was."""
-        self.session = None
+        self.session = None  # type: ignore[assignment]
 
     # -- an update ---------------------------------------------------------------------------------------------------
 

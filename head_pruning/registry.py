@@ -6,11 +6,14 @@ import importlib
 import importlib.util
 import pkgutil
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Optional, get_type_hints
 
 import numpy as np
 
 from .errors import HeadPruningError
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
 
 #: The folders of the package whose modules are imported so that their methods register themselves.
 METHOD_FOLDERS = ("gates", "weights", "distillation", "quantization")
@@ -65,7 +68,7 @@ class Method:
 
     name: str
     config: type
-    pruner: type
+    pruner: "type[Pruner]"
     kind: str
     selected_by: Callable[[Any], bool]
     recommended: bool = False
@@ -89,7 +92,7 @@ def register_pruner(
     *,
     name: str,
     config: type,
-    pruner: type,
+    pruner: "type[Pruner]",
     selected_by: Optional[Callable[[Any], bool]] = None,
     prunes: Optional[str] = None,
     recommended: bool = False,
@@ -124,7 +127,9 @@ def register_pruner(
     odd = set(method.example) - set(method.options)
     if odd:
         raise HeadPruningError(f"The example of the pruner {name} sets {odd.pop()}, which is none of its options.")
+    types = get_type_hints(config)
     for option, field in method.options.items():
+        field.type = types[option]  # not its text, which is only understood where the dataclass stands
         if not field.metadata.get("help"):
             raise HeadPruningError(f"The option {option} of the pruner {name} has no help text; add one.")
         for other in _METHODS.values():
@@ -175,7 +180,7 @@ def owners(option: str) -> list[str]:
     return sorted(name for name, method in methods(None).items() if option in method.options)
 
 
-def build_pruner(method: Method, options: Any):
+def build_pruner(method: Method, options: Any) -> "Pruner":
     """Build a pruner from any object that has the method's options as attributes; numpy's numbers become Python's."""
     values = {name: getattr(options, name, field.default) for name, field in method.options.items()}
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .gates.bank import GateBank, refuse_gates
+from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
 from .outputs import NEEDS, Recorder, last_of
 from .pruner import Pruner
@@ -135,7 +135,7 @@ class PruningSession:
         self.gates = None if unit_map is None else GateBank(model, unit_map)
         needs = needs_of(self.pruners)
         self._changes_loss = self.overrides("loss") or bool(needs)
-        self._read = {"time_first": time_first, "read_attention": read_attention}
+        self._time_first, self._read_attention = time_first, read_attention
         self._recorder = self.recorder(model, unit_map)
         #: For hosts with float32 master copies: leads from a parameter to its copy, with ``.grad`` where it has one.
         self.master_of: Optional[Callable[[nn.Parameter], torch.Tensor]] = None
@@ -162,6 +162,7 @@ class PruningSession:
         for pruner in self.pruners:
             pruner.check_options()
         if self.gated:
+            assert self.unit_map is not None
             refuse_gates(self.model, self.unit_map, _UNGATE)
         try:
             for pruner in self.pruners:
@@ -174,6 +175,7 @@ class PruningSession:
             if twice is not None:
                 raise HeadPruningError(f"Two pruners are called {twice}, which their states are told apart by.")
             if self.gated:
+                assert self.gates is not None
                 self.gates.attach()
             if self._changes_loss:
                 self._recorder.live = False
@@ -218,6 +220,7 @@ class PruningSession:
                     "it, and build the optimizer and its schedule anew."
                 )
         if self.gated and not self._started:
+            assert self.gates is not None
             self.gates.check_in_place(self.model)
         self._started = True
         self.step = step
@@ -278,6 +281,7 @@ class PruningSession:
         self._recorder.live = False
         self._updates_here += 1
         if self.gated and self._updates_here == self.fired_within:
+            assert self.gates is not None
             self.gates.check_fired()
         for pruner in self.pruners:
             pruner.after_backward(loss_scale, denominator, micro_batches)
@@ -413,7 +417,13 @@ class PruningSession:
 
     def recorder(self, model: nn.Module, unit_map: Optional[UnitMap]) -> Recorder:
         """What records of a model, such as a teacher, all that the pruners need; not attached yet."""
-        return Recorder(model, unit_map, needs_of(self.pruners), **self._read)
+        return Recorder(
+            model,
+            unit_map,
+            needs_of(self.pruners),
+            time_first=self._time_first,
+            read_attention=self._read_attention,
+        )
 
     def weight_masks(self) -> dict[str, torch.Tensor]:
         """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
@@ -489,8 +499,8 @@ class PruningSession:
             return gradients.double().cpu().numpy(), counts
         flat = torch.cat([gradients.double(), torch.from_numpy(counts.astype(np.float64)).to(gradients.device)])
         self.all_reduce(flat)
-        flat = flat.cpu().numpy()
-        return flat[: gradients.numel()], flat[gradients.numel() :]
+        summed = flat.cpu().numpy()
+        return summed[: gradients.numel()], summed[gradients.numel() :]
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """What of a model can be pruned, in one fixed order, and which of it stays."""
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
@@ -82,7 +84,8 @@ class UnitMap:
         object.__setattr__(self, "layers", tuple(self.layers) or self._layers_of_sites())
 
     def _layers_of_sites(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(site.layer for site in (*self.attention, *self.feed_forward)))
+        named = [*(site.layer for site in self.attention), *(site.layer for site in self.feed_forward)]
+        return tuple(dict.fromkeys(named))
 
     @property
     def num_heads(self) -> int:

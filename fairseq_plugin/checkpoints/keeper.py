@@ -1,7 +1,7 @@
 """Pruning state on its way into a fairseq checkpoint and back: of heads and of weights, in one place."""
 
 import logging
-from typing import Any, Mapping, Optional
+from typing import Any, Collection, Iterable, Mapping, Optional
 
 import numpy as np
 import torch
@@ -66,7 +66,9 @@ class StateKeeper:
             return {**{name: value.clone() for name, value in self.stored.items()}, **shape}
         if not self._heads:
             return shape
-        state = {SESSION + name: value for name, value in self._session_state({"step", *_names(self._heads)}).items()}
+        state = {
+            SESSION + name: value for name, value in _state_of(self.session, {"step", *_names(self._heads)}).items()
+        }
         mask = self.session.head_mask()
         if mask is not None:
             state[KEEP] = torch.from_numpy(mask.keep.astype(np.float64))
@@ -79,7 +81,7 @@ class StateKeeper:
         Args:
             resumable: whether training is to go on from it; else only the masks are kept, one bit per weight.
         """
-        if not self._others:
+        if self.session is None or not self._others:
             return {}
         masks = self.session.weight_masks()
         state = {
@@ -89,14 +91,10 @@ class StateKeeper:
         }
         if resumable:
             state |= {
-                "session": self._session_state({"step", *state["pruners"]}),
+                "session": _state_of(self.session, {"step", *state["pruners"]}),
                 "tensors": self.session.tensor_state(),
             }
         return state
-
-    def _session_state(self, owners) -> dict[str, torch.Tensor]:
-        values = self.session.state_dict().items()
-        return {name: torch.from_numpy(np.array(value)) for name, value in values if _owner(name) in owners}
 
     def let_go(self) -> None:
         """Take off the gates of a fixed mask: the model is about to be cut."""
@@ -155,6 +153,7 @@ class StateKeeper:
 
     def _take(self, owners: set, values: Mapping[str, np.ndarray], tensors: Optional[Mapping]) -> None:
         """Restore what the session keeps of ``owners``, pruners or its step; the others stay as they are."""
+        assert self.session is not None
         state = {name: value for name, value in self.session.state_dict().items() if _owner(name) not in owners}
         state |= {name: value for name, value in values.items() if _owner(name) in owners}
         try:
@@ -177,7 +176,12 @@ class StateKeeper:
         self.stored = dict(stored.heads)
 
 
-def _names(pruners) -> list[str]:
+def _state_of(session: PruningSession, owners: Collection[str]) -> dict[str, torch.Tensor]:
+    values = session.state_dict().items()
+    return {name: torch.from_numpy(np.array(value)) for name, value in values if _owner(name) in owners}
+
+
+def _names(pruners: Iterable[Pruner]) -> list[str]:
     return [pruner.name for pruner in pruners]
 
 

@@ -59,7 +59,12 @@ def give_probabilities(model: nn.Module) -> Callable[[], None]:
     """
     modules = [module for module in model.modules() if isinstance(module, MultiheadAttention)]
     handles = [module.register_forward_pre_hook(_ask_for_weights, with_kwargs=True) for module in modules]
-    return lambda: [handle.remove() for handle in handles]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
 
 
 def _ask_for_weights(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, Iterator, Optional, Sequence
 Returned = tuple[str, Optional[list[str]], int, bool]
 
 
-def parsed_forward(kind: type) -> tuple[tuple[str, ...], Optional[ast.FunctionDef]]:
+def parsed_forward(kind: Any) -> tuple[tuple[str, ...], Optional[ast.FunctionDef]]:
     """The names of a forward's parameters, and its tree; None when the source is not at hand."""
     function = inspect.unwrap(kind.forward)
     parameters = tuple(inspect.signature(function).parameters)[1:]
@@ -70,7 +70,7 @@ def returned_values(tree: ast.FunctionDef) -> Optional[Returned]:
             return found and (found[0], found[1] + len(assigned[value.id]) - 1, found[2])
         return None
 
-    found = set()
+    found: set[tuple[str, Optional[tuple[str, ...]], int, bool]] = set()
     for statement in statements:
         if not isinstance(statement, ast.Return) or statement.value is None:
             continue
@@ -87,8 +87,8 @@ def returned_values(tree: ast.FunctionDef) -> Optional[Returned]:
     kinds = {(first, None if others is None else len(others), *more) for first, others, *more in found}
     if len(kinds) != 1:
         return None
-    first, others, attentions, as_list = sorted(found)[0]
-    return first, None if others is None else list(others), attentions, as_list
+    name, more, attentions, as_list = sorted(found)[0]
+    return name, None if more is None else list(more), attentions, as_list
 
 
 def return_options(parameters: Sequence[str], returned: Returned, constants: int) -> dict[str, Any]:

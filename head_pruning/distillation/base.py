@@ -9,7 +9,7 @@ import torch
 from ..errors import HeadPruningError
 from ..options import require
 from ..outputs import ATTENTIONS, HIDDEN_STATES, Outputs
-from ..pruner import Pruner
+from ..pruner import Pruner, SessionView
 from ..weights.engine.drawing import LateNumbers
 from . import losses
 from .teacher import DTYPES, Teacher, close_teacher, open_teacher
@@ -68,20 +68,20 @@ class Distiller(Pruner):
     #: The weights of :data:`TERMS` that were not given.
     defaults = {"logits": 1.0, "hidden": 0.0, "attention": 0.0}
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        needed = {HIDDEN_STATES: "hidden", ATTENTIONS: "attention"}
+        self.needs = frozenset(need for need, term in needed.items() if self.weight(term) > 0)
+        # A model that learns from itself must have learnt something before.
+        self.needs_trained_model = config.teacher_path is None
+        self._teacher: Optional[Teacher] = None
+        self._numbers: Optional[LateNumbers] = None
+        self._fingerprint: Optional[np.ndarray] = None
+
     def weight(self, term: str) -> float:
         """The weight of one of :data:`TERMS`."""
         given = getattr(self.config, f"distill_{term}")
         return self.defaults[term] if given is None else given
-
-    @property
-    def needs(self) -> frozenset:
-        needed = {HIDDEN_STATES: "hidden", ATTENTIONS: "attention"}
-        return frozenset(need for need, term in needed.items() if self.weight(term) > 0)
-
-    @property
-    def needs_trained_model(self) -> bool:
-        """A model that learns from itself must have learnt something before."""
-        return self.config.teacher_path is None
 
     def check_options(self) -> None:
         super().check_options()
@@ -106,21 +106,25 @@ class Distiller(Pruner):
     def options(self) -> dict[str, Any]:
         return {**super().options(), **{f"distill_{term}": self.weight(term) for term in TERMS}}
 
-    def attach(self, session) -> None:
-        self.teacher: Optional[Teacher] = None
-        super().attach(session)
-        self._numbers: Optional[LateNumbers] = None
-        self.teacher = self.open_teacher()
-        self._fingerprint: Optional[np.ndarray] = None
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher, while attached."""
+        assert self._teacher is not None, "the distiller is not attached"
+        return self._teacher
 
-    def open_teacher(self) -> Teacher:
+    def attach(self, session: SessionView) -> None:
+        super().attach(session)
+        self._numbers = self._fingerprint = None
+        self._teacher = self.open_teacher(session)
+
+    def open_teacher(self, session: SessionView) -> Teacher:
         """The teacher of the options."""
-        return open_teacher(self.session, self.config.teacher_path, self.config.teacher_dtype)
+        return open_teacher(session, self.config.teacher_path, self.config.teacher_dtype)
 
     def detach(self) -> None:
-        if self.session is not None and self.teacher is not None:
-            close_teacher(self.session, self.teacher)
-        self.teacher = None
+        if self.session is not None and self._teacher is not None:
+            close_teacher(self.session, self._teacher)
+        self._teacher = None
         super().detach()
 
     # -- the loss ----------------------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ class Distiller(Pruner):
         theirs = self.teacher(outputs)
         terms = self.terms(loss, outputs, theirs)
         self._note(terms)
-        total = sum(self.weight(name) * value for name, value in terms.items() if name in TERMS)
+        total = torch.stack([self.weight(name) * value for name, value in terms.items()]).sum()
         return self.objective(loss, outputs.weight * total)
 
     def objective(self, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -173,6 +177,7 @@ class Distiller(Pruner):
 
     @property
     def fingerprint(self) -> np.ndarray:
+        """What tells the teacher from others."""
         if self._fingerprint is None:
             self._fingerprint = self.teacher.fingerprint()
         return self._fingerprint
@@ -187,8 +192,9 @@ class Distiller(Pruner):
 def layer_pairs_of(given: Optional[str], mine: tuple, theirs: tuple, session: Any, teacher: Teacher) -> list:
     """:func:`losses.layer_pairs`; where a model has several stacks they must be alike, or the pairs be given."""
     if given is None and len(mine) != len(theirs):
-        stacks = {name.rpartition(".")[0] for each in (session, teacher) for name in each.unit_map.layers}
-        kinds = {site.kind for each in (session, teacher) for site in each.unit_map.attention}
+        maps = [each.unit_map for each in (session, teacher) if each.unit_map is not None]
+        stacks = {name.rpartition(".")[0] for each in maps for name in each.layers}
+        kinds = {site.kind for each in maps for site in each.attention}
         if len(stacks) > 2 or len(kinds) > 1:
             raise HeadPruningError(
                 f"The student has {len(mine)} states in several stacks of layers and its teacher {len(theirs)}, so "

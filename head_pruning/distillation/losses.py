@@ -81,8 +81,8 @@ def hidden_states(
                 f"The student's hidden states are {ours.shape[-1]} wide and its teacher's {target.shape[-1]}, so they "
                 "cannot be compared; take a teacher of the same width, or compare logits only (--distill_hidden 0)."
             )
-        mask = None if padding or mine.masks[i] is None else mine.masks[i][:, :, None]
-        terms.append(mean_square(ours, target, mask))
+        tokens = None if padding else mine.masks[i]
+        terms.append(mean_square(ours, target, None if tokens is None else tokens[:, :, None]))
     return torch.stack(terms).sum()
 
 

@@ -13,7 +13,8 @@ import torch
 
 from ..errors import HeadPruningError
 from ..options import require
-from ..outputs import Outputs
+from ..outputs import HIDDEN_STATES, Outputs
+from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import STEPS, resolve_steps
 from ..weights.spd_magnitude import PhaseConfig, pruning_updates
@@ -105,6 +106,13 @@ class SpdPruner(Distiller):
     defaults = {"logits": 1.0, "hidden": 1.0, "attention": 1.0}
     skips_parameters = True
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # The layers of a teacher from elsewhere are found by its unit map, which hosts make for those who look at it.
+        self.needs |= {HIDDEN_STATES}
+        self._grafts: Optional[Grafts] = None
+        self._frozen: list[torch.nn.Parameter] = []
+
     def check_options(self) -> None:
         super().check_options()
         options = self.config
@@ -137,32 +145,34 @@ class SpdPruner(Distiller):
 
     # -- life cycle --------------------------------------------------------------------------------------------------
 
-    def attach(self, session) -> None:
-        self._frozen: list[torch.nn.Parameter] = []
-        self._settled: Optional[list[int]] = None
+    def attach(self, session: SessionView) -> None:
+        self._settled: list[int] = []
         self._planned = False
-        self.grafts: Optional[Grafts] = None
+        if session.unit_map is None:
+            raise HeadPruningError("SPD needs the model's layers; pass its unit map to the session.")
+        layers = session.unit_map.layers
         try:
             super().attach(session)
-            layers, theirs = session.unit_map.layers, self.teacher.unit_map.layers
-            self.grafts = Grafts(session.model, self.teacher.model, layers, theirs)
+            theirs = () if self.teacher.unit_map is None else self.teacher.unit_map.layers
+            self._grafts = Grafts(session.model, self.teacher.model, layers, theirs)
         except BaseException:
             self.detach()
             raise
         self.drawn = np.ones(len(layers), dtype=bool)
         self.step = 0
 
-    def open_teacher(self) -> Teacher:
-        if self.session.unit_map is None:
-            raise HeadPruningError("SPD needs the model's layers; pass its unit map to the session.")
-        inside = {
-            id(parameter)
-            for name in self.session.unit_map.layers
-            for parameter in self.session.model.get_submodule(name).parameters()
-        }
-        outside = {n: p for n, p in self.session.model.named_parameters() if id(p) not in inside}
+    @property
+    def grafts(self) -> Grafts:
+        """The layers that the teacher's can stand in for, while attached."""
+        assert self._grafts is not None, "the distiller is not attached"
+        return self._grafts
+
+    def open_teacher(self, session: SessionView) -> Teacher:
+        layers = () if session.unit_map is None else session.unit_map.layers
+        inside = {id(parameter) for name in layers for parameter in session.model.get_submodule(name).parameters()}
+        outside = {n: p for n, p in session.model.named_parameters() if id(p) not in inside}
         learn = {name for name, parameter in outside.items() if parameter.requires_grad}  # a teacher's do not
-        teacher = open_teacher(self.session, self.config.teacher_path, self.config.teacher_dtype, outside)
+        teacher = open_teacher(session, self.config.teacher_path, self.config.teacher_dtype, outside)
         own = [outside[name] for name in learn if id(outside[name]) not in teacher.shared]
         self._frozen = [outside[name] for name in learn if id(outside[name]) in teacher.shared]
         for parameter in self._frozen:
@@ -171,14 +181,10 @@ class SpdPruner(Distiller):
             logger.info("%d parameters outside of the layers differ from the teacher's and are trained too", len(own))
         return teacher
 
-    @property
-    def needs(self) -> frozenset:
-        # The layers of a teacher from elsewhere are found by its unit map, which hosts make for those who look at it.
-        return super().needs | {"hidden_states"}
-
     def detach(self) -> None:
-        if self.grafts is not None:
-            self.grafts.detach()
+        if self._grafts is not None:
+            self._grafts.detach()
+        self._grafts = None
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -191,11 +197,11 @@ class SpdPruner(Distiller):
         if self._planned:
             return
         config, session = self.config, self.session
-        if self._settled is None:
-            length = pruning_updates(config, session.total_steps, session.steps_per_epoch, self.name)
-            total = session.total_steps
+        if not self._settled:
+            total, per_epoch = session.total_steps or 0, session.steps_per_epoch
+            length = pruning_updates(config, total, per_epoch, self.name)
             start = resolve_steps(config.steps_for_replacing, total, "--steps-for-replacing")
-            epoch = round(session.steps_per_epoch or 0)
+            epoch = round(per_epoch or 0)
             second = length
             if config.published_schedule and config.num_prune_epochs is not None:
                 second = epoch * int(np.ceil(config.num_prune_epochs))  # phases are whole epochs there
@@ -296,8 +302,7 @@ class SpdPruner(Distiller):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         # A resumed run keeps the schedule that it was started with.
-        settled = [] if self._settled is None else list(map(float, self._settled))
-        return {**super().state_dict(), "schedule": np.array(settled)}
+        return {**super().state_dict(), "schedule": np.array(list(map(float, self._settled)))}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         super().load_state_dict(state)

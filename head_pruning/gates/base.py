@@ -1,5 +1,7 @@
 """What the head-gate methods share: logits, their optimizer, clipping, the minimum of heads per group."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Optional
@@ -9,7 +11,7 @@ import numpy as np
 from ..errors import HeadPruningError
 from ..masks import HeadMask
 from ..options import require
-from ..pruner import Pruner
+from ..pruner import Pruner, SessionView
 from .adam import GateAdam
 from .subset import Rounds, hard_top_k, plan_rounds
 
@@ -66,8 +68,9 @@ class HeadPruner(Pruner):
             for option in ("min_heads_per_layer", "min_heads_per_kind"):
                 require(self.config, option, lambda value: value >= 0, "0 or more")
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
+        assert session.unit_map is not None  # the session refuses pruners of heads without one
         self.unit_map = session.unit_map
         self.rounds = self._plan_rounds() if isinstance(self.config, HeadCountConfig) else None
         self.final: Optional[np.ndarray] = None
@@ -96,6 +99,11 @@ class HeadPruner(Pruner):
     def head_mask(self) -> HeadMask:
         return HeadMask(self.unit_map, self.keep() if self.final is None else self.final)
 
+    def top_k(self, scores: np.ndarray) -> np.ndarray:
+        """``bool[N]``: the ``num_of_heads`` heads of highest score (``[N]``), with the minimum of each group."""
+        assert self.rounds is not None  # methods that use it require num_of_heads
+        return hard_top_k(scores, self.rounds)
+
     def harden(self) -> None:
         self.final = self.keep()
         self.session.gates.set_fixed(self.final)
@@ -123,7 +131,7 @@ class HeadGatePruner(HeadPruner):
         for option in ("gate_adam_beta1", "gate_adam_beta2"):
             require(self.config, option, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
         self.generator = np.random.default_rng([session.seed, 0])
         self.logits = self.initial_logits(self.generator)
@@ -249,7 +257,7 @@ class HeadGatePruner(HeadPruner):
         return float(self.drawn.sum())
 
     def keep(self) -> np.ndarray:
-        return hard_top_k(self.logits, self.rounds)
+        return self.top_k(self.logits)
 
     def require_count(self) -> None:
         """Raise unless the number of heads to keep was given."""

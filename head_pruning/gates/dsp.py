@@ -1,5 +1,7 @@
 """DSP: differentiable subset pruning with the Gumbel soft top-K (Li et al. 2021)."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Optional
@@ -8,6 +10,7 @@ import numpy as np
 
 from ..errors import HeadPruningError
 from ..options import require
+from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import log_linear, resolve_steps
 from .base import HeadGateConfig, HeadGatePruner
@@ -59,7 +62,7 @@ class DSPPruner(HeadGatePruner):
             )
         super().check_options()
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
         self.step = 0
         self.cooldown: Optional[int] = None
@@ -121,6 +124,7 @@ class DSPPruner(HeadGatePruner):
         if self.settled(step):
             self.sample, self.gradient_norm = None, 0.0
             return self.keep().astype(np.float64)
+        assert self.rounds is not None
         self.sample = SoftTopK(self.logits + gumbel(self.uniforms(step)), self.rounds, self.temperature(step))
         return self.sample.mask
 
@@ -129,6 +133,7 @@ class DSPPruner(HeadGatePruner):
             super().after_backward(loss_scale, denominator, micro_batches)
 
     def chain(self, gradient: np.ndarray) -> np.ndarray:
+        assert self.sample is not None
         return self.sample.backward(gradient)
 
     def at_target(self) -> bool:

@@ -1,5 +1,7 @@
 """Heads fixed from the start: K random ones, the baseline that any method must beat, or those of a file."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -9,9 +11,9 @@ import numpy as np
 from ..errors import HeadPruningError
 from ..masks import HeadMask
 from ..old_masks import read_old_mask
+from ..pruner import SessionView
 from ..registry import register_pruner
 from .base import HeadCountConfig, HeadPruner
-from .subset import hard_top_k
 
 
 @dataclass
@@ -33,7 +35,7 @@ class FixedPruner(HeadPruner):
         """``bool[N]``: the heads that stay."""
         raise NotImplementedError
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
         self.kept = self.chosen()
         self.harden()
@@ -83,7 +85,7 @@ class RandomPruner(FixedPruner):
 
     def chosen(self) -> np.ndarray:
         seed = self.session.seed if self.config.random_heads_seed is None else self.config.random_heads_seed
-        return hard_top_k(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads), self.rounds)
+        return self.top_k(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads))
 
     def goes_on(self, kept: np.ndarray) -> bool:
         return kept.sum() == self.kept.sum()  # a draw is that of the run's start, whatever the seed now

@@ -1,5 +1,7 @@
 """STE: straight-through top-K, the second estimator of Li et al. 2021 (section 3.4)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -1,5 +1,8 @@
 """Hard-concrete L0 gates of Voita et al. 2019, "Analyzing Multi-Head Self-Attention" (section 5)."""
 
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
 
@@ -14,7 +17,7 @@ TEMPERATURE = 0.33
 STRETCH = (-0.1, 1.1)
 EPSILON = 1e-6
 # P(gate > 0) = sigmoid(log_a - TEMPERATURE * log(-STRETCH[0] / STRETCH[1]))
-_OPEN_SHIFT = TEMPERATURE * np.log(-STRETCH[0] / STRETCH[1])
+_OPEN_SHIFT = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

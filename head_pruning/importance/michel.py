@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..gates.bank import GateBank
+from ..gates.engine.bank import GateBank
 from ..masks import HeadMask, full_mask
 from ..unit_map import UnitMap
 
@@ -57,6 +57,7 @@ class ImportanceAccumulator:
         gates = gates.repeat(count, 1).requires_grad_(True)
         with self.gates.reading(gates):
             yield
+        assert gates.grad is not None
         self._add(gates.grad.double())
 
     def _add(self, gradient: torch.Tensor) -> None:

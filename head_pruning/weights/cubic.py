@@ -1,5 +1,7 @@
 """The schedule of PLATON and its siblings: a warm-up, a cubic fall of the remaining ratio, a final phase."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -8,6 +10,7 @@ import numpy as np
 
 from ..errors import HeadPruningError
 from ..options import require
+from ..pruner import SessionView
 from ..schedules import STEPS, cubic_density, resolve_steps
 from .base import MaskConfig, WeightPruner
 
@@ -76,7 +79,7 @@ class CubicPruner(WeightPruner):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "final_threshold": self._density}
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         self.warmup = -1
         super().attach(session)
 

@@ -1,5 +1,7 @@
 """Lock: fine-tune a pruned model while its zeros stay zeros."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 

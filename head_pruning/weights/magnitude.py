@@ -1,5 +1,7 @@
 """Pruning by magnitude: on PLATON's schedule, and gradually per tensor (Zhu and Gupta 2017)."""
 
+from __future__ import annotations
+
 import logging
 import math
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ import torch
 
 from ..errors import HeadPruningError
 from ..options import require
+from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import STEPS, gradual_sparsity, resolve_steps
 from .base import MaskConfig, WeightPruner
@@ -95,7 +98,7 @@ class GradualMagnitudePruner(MagnitudeScores):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "target_sparsity": self._target}
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         self.steps: dict[str, int] = {}
         super().attach(session)
 

@@ -1,5 +1,7 @@
 """Movement pruning: weights that training pulls towards zero go first (Sanh et al. 2020)."""
 
+from __future__ import annotations
+
 import torch
 
 from ..registry import register_pruner

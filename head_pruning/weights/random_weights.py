@@ -1,5 +1,7 @@
 """Random masks on PLATON's schedule: the baseline that any score must beat."""
 
+from __future__ import annotations
+
 import zlib
 from dataclasses import dataclass, field
 from typing import Optional

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import HeadPruningError
 from ..options import require
+from ..pruner import SessionView
 from ..registry import register_pruner
 from .base import TargetConfig
 from .magnitude import MagnitudeScores
@@ -104,7 +105,7 @@ class SpdMagnitudePruner(MagnitudeScores):
         if self.config.mask_frequency is not None:
             require(self.config, "mask_frequency", lambda value: value >= 1, "1 or more updates")
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         self.length = -1
         super().attach(session)
 

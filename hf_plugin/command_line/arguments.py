@@ -12,7 +12,6 @@ from head_pruning.errors import one_line
 from head_pruning.registry import Method
 
 from ..training.optimizers import OPTIMIZERS
-from ..training.weights import refuse_sharded_weights
 from .defaults import complete_options
 from .fields import SHARED, DataArguments, ModelArguments
 from .groups import build_parser
@@ -59,7 +58,7 @@ def parse(argv: Sequence[str], script: str) -> Arguments:
             another flag.
         SystemExit: ``--help``.
     """
-    about, notes = SCRIPTS[script], []
+    about, notes = SCRIPTS[script], list[str]()
     given = _read(argv, about, notes)
     chosen = _choose(given, about)
     training, options = _complete(given, chosen, about, notes)
@@ -112,6 +111,8 @@ def _check(given: Mapping[str, Any], chosen: Sequence[Method], script: Script) -
     if given.get("intermediate_masks") and not any(method.kind == "heads" for method in chosen):
         raise HeadPruningError("--intermediate_masks saves head masks, but no pruner is chosen; drop it or prune.")
     if any(method.kind == "weights" for method in chosen):
+        from ..training.weights import refuse_sharded_weights
+
         refuse_sharded_weights(given.get("fsdp"), given.get("deepspeed"))
     if given.get("optimizer", OPTIMIZERS[0]) != OPTIMIZERS[0] and given.get("optim") is not None:
         raise HeadPruningError(

@@ -79,7 +79,7 @@ def build_parser(script: Script) -> FlagParser:
     for option, ours in SHARED.items():
         found = _field(option_fields()[option], f" [{', '.join(owners(option))}]")
         other = "" if script.own_warmup else f"; without such a pruner the same as --{ours}"
-        parser.action(option).help = f"{found.metadata['help']} (default: {found.default}){other}"
+        parser.known(option).help = f"{found.metadata['help']} (default: {found.default}){other}"
     parser.elsewhere = {name: "run_michel" for name in michel_only() if parser.action(name) is None}
     return parser
 
@@ -98,9 +98,7 @@ def _choosers(script: Script) -> list[dataclasses.Field]:
         if option not in names:
             several = "; several with commas between them" if KINDS[kind].several else ""
             text = f"methods that {KINDS[kind].does}, by registered name{several}: {', '.join(sorted(methods(kind)))}"
-            more = field(default=None, metadata={"help": text})
-            more.name, more.type = option, Optional[str]
-            own.append(more)
+            own.append(_new_field(option, Optional[str], None, text))
     return own
 
 
@@ -132,9 +130,13 @@ def _method_groups(shown: set[str]) -> list[type]:
 
 
 def _field(found: dataclasses.Field, more: str = "") -> dataclasses.Field:
-    copy = field(default=found.default, metadata={"help": found.metadata["help"].replace("%", "%%") + more})
-    copy.name, copy.type = found.name, found.type
-    return copy
+    return _new_field(found.name, found.type, found.default, found.metadata["help"].replace("%", "%%") + more)
+
+
+def _new_field(name: str, kind: Any, default: Any, text: str) -> dataclasses.Field:
+    new: Any = field(default=default, metadata={"help": text})  # declared to be the default
+    new.name, new.type = name, kind
+    return new
 
 
 def _shown_defaults(script: Script, shown: set[str]) -> dict[str, Any]:

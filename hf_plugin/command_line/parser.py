@@ -68,13 +68,17 @@ class FlagParser(HfArgumentParser):
         """What handles ``--name``; None when there is no such flag."""
         return self._option_string_actions.get(f"--{name}")
 
+    def known(self, name: str) -> argparse.Action:
+        """What handles ``--name``, which is a flag."""
+        return self._option_string_actions[f"--{name}"]
+
     def hide(self, name: str) -> None:
         """Leave the flag ``--name`` out of the help."""
-        self.action(name).help = argparse.SUPPRESS
+        self.known(name).help = argparse.SUPPRESS
 
     def drop(self, name: str) -> None:
         """Take the flag ``--name`` away."""
-        action = self.action(name)
+        action: Any = self.known(name)
         for flag in [flag for flag, found in self._option_string_actions.items() if found is action]:
             del self._option_string_actions[flag]
         action.container._remove_action(action)
@@ -83,7 +87,7 @@ class FlagParser(HfArgumentParser):
         default = defaults.get(action.dest, action.default)
         default = default.value if isinstance(default, enum.Enum) else default
         if action.dest in self.required:
-            action.help = f"{action.help.rstrip('.')} (required)"
+            action.help = f"{(action.help or '').rstrip('.')} (required)"
         elif action.nargs != 0 and default is not False and default not in (None, "", []):
             action.help = f"{action.help or ''} (default: {default})"
         action.required, action.default = False, argparse.SUPPRESS
@@ -91,7 +95,7 @@ class FlagParser(HfArgumentParser):
             action.nargs, action.const, action.metavar = "?", True, "True|False"
         elif action.type in _NUMBERS:
             action.type, action.metavar = _NUMBERS[action.type]
-        elif action.nargs != 0 and len(action.choices or ()) not in range(1, 7):
+        elif action.nargs != 0 and len(tuple(action.choices or ())) not in range(1, 7):
             action.metavar = "VALUE"
         # Dashes are read but not shown.
         action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]

@@ -43,8 +43,8 @@ def _glue(
     }
 
 
-_MNLI = {"steps": 5400, "final": 5, "batch": 32, "rate": 8e-5, "epochs": 8, "seed": 7}
-_RTE = {"steps": 200, "final": 6, "batch": 16, "rate": 1e-4, "epochs": 20, "seed": 8}
+_MNLI: dict[str, Any] = {"steps": 5400, "final": 5, "batch": 32, "rate": 8e-5, "epochs": 8, "seed": 7}
+_RTE: dict[str, Any] = {"steps": 200, "final": 6, "batch": 16, "rate": 1e-4, "epochs": 20, "seed": 8}
 
 #: Names of flags to values, by recipe. The number in a name is the percentage of weights that stay.
 PRESETS: dict[str, dict[str, Any]] = {

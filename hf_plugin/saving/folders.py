@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence, cast
 
 import torch
 import transformers
@@ -61,12 +61,12 @@ def save_pruned(
             f"{type(model).__name__} has no save_pretrained; save its state dict and the mask (mask.save), or pass "
             "the model of transformers that it holds."
         )
-    adapter = hasattr(model, "peft_config")
+    adapter, saved = hasattr(model, "peft_config"), cast(Any, model)
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))
     with _appearing_at_once(folder) as temporary:
         with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
-            model.save_pretrained(temporary)
+            saved.save_pretrained(temporary)
             sizes = (_size(model), _nonzero(model))
         if processing_class is not None:
             processing_class.save_pretrained(temporary)

@@ -17,8 +17,8 @@ from transformers import (
 
 from head_pruning import HeadPruningError
 
-from ..command_line.arguments import Arguments, ModelArguments
-from ..command_line.fields import SquadArguments
+from ..command_line.arguments import Arguments
+from ..command_line.fields import ModelArguments, SquadArguments
 from ..scripts.models import give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
 from ..training.checkpoints import whole_checkpoints
@@ -94,7 +94,9 @@ class SquadRun(TaskRun):
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
+        assert isinstance(arguments.data, SquadArguments)  # as run_squad parses them
         data, training = arguments.data, arguments.training
+        self.data = data
         if data.eval_all_checkpoints and arguments.pruners:
             raise HeadPruningError(
                 "--eval_all_checkpoints scores whole models, but checkpoints of pruning hold all weights; give "
@@ -103,8 +105,8 @@ class SquadRun(TaskRun):
         self.version: SquadVersion = VERSIONS["2.0" if data.version_2_with_negative else "1.1"]
         self.dataset = f"SQuAD v{self.version.number}"
         tokenizer, model = load_pieces(arguments.model, data, self.learners)
-        self.rows: Optional[Dataset] = None
-        self.windows: Optional[Dataset] = None
+        self.rows: Any = None
+        self.windows: Any = None
         train = None
         with training.main_process_first(desc="tokenising"):
             if "train" in self.splits:
@@ -125,7 +127,7 @@ class SquadRun(TaskRun):
         )
 
     def _rows(self, split: str) -> Dataset:
-        data = self.arguments.data
+        data = self.data
         i = SPLITS.index(split)
         name = (data.train_file, data.predict_file)[i]
         if name is None and data.data_dir is None:
@@ -136,7 +138,7 @@ class SquadRun(TaskRun):
         return read_squad(path, self.version.unanswerable)
 
     def _windows(self, rows: Dataset, tokenizer: Any, split: str) -> Dataset:
-        data = self.arguments.data
+        data = self.data
         return make_features(
             rows,
             tokenizer,
@@ -151,7 +153,7 @@ class SquadRun(TaskRun):
 
     def _scores(self, outputs: EvalPrediction) -> dict[str, float]:
         """Answers and scores from a Trainer's outputs for all windows; writes the answers."""
-        data = self.arguments.data
+        data = self.data
         if not np.array_equal(outputs.label_ids[0], self.windows["start_positions"][:]):
             raise HeadPruningError("The Trainer evaluated the windows in another order; leave out what reorders them.")
         answers = find_answers(
@@ -164,9 +166,9 @@ class SquadRun(TaskRun):
             null_score_diff_threshold=data.null_score_diff_threshold,
         )
         if self.trainer.is_world_process_zero():
-            on_the_way = self._name is None
-            name = str(self.trainer.state.global_step) if on_the_way else self._name
-            logger.info("answers are in %s", answers.write(self.out, name, with_nbest=not on_the_way))
+            name = str(self.trainer.state.global_step) if self._name is None else self._name
+            written = answers.write(self.out, name, with_nbest=self._name is not None)
+            logger.info("answers are in %s", written)
         return squad_scores(
             answers.predictions,
             dict(zip(self.rows["id"], self.rows["answers"])),
@@ -178,7 +180,7 @@ class SquadRun(TaskRun):
     def evaluate(self) -> None:
         """Score the model, and the checkpoints if asked for."""
         metrics = self._evaluate("", "eval")
-        if self.arguments.data.eval_all_checkpoints:
+        if self.data.eval_all_checkpoints:
             metrics |= self._evaluate_checkpoints()
         self.report("eval", {**metrics, "eval_samples": len(self.windows), **self.kept_metrics()})
 

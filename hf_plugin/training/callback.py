@@ -292,7 +292,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """The gradients are final: collect those of the gates. In pipelined pruning leave the model as it is."""
-        scaler = getattr(optimizer, "scaler", None)
+        scaler: Any = getattr(optimizer, "scaler", None)
         scaled = scaler is not None and scaler.is_enabled()
         self._scale = scaler.get_scale() if scaled else 1.0
         self._gate_factor = _lr_factor(optimizer)  # before pruners change the learning rate

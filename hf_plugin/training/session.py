@@ -63,7 +63,7 @@ def open_session(
     # Before pruners are attached, so that copies of the model compute their attention so too.
     if needs & {ATTENTIONS, EAGER_ATTENTION}:
         session.on_detach(switch_to_eager(model))
-        if ATTENTIONS in needs:
+        if ATTENTIONS in needs and unit_map is not None:
             session.on_detach(ask_for_probabilities(model, unit_map))
     try:
         session.attach()

@@ -33,7 +33,7 @@ def load_teacher(
     """
     try:
         config = AutoConfig.from_pretrained(path, **options)
-        kind = getattr(transformers, next(iter(config.architectures or ()), ""), None) or type(student)
+        kind: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None) or type(student)
         model = kind.from_pretrained(path, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
@@ -43,7 +43,7 @@ def load_teacher(
         ) from error
     _check_tokens_and_classes(path, model.config, getattr(student, "config", None))
     unit_map = map_units(model) if needs else None
-    if ATTENTIONS in needs:
+    if unit_map is not None and ATTENTIONS in needs:
         switch_to_eager(model)
         ask_for_probabilities(model, unit_map)
     return model, unit_map
