@@ -3,7 +3,7 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import numpy as np
 from datasets import Dataset
@@ -30,7 +30,7 @@ from .reading import SPLITS, VERSIONS, SquadVersion, from_squad_hub, hub_table, 
 logger = logging.getLogger(__name__)
 
 
-def load_pieces(model_args: ModelArguments, data: SquadArguments) -> tuple[Any, Any]:
+def load_pieces(model_args: ModelArguments, data: SquadArguments, learners: Sequence[str] = ()) -> tuple[Any, Any]:
     """The tokenizer and the question answering model.
 
     Raises:
@@ -47,7 +47,7 @@ def load_pieces(model_args: ModelArguments, data: SquadArguments) -> tuple[Any, 
             )
         config.num_labels = 2  # a classifier's folder may say another number; the outputs here are start and end
         tokenizer = load_tokenizer(model_args)
-        model, outputs = load_model(AutoModelForQuestionAnswering, name, config=config, **hub)
+        model, outputs = load_model(AutoModelForQuestionAnswering, name, learners, config=config, **hub)
         if outputs is not None:
             raise HeadPruningError(
                 f"{name} has {outputs} outputs, but SQuAD needs a start and an end; give another model."
@@ -104,7 +104,7 @@ class SquadRun(TaskRun):
             )
         self.version: SquadVersion = VERSIONS["2.0" if data.version_2_with_negative else "1.1"]
         self.dataset = f"SQuAD v{self.version.number}"
-        tokenizer, model = load_pieces(arguments.model, data)
+        tokenizer, model = load_pieces(arguments.model, data, self.learners)
         self.rows: Any = None
         self.windows: Any = None
         train = None

@@ -27,7 +27,16 @@ from .checkpoints import (
     write_tensor_state,
 )
 from .weights import refuse_sharded_weights, save_weight_masks_and_report
-from .wrapping import build_anew, refuse_steering, wrap, wrap_building, wrap_evaluation, wrap_loss
+from .wrapping import (
+    allow_skipped_parameters,
+    build_anew,
+    refuse_steering,
+    wrap,
+    wrap_building,
+    wrap_counting,
+    wrap_evaluation,
+    wrap_loss,
+)
 
 # What a loss scale falls below only if every update overflows; where fairseq stops too.
 _MIN_SCALE = 1e-4
@@ -99,6 +108,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         refuse_steering(trainer, self.session)
         trainer.callback_handler.callbacks.insert(0, self)
         wrap(trainer, "train", self._train)
+        allow_skipped_parameters(trainer, self.session)
+        wrap_counting(trainer, self.session)
         wrap_evaluation(trainer, self.session)
         wrap_loss(trainer, self.session)
         if self.session.steers_host:
