@@ -145,17 +145,16 @@ class SpdMagnitudePruner(MagnitudeScores):
     def final_density(self) -> float:
         return 1.0 - self.config.sparsity
 
-    def _select(self, density: float) -> None:
-        self._drawn_for = density
-        super()._select(density)
+    def count_removed(self, density: float, left: int) -> int:
+        """As many stay as the density says, as the published code counts them."""
+        slack = 0.0 if self.config.published_schedule else _ROUNDING
+        return left - int(left * density + slack)
 
     def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
-        """The smallest score that stays: as many stay as the density says, and those that equal it."""
-        slack = 0.0 if self.config.published_schedule else _ROUNDING
-        keep = int(score.numel() * self._drawn_for + slack)
-        if keep == 0:
+        """The smallest score that stays when ``k`` go; those that equal it stay too."""
+        if k >= score.numel():
             return torch.full((), math.inf, device=score.device)
-        return score.flatten().kthvalue(score.numel() - keep + 1).values
+        return score.flatten().kthvalue(k + 1).values
 
     def state_dict(self) -> dict[str, np.ndarray]:
         # A resumed run keeps the schedule that it was started with.
