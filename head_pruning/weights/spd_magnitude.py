@@ -145,10 +145,10 @@ class SpdMagnitudePruner(MagnitudeScores):
     def final_density(self) -> float:
         return 1.0 - self.config.sparsity
 
-    def count_removed(self, density: float, left: int) -> int:
+    def count_removed(self, density: float, number: int) -> int:
         """As many stay as the density says, as the published code counts them."""
         slack = 0.0 if self.config.published_schedule else _ROUNDING
-        return left - int(left * density + slack)
+        return number - int(number * density + slack)
 
     def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
         """The smallest score that stays when ``k`` go; those that equal it stay too."""
