@@ -83,6 +83,8 @@ class PruningSession:
         #: For hosts with float32 master copies: leads from a parameter to its copy, with ``.grad`` where it has one.
         self.master_of: Optional[Callable[[nn.Parameter], torch.Tensor]] = None
         self.step = 0
+        #: Whether the outcome is fixed.
+        self.hardened = False
         self._updates_here = 0
         self._started = False
         self._attached: list[Pruner] = []
@@ -114,7 +116,7 @@ class PruningSession:
         except BaseException:
             self.detach()
             raise
-        self._started = False
+        self._started = self.hardened = False
         return self
 
     def before_update(self, step: int) -> None:
@@ -185,6 +187,7 @@ class PruningSession:
         """Fix the outcome (exactly K heads, the target density) and return the head mask, None without one."""
         for pruner in self.pruners:
             pruner.harden()
+        self.hardened = True
         return self.head_mask()
 
     def detach(self) -> None:

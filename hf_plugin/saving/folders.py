@@ -19,6 +19,7 @@ from head_pruning.surgery.zeros import zeroed_heads
 
 from ..compact.quantizer import dense_twin, mark_compact
 from .card import model_card
+from .notices import quiet_saving
 
 PICTURE = "head_mask.png"
 
@@ -65,7 +66,7 @@ def save_pruned(
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))
     with _appearing_at_once(folder) as temporary:
-        with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
+        with quiet_saving(model), contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
             model.save_pretrained(temporary)
             sizes = (_size(model), _nonzero(model))
         if processing_class is not None:

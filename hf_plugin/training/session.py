@@ -10,6 +10,7 @@ from head_pruning.session import check_pruners
 from ..heads.masking import masked_heads
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
+from ..saving.notices import watch_session
 
 # Models that skip whole layers at random need some updates until every site has run.
 _LAYERDROP_UPDATES = 100
@@ -57,6 +58,7 @@ def open_session(
     try:
         if session.freezes_model:
             _freeze(session)  # HeadPruningCallback never steps what is left
+        watch_session(model, session)
     except BaseException:
         session.detach()
         raise
