@@ -8,7 +8,7 @@ from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
 from head_pruning.gates import GateBank
-from head_pruning.gates.bank import refuse_gates
+from head_pruning.gates.bank import HeadGate, refuse_gates
 from head_pruning.surgery.remaining import heads_left
 
 from ..mapping.module_tree import check_model
@@ -121,6 +121,12 @@ def masked_heads(model: nn.Module) -> Optional[HeadMask]:
     """The heads that :func:`mask_heads` left, or None when it masked none."""
     held: Optional[_Gates] = vars(model).get(_ATTRIBUTE)
     return None if held is None else HeadMask(held.bank.unit_map, held.values.cpu().numpy() > 0)
+
+
+def gates_of_mask(model: nn.Module) -> list[HeadGate]:
+    """The gates that :func:`mask_heads` put on; none when it masked nothing."""
+    held: Optional[_Gates] = vars(model).get(_ATTRIBUTE)
+    return [] if held is None else [gate for _, gate in held.bank._targets]
 
 
 def restore_heads(model: nn.Module) -> None:
