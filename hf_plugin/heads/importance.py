@@ -42,8 +42,8 @@ def head_importance(
     """How much the loss feels each head: the sum of ``|d loss / d gate|``, by Michel, Levy and Neubig (section 4.1).
 
     The model runs in evaluation mode without gradients of its weights, and is left as it was. Heads removed by
-    :func:`hf_plugin.mask_heads` stay removed, their importance is 0; likewise under the present mask of an open session
-    or a ``head_mask`` block, of which it warns.
+    :func:`hf_plugin.mask_heads` stay removed, their importance is 0; likewise under the present mask of an open
+    session or a ``head_mask`` block, of which it warns.
 
     Args:
         model: any model that :func:`hf_plugin.unit_map` can map.
