@@ -130,7 +130,8 @@ def _entry(recipe: dict, model: nn.Module, unit_map: UnitMap, site: AttentionSit
     expanded = "its keys and values were repeated when query heads were removed"
     refuse = expanded if entry is not None and entry.get("expanded") else plan.refuse
     if refuse:
-        raise HeadPruningError(f"Heads of {site.name} cannot be cut out exactly: {refuse}; export the model masked.")
+        cure = "" if "; " in refuse else "; export the model masked"
+        raise HeadPruningError(f"Heads of {site.name} cannot be cut out exactly: {refuse}{cure}.")
     return recipe["sites"].setdefault(site.name, plan.entry(site.heads))
 
 

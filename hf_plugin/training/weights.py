@@ -15,7 +15,7 @@ from head_pruning.report.weights import write_weight_artifacts
 from head_pruning.surgery.zeros import zeroed_heads
 from head_pruning.weights import WeightPruner
 
-from ..saving.card import weight_card, weight_section
+from ..saving.card import is_adapted, weight_card, weight_section
 
 
 def refuse_sharded_weights(fsdp: Any, deepspeed: Any) -> None:
@@ -54,7 +54,8 @@ def save_weight_masks_and_report(
 ) -> None:
     """Add masks, densities and their picture to the folder of a pruned model, and to its card (new if no heads went).
 
-    The numbers are those of the model as it is saved: with the weights of removed heads at zero too.
+    The numbers are those of the model as it is saved: with the weights of removed heads at zero too, but where only
+    adapters are saved.
 
     Args:
         folder: where the model was saved.
@@ -70,7 +71,7 @@ def save_weight_masks_and_report(
     pruners, mask, masks = weight_pruners(session), session.head_mask(), weight_masks(session)
     method = "+".join(pruner.name for pruner in pruners)
     options = options_of(pruners)
-    with contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
+    with contextlib.nullcontext() if mask is None or is_adapted(model) else zeroed_heads(model, mask):
         parameters = dict(model.named_parameters())
         write_weight_artifacts(
             folder,
