@@ -17,6 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from head_pruning import HeadPruningError
 from head_pruning.surgery.remaining import recipe_of
 
+from .patches import install, remove_heads
+
 METHOD = "head_pruning"
 
 
@@ -55,12 +57,7 @@ class HeadPruningQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
-        from .model_classes import remove
-
-        try:
-            remove(model, self.quantization_config.recipe)
-        except ValueError as error:
-            raise HeadPruningError(str(error)) from error
+        remove_heads(model, self.quantization_config.recipe)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **options: Any) -> None:
         from transformers import PreTrainedModel
@@ -83,15 +80,20 @@ def mark_compact(model: nn.Module) -> None:
 
     from .model_classes import compact_class, take_recipe
 
-    if recipe_of(model) is None or not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
+        return
+    take_recipe(model.config)
+    if recipe_of(model) is None:
         return
     model.__class__ = compact_class(type(model))
-    take_recipe(model.config)
     # transformers looks up by the class's name which modules' outputs are hidden states and attentions.
     for home in ("transformers.utils.output_capturing", "transformers.utils.generic"):
         registry = getattr(sys.modules.get(home), "_CAN_RECORD_REGISTRY", None)
         if registry is not None:
             dict.__setitem__(registry, str(type(model)), model._can_record_outputs)
+
+
+install(mark_compact)
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
