@@ -31,9 +31,9 @@ def _cut_before_quantizing() -> None:
 
     @functools.wraps(original)
     def preprocess_model(self: HfQuantizer, model: Any, *args: Any, **options: Any) -> Any:
-        from .model_classes import RECIPE, take_recipe
+        from .model_classes import METHOD, RECIPE, take_recipe
 
-        if hasattr(model.config, RECIPE):
+        if hasattr(model.config, RECIPE) and self.quantization_config.quant_method != METHOD:  # ours cuts by itself
             remove_heads(model, take_recipe(model.config))
         return original(self, model, *args, **options)
 
