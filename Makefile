@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/hf.txt requirements/dev.txt
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# All versions are pinned, so nothing but torch's step looks for more (its builds differ in what they need); modules are
+# compiled to bytecode when they are first imported, not all at once.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python $(INSTALL)
+# Optimising what fairseq compiles against torch's headers takes minutes, and its fast loops of Python say -O3 themselves.
+FAST_BUILD := CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0"
 
-.PHONY: setup demo demo-hf test test-slow test-oldest lint format clean
+.PHONY: setup demo demo-hf test test-slow test-oldest docs lint types format clean
 
 setup: $(STAMP)
 
@@ -18,8 +24,9 @@ $(STAMP): $(REQUIREMENTS) setup.py
 		(echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11" >&2; exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements/torch.txt
-	$(PIP) --no-build-isolation -r requirements/fairseq.txt -r requirements/hf.txt -r requirements/dev.txt
-	$(PIP) --no-build-isolation --no-deps fairseq-fixed==0.12.3.1
+	$(FAST_BUILD) $(PIP) --no-build-isolation --no-deps fairseq-fixed==0.12.3.1 & built=$$!; \
+		$(PIP) --no-build-isolation --no-deps -r requirements/fairseq.txt -r requirements/hf.txt \
+		-r requirements/dev.txt; installed=$$?; wait $$built && exit $$installed
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -29,7 +36,7 @@ demo: $(STAMP)
 demo-hf: $(STAMP)
 	$(BIN)/python -m hf_plugin.demo
 
-test: $(STAMP) lint
+test: $(STAMP) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-slow: $(STAMP)
@@ -41,22 +48,35 @@ test-oldest: $(OLDEST)/.set-up
 
 $(OLDEST)/.set-up: requirements/oldest/hf.txt $(REQUIREMENTS)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	$(OLDEST)/bin/python $(INSTALL) -r requirements/torch.txt
 	grep -hviE '^(transformers|tokenizers|huggingface_hub|typer)==' requirements/hf.txt requirements/dev.txt | \
 		cat - requirements/oldest/hf.txt >$(OLDEST)/requirements.txt
 	grep -hE '^(scikit-learn|scipy|joblib|threadpoolctl|narwhals|tqdm|packaging|PyYAML|regex|click)==' \
 		requirements/fairseq.txt >>$(OLDEST)/requirements.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(OLDEST)/bin/python $(INSTALL) -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python $(INSTALL) --no-build-isolation --no-deps -e .
+	touch $@
+
+# The site, in site/. It reads the code without importing it, so it needs nothing of .venv.
+docs: $(DOCS)/.set-up
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
+
+$(DOCS)/.set-up: requirements/docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt ruff \
+		$(REQUIREMENTS:%=-c %)
 	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(STAMP)
+	$(BIN)/mypy
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info demo-output demo-hf-output
+	rm -rf $(VENV) $(OLDEST) $(DOCS) .mypy_cache build site *.egg-info demo-output demo-hf-output

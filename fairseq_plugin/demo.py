@@ -100,6 +100,7 @@ class Demo:
                 [sys.executable, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             ) as process,
         ):
+            assert process.stdout is not None
             for line in process.stdout:
                 stream.write(line)
                 lines.append(line)

@@ -15,6 +15,7 @@ from fairseq.models import BaseFairseqModel
 from omegaconf import open_dict
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.hosts import HostModel
 from head_pruning.inference.programs import program_formats
 from head_pruning.report.weights import weight_report
@@ -58,7 +59,7 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     try:
         model.load_state_dict({**weights, **shape}, strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise HeadPruningError(f"The weights in {path} do not fit its model ({reason:.300}).") from error
     model.eval()
     sites = unit_map(model)
@@ -99,7 +100,7 @@ def build_model(state: dict, weights: Mapping[str, torch.Tensor]) -> BaseFairseq
         except HeadPruningError:
             raise
         except Exception as error:  # whatever a task does not find
-            reason = " ".join(str(error).split()) or repr(error)
+            reason = one_line(error)
             raise HeadPruningError(
                 f"fairseq cannot build the model of the checkpoint ({reason:.300}); its data must lie where it was "
                 f"trained: {cfg.task.get('data', 'unknown')}."

@@ -4,6 +4,7 @@ from typing import Any, Callable, Optional
 
 import torch
 from fairseq.optim import FP16Optimizer
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from torch import nn
 
 
@@ -40,3 +41,17 @@ def unscale(optimizer: Any) -> None:
     """Divide the gradients by the loss scale now, where the optimizer would do it on the fly while it steps."""
     if hasattr(optimizer, "_unscale_grads"):
         optimizer._unscale_grads()
+
+
+def carry_over(old: Any, new: Any) -> None:
+    """Let an optimizer that takes the place of another go on with its float32 copies and its loss scale."""
+    before, after = master_of(old), master_of(new)
+    if before is not None and after is not None:
+        for parameter in new.fp16_params:
+            copy = before(parameter)
+            if copy is not parameter:
+                after(parameter).data.copy_(copy.data)
+    if isinstance(new, AMPOptimizer):
+        new._grad_scaler = old._grad_scaler
+    elif getattr(old, "scaler", None) is not None:
+        new.scaler = old.scaler

@@ -1,35 +1,32 @@
 """The flags of pruning, and the pruners that they ask for."""
 
-from dataclasses import Field, field, make_dataclass
+import argparse
+import dataclasses
+import functools
+import re
+from dataclasses import Field, field, fields, make_dataclass
 from types import SimpleNamespace
 from typing import Any, List, Mapping, Optional
 
+from fairseq.registry import REGISTRIES
 from omegaconf import II
 
-from head_pruning import HeadPruningError, Pruner, build_pruner, choose_method
-from head_pruning.registry import Method, get_method, methods, option_fields, owners
+from head_pruning import HeadPruningError, Pruner, build_pruner, choose_methods
+from head_pruning.choosing import CommandLine
+from head_pruning.options import dashed
+from head_pruning.registry import KINDS, methods, option_fields, owners
 
-_PRUNER = "method that prunes heads, by its registered name"
-_WEIGHT_PRUNER = "method that prunes weights, by its registered name; one of heads can run beside it"
-# Flags that some optimizer or scheduler of fairseq has too. Under their short names they are the pruner's only where
-# no component that is in use wants them.
 _PREFIX = "pruner_"
-_SHARED = ("warmup_steps", "beta1", "beta2")
-_ALIASES = {"deltaT": "--delta-t"}
-# A file may have moved: what counts is the mask in it, which the checkpoint has too.
-_BY_CONTENT = ("head_mask_file",)
 
 
 def pruning_config(base: type, name: str, module: str) -> type:
     """``base`` (a task's dataclass) plus the options of every registered method and what they read of the run.
 
-    Options of weight pruners are called as in the registry, but for ``pruner_warmup_steps``, ``pruner_beta1`` and
-    ``pruner_beta2``, which have the names in the registry as second flags, and for what is on by default, which
-    ``no_...`` switches off.
+    Options are called as in the registry, but for those that an optimizer or scheduler of fairseq has too
+    (``pruner_warmup_steps``), which have the name in the registry as second flag, and for what is on by default,
+    which ``no_...`` switches off.
     """
-    host = [
-        ("pruner", Optional[str], field(default=None, metadata={"help": _PRUNER})),
-        ("weight_pruner", Optional[str], field(default=None, metadata={"help": _WEIGHT_PRUNER})),
+    run = [
         ("seed", int, II("common.seed")),
         ("max_update", int, II("optimization.max_update")),
         ("max_epoch", int, II("optimization.max_epoch")),
@@ -41,20 +38,35 @@ def pruning_config(base: type, name: str, module: str) -> type:
         ("save_dir", str, II("checkpoint.save_dir")),
         ("train_subset", str, II("dataset.train_subset")),
     ]
-    taken = set(base.__dataclass_fields__)
-    own = [entry for entry in host if entry[0] not in taken]
-    own += [(f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in option_fields().values()]
-    own += [_weight_flag(option) for option in option_fields(prunes="weights").values()]
+    own = [_chooser(kind) for kind in KINDS if methods(kind)]
+    own += [entry for entry in run if entry[0] not in {field.name for field in fields(base)}]
+    own += map(_option, option_fields().values())
     return make_dataclass(name, own, bases=(base,), namespace={"__module__": module})
 
 
 def second_flags() -> dict[str, str]:
     """The short flags of what fairseq has too, which may give way to it, and where they lead."""
-    return {f"--{name.replace('_', '-')}": _PREFIX + name for name in _SHARED}
+    return {dashed(name): _PREFIX + name for name in option_fields() if _shared(name)}
+
+
+def build_pruners(options: Any) -> list[Pruner]:
+    """The pruners that a task's options ask for, in the order of their kinds; empty for none.
+
+    Raises:
+        HeadPruningError: as :func:`head_pruning.choose_methods`.
+    """
+    known = option_fields()
+    values = {name: _value(options, option) for name, option in known.items()}
+    given = {name: value for name, value in values.items() if value != known[name].default}
+    named = {kind.flag: getattr(options, kind.flag, None) for kind in KINDS.values()}
+    chosen = choose_methods({**given, **named}, line=CommandLine(_flag))
+    return [build_pruner(method, SimpleNamespace(**values)) for method in chosen]
 
 
 def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> None:
     """Raise HeadPruningError if a checkpoint was pruned with other options than those of the run that resumes it.
+
+    What counts of an option that names a file is what is in the file, which the checkpoint has too.
 
     Args:
         file: the checkpoint, for the message.
@@ -62,13 +74,14 @@ def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> 
         options: those of this run's task.
     """
     mine = {pruner.name: vars(pruner.config) for pruner in build_pruners(options)}
-    names = ["pruner", "weight_pruner", *option_fields(), *map(_name, option_fields(prunes="weights").values())]
+    names = [*(kind.flag for kind in KINDS.values()), *map(_name, option_fields().values())]
     known = {name: stored.get(name, getattr(options, name, None)) for name in names}
     theirs = {pruner.name: vars(pruner.config) for pruner in build_pruners(SimpleNamespace(**known))}
     for pruner in mine.keys() & theirs.keys():
         for name, value in mine[pruner].items():
-            if name not in _BY_CONTENT and theirs[pruner][name] != value:
-                flag = _ALIASES.get(name, f"--{name.replace('_', '-')}")
+            option = option_fields()[name]
+            if theirs[pruner][name] != value and not option.metadata.get("by_content"):
+                flag = dashed(name) if option.default is True else _flag(name)
                 raise HeadPruningError(
                     f"{file} was pruned with {flag} {theirs[pruner][name]}, this run has {flag} {value}; go on with "
                     "the same options, choose another --save-dir, or add --reset-optimizer to start anew from its "
@@ -76,54 +89,63 @@ def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> 
                 )
 
 
-def build_pruners(options: Any) -> list[Pruner]:
-    """The pruners that a task's options ask for: that of heads, then that of weights; empty for none.
+def _chooser(kind: str) -> tuple:
+    several = "; several with commas between them" if KINDS[kind].several else ""
+    text = f"methods that {KINDS[kind].does}, by registered name{several}: {', '.join(methods(kind))}"
+    return KINDS[kind].flag, Optional[str], field(default=None, metadata={"help": text})
 
-    Raises:
-        HeadPruningError: an unknown method, or an option that belongs to others only.
+
+def _option(option: Field) -> tuple:
+    text = f"{option.metadata['help']} ({', '.join(owners(option.name))})"
+    metadata = {"help": f"do not: {text}" if option.default is True else text}
+    second = dashed(option.name) if _shared(option.name) else _flag(option.name)
+    if second != dashed(_name(option)):
+        metadata["argparse_alias"] = second
+    return _name(option), option.type, field(default=option.default is not True and option.default, metadata=metadata)
+
+
+@functools.cache
+def _stems() -> frozenset[str]:
+    """What fairseq's optimizers, schedulers, ... call their options, without numbers at the end."""
+    names: set[str] = set()
+    for component in (found for each in REGISTRIES.values() for found in each["registry"].values()):
+        config = getattr(component, "__dataclass", None)
+        if config is not None:
+            names |= {known.name for known in dataclasses.fields(config)}
+        elif hasattr(component, "add_args"):
+            parser = argparse.ArgumentParser(add_help=False)
+            component.add_args(parser)
+            names |= {action.dest for action in parser._actions}
+    return frozenset(map(_stem, names))
+
+
+def _stem(name: str) -> str:
+    return name.rstrip("0123456789")
+
+
+def _shared(name: str) -> bool:
+    """Whether a component of fairseq has the option too, or another of its numbers: beta2 goes with beta1.
+
+    Under its short name it is the pruner's only where no component that is in use wants it.
     """
-    weights = methods("weights")
-    if options.pruner and options.pruner.lower() in weights:
-        raise HeadPruningError(f"{options.pruner} prunes weights; choose it with --weight-pruner.")
-    of_heads = choose_method(options, options.pruner)
-    of_weights = get_method(options.weight_pruner, weights) if options.weight_pruner else None
-    values = {name: _value(options, option) for name, option in option_fields(prunes="weights").items()}
-    _refuse_foreign(values, of_weights)
-    found = [build_pruner(of_heads, options)] if of_heads else []
-    return [*found, *([build_pruner(of_weights, SimpleNamespace(**values))] if of_weights else [])]
-
-
-def _weight_flag(option: Field) -> tuple:
-    name = _name(option)
-    known = f"{option.metadata['help']} (weight pruners: {', '.join(owners(option.name, 'weights'))})"
-    metadata = {"help": f"do not: {known}" if option.default is True else known}
-    alias = f"--{option.name.replace('_', '-')}" if option.name in _SHARED else _ALIASES.get(option.name)
-    if alias:
-        metadata["argparse_alias"] = alias
-    return name, option.type, field(default=False if option.default is True else option.default, metadata=metadata)
+    return _stem(name) in _stems()
 
 
 def _name(option: Field) -> str:
     """What the task's dataclass calls an option: fairseq's flags of what is true by default switch it off."""
     if option.default is True:
         return f"no_{option.name}"
-    return _PREFIX + option.name if option.name in _SHARED else option.name
+    return _PREFIX + option.name if _shared(option.name) else option.name
+
+
+def _flag(name: str) -> str:
+    """An option of the registry, or what names a method, as fairseq's users type it: deltaT is --delta-t."""
+    known = option_fields().get(name)
+    typed = dashed(name if known is None else _name(known))
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", typed).lower()
 
 
 def _value(options: Any, option: Field) -> Any:
     if option.default is True:
         return not getattr(options, _name(option), False)
     return getattr(options, _name(option), option.default)
-
-
-def _refuse_foreign(values: dict[str, Any], method: Optional[Method]) -> None:
-    """Raise when an option was set that only weight pruners other than the chosen one have."""
-    mine = option_fields([method.name], "weights") if method else {}
-    for name, option in option_fields(prunes="weights").items():
-        if name not in mine and values[name] != option.default:
-            theirs = owners(name, "weights")
-            chosen = f"the pruner of weights is {method.name}" if method else "no pruner of weights is chosen"
-            raise HeadPruningError(
-                f"--{_name(option).replace('_', '-')} belongs to {', '.join(theirs)}, but {chosen}; drop the option "
-                f"or choose its pruner, such as --weight-pruner {theirs[0]}."
-            )

@@ -27,8 +27,10 @@ from .checkpoints.keeper import StateKeeper, check_weights, keeper_of, refuse_la
 from .checkpoints.reports import write_beside
 from .checkpoints.stored import KEY, META, PruningState, peek, refuse_cut_off, split_state
 from .checkpoints.weights import finish
+from .masters import carry_over
 from .modules.surgery import take_shape
 from .options import refuse_other_options, second_flags
+from .schedules import restart_schedule
 
 logger = logging.getLogger(__name__)
 _MARK = "of_head_pruning"
@@ -52,6 +54,8 @@ def install() -> None:
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
     _replace(Trainer, "load_checkpoint", load_pruned_training)
     _replace(Trainer, "state_dict", state_with_weights)
+    _replace(Trainer, "_build_optimizer", build_for_phase)
+    _replace(Trainer, "train_step", begin_phase)
     for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
         module = sys.modules.get(name)
         if hasattr(module, "should_stop_early") and hasattr(module, "validate"):
@@ -75,15 +79,16 @@ def _replace(owner: Any, name: str, patch: Callable) -> None:
 
 def allow_safe_globals() -> None:
     """Let torch's weights-only loading read what fairseq puts into checkpoints: a Namespace and numpy numbers."""
+    multiarray: Any = np._core.multiarray  # type: ignore[attr-defined]  # where pickles of today look for them
     torch.serialization.add_safe_globals(
         [
             argparse.Namespace,
             np.dtype,
             np.ndarray,
-            (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-            (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-            np._core.multiarray._reconstruct,
-            np._core.multiarray.scalar,
+            (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+            (multiarray.scalar, "numpy.core.multiarray.scalar"),
+            multiarray._reconstruct,
+            multiarray.scalar,
             *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")),
         ]
     )
@@ -162,6 +167,8 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
         session, keeper = getattr(task, "session", None), keeper_of(model)  # new ones
     if keeper is not None:
         keeper.coming = stored.weights
+    history = checkpoint.get("optimizer_history") or [{}]
+    self.head_pruning_built_for = 0 if reset else max(0, history[-1].get("num_updates", 0) - 1)
     extra_state = original(self, filename, *args, **kwargs)
     if extra_state is not None:
         extra_state.pop(KEY, None)
@@ -177,6 +184,28 @@ def state_with_weights(original, self):
     if of_weights:
         state["extra_state"][KEY] = of_weights
     return state
+
+
+def build_for_phase(original, self):
+    """Pruners that train in phases settle what is trained before the trainer builds its optimizer for it."""
+    session = getattr(self.task, "session", None)
+    if session is None or not session.steers_host:
+        return original(self)
+    step = getattr(self, "head_pruning_built_for", 0)
+    session.enter_phase(step)
+    original(self)
+    restart_schedule(self, *session.schedule_span(step))
+
+
+def begin_phase(original, self, *args, **kwargs):
+    """Where a phase begins the trainer builds its optimizer, and its learning-rate schedule, anew."""
+    session, step = getattr(self.task, "session", None), self.get_num_updates()
+    if session is not None and session.enter_phase(step):
+        old, self.head_pruning_built_for = self.optimizer, step
+        self.reinitialize()
+        carry_over(old, self.optimizer)
+        self.lr_step_update()
+    return original(self, *args, **kwargs)
 
 
 def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):

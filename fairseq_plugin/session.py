@@ -5,13 +5,17 @@ from typing import Sequence
 from torch import nn
 
 from head_pruning import Pruner, PruningSession
+from head_pruning.outputs import ATTENTIONS
+from head_pruning.session import LAYERDROP_UPDATES
 
-from .modules.attention import UnfusedAttention
+from .modules.attention import UnfusedAttention, give_probabilities, probabilities
 from .modules.unit_map import unit_map
 
 
 def open_session(model: nn.Module, pruners: Sequence[Pruner], **options) -> PruningSession:
     """Map a fairseq model, put gates on it and make every attention module run them (for pruners of heads).
+
+    Where a pruner looks at attention probabilities, every attention module gives them in training.
 
     Args:
         model: any fairseq model built on MultiheadAttention.
@@ -21,9 +25,20 @@ def open_session(model: nn.Module, pruners: Sequence[Pruner], **options) -> Prun
     Returns:
         The attached session; its ``detach()`` leaves the model as it was.
     """
+    options.setdefault("fired_within", LAYERDROP_UPDATES if _drops_layers(model) else 1)
+    options = {"time_first": True, "read_attention": probabilities, **options}
     session = PruningSession(model, unit_map(model), pruners, **options).attach()
-    if session.gated:
+    watched = ATTENTIONS in session.needs
+    if session.gated or watched:
         unfused = UnfusedAttention(model)
         unfused.attach()
         session.on_detach(unfused.detach)
+    if watched:
+        session.on_detach(give_probabilities(model))
     return session
+
+
+def _drops_layers(model: nn.Module) -> bool:
+    parts = {part: getattr(model, part, None) for part in ("encoder", "decoder")}
+    names = [(found, name) for part, found in parts.items() for name in (f"{part}_layerdrop", "layerdrop")]
+    return any(getattr(found, name, 0) for found, name in names)

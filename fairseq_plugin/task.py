@@ -20,7 +20,7 @@ from head_pruning import HeadPruningError, Pruner, PruningSession
 
 from . import patches
 from .checkpoints.keeper import StateKeeper
-from .checkpoints.weights import refuse_hosts, weight_pruners
+from .checkpoints.weights import refuse_hosts
 from .masters import master_of, unscale
 from .modules.surgery import take_shape
 from .options import build_pruners, pruning_config
@@ -28,19 +28,22 @@ from .session import open_session
 
 logger = logging.getLogger(__name__)
 
-# Models that skip whole layers at random need some updates until every site has run.
-_LAYERDROP_UPDATES = 100
 _METRIC_ROUND = {
-    **{"temperature": None, "gate_norm": None, "penalty": 3, "heads_expected": 2},
+    **{"temperature": None, "gate_norm": None, "penalty": 3, "heads_expected": 2, "lr_factor": None},
     **{"prune_target": 6, "weights_kept": 6, "mask_threshold": None},
 }
 
 
-class HeadPruningMixin:
+_Task: Any = object  # the class of the task comes after the mixin
+
+
+class HeadPruningMixin(_Task):
     """Drives a pruning session from fairseq's trainer."""
 
     session: Optional[PruningSession] = None
     _evaluating = False
+    _denominator: float
+    _micro_batches: int
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
@@ -52,9 +55,13 @@ class HeadPruningMixin:
         """The task's options: fairseq's older tasks (language modelling) call them ``args`` and have no ``cfg``."""
         return self.args if self.cfg is None else self.cfg
 
+    def pruners(self) -> list[Pruner]:
+        """The pruners that the options ask for; a task of one's own may add others."""
+        return build_pruners(self.options)
+
     def build_model(self, cfg: Any, from_checkpoint: bool = False):
         """Build the model and, in training, put the gates on."""
-        pruners = [] if from_checkpoint else build_pruners(self.options)  # a stored model brings its mask
+        pruners = [] if from_checkpoint else self.pruners()  # a stored model brings its mask
         for pruner in pruners:
             pruner.check_options()
         model = super().build_model(cfg, from_checkpoint)
@@ -63,49 +70,23 @@ class HeadPruningMixin:
         return model
 
     def _start_session(self, model, pruners: list[Pruner]) -> None:
-        drops_layers = any(
-            getattr(getattr(model, part, None), f"{part}_layerdrop", 0)
-            or getattr(getattr(model, part, None), "layerdrop", 0)
-            for part in ("encoder", "decoder")
-        )
         self.session = open_session(
             model,
             pruners,
             seed=self.options.seed,
             all_reduce=_all_reduce if _ranks() > 1 else None,
-            fired_within=_LAYERDROP_UPDATES if drops_layers else 1,
         )
-        self._of_weights = weight_pruners(self.session)
-        if self._of_weights:
-            refuse_hosts(self.options)
+        refuse_hosts(self.session, self.options)
         self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
         self.session.on_detach(self._keeper.remove)
         patches.install()  # fairseq-train itself, where it was imported after this package
         self._optimizer = None
         self._epochs: Optional[float] = None
+        self._updating = False
         if self.session.freezes_model:
-            if self._of_weights:
-                raise HeadPruningError(
-                    "Pipelined pruning of heads leaves the model's weights as they are, and pruning weights changes "
-                    "them; add --joint-pruning, or prune one after the other."
-                )
             self.session.freeze()
-        self._tell(pruners)
-
-    def _tell(self, pruners: list[Pruner]) -> None:
         for pruner in pruners:
-            if pruner in self._of_weights:
-                options = " ".join(f"{name}={value}" for name, value in pruner.options().items())
-                number = sum(pruner.sizes.values())
-                logger.info("pruning with %s: %d weights; %s", pruner.name, number, options)
-                continue
-            logger.info(
-                "pruning with %s: %d heads in %d attention layers, the model's own weights are %s",
-                pruner.name,
-                self.session.unit_map.num_heads,
-                len(self.session.unit_map.attention),
-                "kept as they are (pipelined)" if self.session.freezes_model else "trained too (joint)",
-            )
+            logger.info("pruning with %s: %s", pruner.name, pruner.summary())
 
     def cut_for_checkpoint(self, model, recipe) -> None:
         """Give the model the shape of the compact checkpoint that it is about to load: gates go on what is left."""
@@ -113,7 +94,7 @@ class HeadPruningMixin:
             self.session.detach()
         take_shape(model, recipe)
         if self.session is not None:
-            self._start_session(model, build_pruners(self.options))
+            self._start_session(model, self.pruners())
 
     def _resets_optimizer(self) -> bool:
         """Whether fairseq will load a model without its optimizer: when told to, and when it first finetunes."""
@@ -148,10 +129,11 @@ class HeadPruningMixin:
                 "Pipelined pruning trains the gates of a trained model, and no checkpoint was loaded; add "
                 "--restore-file (with --reset-optimizer), or --joint-pruning to train the model too."
             )
-        if not self._keeper.loaded and any(pruner.name == "lock" for pruner in self._of_weights):
+        trained = next((pruner.name for pruner in self.session.pruners if pruner.needs_trained_model), None)
+        if not self._keeper.loaded and trained is not None:
             raise HeadPruningError(
-                "--weight-pruner lock keeps the zeros of a pruned model, and no checkpoint was loaded; add "
-                "--finetune-from-model or --restore-file."
+                f"{trained} goes on from a trained model, and no checkpoint was loaded; add --finetune-from-model or "
+                "--restore-file."
             )
         self.session.metrics()  # settles the schedules, now that the length of training is known
 
@@ -181,9 +163,13 @@ class HeadPruningMixin:
         if self._new_update:
             self._begin_update(optimizer, update_num)
 
+        session = self.session
+
         def objective(model, sample):
             loss, sample_size, log = criterion(model, sample)
-            return self.session.loss(loss, sample), sample_size, log
+            if session.changes_loss:
+                loss = session.loss(loss, sample, masks=self.token_masks(sample), weight=sample_size)
+            return loss, sample_size, log
 
         loss, sample_size, log = super().train_step(
             sample, model, objective, optimizer, update_num, ignore_grad, **kwargs
@@ -193,25 +179,40 @@ class HeadPruningMixin:
             self._micro_batches += 1
         return loss, sample_size, log
 
+    def token_masks(self, sample: Any) -> dict[str, torch.Tensor]:
+        """``bool[B, T]`` of the tokens of a batch that are no padding, by ``encoder`` and ``decoder``."""
+        pad, tokens = self.target_dictionary.pad(), sample["net_input"].get("src_tokens")
+        assert self.session is not None and self.session.unit_map is not None
+        sides = {kind.partition("_")[0] for kind in self.session.unit_map.kinds()}
+        target = sample.get("target") if len(sides) == 2 else tokens
+        found = {"encoder": tokens, "decoder": target}
+        return {side: found[side].ne(pad) for side in sides if torch.is_tensor(found[side])}
+
     def _watch(self, optimizer) -> None:
         # The trainer tells no task where an update starts; it does clear the gradients then.
         if self._optimizer is optimizer:
             return
+        assert self.session is not None
+        session = self.session
         self._optimizer, self._new_update = optimizer, True
-        self.session.master_of = master_of(optimizer)
+        session.master_of = master_of(optimizer)
         original = optimizer.zero_grad
 
         def zero_grad(*args, **kwargs):
             self._new_update = True
+            if self._updating:  # an overflow, or the batch did not fit into memory
+                session.skip_update()
+                self._updating = False
             return original(*args, **kwargs)
 
         optimizer.zero_grad = zero_grad
 
     def _begin_update(self, optimizer, update_num: int) -> None:
+        assert self.session is not None
         self.session.before_update(update_num)
-        self._new_update = False
+        self._new_update, self._updating = False, True
         self._denominator, self._micro_batches = 0, 0
-        scaler = getattr(optimizer, "scaler", None)
+        scaler: Any = getattr(optimizer, "scaler", None)
         if isinstance(optimizer, AMPOptimizer):
             self._loss_scale = scaler.get_scale()
         else:
@@ -223,17 +224,17 @@ class HeadPruningMixin:
             super().optimizer_step(optimizer, model, update_num)
             return
         self.session.after_backward(self._loss_scale, float(self._denominator), self._micro_batches)
-        if self._of_weights:
+        if self.session.overrides("before_step"):
             unscale(optimizer)
-        self.session.before_step()
+        self.session.before_step(optimizer)
         if not self.session.freezes_model:
             super().optimizer_step(optimizer, model, update_num)
         elif getattr(optimizer, "scaler", None) is not None:
             optimizer.scaler.update()
+        self._updating = False
         if isinstance(optimizer, AMPOptimizer) and optimizer.scaler.get_scale() < self._loss_scale:
-            if self._of_weights:
-                self.session.before_update(update_num)  # takes back what before_step() did
-            return  # an overflow: the model has not stepped, and fairseq tries the batch again
+            self.session.skip_update()  # an overflow: the model has not stepped, and fairseq tries the batch again
+            return
         self.session.after_step()
         for name, value in self.session.metrics().items():
             if math.isfinite(value):  # a mask's numbers arrive from the device a little later

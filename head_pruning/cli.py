@@ -1,15 +1,14 @@
 """The ``head-pruning`` command; what it knows of models comes from the hosts (:mod:`head_pruning.hosts`)."""
 
 import argparse
-import dataclasses
 import importlib.util
 import logging
 import sys
 from typing import Optional, Sequence
 
-from .commands import benchmark, export, inspect, masks
+from .commands.flags import add_commands
 from .errors import HeadPruningError
-from .registry import methods
+from .lazy import load_later
 
 
 def _user_dir(args: argparse.Namespace) -> None:
@@ -20,10 +19,18 @@ def _user_dir(args: argparse.Namespace) -> None:
 
 
 def _pruners(args: argparse.Namespace) -> None:
-    for method in [*methods("heads").values(), *methods("weights").values()]:
-        print(f"{method.name} ({method.prunes}): {(method.pruner.__doc__ or '').strip().splitlines()[0]}")
-        for field in dataclasses.fields(method.config):
-            print(f"    --{field.name.replace('_', '-')} (default {field.default}): {field.metadata['help']}")
+    load_later("torch", "numpy")  # methods are imported to be listed, but none is run
+    from .options import dashed
+    from .registry import KINDS, methods
+
+    for method in methods(None).values():
+        print(f"{method.name} ({method.kind}): {method.summary}")
+        options = " ".join(
+            dashed(name) if value is True else f"{dashed(name)} {value}" for name, value in method.example.items()
+        )
+        print(f"    such as {dashed(KINDS[method.kind].flag)} {method.name} {options}".rstrip())
+        for name, field in method.options.items():
+            print(f"    {dashed(name)} (default {field.default}): {field.metadata['help']}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,9 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_user_dir)
     command = commands.add_parser("pruners", help="list the registered pruners and their options")
     command.set_defaults(run=_pruners)
-    for own in (inspect, export, benchmark):
-        own.add_command(commands)
-    masks.add_commands(commands)
+    add_commands(commands)
     return parser
 
 

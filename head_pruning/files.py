@@ -1,5 +1,7 @@
 """Files that appear whole or not at all, and are never unpickled."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os

@@ -78,7 +78,7 @@ def find_host(path: "str | Path") -> Host:
     entries = importlib.metadata.entry_points(group=GROUP)
     for entry in sorted(entries, key=lambda entry: (entry.name == "transformers") != path.is_dir()):
         try:
-            host = entry.load()
+            host: Host = entry.load()
         except ImportError as error:
             absent.append(f"{entry.name} ({error})")
             continue
@@ -129,10 +129,10 @@ def read_mask(path: "str | Path", *, dense: bool = False) -> HeadMask:
         recipe = _recipe(path)
         return mask if recipe is None else mask_of_original(recipe, mask)
     loaded = find_host(path).load(path, None)
-    mask = kept_heads(loaded)
-    if mask is None and not dense:
+    found = kept_heads(loaded)
+    if found is None and not dense:
         raise HeadPruningError(f"{path} is a dense model and holds no head mask; give a model that was pruned.")
-    return mask or full_mask(loaded.unit_map)
+    return found or full_mask(loaded.unit_map)
 
 
 def holds_heads(path: "str | Path") -> bool:

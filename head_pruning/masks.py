@@ -1,5 +1,7 @@
 """Which heads stay."""
 
+from __future__ import annotations
+
 import json
 import operator
 from dataclasses import dataclass
@@ -123,8 +125,9 @@ def whole_number(value: Any) -> Optional[int]:
 
 def head_numbers(name: str, listed: Iterable[Any]) -> list[int]:
     """The numbers of heads as integers. Raises HeadPruningError, naming the site, for what is no list of integers."""
-    heads = [whole_number(head) for head in listed] if isinstance(listed, Iterable) else [None]
-    if None in heads:
+    given = list(listed) if isinstance(listed, Iterable) else [None]
+    heads = [number for number in map(whole_number, given) if number is not None]
+    if len(heads) < len(given):
         raise HeadPruningError(
             f"The heads to remove from {name} must be a list of integers, the numbers of the heads (not a truth value "
             "for each head: that is a HeadMask)."

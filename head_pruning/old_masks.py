@@ -1,5 +1,7 @@
 """Head masks of the published DSP code: ``mask{K}.pt``, a matrix of zeros and ones."""
 
+from __future__ import annotations
+
 import pickle
 from pathlib import Path
 

@@ -1,62 +1,81 @@
 """What a session asks of every method."""
 
+from __future__ import annotations
+
 import contextlib
-import dataclasses
-import numbers
-from typing import TYPE_CHECKING, Any, ContextManager, Optional, Sequence, get_args, get_type_hints
+from typing import Any, Callable, ContextManager, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 import torch
 
-from .errors import HeadPruningError
 from .masks import HeadMask
-
-if TYPE_CHECKING:
-    from .session import PruningSession
-
-
-# A whole number will do for a float, numpy's numbers for Python's; a truth value is no number.
-_KINDS: dict[type, tuple[type, str]] = {
-    bool: (bool, "True or False"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    str: (str, "a text"),
-}
+from .options import check_types
+from .outputs import Outputs
+from .unit_map import UnitMap
 
 
-def check_types(config: Any) -> None:
-    """Raise HeadPruningError if an option's value is not of the type that its field in the dataclass says."""
-    types = get_type_hints(type(config)) if dataclasses.is_dataclass(config) else {}
-    for name, annotation in types.items():
-        value, allowed = getattr(config, name), get_args(annotation) or (annotation,)
-        wanted = next((kind for kind in allowed if kind in _KINDS), None)
-        if wanted is None or value is None and type(None) in allowed:
-            continue
-        kind, words = _KINDS[wanted]
-        if not isinstance(value, kind) or isinstance(value, bool) and wanted is not bool:
-            raise HeadPruningError(f"--{name.replace('_', '-')} is {value!r}; it must be {words}.")
+class SessionView(Protocol):
+    """What a pruner may ask of the session that it is attached to."""
+
+    model: torch.nn.Module
+    unit_map: Optional[UnitMap]
+    pruners: list[Pruner]
+    seed: int
+    total_steps: Optional[int]
+    gates: Any
+    master_of: Optional[Callable[[torch.nn.Parameter], torch.Tensor]]
+
+    def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sum gradients and counts over the ranks."""
 
 
 class Pruner:
     """Base of all methods: every hook of the life cycle, doing nothing.
 
-    ``config`` is the method's dataclass; ``session`` is set while attached.
+    ``config`` is the method's dataclass; ``session`` is set while attached. The hooks of an update come in the order
+    that :mod:`head_pruning.session` gives. Hosts know no method: what they must know of one are the properties below.
     """
 
     name = ""
-    #: What the host must provide: any of "hidden_states", "attentions", "eager_attention".
+    #: What the method does, one of :data:`head_pruning.registry.KINDS`.
+    kind = "heads"
+    #: Where the defaults of the published BERT scripts differ from those of the options, which are fairseq's scripts'.
+    bert_defaults: Mapping[str, Any] = {}
+    #: What :meth:`loss` looks at: any of "hidden_states", "attentions"; "eager_attention" asks the host to compute
+    #: attention openly ("attentions" does so too).
     needs: frozenset = frozenset()
     #: Whether the model's own weights stay as they are (pipelined pruning).
     freezes_model = False
     #: Whether a run that starts anew from a checkpoint's weights takes over what was learnt there (gate logits).
     inherits = True
-    #: Whether head gates must be on the model.
-    needs_gates = True
+    #: Whether the model may come with heads that were pruned by zeroing them: the method knows which these are.
+    takes_zeroed_heads = False
+    #: Whether the method goes on from a trained model only.
+    needs_trained_model = False
+    #: Whether the method may set in in the middle of a training that did not use it: it has no schedule.
+    starts_anywhere = False
+    #: The option that says how long the method's schedule takes; None: it has none.
+    schedule_option: Optional[str] = None
 
     def __init__(self, config: Any) -> None:
         check_types(config)
         self.config = config
-        self.session: Optional["PruningSession"] = None
+        #: Set while attached.
+        self.session: SessionView = None  # type: ignore[assignment]
+
+    @property
+    def needs_gates(self) -> bool:
+        """Whether head gates must be on the model."""
+        return self.kind == "heads"
+
+    @classmethod
+    def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that were set, and what the published BERT scripts make of others.
+
+        Raises:
+            HeadPruningError: options contradict each other.
+        """
+        return {**cls.bert_defaults, **options}
 
     def check_options(self) -> None:
         """Raise HeadPruningError for options that fit no model or contradict each other; called before any is loaded.
@@ -68,19 +87,34 @@ class Pruner:
         """The options in force, for reports: those given, and what the defaults that depend on others came to."""
         return dict(vars(self.config))
 
-    def attach(self, session: "PruningSession") -> None:
-        """Bind to a session, whose unit map, seed and length of training are known."""
+    def summary(self) -> str:
+        """What is pruned, in a few words for the log; called while attached."""
+        return " ".join(f"{name}={value}" for name, value in self.options().items()) if self.config else ""
+
+    def attach(self, session: SessionView) -> None:
+        """Bind to a session, whose model, unit map and seed are known."""
         self.session = session
 
     def detach(self) -> None:
         """Leave the model as it was."""
-        self.session = None
+        self.session = None  # type: ignore[assignment]
+
+    # -- an update ---------------------------------------------------------------------------------------------------
+
+    def enter_phase(self, phase: int) -> None:
+        """The next update is of this phase: settle what is trained. The host builds its optimizer after this."""
 
     def before_update(self, step: int) -> None:
         """Move schedules and draw samples for update ``step`` (from 0)."""
 
-    def loss(self, loss: torch.Tensor, inputs: Any, outputs: Any) -> torch.Tensor:
-        """Replace or add to the task loss of one micro-batch."""
+    def loss(self, loss: torch.Tensor, inputs: Any, outputs: Outputs) -> torch.Tensor:
+        """Replace or add to the task loss of one micro-batch.
+
+        Args:
+            loss: the task loss, or what the pruners before made of it; a mean, or a sum as ``outputs.weight`` says.
+            inputs: the host's batch, as it is.
+            outputs: what the model gave, with what :attr:`needs` asks for.
+        """
         return loss
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
@@ -91,6 +125,14 @@ class Pruner:
 
     def after_step(self, step: int, lr_factor: float) -> None:
         """The host's optimizer has stepped."""
+
+    def skip_update(self, step: int) -> None:
+        """The host's optimizer has not stepped (an overflow): take back what :meth:`before_step` did, and do not step.
+
+        Comes in the place of :meth:`after_step`, wherever the update had got to.
+        """
+
+    # -- what a host asks --------------------------------------------------------------------------------------------
 
     def penalty(self) -> float:
         """The regulariser that the objective adds to each micro-batch's loss (its gradient is the method's own)."""
@@ -105,12 +147,20 @@ class Pruner:
         return True
 
     def lr_factor(self, step: int) -> float:
-        """Factor on the host's learning rate."""
+        """Factor on the host's learning rate in update ``step``; that of the gates does not follow it."""
         return 1.0
 
     def phase(self, step: int) -> int:
-        """A new number asks the host for a new optimizer and schedule."""
+        """A new number asks the host for a new optimizer and learning-rate schedule from update ``step`` on.
+
+        It must follow from the step, the options and the state that checkpoints keep (of the length of training, say),
+        so that a resumed run knows its phase before it builds its optimizer.
+        """
         return 0
+
+    def schedule_end(self, step: int) -> Optional[int]:
+        """The update at which the learning-rate schedule of the phase of ``step`` ends; None: the end of training."""
+        return None
 
     def evaluating(self) -> ContextManager[None]:
         """Inside the block the model is what would be kept if training ended now; reversible, bit for bit."""
@@ -126,6 +176,12 @@ class Pruner:
         """The heads that would stay if training ended now; None for methods that prune no heads."""
         return None
 
+    def weight_masks(self) -> dict[str, torch.Tensor]:
+        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty for methods that mask no weights."""
+        return {}
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything a killed run needs to go on bit-equal, as float64 arrays."""
         return {}
@@ -137,7 +193,7 @@ class Pruner:
         """What of the state is as large as the model; tensors may be the live ones, so write them at once."""
         return {}
 
-    def load_tensor_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore :meth:`tensor_state`."""
 
 

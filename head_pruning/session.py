@@ -1,7 +1,23 @@
-"""The object that a training loop drives."""
+"""The object that a training loop drives, and the order in which it does.
+
+One update calls the hooks in this order, in every host and in a loop of one's own::
+
+    enter_phase      only where a phase begins: the optimizer and its schedule are built anew after it
+    before_update    schedules move, gates are drawn, once
+    loss             per micro-batch, between its forward and its backward pass
+    after_backward   all gradients of the update are there
+    before_step      they are final: unscaled, reduced over the ranks, clipped
+    (the host's optimizer steps)
+    after_step       or skip_update, where it did not step: an overflow, an update given up
+
+Between ``before_step`` and either of the last two the learning rates of the optimizer are scaled by ``lr_factor``.
+"""
 
 import contextlib
+import dataclasses
 import json
+import logging
+import math
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
@@ -9,12 +25,18 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .gates.bank import GateBank, refuse_gates
+from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
+from .outputs import NEEDS, Recorder, last_of
 from .pruner import Pruner
+from .registry import KINDS
 from .unit_map import UnitMap
 
+logger = logging.getLogger(__name__)
+
 STATE_VERSION = 1
+#: ``fired_within`` of models that skip whole layers at random: until then every site has run.
+LAYERDROP_UPDATES = 100
 _UNGATE = "detach the session, or take the mask off, before another session is attached"
 
 
@@ -28,7 +50,22 @@ def check_pruners(pruners: Any) -> list[Pruner]:
     for pruner in listed:
         if not isinstance(pruner, Pruner):
             raise HeadPruningError(f"{pruner!r} is no pruner; build one by its name and options, and give that.")
+        if pruner.kind not in KINDS:
+            raise HeadPruningError(
+                f"The pruner {pruner.name} is of the kind {pruner.kind!r}; the kinds are {', '.join(KINDS)}."
+            )
+        odd = sorted(set(pruner.needs) - NEEDS)
+        if odd:
+            raise HeadPruningError(
+                f"The pruner {pruner.name} needs {', '.join(odd)}, which no host has; what there is: "
+                f"{', '.join(sorted(NEEDS))}."
+            )
     return listed
+
+
+def needs_of(pruners: Iterable[Pruner]) -> frozenset:
+    """What the host must provide for these pruners: any of "hidden_states", "attentions", "eager_attention"."""
+    return frozenset().union(*(pruner.needs for pruner in pruners))
 
 
 class PruningSession:
@@ -36,26 +73,34 @@ class PruningSession:
 
     Args:
         model: the model; its parameters and code are not changed.
-        unit_map: its sites; None where no pruner works by sites.
-        pruners: the methods; at most one of them may own the head gates.
+        unit_map: its sites and layers; None where no pruner works by them.
+        pruners: the methods, any number of each kind; at most one of them may own the head gates.
         seed: of every draw; the same on all ranks.
         total_steps: updates in training if known, for step counts given as fractions.
         all_reduce: sums a float64 tensor over the data-parallel ranks in place; None when there is one rank.
         fired_within: every targeted site must have run within this many updates (1; more for models that drop layers).
+        time_first: whether the model's layers give ``[T, B, width]`` instead of ``[B, T, width]``.
+        read_attention: finds the probabilities ``[B, H, T, S]`` in what an attention module gives; default: its last
+            output.
 
     Typical use::
 
         session = PruningSession(model, unit_map, [pruner])
         session.attach()
+        optimizer = build_optimizer(model)
         for step, batch in enumerate(batches):
+            if session.enter_phase(step):  # only methods that train in several phases ever say so
+                optimizer = build_optimizer(model)
             session.before_update(step)
-            loss = session.loss(compute_loss(model, batch))
+            loss = session.loss(compute_loss(model, batch), batch)
             loss.backward()
             session.after_backward()
-            session.before_step()
+            session.before_step(optimizer)
             optimizer.step()
             session.after_step()
         session.harden()
+
+    To resume: ``load_state_dict``, ``enter_phase(session.step)``, then build the optimizer and load its state.
     """
 
     def __init__(
@@ -68,6 +113,8 @@ class PruningSession:
         total_steps: Optional[int] = None,
         all_reduce: Optional[Callable[[torch.Tensor], Any]] = None,
         fired_within: int = 1,
+        time_first: bool = False,
+        read_attention: Callable[[Any], Optional[torch.Tensor]] = last_of,
     ) -> None:
         self.model = model
         self.unit_map = unit_map
@@ -80,13 +127,19 @@ class PruningSession:
         if self.gated and unit_map is None:
             raise HeadPruningError("Pruners of heads need the model's unit map; pass it to the session.")
         self.gates = None if unit_map is None else GateBank(model, unit_map)
+        needs = needs_of(self.pruners)
+        self._changes_loss = self.overrides("loss") or bool(needs)
+        self._recorder = Recorder(model, unit_map, needs, time_first=time_first, read_attention=read_attention)
         #: For hosts with float32 master copies: leads from a parameter to its copy, with ``.grad`` where it has one.
         self.master_of: Optional[Callable[[nn.Parameter], torch.Tensor]] = None
         self.step = 0
         #: Whether the outcome is fixed.
         self.hardened = False
         self._updates_here = 0
-        self._started = False
+        self._started = self._stepping = False
+        self._told: set[str] = set()
+        self._phases = [0] * len(self.pruners)
+        self._unscaled: list[tuple[dict, Any]] = []
         self._attached: list[Pruner] = []
         self._at_detach: list[Callable[[], Any]] = []
 
@@ -104,6 +157,7 @@ class PruningSession:
         for pruner in self.pruners:
             pruner.check_options()
         if self.gated:
+            assert self.unit_map is not None
             refuse_gates(self.model, self.unit_map, _UNGATE)
         try:
             for pruner in self.pruners:
@@ -111,31 +165,97 @@ class PruningSession:
                 self._attached.append(pruner)
             if sum(pruner.head_mask() is not None for pruner in self.pruners) > 1:
                 raise HeadPruningError("Two of the pruners own the head gates; keep one of them.")
+            names = [pruner.name for pruner in self.pruners]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise HeadPruningError(f"Two pruners are called {twice}, which their states are told apart by.")
             if self.gated:
+                assert self.gates is not None
                 self.gates.attach()
+            if self._changes_loss:
+                self._recorder.live = False
+                self._recorder.attach()
         except BaseException:
             self.detach()
             raise
-        self._started = self.hardened = False
+        self._started = self._stepping = self.hardened = False
+        self._phases = [0] * len(self.pruners)
         return self
+
+    def enter_phase(self, step: int) -> bool:
+        """Whether update ``step`` is of another phase than the one entered last (at first: 0); pruners are told.
+
+        The host must then build its optimizer, of the parameters that are trainable now, and its learning-rate
+        schedule anew; :meth:`schedule_span` says over which updates that runs. A resumed run enters the phase of its
+        last update before it builds the optimizer whose state it loads.
+        """
+        entered = False
+        for place, pruner in enumerate(self.pruners):
+            phase = pruner.phase(step)
+            if phase != self._phases[place]:
+                pruner.enter_phase(phase)
+                self._phases[place], entered = phase, True
+        return entered
 
     def before_update(self, step: int) -> None:
         """Start update ``step`` (from 0), which may be several micro-batches: move schedules, draw gates once.
 
+        An update that began and came to no end was skipped.
+
         Raises:
-            HeadPruningError: a gated module was wrapped or replaced since; told before the first update.
+            HeadPruningError: a gated module was wrapped or replaced since (told before the first update), or a phase
+                begins that was not entered.
         """
+        if self._stepping:
+            self.skip_update()
+        for place, pruner in enumerate(self.pruners):
+            if pruner.phase(step) != self._phases[place]:
+                raise HeadPruningError(
+                    f"A new phase of {pruner.name} begins with update {step}; call session.enter_phase(step) before "
+                    "it, and build the optimizer and its schedule anew."
+                )
         if self.gated and not self._started:
+            assert self.gates is not None
             self.gates.check_in_place(self.model)
         self._started = True
         self.step = step
         for pruner in self.pruners:
             pruner.before_update(step)
+        self._recorder.live = self._changes_loss
 
-    def loss(self, loss: torch.Tensor, inputs: Any = None, outputs: Any = None) -> torch.Tensor:
-        """The objective of one micro-batch: the task loss, unless a distiller replaces or adds terms."""
+    def loss(
+        self,
+        loss: torch.Tensor,
+        inputs: Any = None,
+        outputs: Any = None,
+        *,
+        masks: Optional[Mapping[str, torch.Tensor]] = None,
+        weight: "float | torch.Tensor" = 1.0,
+    ) -> torch.Tensor:
+        """The objective of one micro-batch: the task loss, unless a distiller replaces or adds terms.
+
+        Call it between the micro-batch's forward and backward pass.
+
+        Args:
+            loss: the task loss.
+            inputs: the batch, handed on as it is.
+            outputs: what the model gave; default: what it was seen to give.
+            masks: ``bool[B, T]`` of the tokens that are no padding, by ``encoder`` and ``decoder``.
+            weight: see :class:`~head_pruning.outputs.Outputs`.
+
+        Raises:
+            HeadPruningError: a pruner changes the loss, but the model was not called since :meth:`before_update` or
+                the last micro-batch, or does not give what the pruner needs.
+        """
+        if not self._changes_loss:
+            return loss
+        seen = self._recorder.take(masks)
+        raw = seen.raw if outputs is None else outputs
+        given = dataclasses.replace(seen, raw=raw, weight=weight)
+        self._recorder.live = False  # a pruner may call the model
         for pruner in self.pruners:
-            loss = pruner.loss(loss, inputs, outputs)
+            loss = pruner.loss(loss, inputs, given)
+        self._recorder.live = True
         return loss
 
     def after_backward(self, loss_scale: float = 1.0, denominator: float = 1.0, micro_batches: int = 1) -> None:
@@ -153,25 +273,63 @@ class PruningSession:
         Raises:
             UnfiredSiteError: a targeted site did not run in the first ``fired_within`` updates.
         """
+        self._recorder.live = False
         self._updates_here += 1
         if self.gated and self._updates_here == self.fired_within:
+            assert self.gates is not None
             self.gates.check_fired()
         for pruner in self.pruners:
             pruner.after_backward(loss_scale, denominator, micro_batches)
 
-    def before_step(self) -> None:
-        """The gradients are final and the host's optimizer is about to step (some weight pruners need this call)."""
+    def before_step(self, optimizer: Any = None) -> None:
+        """The gradients are final, and the host's optimizer is about to step.
+
+        Args:
+            optimizer: the host's; its learning rates are scaled until :meth:`after_step` or :meth:`skip_update`, so
+                that neither it nor its schedule is left changed. Needed where a pruner changes the learning rate.
+
+        Raises:
+            HeadPruningError: a pruner changes the learning rate, and there is no optimizer.
+        """
+        self._stepping = True
         for pruner in self.pruners:
             pruner.before_step(self.step)
+        factor = self.lr_factor(self.step)
+        if factor != 1.0:
+            if optimizer is None:
+                raise HeadPruningError(
+                    "A pruner changes the learning rate, so session.before_step() must be given the optimizer."
+                )
+            self._unscaled = [(group, group["lr"]) for group in optimizer.param_groups]
+            for group, rate in self._unscaled:
+                group["lr"] = rate * factor
 
     def after_step(self, lr_factor: float = 1.0) -> None:
         """The host's optimizer has stepped, and the gradients are still there: step the gates' own, mask weights.
 
         Args:
-            lr_factor: factor on the learning rate of the gates.
+            lr_factor: factor on the learning rate of the gates: where the host's schedule stands.
         """
+        self._end_step()
         for pruner in self.pruners:
             pruner.after_step(self.step, lr_factor)
+
+    def skip_update(self) -> None:
+        """The host gives the update up, which may have got anywhere since :meth:`before_update`.
+
+        What :meth:`before_step` did is taken back, and the gates do not step. Tell it of an overflow in half precision
+        or a batch given up; then the next update may begin, or the same once more.
+        """
+        self._recorder.live = False
+        self._end_step()
+        for pruner in self.pruners:
+            pruner.skip_update(self.step)
+
+    def _end_step(self) -> None:
+        self._stepping = False
+        for group, rate in self._unscaled:
+            group["lr"] = rate
+        self._unscaled = []
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -192,6 +350,7 @@ class PruningSession:
 
     def detach(self) -> None:
         """Take everything off: the model is again what it was, bit for bit, but for the zeros of weight pruners."""
+        self._recorder.detach()
         if self.gates is not None:
             self.gates.detach()
         while self._attached:
@@ -205,8 +364,15 @@ class PruningSession:
         Optimizers, loss scalers and data-parallel wrappers refuse a model without any; the host must not step it.
 
         Raises:
-            HeadPruningError: nothing of the model is trainable.
+            HeadPruningError: nothing of the model is trainable, or another pruner changes the model.
         """
+        others = [pruner.name for pruner in self.pruners if not pruner.freezes_model and not pruner.needs_gates]
+        if others:
+            raise HeadPruningError(
+                "Pipelined pruning of heads leaves the model's weights as they are, so "
+                f"{', '.join(others)} cannot change them in the same run; add --joint-pruning (joint_pruning=True), "
+                "or do one after the other."
+            )
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not trainable:
             raise HeadPruningError("All parameters of the model are frozen; leave at least one trainable.")
@@ -220,6 +386,29 @@ class PruningSession:
         self._at_detach.append(undo)
 
     # -- what a host asks ----------------------------------------------------------------------------------------
+
+    def of_kind(self, *kinds: str) -> list[Pruner]:
+        """The pruners of these kinds (:data:`head_pruning.registry.KINDS`)."""
+        return [pruner for pruner in self.pruners if pruner.kind in kinds]
+
+    def overrides(self, hook: str) -> bool:
+        """Whether a pruner does something in this hook."""
+        base = getattr(Pruner, hook)
+        return any(getattr(getattr(pruner, hook), "__func__", None) is not base for pruner in self.pruners)
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether :meth:`loss` must be called for every micro-batch."""
+        return self._changes_loss
+
+    @property
+    def steers_host(self) -> bool:
+        """Whether a pruner changes the host's learning rate, or has it build its optimizer anew."""
+        return any(self.overrides(hook) for hook in ("lr_factor", "phase", "schedule_end"))
+
+    def weight_masks(self) -> dict[str, torch.Tensor]:
+        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
+        return {name: mask for pruner in self.pruners for name, mask in pruner.weight_masks().items()}
 
     def head_mask(self) -> Optional[HeadMask]:
         """The heads that would stay if training ended now; None when no pruner prunes heads."""
@@ -237,19 +426,49 @@ class PruningSession:
     @property
     def needs(self) -> frozenset:
         """What the host must provide: any of "hidden_states", "attentions", "eager_attention"."""
-        return frozenset().union(*(pruner.needs for pruner in self.pruners))
+        return needs_of(self.pruners)
 
     def lr_factor(self, step: int) -> float:
-        """Factor on the host's learning rate at ``step``."""
-        return float(np.prod([pruner.lr_factor(step) for pruner in self.pruners]))
+        """Factor on the host's learning rate in update ``step``."""
+        return math.prod(pruner.lr_factor(step) for pruner in self.pruners)
 
-    def phase(self, step: int) -> int:
-        """Changes when the host must rebuild its optimizer and learning-rate schedule."""
-        return sum(pruner.phase(step) for pruner in self.pruners)
+    def phase(self, step: int) -> tuple[int, ...]:
+        """The phase of each pruner in update ``step``; see :meth:`enter_phase`."""
+        return tuple(pruner.phase(step) for pruner in self.pruners)
+
+    def schedule_span(self, step: int) -> tuple[int, Optional[int]]:
+        """First update of the phase of ``step``, and the one at which its learning-rate schedule ends.
+
+        None: at the end of training, as schedules do.
+        """
+        phase, begin = self.phase(step), step
+        if self.overrides("phase"):
+            while begin > 0 and self.phase(begin - 1) == phase:
+                begin -= 1
+        else:
+            begin = 0
+        ends = [end for end in (pruner.schedule_end(step) for pruner in self.pruners) if end is not None]
+        return begin, min(ends, default=None)
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for the training log."""
-        return {name: value for pruner in self.pruners for name, value in pruner.metrics().items()}
+        """Numbers for the training log; ``lr_factor`` where a pruner changes the learning rate that the host logs."""
+        found = {name: value for pruner in self.pruners for name, value in pruner.metrics().items()}
+        return {**found, "lr_factor": self.lr_factor(self.step)} if self.overrides("lr_factor") else found
+
+    def tell_unfinished(self) -> None:
+        """Warn, once, of each pruner whose schedule was not over when training ended."""
+        for pruner in self.pruners:
+            if not pruner.at_target() and pruner.name not in self._told:
+                self._told.add(pruner.name)
+                prunes = pruner.kind in ("heads", "units", "weights")
+                kept = f" with exactly the {pruner.kind} that are kept" if prunes else " as it is now"
+                cure = f"; lower {pruner.schedule_option}" if pruner.schedule_option else ""
+                logger.warning(
+                    "training ended before the schedule of %s did: the model was never trained%s%s",
+                    pruner.name,
+                    kept,
+                    f"{cure} (a value below 1 is a fraction of training)" if cure else "",
+                )
 
     def penalty(self) -> float:
         """What the objective adds to the loss of each micro-batch."""
@@ -261,8 +480,8 @@ class PruningSession:
             return gradients.double().cpu().numpy(), counts
         flat = torch.cat([gradients.double(), torch.from_numpy(counts.astype(np.float64)).to(gradients.device)])
         self.all_reduce(flat)
-        flat = flat.cpu().numpy()
-        return flat[: gradients.numel()], flat[gradients.numel() :]
+        summed = flat.cpu().numpy()
+        return summed[: gradients.numel()], summed[gradients.numel() :]
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -281,7 +500,7 @@ class PruningSession:
         for pruner in self.pruners:
             prefix = f"{pruner.name}."
             mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            if not mine:
+            if not mine and pruner.state_dict():
                 raise HeadPruningError(
                     f"The checkpoint has no state of the pruner {pruner.name}; resume with the pruner that the run "
                     "was started with, or start from the model alone."

@@ -1,5 +1,7 @@
 """What of a model can be pruned, in one fixed order, and which of it stays."""
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
@@ -53,10 +55,17 @@ class UnitMap:
     Heads are numbered site after site in the order of ``attention``, within a site from 0.
     An encoder-decoder map lists encoder self-attention, then decoder cross-attention, then
     decoder self-attention (the row order of the published code).
+
+    Args:
+        attention: the attention sites.
+        feed_forward: the feed-forward blocks.
+        layers: dotted names of the host's layers in the order in which data goes through them; default: those that
+            the sites name, in order of first appearance. A layer all of whose heads are gone names no site any more.
     """
 
     attention: tuple[AttentionSite, ...]
     feed_forward: tuple[FeedForwardSite, ...] = ()
+    layers: tuple[str, ...] = ()
     #: Says what of the model belongs to the heads of a site, see head_pruning.surgery; the host's, never stored.
     planner: Optional[Callable[[Any, AttentionSite], Any]] = field(default=None, compare=False, repr=False)
     #: What else the host does to a model whose heads were removed, e.g. changing classes; the host's, never stored.
@@ -72,16 +81,16 @@ class UnitMap:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise HeadPruningError(f"The unit map names {', '.join(twice)} twice; list each attention module once.")
+        object.__setattr__(self, "layers", tuple(self.layers) or self._layers_of_sites())
+
+    def _layers_of_sites(self) -> tuple[str, ...]:
+        named = [*(site.layer for site in self.attention), *(site.layer for site in self.feed_forward)]
+        return tuple(dict.fromkeys(named))
 
     @property
     def num_heads(self) -> int:
         """N, the number of heads under control."""
         return sum(site.heads for site in self.attention)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the host layers, in order of first appearance."""
-        return tuple(dict.fromkeys(site.layer for site in (*self.attention, *self.feed_forward)))
 
     def slices(self) -> Iterator[tuple[AttentionSite, slice]]:
         """Each site with its slice of the flat numbering."""
@@ -106,10 +115,14 @@ class UnitMap:
         return [np.arange(where.start, where.stop) for _, where in self.slices()]
 
     def to_dict(self) -> dict:
-        """A JSON-ready description; :meth:`from_dict` is its inverse."""
+        """A JSON-ready description; :meth:`from_dict` is its inverse.
+
+        ``layers`` is left out where the sites tell it, as files of older versions do.
+        """
         return {
             "attention": [dataclasses.asdict(site) for site in self.attention],
             "feed_forward": [dataclasses.asdict(site) for site in self.feed_forward],
+            **({} if self.layers == self._layers_of_sites() else {"layers": list(self.layers)}),
         }
 
     @classmethod
@@ -118,7 +131,8 @@ class UnitMap:
         attention = tuple(
             AttentionSite(**{**site, "projections": tuple(site["projections"])}) for site in data["attention"]
         )
-        return cls(attention, tuple(FeedForwardSite(**site) for site in data["feed_forward"]))
+        feed_forward = tuple(FeedForwardSite(**site) for site in data["feed_forward"])
+        return cls(attention, feed_forward, tuple(data.get("layers", ())))
 
     def sizes(self) -> list[tuple[str, int]]:
         """Name and number of heads of each site that has any."""

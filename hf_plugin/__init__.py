@@ -1,44 +1,25 @@
 """Head pruning for transformers (v5): prune while training, in a Trainer or any loop, without copied model code."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .compact.quantizer import mark_compact  # which also lets from_pretrained load compact models
-from .mapping.unit_map import unit_map
+from head_pruning.lazy import exports
+
+from .compact.registration import register_when_loaded
 
 if TYPE_CHECKING:
     from .command_line.defaults import pruner
+    from .compact.quantizer import mark_compact
     from .heads.importance import head_importance, least_important
     from .heads.load_v4 import load_pruned_v4
     from .heads.masking import head_mask, mask_heads, masked_heads, restore_heads
     from .heads.pruning import prune_heads, pruned_heads, remove_query_heads
+    from .mapping.unit_map import unit_map
     from .saving.adapters import load_pruned_peft, merge_and_cut, merge_pruned
     from .saving.folders import save_compact, save_pruned
     from .training.callback import HeadPruningCallback
     from .training.session import open_session
     from .training.trainer import HeadPruningTrainer
 
-# Imported when first asked for: transformers takes seconds to load.
-_HOME = {
-    "HeadPruningCallback": "training.callback",
-    "HeadPruningTrainer": "training.trainer",
-    "head_importance": "heads.importance",
-    "head_mask": "heads.masking",
-    "least_important": "heads.importance",
-    "load_pruned_peft": "saving.adapters",
-    "load_pruned_v4": "heads.load_v4",
-    "mask_heads": "heads.masking",
-    "masked_heads": "heads.masking",
-    "merge_and_cut": "saving.adapters",
-    "merge_pruned": "saving.adapters",
-    "open_session": "training.session",
-    "prune_heads": "heads.pruning",
-    "pruned_heads": "heads.pruning",
-    "pruner": "command_line.defaults",
-    "remove_query_heads": "heads.pruning",
-    "restore_heads": "heads.masking",
-    "save_compact": "saving.folders",
-    "save_pruned": "saving.folders",
-}
 __all__ = [
     "HeadPruningCallback",
     "HeadPruningTrainer",
@@ -62,13 +43,31 @@ __all__ = [
     "save_pruned",
     "unit_map",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+# Imported when first asked for: transformers takes seconds to load.
+__getattr__ = exports(
+    __name__,
+    {
+        "HeadPruningCallback": "training.callback",
+        "HeadPruningTrainer": "training.trainer",
+        "head_importance": "heads.importance",
+        "head_mask": "heads.masking",
+        "least_important": "heads.importance",
+        "load_pruned_peft": "saving.adapters",
+        "load_pruned_v4": "heads.load_v4",
+        "mark_compact": "compact.quantizer",
+        "mask_heads": "heads.masking",
+        "masked_heads": "heads.masking",
+        "merge_and_cut": "saving.adapters",
+        "merge_pruned": "saving.adapters",
+        "open_session": "training.session",
+        "prune_heads": "heads.pruning",
+        "pruned_heads": "heads.pruning",
+        "pruner": "command_line.defaults",
+        "remove_query_heads": "heads.pruning",
+        "restore_heads": "heads.masking",
+        "save_compact": "saving.folders",
+        "save_pruned": "saving.folders",
+        "unit_map": "mapping.unit_map",
+    },
+)
+register_when_loaded()

@@ -14,10 +14,12 @@ from typing import Any, Callable, Iterator, Mapping, Optional
 
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE
 from head_pruning.hosts import HostModel, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats
@@ -114,7 +116,7 @@ def load_model(path: Path) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, HeadPruningError):
             raise
-        reason = " ".join(str(error).split()) or repr(error)
+        reason = one_line(error)
         raise HeadPruningError(f"transformers cannot load {path} ({reason:.300}); write it again.") from error
 
 
@@ -165,25 +167,27 @@ def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -
     loaded = _pruned(source, mask)
     if recipe_of(loaded.model) is not None:
         raise HeadPruningError(f"The heads of {source} are cut out already; export the model that it was made from.")
+    mask = loaded.mask
+    assert mask is not None  # as _pruned says
     with _whole_folder(target, source) as folder, _quiet():
-        save_pruned(loaded.model, loaded.mask, folder, **_history(source))
-        _carry_weight_masks(source, folder, loaded)
-    return f"{target}: {loaded.mask.kept} of {loaded.mask.keep.size} heads, the others are zero"
+        save_pruned(loaded.model, mask, folder, **_history(source))
+        _carry_weight_masks(source, folder, loaded.model, mask)
+    return f"{target}: {mask.kept} of {mask.keep.size} heads, the others are zero"
 
 
-def _carry_weight_masks(source: Path, folder: Path, loaded: HostModel) -> None:
+def _carry_weight_masks(source: Path, folder: Path, model: nn.Module, mask: HeadMask) -> None:
     """Add what the run's files tell of pruned weights, which are zero in the model already."""
     told = _report(source).get("weights")
     if told:
         masks = load_weight_masks(source / MASKS_FILE)
-        with zeroed_heads(loaded.model, loaded.mask):
+        with zeroed_heads(model, mask):
             write_weight_artifacts(
                 folder,
                 masks,
-                dict(loaded.model.named_parameters()),
+                dict(model.named_parameters()),
                 method=told["method"],
                 options=told["options"],
-                head_mask=loaded.mask,
+                head_mask=mask,
             )
 
 

@@ -10,12 +10,18 @@ import sys
 
 from hf_plugin.command_line import mistakes
 from hf_plugin.command_line.arguments import parse
-from hf_plugin.glue.run import run
 
 
 def main() -> None:
     """Command line."""
-    mistakes.main(lambda: run(parse(sys.argv[1:], "run_dsp")))
+    mistakes.main(_run)
+
+
+def _run() -> None:
+    arguments = parse(sys.argv[1:], "run_dsp")
+    from hf_plugin.glue.run import run  # after --help and mistakes, which need none of it
+
+    run(arguments)
 
 
 if __name__ == "__main__":

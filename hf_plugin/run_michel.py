@@ -12,13 +12,19 @@ saves its model; ``head-pruning export START OTHER --to masked --mask michel_mas
 import sys
 
 from hf_plugin.command_line import mistakes
-from hf_plugin.command_line.arguments import parse_michel
-from hf_plugin.glue.michel import run
+from hf_plugin.command_line.michel import parse_michel
 
 
 def main() -> None:
     """Command line."""
-    mistakes.main(lambda: run(parse_michel(sys.argv[1:])))
+    mistakes.main(_run)
+
+
+def _run() -> None:
+    arguments = parse_michel(sys.argv[1:])
+    from hf_plugin.glue.michel import run  # after --help and mistakes, which need none of it
+
+    run(arguments)
 
 
 if __name__ == "__main__":

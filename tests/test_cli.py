@@ -53,7 +53,7 @@ def pruned(tmp_path_factory):
     """A folder that a run left: 2 layers of 4 heads, of which 0 and 2 of the first layer stay."""
     transformers = pytest.importorskip("transformers")
     from hf_plugin import save_pruned
-    from hf_plugin.mapping import unit_map as map_units
+    from hf_plugin import unit_map as map_units
 
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(

@@ -27,6 +27,8 @@ def test_fairseq_trains_with_the_user_dir_of_the_wheel(tmp_path):
         archive.extractall(site)
         assert "prepare/prepare-iwslt14.sh" in archive.namelist()
         assert {"hf_plugin/run_dsp.py", "hf_plugin/glue/tasks.py"} <= set(archive.namelist())
+        typed = {f"{package}/py.typed" for package in ("head_pruning", "fairseq_plugin", "hf_plugin")}
+        assert typed <= set(archive.namelist())  # so that type checkers read the hints of what is installed
         assert not [name for name in archive.namelist() if name.startswith("tests")]
         (commands,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert "head-pruning-dsp = hf_plugin.run_dsp:main" in archive.read(commands).decode()

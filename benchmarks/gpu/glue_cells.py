@@ -19,7 +19,6 @@ from benchmarks.glue import HEADS, KEPT, MICHEL_ROUND, RECIPE, Cell
 from head_pruning import HeadMask
 from head_pruning.importance import pruning_rounds
 from hf_plugin.command_line.arguments import parse
-from hf_plugin.command_line.defaults import pruner
 from hf_plugin.glue.metrics import predicted, score
 from hf_plugin.glue.tasks import find_task
 from hf_plugin.heads.importance import head_importance
@@ -95,11 +94,10 @@ class Bench:
             "train_dataset": self.split(cell.task, "train"),
             "data_collator": collate,
         }
-        if arguments.method is None:
-            trainer = Trainer(**options)
+        if arguments.pruners:
+            trainer = HeadPruningTrainer(**options, pruners=arguments.pruners)
         else:
-            pruners = [pruner(arguments.method.name, **arguments.options)]
-            trainer = HeadPruningTrainer(**options, pruners=pruners)
+            trainer = Trainer(**options)
         trainer.train()
         mask = getattr(trainer, "head_mask", None)
         row = self.scored(cell, model, mask)

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.glue import HEADS, Task
 from head_pruning import HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.files import write_json
 
 from .glue_grid import TASKS
@@ -42,7 +43,7 @@ def pack(model: Path, data: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoder = AutoModel.from_pretrained(model, dtype=torch.float16)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise HeadPruningError(
             f"{model} cannot be loaded ({reason}); give the folder of an encoder with its tokenizer."
         ) from error

@@ -1,13 +1,13 @@
 """Pruning state on its way into a fairseq checkpoint and back: of heads and of weights, in one place."""
 
 import logging
-from typing import Any, Mapping, Optional
+from typing import Any, Collection, Iterable, Mapping, Optional
 
 import numpy as np
 import torch
 from fairseq.models import BaseFairseqModel
 
-from head_pruning import HeadMask, HeadPruningError, PruningSession
+from head_pruning import HeadMask, HeadPruningError, Pruner, PruningSession
 from head_pruning.gates import GateBank
 from head_pruning.surgery.remaining import recipe_of
 from head_pruning.surgery.removal import remove_heads as cut_out
@@ -17,7 +17,6 @@ from ..modules.attention import UnfusedAttention
 from ..modules.surgery import encode
 from ..modules.unit_map import unit_map
 from .stored import DAMAGED, KEEP, META, RECIPE, SESSION, PruningState
-from .weights import weight_masks, weight_pruners
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +42,10 @@ class StateKeeper:
         self.unfused = UnfusedAttention(model)
         self.reset_optimizer = reset_optimizer
         self.loaded = False
-        #: What the checkpoint that is to be loaded keeps of weight pruners: its model does not tell.
+        #: What the checkpoint that is to be loaded keeps of all pruners but those of heads: its model does not tell.
         self.coming: Mapping[str, Any] = {}
-        self._weights = weight_pruners(session)
-        self._heads = [pruner for pruner in (session.pruners if session else ()) if pruner not in self._weights]
+        self._heads = session.of_kind("heads") if session else []
+        self._others = others_of(session)
         self._handle = model.register_state_dict_post_hook(self)
         model._head_pruning = self
 
@@ -67,7 +66,9 @@ class StateKeeper:
             return {**{name: value.clone() for name, value in self.stored.items()}, **shape}
         if not self._heads:
             return shape
-        state = {SESSION + name: value for name, value in self._session_state({"step", *_names(self._heads)}).items()}
+        state = {
+            SESSION + name: value for name, value in _state_of(self.session, {"step", *_names(self._heads)}).items()
+        }
         mask = self.session.head_mask()
         if mask is not None:
             state[KEEP] = torch.from_numpy(mask.keep.astype(np.float64))
@@ -75,26 +76,25 @@ class StateKeeper:
         return {**state, **shape}
 
     def of_weights(self, *, resumable: bool) -> dict[str, Any]:
-        """What ``extra_state`` keeps of weight pruners; empty without them.
+        """What ``extra_state`` keeps of pruners of weights and of all others but those of heads; empty without them.
 
         Args:
             resumable: whether training is to go on from it; else only the masks are kept, one bit per weight.
         """
-        if not self._weights:
+        if self.session is None or not self._others:
             return {}
-        masks = weight_masks(self.session)
+        masks = self.session.weight_masks()
         state = {
-            "pruners": _names(self._weights),
+            "pruners": _names(self._others),
             "shapes": {name: list(mask.shape) for name, mask in masks.items()},
             "masks": {name: pack_mask(mask) for name, mask in masks.items()},
         }
         if resumable:
-            state |= {"session": self._session_state(state["pruners"]), "tensors": self.session.tensor_state()}
+            state |= {
+                "session": _state_of(self.session, {"step", *state["pruners"]}),
+                "tensors": self.session.tensor_state(),
+            }
         return state
-
-    def _session_state(self, owners) -> dict[str, torch.Tensor]:
-        values = self.session.state_dict().items()
-        return {name: torch.from_numpy(np.array(value)) for name, value in values if _owner(name) in owners}
 
     def let_go(self) -> None:
         """Take off the gates of a fixed mask: the model is about to be cut."""
@@ -141,18 +141,19 @@ class StateKeeper:
             taken, values = {"step", *_names(heads)}, stored.of_session()
         elif stored.heads:
             logger.info("gates start anew: the checkpoint was pruned with another method")
-        if self._weights and weights:
+        if self._others and weights:
             tensors = None if self.reset_optimizer else weights.get("tensors")
             if tensors is None:
-                logger.info("the pruner of weights starts anew, from the weights of the checkpoint")
+                logger.info("%s starts anew, from the weights of the checkpoint", "+".join(_names(self._others)))
             else:
-                taken |= set(_names(self._weights))
+                taken |= {*_names(self._others), *({"step"} & weights["session"].keys())}
                 values |= {name: value.cpu().numpy() for name, value in weights["session"].items()}
         if taken:
             self._take(taken, values, tensors)
 
     def _take(self, owners: set, values: Mapping[str, np.ndarray], tensors: Optional[Mapping]) -> None:
         """Restore what the session keeps of ``owners``, pruners or its step; the others stay as they are."""
+        assert self.session is not None
         state = {name: value for name, value in self.session.state_dict().items() if _owner(name) not in owners}
         state |= {name: value for name, value in values.items() if _owner(name) in owners}
         try:
@@ -175,13 +176,23 @@ class StateKeeper:
         self.stored = dict(stored.heads)
 
 
-def _names(pruners) -> list[str]:
+def _state_of(session: PruningSession, owners: Collection[str]) -> dict[str, torch.Tensor]:
+    values = session.state_dict().items()
+    return {name: torch.from_numpy(np.array(value)) for name, value in values if _owner(name) in owners}
+
+
+def _names(pruners: Iterable[Pruner]) -> list[str]:
     return [pruner.name for pruner in pruners]
 
 
 def _owner(name: str) -> str:
     """Whose an entry of a session's state dict is: a pruner's name, or ``step``."""
     return name.partition(".")[0]
+
+
+def others_of(session: Optional[PruningSession]) -> list[Pruner]:
+    """The session's pruners but for those of heads; their state is kept beside the model's."""
+    return [pruner for pruner in (session.pruners if session else ()) if pruner.kind != "heads"]
 
 
 def keeper_of(model: torch.nn.Module) -> Optional[StateKeeper]:
@@ -201,14 +212,14 @@ def check_weights(session: Optional[PruningSession], stored: PruningState, *, re
     Raises:
         HeadPruningError: it would go on with other pruners of weights.
     """
-    theirs, mine = stored.weight_pruners(), _names(weight_pruners(session))
+    theirs, mine = stored.weight_pruners(), _names(others_of(session))
     if theirs and theirs != mine and prunes and not reset:
         raise HeadPruningError(
             f"The checkpoint's weights were pruned with {', '.join(theirs)}, this run uses "
             f"{', '.join(mine) or 'no weight pruner'}; resume with the same --weight-pruner, or add --reset-optimizer "
             "to start anew from its weights."
         )
-    if theirs and not mine:
+    if stored.weights.get("masks") and not mine:
         logger.warning(
             "the checkpoint's weights were pruned with %s, and this run trains its zeros too; --weight-pruner lock "
             "keeps them",
@@ -219,8 +230,8 @@ def check_weights(session: Optional[PruningSession], stored: PruningState, *, re
 def refuse_late_start(session: PruningSession, file: str, stored: PruningState) -> None:
     """Raise HeadPruningError if training goes on in the middle with a schedule that has not begun."""
     for pruner in session.pruners:
-        known = stored.weights if pruner in weight_pruners(session) else META in stored.heads
-        if pruner.inherits and pruner.name != "lock" and not known:
+        known = META in stored.heads if pruner.kind == "heads" else stored.weights
+        if not pruner.starts_anywhere and not known:
             raise HeadPruningError(
                 f"{file} was not pruned with {pruner.name}, whose schedule would start in the middle of training; add "
                 "--reset-optimizer --reset-lr-scheduler --reset-meters --reset-dataloader, or give the file as "

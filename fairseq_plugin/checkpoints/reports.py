@@ -18,8 +18,6 @@ from head_pruning.report.tables import head_table
 from head_pruning.report.weights import density_table, write_weight_artifacts
 from head_pruning.surgery.zeros import removed_slices, zeroed_heads
 
-from .weights import weight_masks, weight_pruners
-
 logger = logging.getLogger(__name__)
 
 
@@ -29,7 +27,7 @@ def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
     With ``log_heads`` also log the kept heads by site, and the kept weights by tensor.
     """
     session, folder = trainer.task.session, Path(save_dir)
-    mask, masks = session.head_mask(), weight_masks(session)
+    mask, masks = session.head_mask(), session.weight_masks()
     if mask is None and not masks:
         return
     numbers = {name: value if math.isfinite(value) else None for name, value in session.metrics().items()}
@@ -57,7 +55,7 @@ def _write_weights(
     folder: Path, model: torch.nn.Module, session: PruningSession, masks: dict, history: list, versions: dict
 ) -> None:
     """Add the weight masks to the files in ``folder``; the numbers are of the model masked, without removed heads."""
-    pruners, mask = weight_pruners(session), session.head_mask()
+    pruners, mask = session.of_kind("weights"), session.head_mask()
     with session.evaluating(), contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
         write_weight_artifacts(
             folder,

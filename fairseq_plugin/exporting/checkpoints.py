@@ -5,7 +5,7 @@ Pruned weights are zero in both.
 
 import dataclasses
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
@@ -28,7 +28,7 @@ FP32_PARAMETERS = "ema_fp32_params"
 
 def plain_config(cfg: dict) -> None:
     """Set the task and the criterion of a stored configuration back to fairseq's own, in place."""
-    task = cfg.get("task")
+    task: Any = cfg.get("task")
     name = task.get("_name", "") if isinstance(task, dict) else ""
     if name.endswith(TASK_SUFFIX):
         plain = name[: -len(TASK_SUFFIX)]
@@ -78,7 +78,7 @@ def _tree(weights: dict) -> nn.Module:
         for part in path:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
-            module = module._modules[part]
+            module = module.get_submodule(part)
         module.register_buffer(leaf, tensor)
     return tree
 
@@ -134,6 +134,7 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
             own = split_state(place[key])[0]
             zero_weights(own, masks)
             if compact:
+                assert mask is not None  # head_mask() raises where there is none
                 own, recipe = cut_heads(own, mask, before)
                 if key != FP32_PARAMETERS:  # is no state dict of a model
                     own[RECIPE] = encode(recipe)
@@ -195,7 +196,9 @@ def export_compact(source: "str | Path", target: "str | Path", mask: Optional[He
         HeadPruningError: the checkpoint is missing or damaged, has no mask, the mask is of another model, or the
             target is a folder.
     """
-    return _export(source, target, mask, compact=True).mask
+    applied = _export(source, target, mask, compact=True).mask
+    assert applied is not None
+    return applied
 
 
 def masked(source: Path, target: Path, mask: Optional[HeadMask]) -> str:

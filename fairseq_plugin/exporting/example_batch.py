@@ -50,7 +50,7 @@ def example(
         HeadPruningError: the model reads something else, or not so many tokens.
     """
     parts = [getattr(model, part) for part in ("encoder", "decoder") if hasattr(model, part)]
-    dictionaries = [getattr(part, "dictionary", None) for part in parts]
+    dictionaries: list[Any] = [getattr(part, "dictionary", None) for part in parts]
     if not dictionaries or any(words is None for words in dictionaries):
         raise HeadPruningError(f"It is not known what {type(model).__name__} reads; models of written language are.")
     known, pad = min(map(len, dictionaries)), dictionaries[0].pad()

@@ -10,6 +10,7 @@ from fairseq.tasks import FairseqTask
 from omegaconf import DictConfig
 
 from head_pruning import HeadPruningError
+from head_pruning.errors import one_line
 
 from ..checkpoints.keeper import keeper_of
 from ..checkpoints.stored import load_checkpoint
@@ -21,7 +22,7 @@ def data_found(folder: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or repr(error)
+        reason = one_line(error)
         raise HeadPruningError(f"{folder} lacks data of this model ({reason:.300}); name its data folder.") from error
 
 
@@ -48,7 +49,7 @@ def load_translator(path: str, data: str) -> tuple[BaseFairseqModel, DictConfig,
     try:
         models, saved, task = checkpoint_utils.load_model_ensemble_and_task([path], overrides, task, state=state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise HeadPruningError(
             f"The weights in {path} do not fit the dictionaries in {data} ({reason:.300}); name the data folder "
             "that it was trained on."

@@ -68,7 +68,7 @@ def _names(config: type, without: Iterable[str] = ()) -> list[str]:
 
 def _changed(cfg: DictConfig, config: type, names: Iterable[str]) -> dict[str, Any]:
     """The options among ``names`` that have other values than ``config``, their dataclass, gives them."""
-    values = OmegaConf.to_container(cfg, enum_to_str=True)
+    values: Any = OmegaConf.to_container(cfg, enum_to_str=True)
     return {name: values[name] for name in names if name in values and values[name] != getattr(config, name)}
 
 

@@ -1,6 +1,6 @@
-"""Making every MultiheadAttention call its output projection, so that gates on it fire."""
+"""Making every MultiheadAttention call its output projection, so that gates on it fire, and give its probabilities."""
 
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from fairseq.modules import MultiheadAttention
@@ -50,3 +50,29 @@ class UnfusedAttention:
         for handle in self._handles:
             handle.remove()
         self._before, self._handles = [], []
+
+
+def give_probabilities(model: nn.Module) -> Callable[[], None]:
+    """Have every attention module, in training, give the probabilities of each head; returns what undoes it.
+
+    fairseq's own path has them anyway; see :class:`UnfusedAttention`.
+    """
+    modules = [module for module in model.modules() if isinstance(module, MultiheadAttention)]
+    handles = [module.register_forward_pre_hook(_ask_for_weights, with_kwargs=True) for module in modules]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _ask_for_weights(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, Mapping[str, Any]]:
+    """Forward pre-hook."""
+    return args, {**kwargs, "need_weights": True, "need_head_weights": True} if module.training else kwargs
+
+
+def probabilities(output: Any) -> Optional[torch.Tensor]:
+    """``[B, H, T, S]`` in what an attention module gives, whose weights are ``[H, B, T, S]``."""
+    weights = output[1]
+    return weights.transpose(0, 1) if weights is not None and weights.dim() == 4 else None

@@ -159,8 +159,9 @@ def _refusal(module: nn.Module) -> str:
 
 def adapt(model: nn.Module) -> None:
     """Give the cut attention modules of a model the class that computes with the heads they have left."""
-    for name in recipe_of(model)["sites"]:
-        module = model.get_submodule(name)
+    recipe = recipe_of(model)
+    for name in recipe["sites"] if recipe else ():
+        module: Any = model.get_submodule(name)
         module.skip_embed_dim_check = True
         if module.q_proj is None:
             module.num_heads = module.embed_dim = 0
@@ -185,6 +186,8 @@ def take_shape(model: nn.Module, recipe: Optional[Mapping[str, Any]]) -> None:
                 f"The model has fewer heads in {name} than the checkpoint, which cannot be put back; load it into a "
                 "newly built model."
             )
+    if recipe is None:  # neither has fewer heads than it was built with
+        return
     try:
         with torch.no_grad():
             apply_recipe(model, recipe, mine)

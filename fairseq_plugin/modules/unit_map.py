@@ -24,10 +24,11 @@ def unit_map(model: nn.Module) -> UnitMap:
     Raises:
         HeadPruningError: the model has no MultiheadAttention.
     """
-    attention, feed_forward = [], []
+    attention, feed_forward, layers = [], [], []
     for name, module in model.named_modules():
         layer = name.rpartition(".")[0]
         if isinstance(module, MultiheadAttention):
+            layers.append(layer)
             if not module.num_heads:
                 continue
             attention.append(
@@ -44,6 +45,7 @@ def unit_map(model: nn.Module) -> UnitMap:
         elif isinstance(getattr(module, "fc1", None), nn.Linear) and isinstance(
             getattr(module, "fc2", None), nn.Linear
         ):
+            layers.append(name)
             feed_forward.append(
                 FeedForwardSite(
                     name=f"{name}.ffn",
@@ -54,4 +56,5 @@ def unit_map(model: nn.Module) -> UnitMap:
                 )
             )
     attention.sort(key=lambda site: ATTENTION_KINDS.index(site.kind))
-    return UnitMap(tuple(attention), tuple(feed_forward), planner=plan_site, adapt=adapt)
+    ordered = tuple(dict.fromkeys(layers))  # modules are listed in the order in which data goes through them
+    return UnitMap(tuple(attention), tuple(feed_forward), ordered, planner=plan_site, adapt=adapt)

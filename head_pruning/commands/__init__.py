@@ -1,1 +1,1 @@
-"""The commands of ``head-pruning``: one file each, with ``add_command(commands)``."""
+"""The commands of ``head-pruning``: their flags in :mod:`~head_pruning.commands.flags`, the work in one file each."""

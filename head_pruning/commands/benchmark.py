@@ -7,6 +7,7 @@ turns; the shortest time counts.
 
 import argparse
 import copy
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,8 @@ from ..inference.timing import fastest, stopwatch
 from ..masks import HeadMask, full_mask
 from ..report.tables import text_table
 from ..surgery.removal import remove_heads
-from .common import LENGTH, chosen_length, count, given_mask, note, note_step, print_json
-
-RUNTIMES = ("torch", "onnxruntime")
-COUNTS = {
-    "batch": (8, "examples per pass for the throughput; the latency is of one"),
-    "length": (None, "tokens per example"),
-    "rounds": (10, "turns of each"),
-    "threads": (1, "threads; with one, processor time is measured, else the clock"),
-}
+from .common import chosen_length, count, given_mask, note, note_step, print_json
+from .flags import COUNTS
 
 
 @dataclass(frozen=True)
@@ -44,21 +38,8 @@ class Contestant:
     mask: Optional[HeadMask] = None
 
 
-def add_command(commands) -> None:
-    """Add it."""
-    command = commands.add_parser("benchmark", help="latency and throughput of pruned against dense models")
-    command.add_argument("model", help="folder of save_pretrained, or checkpoint of fairseq")
-    command.add_argument("model2", nargs="?", help="the model to compare with; default: the first without its heads")
-    command.add_argument("--mask", metavar="FILE", help="head mask to apply instead of the first model's own")
-    for name, (value, words) in COUNTS.items():
-        told = f"at most {LENGTH}" if value is None else value
-        command.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{words} (default: {told})")
-    command.add_argument("--runtime", choices=RUNTIMES, default="torch", help="default: %(default)s")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """The command."""
     for name in COUNTS:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -104,7 +85,7 @@ def compare(contestants: list[Contestant], args: argparse.Namespace, folder: Pat
     for batch in dict.fromkeys((1, args.batch)):
         passes = prepare(batch)
         shown = f"batch {batch}: round {{}} of {args.rounds}"
-        times[batch] = fastest(passes, args.rounds, watch, lambda turn, shown=shown: note_step(shown.format(turn)))
+        times[batch] = fastest(passes, args.rounds, watch, functools.partial(_note_turn, shown))
     note_step("")
     names = [contestant.name for contestant in contestants]
     found: dict[str, Any] = {name: getattr(args, name) for name in (*COUNTS, "runtime")}
@@ -152,6 +133,10 @@ def _prepare(
     return lambda batch: {
         c.name: onnx_pass(sessions[c.name], c.loaded.example(batch, args.length)) for c in contestants
     }
+
+
+def _note_turn(shown: str, turn: int) -> None:
+    note_step(shown.format(turn))
 
 
 def _table(found: dict[str, Any]) -> str:

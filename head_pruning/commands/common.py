@@ -7,8 +7,7 @@ from typing import Any, Iterable, Optional
 
 from ..hosts import HostModel
 from ..masks import HeadMask
-
-LENGTH = 128  # tokens, unless --length says otherwise or a model has fewer positions
+from .flags import LENGTH
 
 
 def chosen_length(given: Optional[int], models: Iterable[HostModel]) -> int:

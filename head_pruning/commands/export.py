@@ -12,24 +12,8 @@ from ..hosts import find_host
 from .common import given_mask, note
 
 
-def add_command(commands) -> None:
-    """Add it."""
-    command = commands.add_parser("export", help="write a pruned model: masked, compact, onnx and more")
-    command.add_argument("model", help="folder of save_pretrained, or checkpoint of fairseq")
-    command.add_argument("output", help="file or folder to write; what is there is replaced")
-    command.add_argument(
-        "--to",
-        required=True,
-        metavar="FORMAT",
-        help="masked: an ordinary model whose removed heads are zero; compact: a smaller and faster model; onnx and "
-        "torch-export: one forward pass of the compact model, for a runtime; compressed: one file of tensors without "
-        "their zeros",
-    )
-    command.add_argument("--mask", metavar="FILE", help="head mask to apply instead of the model's own")
-    command.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """The command."""
     source, target = Path(args.model), Path(args.output)
     host = find_host(source)
     if args.to not in host.exports:

@@ -16,24 +16,14 @@ from ..report.plots import plot_head_masks
 from ..report.tables import head_table, text_table
 from ..surgery.remaining import query_heads_left, recipe_of
 from ..surgery.removal import remove_heads
-from .common import LENGTH, chosen_length, count, given_mask, note, print_json, short
+from .common import chosen_length, count, given_mask, note, print_json, short
 
 TOLD_OF_WEIGHTS = ("method", "weights_kept", "weights_total", "density")  # of pruning.json
 DENSE = 0.05  # at most this share of zeros is that of an unpruned model: the embedding of padding
 
 
-def add_command(commands) -> None:
-    """Add it."""
-    command = commands.add_parser("inspect", help="where a model's heads are, its parameters and MACs")
-    command.add_argument("model", help="folder of save_pretrained, or checkpoint of fairseq")
-    command.add_argument("--mask", metavar="FILE", help="head mask to look at instead of the model's own")
-    command.add_argument("--length", type=int, help=f"tokens that MACs are of (default: at most {LENGTH})")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--plot", metavar="PNG", help="file to draw the heads in")
-    command.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """The command."""
     host = find_host(args.model)
     note(f"loading {args.model}")
     loaded = host.load(Path(args.model), given_mask(args.mask))
@@ -60,21 +50,21 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
     weights = {name: told[name] for name in TOLD_OF_WEIGHTS} if told.keys() >= set(TOLD_OF_WEIGHTS) else None
     zeros = _zeros(loaded.model)
     compact = recipe_of(loaded.model) is not None
-    pending = loaded.mask is not None and not loaded.mask.keep.all()
+    pending = None if loaded.mask is None or loaded.mask.keep.all() else loaded.mask
     inputs = loaded.example(1, length)
     sizes: dict[str, Sizes] = {"now": measure_sizes(loaded.model, loaded.unit_map, inputs)}
     refusal: Optional[str] = None
     name = type(loaded.model).__name__
-    if pending:
+    if pending is not None:
         try:
-            remove_heads(loaded.model, loaded.unit_map, loaded.mask)
+            remove_heads(loaded.model, loaded.unit_map, pending)
             sizes["compact"] = measure_sizes(loaded.model, loaded.unit_map, inputs)
         except HeadPruningError as error:
             refusal = str(error)
     shown = mask or full_mask(loaded.unit_map)
     return {
         "class": name,
-        "state": _state(compact, pending, weights is not None, zeros),
+        "state": _state(compact, pending is not None, weights is not None, zeros),
         "weights": weights,
         "zeros_of_matrices": zeros,
         "heads_kept": shown.kept,

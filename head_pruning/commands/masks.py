@@ -9,21 +9,8 @@ from ..report.tables import head_table, text_table
 from .common import print_json, short
 
 
-def add_commands(commands) -> None:
-    """Add both."""
-    command = commands.add_parser("show", help="print head masks, compare them, draw them")
-    command.add_argument("masks", nargs="+", help="head mask files, or pruned models")
-    command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
-    command.set_defaults(run=_show)
-    command = commands.add_parser("diff", help="the heads that two masks share, and those that one has alone")
-    command.add_argument("first", help="a head mask file, or a model, whose heads count as those of its original")
-    command.add_argument("second", help="another of the same architecture")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
-    command.set_defaults(run=_diff)
-
-
-def _show(args: argparse.Namespace) -> None:
+def show(args: argparse.Namespace) -> None:
+    """``head-pruning show``."""
     masks = {path: read_mask(path) for path in args.masks}
     for path, mask in masks.items():
         print(f"{path}\n{head_table(mask)}\n")
@@ -48,7 +35,8 @@ def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[in
     }
 
 
-def _diff(args: argparse.Namespace) -> None:
+def diff(args: argparse.Namespace) -> None:
+    """``head-pruning diff``."""
     first, second = read_mask(args.first, dense=True), read_mask(args.second, dense=True)
     overlap = first.compare(second)
     sites = difference(first, second)

@@ -56,7 +56,7 @@ class Select(HeadHook):
         dim, size = self.dim % whole.ndim, self.heads * self.width
         index = index_on(slices([(1, self.width)], range(self.heads), self.kept), whole.device)
         if whole.shape[dim] == size:
-            taken = whole.index_select(dim, index)
+            taken: Any = whole.index_select(dim, index)
             taken.of_all_heads = whole  # for the layers to come, see SharedBias
             return taken
         if self.folded and whole.shape[dim] % size == 0:
@@ -116,7 +116,7 @@ class Rearrange(HeadHook):
         return stay.permute(0, 2, 1, 4, 3).flatten(-2)
 
 
-def mixes_positions(kind: type) -> bool:
+def mixes_positions(kind: Any) -> bool:
     """Whether a class reads its relative positions as :class:`Rearrange` says; false without its source, too."""
     try:
         text = inspect.getsource(kind.get_predict_relative_pos_embeddings)
@@ -243,9 +243,11 @@ class Arrange(HeadHook):
         order = sorted(
             ((head // per_part, block, head) for head in self.kept for block in range(self.blocks)),
         )
-        found = {(block, head): piece for (_, block, head), piece in zip(order, output.split(self.width, -1))}
+        found: dict[tuple[int, Optional[int]], torch.Tensor] = {
+            (block, head): piece for (_, block, head), piece in zip(order, output.split(self.width, -1))
+        }
         dummy = output.new_zeros(*output.shape[:-1], self.width)
-        heads = [*self.kept, *[None] * (self.padded() - len(self.kept))]
+        heads: list[Optional[int]] = [*self.kept, *[None] * (self.padded() - len(self.kept))]
         pieces = [
             found.get((block, head), dummy)
             for part in range(self.parts)

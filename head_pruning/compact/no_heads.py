@@ -63,7 +63,10 @@ class NoHeads(nn.Module):
     I-BERT's attention keeps a silent head instead: its output projection, once quantized, fails without inputs.
     """
 
-    @property
+    _no_heads: Mapping[str, Any]
+    _no_heads_class: Any
+
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return vars(self).get("_no_heads_class", NoHeads)
 
@@ -72,11 +75,12 @@ class NoHeads(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The constant, in the shape of the input."""
-        options: Mapping[str, Any] = self._no_heads
+        options = self._no_heads
         given = [_argument(where, args, kwargs) for where in options["inputs"]]
         constants = [None if each is None else self.constant(each, args, kwargs) for each in given]
         made = options.get("bias") and _argument(options["bias"], args, kwargs) is None
-        seen, keys = 0, None
+        seen: Any = 0
+        keys: Optional[int] = None
         if options.get("cache"):
             name, position, layer, cross = options["cache"]
             cache = _argument((name, position), args, kwargs)
@@ -141,7 +145,7 @@ class NoHeads(nn.Module):
             blocks as the class has them.
         """
         kind, here = self._no_heads_class, self._no_heads["bias_maker"]
-        original = kind.__new__(kind)  # this module as it was: its methods call each other
+        original: Any = kind.__new__(kind)  # this module as it was: its methods call each other
         object.__setattr__(original, "__dict__", self.__dict__)
         known = {"query_length": hidden.shape[1], "key_length": keys, "device": hidden.device}
         known |= {"past_seen_tokens": seen, "cache_position": kwargs.get("cache_position")}
@@ -156,11 +160,11 @@ class NoHeads(nn.Module):
 
     def constant(self, like: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """What the attention of queries in the shape of ``like`` has become."""
-        options: Mapping[str, Any] = self._no_heads
+        options = self._no_heads
         output = like.new_zeros(*like.shape[:-1], 0)
         if not options.get("out"):
             return output
-        out = self.get_submodule(options["out"])
+        out: Any = self.get_submodule(options["out"])
         if hasattr(out, "nf"):  # GPT-2's Conv1D cannot read nothing
             output = like.new_zeros(*like.shape[:-1], out.nf) + out.bias
         else:

@@ -83,7 +83,7 @@ def _cut(model: nn.Module, name: str, dim: int, index: list[int], width: int, do
     _sizes(owner)
 
 
-def _sizes(owner: nn.Module) -> None:
+def _sizes(owner: Any) -> None:
     """Let a projection's attributes tell the size of its weight."""
     weight = getattr(owner, "weight", None)
     if not isinstance(weight, torch.Tensor):
@@ -119,7 +119,7 @@ def _adapt(model: nn.Module, site: Mapping[str, Any]) -> None:
         if of == ["per_group"]:
             value = len(queries) // heads if heads else each
         if path.rpartition(".")[2] == "config":
-            module = model.get_submodule(path.rpartition(".")[0])
+            module: Any = model.get_submodule(path.rpartition(".")[0])
             if not isinstance(module.config, ConfigView):
                 module.config = ConfigView(module.config)
             setattr(module.config, leaf, value)
@@ -149,7 +149,7 @@ def _remove_hooks(model: nn.Module, site: Mapping[str, Any]) -> None:
 
 def _empty(model: nn.Module, name: str, options: Mapping[str, Any]) -> None:
     """Make the module of a site without heads a :class:`NoHeads`, without its projections."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     for gone in options["drop"]:
         parent, _, leaf = gone.rpartition(".")
         setattr(module.get_submodule(parent), leaf, None)

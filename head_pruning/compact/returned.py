@@ -17,7 +17,7 @@ ATTENTIONS = re.compile("att_|attn|attention|prob|weights")  # what attentions a
 Returned = tuple[str, Optional[list[str]], int, bool]
 
 
-def parsed_forward(kind: type) -> tuple[tuple[str, ...], Optional[ast.FunctionDef]]:
+def parsed_forward(kind: Any) -> tuple[tuple[str, ...], Optional[ast.FunctionDef]]:
     """The names of a forward's parameters, and its tree; None when the source is not at hand."""
     function = inspect.unwrap(kind.forward)
     parameters = tuple(inspect.signature(function).parameters)[1:]
@@ -76,7 +76,7 @@ def returned_values(tree: ast.FunctionDef) -> Optional[Returned]:
             return found and (found[0], found[1] + len(assigned[value.id]) - 1, found[2])
         return None
 
-    found = set()
+    found: set[tuple[str, Optional[tuple[str, ...]], int, bool]] = set()
     for statement in statements:
         if not isinstance(statement, ast.Return) or statement.value is None:
             continue
@@ -93,11 +93,12 @@ def returned_values(tree: ast.FunctionDef) -> Optional[Returned]:
     kinds = {(first, None if others is None else len(others), *more) for first, others, *more in found}
     if len(kinds) != 1:
         return None
-    first, others, attentions, as_list = min(found)
-    if others is not None:  # what one return gives as None has its name in another
-        places = zip(*(names for _, names, *_ in found))
-        others = [next((name for name in names if name != "None"), "None") for names in places]
-    return first, others, attentions, as_list
+    name, more, attentions, as_list = min(found)
+    if more is None:
+        return name, None, attentions, as_list
+    # What one return gives as None has its name in another.
+    places = zip(*(names for _, names, *_ in found))
+    return name, [next((n for n in names if n != "None"), "None") for names in places], attentions, as_list
 
 
 def return_options(parameters: Sequence[str], returned: Returned, constants: int) -> dict[str, Any]:

@@ -32,12 +32,17 @@ def slices(
     found: list[int] = []
     start = 0
     for kind, width, *of in blocks:
+        there: Sequence[Optional[int]]
+        stay: Sequence[Optional[int]]
         there, stay = (queries if kind == QUERIES and queries else (held, kept)) if kind else ([None], [None])
         for head in there:
-            if of and not of[0] <= head < of[1]:
+            if head is not None and of and not of[0] <= head < of[1]:
                 continue
             if head in stay:
-                times = sum(query // repeat == head for query in queries[1]) if repeat and kind == HEADS else 1
+                times = 1
+                if repeat and kind == HEADS:
+                    assert queries is not None
+                    times = sum(query // repeat == head for query in queries[1])
                 found.extend(list(range(start, start + width)) * times)
             start += width
     return found

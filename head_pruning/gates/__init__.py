@@ -1,6 +1,18 @@
 """Head gates: where they sit, and the methods that learn them."""
 
-from .bank import GateBank, HeadGate
-from .subset import SoftTopK, gumbel, hard_top_k, plan_rounds
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
+
+if TYPE_CHECKING:
+    from .engine.bank import GateBank, HeadGate
+    from .subset import SoftTopK, gumbel, hard_top_k, plan_rounds
 
 __all__ = ["GateBank", "HeadGate", "SoftTopK", "gumbel", "hard_top_k", "plan_rounds"]
+__getattr__ = exports(
+    __name__,
+    {
+        **dict.fromkeys(("GateBank", "HeadGate"), "engine.bank"),
+        **dict.fromkeys(("SoftTopK", "gumbel", "hard_top_k", "plan_rounds"), "subset"),
+    },
+)

@@ -1,5 +1,7 @@
 """Adam for the few gate logits, in float64 numpy: no device work and no tie to the host's optimizer."""
 
+from __future__ import annotations
+
 import numpy as np
 
 

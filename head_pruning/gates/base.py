@@ -1,15 +1,17 @@
 """What the head-gate methods share: logits, their optimizer, clipping, the minimum of heads per group."""
 
+from __future__ import annotations
+
 import logging
-import math
 from dataclasses import dataclass, field
-from typing import Callable, Optional
+from typing import Optional
 
 import numpy as np
 
 from ..errors import HeadPruningError
 from ..masks import HeadMask
-from ..pruner import Pruner
+from ..options import require
+from ..pruner import Pruner, SessionView
 from .adam import GateAdam
 from .subset import Rounds, hard_top_k, plan_rounds
 
@@ -57,13 +59,6 @@ class HeadGateConfig(HeadCountConfig):
     )
 
 
-def require(config, option: str, holds: Callable[[float], bool], words: str) -> None:
-    """Raise HeadPruningError unless ``holds`` for the option's value (NaN, infinity and other types never do)."""
-    value = getattr(config, option)
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and holds(value)):
-        raise HeadPruningError(f"--{option.replace('_', '-')} is {value!r}; it must be {words}.")
-
-
 class HeadPruner(Pruner):
     """A method with a head mask: gates on the model, one value per head in training and one in evaluation."""
 
@@ -73,8 +68,9 @@ class HeadPruner(Pruner):
             for option in ("min_heads_per_layer", "min_heads_per_kind"):
                 require(self.config, option, lambda value: value >= 0, "0 or more")
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
+        assert session.unit_map is not None  # the session refuses pruners of heads without one
         self.unit_map = session.unit_map
         self.rounds = self._plan_rounds() if isinstance(self.config, HeadCountConfig) else None
         self.final: Optional[np.ndarray] = None
@@ -91,12 +87,22 @@ class HeadPruner(Pruner):
             min_per_kind=self.config.min_heads_per_kind,
         )
 
+    def summary(self) -> str:
+        trained = "kept as they are (pipelined)" if self.freezes_model else "trained too (joint)"
+        heads, sites = self.unit_map.num_heads, len(self.unit_map.attention)
+        return f"{heads} heads in {sites} attention layers, the model's own weights are {trained}"
+
     def keep(self) -> np.ndarray:
         """``bool[N]``: the heads that would stay now."""
         raise NotImplementedError
 
     def head_mask(self) -> HeadMask:
         return HeadMask(self.unit_map, self.keep() if self.final is None else self.final)
+
+    def top_k(self, scores: np.ndarray) -> np.ndarray:
+        """``bool[N]``: the ``num_of_heads`` heads of highest score (``[N]``), with the minimum of each group."""
+        assert self.rounds is not None  # methods that use it require num_of_heads
+        return hard_top_k(scores, self.rounds)
 
     def harden(self) -> None:
         self.final = self.keep()
@@ -109,6 +115,8 @@ class HeadGatePruner(HeadPruner):
     The logits are float64 on the host and never enter the host's optimizer. Once per update the gates are drawn,
     and once per update their gradient (one copy of N floats) is mapped to the logits in closed form.
     """
+
+    bert_defaults = {"pruning_lr": 0.5, "gate_adam_beta2": 0.999}
 
     def __init__(self, config: HeadGateConfig) -> None:
         super().__init__(config)
@@ -123,7 +131,7 @@ class HeadGatePruner(HeadPruner):
         for option in ("gate_adam_beta1", "gate_adam_beta2"):
             require(self.config, option, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
         self.generator = np.random.default_rng([session.seed, 0])
         self.logits = self.initial_logits(self.generator)
@@ -134,6 +142,7 @@ class HeadGatePruner(HeadPruner):
         )
         self.gradient: Optional[np.ndarray] = None
         self.gradient_norm = 0.0
+        self._clipped = self._broken = False
         self.clipped_steps = 0
         self.skipped_steps = 0
         self.drawn = np.ones(self.logits.size)
@@ -193,21 +202,30 @@ class HeadGatePruner(HeadPruner):
             largest = np.abs(gradient).max()
             finite = np.isfinite(largest)
             self.gradient_norm = float(largest * np.linalg.norm(gradient / (largest or 1.0))) if finite else np.inf
-        if not finite:
+        self._broken = not finite
+        if self._broken:
+            return
+        limit = self.config.gate_clip_norm
+        self._clipped = bool(limit) and self.gradient_norm > limit
+        if self._clipped:
+            gradient *= limit / self.gradient_norm
+        self.gradient = gradient
+
+    def skip_update(self, step: int) -> None:
+        if self._broken:  # found by the host too, which tries again with another loss scale
+            self.gradient_norm = 0.0
+        self.gradient, self._clipped, self._broken = None, False, False
+
+    def after_step(self, step: int, lr_factor: float) -> None:
+        if self._broken:
+            self._broken = False
             self.skipped_steps += 1
             logger.warning(
                 "the gate gradients are not finite: this gate step is skipped (%d so far)", self.skipped_steps
             )
-            return
-        limit = self.config.gate_clip_norm
-        if limit and self.gradient_norm > limit:
-            self.clipped_steps += 1
-            gradient *= limit / self.gradient_norm
-        self.gradient = gradient
-
-    def after_step(self, step: int, lr_factor: float) -> None:
         if self.gradient is None:
             return
+        self.clipped_steps += self._clipped
         self.adam.step(self.logits, self.gradient, self.config.pruning_lr * lr_factor)
         self.gradient = None
         self._set_evaluation()
@@ -239,7 +257,7 @@ class HeadGatePruner(HeadPruner):
         return float(self.drawn.sum())
 
     def keep(self) -> np.ndarray:
-        return hard_top_k(self.logits, self.rounds)
+        return self.top_k(self.logits)
 
     def require_count(self) -> None:
         """Raise unless the number of heads to keep was given."""

@@ -1,5 +1,7 @@
 """DSP: differentiable subset pruning with the Gumbel soft top-K (Li et al. 2021)."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Optional
@@ -7,9 +9,11 @@ from typing import Optional
 import numpy as np
 
 from ..errors import HeadPruningError
+from ..options import require
+from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import log_linear, resolve_steps
-from .base import HeadGateConfig, HeadGatePruner, require
+from .base import HeadGateConfig, HeadGatePruner
 from .subset import SoftTopK, gumbel
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,8 @@ class DSPPruner(HeadGatePruner):
     """Keeps exactly K heads: a relaxed subset of the perturbed logits whose temperature falls."""
 
     name = "dsp"
+    bert_defaults = {**HeadGatePruner.bert_defaults, "initial_temperature": 1000.0, "cooldown_steps": 25000}
+    schedule_option = "cooldown_steps"
 
     def check_options(self) -> None:
         self.require_count()
@@ -56,7 +62,7 @@ class DSPPruner(HeadGatePruner):
             )
         super().check_options()
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
         self.step = 0
         self.cooldown: Optional[int] = None
@@ -118,6 +124,7 @@ class DSPPruner(HeadGatePruner):
         if self.settled(step):
             self.sample, self.gradient_norm = None, 0.0
             return self.keep().astype(np.float64)
+        assert self.rounds is not None
         self.sample = SoftTopK(self.logits + gumbel(self.uniforms(step)), self.rounds, self.temperature(step))
         return self.sample.mask
 
@@ -126,6 +133,7 @@ class DSPPruner(HeadGatePruner):
             super().after_backward(loss_scale, denominator, micro_batches)
 
     def chain(self, gradient: np.ndarray) -> np.ndarray:
+        assert self.sample is not None
         return self.sample.backward(gradient)
 
     def at_target(self) -> bool:
@@ -152,6 +160,8 @@ register_pruner(
     name="dsp",
     config=DSPConfig,
     pruner=DSPPruner,
+    recommended=True,
+    example={"num_of_heads": 4, "joint_pruning": True, "annealing": True, "cooldown_steps": 0.5},
     selected_by=lambda options: (
         options.num_of_heads is not None and not options.use_ste and options.l0_penalty is None
     ),

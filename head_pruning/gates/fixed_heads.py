@@ -1,5 +1,7 @@
 """Heads fixed from the start: K random ones, the baseline that any method must beat, or those of a file."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -9,9 +11,9 @@ import numpy as np
 from ..errors import HeadPruningError
 from ..masks import HeadMask
 from ..old_masks import read_old_mask
+from ..pruner import SessionView
 from ..registry import register_pruner
 from .base import HeadCountConfig, HeadPruner
-from .subset import hard_top_k
 
 
 @dataclass
@@ -27,12 +29,13 @@ class FixedPruner(HeadPruner):
     """Trains the model with one head mask from the first update on."""
 
     inherits = False
+    starts_anywhere = True
 
     def chosen(self) -> np.ndarray:
         """``bool[N]``: the heads that stay."""
         raise NotImplementedError
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
         self.kept = self.chosen()
         self.harden()
@@ -82,7 +85,7 @@ class RandomPruner(FixedPruner):
 
     def chosen(self) -> np.ndarray:
         seed = self.session.seed if self.config.random_heads_seed is None else self.config.random_heads_seed
-        return hard_top_k(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads), self.rounds)
+        return self.top_k(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads))
 
     def goes_on(self, kept: np.ndarray) -> bool:
         return kept.sum() == self.kept.sum()  # a draw is that of the run's start, whatever the seed now
@@ -94,15 +97,19 @@ class GivenConfig:
 
     head_mask_file: Optional[str] = field(
         default=None,
-        metadata={"help": "train with the heads of this mask from the start: masks.safetensors of another run, or a "
-                  "mask of the published code (mask4.pt)"},
-    )  # fmt: skip
+        metadata={
+            "help": "train with the heads of this mask from the start: masks.safetensors of another run, or a mask of "
+            "the published code (mask4.pt)",
+            "by_content": True,
+        },
+    )
 
 
 class GivenPruner(FixedPruner):
     """Trains the model with only the heads of a mask that was found before, by any method."""
 
     name = "given"
+    takes_zeroed_heads = True
 
     def check_options(self) -> None:
         if self.config.head_mask_file is None:
@@ -119,10 +126,11 @@ class GivenPruner(FixedPruner):
         return mask.fitted(self.unit_map, f"The head mask of {path}").keep
 
 
-register_pruner(name="random", config=RandomConfig, pruner=RandomPruner)
+register_pruner(name="random", config=RandomConfig, pruner=RandomPruner, example={"num_of_heads": 4})
 register_pruner(
     name="given",
     config=GivenConfig,
     pruner=GivenPruner,
     selected_by=lambda options: options.head_mask_file is not None,
+    example={"head_mask_file": "masks.safetensors"},
 )

@@ -1,5 +1,7 @@
 """STE: straight-through top-K, the second estimator of Li et al. 2021 (section 3.4)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,4 +33,10 @@ class STEPruner(HeadGatePruner):
         return np.asarray(gradient, dtype=np.float64)
 
 
-register_pruner(name="ste", config=STEConfig, pruner=STEPruner, selected_by=lambda options: options.use_ste)
+register_pruner(
+    name="ste",
+    config=STEConfig,
+    pruner=STEPruner,
+    selected_by=lambda options: options.use_ste,
+    example={"num_of_heads": 4, "joint_pruning": True, "use_ste": True},
+)

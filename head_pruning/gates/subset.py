@@ -3,6 +3,9 @@
 Li, Cotterell and Sachan, "Differentiable Subset Pruning of Transformer Heads" (TACL 2021), section 3.
 """
 
+from __future__ import annotations
+
+import sys
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
@@ -11,7 +14,7 @@ import torch
 
 from ..errors import HeadPruningError
 
-TINY = float(np.finfo(np.float64).tiny)
+TINY = sys.float_info.min  # the smallest normal float64
 # exp(-x) is exactly 0 in float64 beyond this x, so a softmax is exactly one-hot.
 _ONE_HOT_GAP = 746.0
 
@@ -141,7 +144,7 @@ class SoftTopK:
         self.temperature = temperature
         exact = _one_hot_everywhere(perturbed, temperature, len(rounds.supports)) if rounds.free else None
         self.saturated = exact is not None
-        if self.saturated:
+        if exact is not None:
             self.mask = exact
             return
         # The same operations in the same order as the published code: near saturation at T about 0.01 the recursion

@@ -1,7 +1,10 @@
 """Hard-concrete L0 gates of Voita et al. 2019, "Analyzing Multi-Head Self-Attention" (section 5)."""
 
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Mapping, Optional
 
 import numpy as np
 
@@ -14,7 +17,7 @@ TEMPERATURE = 0.33
 STRETCH = (-0.1, 1.1)
 EPSILON = 1e-6
 # P(gate > 0) = sigmoid(log_a - TEMPERATURE * log(-STRETCH[0] / STRETCH[1]))
-_OPEN_SHIFT = TEMPERATURE * np.log(-STRETCH[0] / STRETCH[1])
+_OPEN_SHIFT = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -67,10 +70,18 @@ class VoitaPruner(HeadGatePruner):
     """Stochastic gates with an L0 penalty; the number of heads follows from the penalty, or is cut to K if given."""
 
     name = "voita"
+    bert_defaults = {**HeadGatePruner.bert_defaults, "pruning_lr": 0.1}
 
     def __init__(self, config: VoitaConfig) -> None:
         super().__init__(config)
         self.freezes_model = config.l0_pipelined
+
+    @classmethod
+    def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """In the published BERT scripts the L0 gates too are trained with the model only when that is asked for."""
+        if options.get("l0_pipelined") and options.get("joint_pruning"):
+            raise HeadPruningError("joint_pruning and l0_pipelined contradict each other; give one of them.")
+        return {"l0_pipelined": not options.get("joint_pruning"), **super().bert_options(options)}
 
     def check_options(self) -> None:
         if self.config.l0_penalty is None or not 0 <= self.config.l0_penalty < np.inf:
@@ -124,4 +135,5 @@ register_pruner(
     config=VoitaConfig,
     pruner=VoitaPruner,
     selected_by=lambda options: options.l0_penalty is not None,
+    example={"l0_penalty": 1.0},
 )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..gates.bank import GateBank
+from ..gates.engine.bank import GateBank
 from ..masks import HeadMask, full_mask
 from ..unit_map import UnitMap
 

@@ -46,7 +46,8 @@ class ByName(nn.Module):
             return outputs(model(**dict(zip(names, args)), **kwargs, **options))
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        setattr(forward, "__signature__", signature)  # noqa: B010 (functions are not declared to have it)
         self.forward = forward
 
 
@@ -185,6 +186,7 @@ def write_onnx(
             dynamo=True,
             verbose=False,
         )
+    assert made is not None  # as dynamo=True was asked for
     with atomic_path(target) as temporary:
         made.save(str(temporary), external_data=False)
         session = onnx_session(temporary)

@@ -21,7 +21,7 @@ def torch_pass(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Callable
     return run
 
 
-def onnx_session(path: "str | Path", threads: int = 1, *, fused_norms: bool = True):
+def onnx_session(path: "str | Path", threads: int = 1, *, fused_norms: bool = True) -> Any:
     """An onnxruntime session on the CPU.
 
     Args:

@@ -2,7 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -28,7 +28,9 @@ class Sizes:
     attention_macs: int
 
 
-def _attention(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+def _attention(
+    query_shape: Sequence[int], key_shape: Sequence[int], value_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
     """Floating-point operations, two per MAC; keys and values may be shared by several queries' heads."""
     batch, heads, queries, width = query_shape
     return 2 * batch * heads * queries * key_shape[-2] * (width + value_shape[-1])
@@ -62,7 +64,7 @@ def measure_sizes(model: nn.Module, unit_map: UnitMap, inputs: Mapping[str, Any]
     root = type(model).__name__
     by_module = {name: sum(count.values()) for name, count in counter.get_flop_counts().items()}
     # The output projection may lie outside of the module that names the site.
-    inside = set()
+    inside: set[str] = set()
     for site in unit_map.attention:
         inside.update(name for name in (site.name, site.out_proj, *site.projections) if f"{root}.{name}" in by_module)
     outermost = [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]

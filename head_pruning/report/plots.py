@@ -1,16 +1,20 @@
 """Pictures of head masks and of scores over heads kept."""
 
 from pathlib import Path
-from typing import Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
 from ..files import atomic_path
 from ..masks import HeadMask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 _COLOURS = {"encoder_self": "#3b6fb6", "decoder_cross": "#c8553d", "decoder_self": "#4f9d69"}
 _LABELS = {"encoder_self": "encoder", "decoder_cross": "cross", "decoder_self": "decoder"}
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -81,12 +85,12 @@ def plot_scores(
     _save(figure, path)
 
 
-def _square(x: float, y: float, **style):
+def _square(x: float, y: float, **style: Any) -> "Rectangle":
     from matplotlib.patches import Rectangle
 
     return Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, **style)
 
 
-def _save(figure, path: "str | Path") -> None:
+def _save(figure: "Figure", path: "str | Path") -> None:
     with atomic_path(Path(path).with_suffix(".png")) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Software": None})

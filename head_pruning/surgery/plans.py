@@ -51,7 +51,7 @@ class SitePlan:
 
 def rows_of(model: nn.Module, projection: str, blocks: Blocks) -> list[tuple[str, int, Blocks]]:
     """The tensors of a projection whose outputs are ``blocks``: weight (Linear or Conv1D), bias and buffers."""
-    module = model.get_submodule(projection)
+    module: Any = model.get_submodule(projection)
     conv1d = hasattr(module, "nf")
     wide = module.weight.shape[1 if conv1d else 0]
     found = []
@@ -63,7 +63,7 @@ def rows_of(model: nn.Module, projection: str, blocks: Blocks) -> list[tuple[str
 
 def columns_of(model: nn.Module, projection: str, blocks: Blocks) -> list[tuple[str, int, Blocks]]:
     """The tensors of a projection whose inputs are ``blocks``."""
-    module = model.get_submodule(projection)
+    module: Any = model.get_submodule(projection)
     dim = 0 if hasattr(module, "nf") else 1
     return [
         (f"{projection}.{name}", dim, blocks)
@@ -84,7 +84,7 @@ def plain_plan(model: nn.Module, site: AttentionSite) -> SitePlan:
     """
     tensors = columns_of(model, site.out_proj, ((1, site.head_dim),))
     for name in site.projections:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         wide = module.weight.shape[1 if hasattr(module, "nf") else 0]
         if wide % site.heads or len(site.projections) != 3:
             raise HeadPruningError(

@@ -10,7 +10,7 @@ from torch import nn
 from ..compact.recipe import VERSION, apply_recipe
 from ..compact.slices import held_heads, held_queries, stays, was
 from ..errors import HeadPruningError
-from ..gates.bank import refuse_gates
+from ..gates.engine.bank import refuse_gates
 from ..masks import HeadMask, head_numbers
 from ..unit_map import AttentionSite, UnitMap
 from .plans import get_tensor, plain_plan
@@ -118,8 +118,9 @@ def plan_recipe(model: nn.Module, unit_map: UnitMap, head_mask: HeadMask) -> dic
 
 
 def _recipe(model: nn.Module, unit_map: UnitMap) -> dict:
-    if recipe_of(model) is not None:
-        return {**copy.deepcopy(recipe_of(model)), "version": VERSION}
+    before = recipe_of(model)
+    if before is not None:
+        return {**copy.deepcopy(before), "version": VERSION}
     return {"version": VERSION, "unit_map": json.loads(json.dumps(unit_map.to_dict())), "sites": {}}
 
 

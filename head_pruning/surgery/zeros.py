@@ -1,7 +1,7 @@
 """Zeroing the weights of removed heads: the model keeps its shapes, and plain frameworks load it."""
 
 import contextlib
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def removed_slices(model: nn.Module, mask: HeadMask) -> Iterator[tuple[torch.Ten
                 yield bias, 0, rows
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def _plain(module: Any) -> Any:
     """The layer itself under an adapter of PEFT."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 

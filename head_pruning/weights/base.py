@@ -1,17 +1,20 @@
 """What the weight pruners share: targets, masks and when they are drawn, policies, evaluation, state."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..pruner import Pruner
+from ..pruner import Pruner, SessionView
 from .engine.drawing import LateNumbers, draw_masks
+from .engine.no_grad import no_grad
 from .engine.portions import Portion, each
 from .engine.selection import Selection
 from .engine.storage import Storage
@@ -35,7 +38,7 @@ class WeightPruner(Pruner):
     :attr:`kinds` and :meth:`track`.
     """
 
-    needs_gates = False
+    kind = "weights"
     #: Whether parameters without a gradient cannot be scored.
     needs_gradient = False
     #: Whether scores may be negative.
@@ -104,12 +107,15 @@ class WeightPruner(Pruner):
         if getattr(options, "block_pooling", "avg") not in ("avg", "max"):
             raise HeadPruningError(f"--block-pooling is {options.block_pooling!r}; choose avg or max.")
 
+    def summary(self) -> str:
+        return f"{sum(self.sizes.values())} weights; {super().summary()}"
+
     def options(self) -> dict[str, Any]:
         options = super().options()
         drawn = {"weight_selection": str(self.selection), "mask_policy": self.policy}
         return {**options, **{name: value for name, value in drawn.items() if name in options}}
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         super().attach(session)
         options = self.config
         self.targets = weight_targets(
@@ -159,14 +165,17 @@ class WeightPruner(Pruner):
             self.plan()
             self._planned = True
 
-    @torch.no_grad()
     def before_update(self, step: int) -> None:
         self._plan_once()
+
+    @no_grad
+    def skip_update(self, step: int) -> None:
+        """Retained policy: mask what :meth:`before_step` brought back."""
         if self._ready and self.policy == "retained" and self.has_mask and not self.locked:
-            self._apply()  # the host skipped its step after before_step(), as loss scalers do
+            self._apply()
         self._ready = False
 
-    @torch.no_grad()
+    @no_grad
     def before_step(self, step: int) -> None:
         """Retained policy: the optimizer steps the retained weights, with gradients of those that stay only."""
         self._ready = True
@@ -176,7 +185,7 @@ class WeightPruner(Pruner):
         self.storage.restore_originals()
         self.storage.mask_gradients()
 
-    @torch.no_grad()
+    @no_grad
     def after_step(self, step: int, lr_factor: float) -> None:
         """Read the gradients of the update (they must still be there), track, and mask if it is time."""
         self._plan_once()
@@ -213,7 +222,7 @@ class WeightPruner(Pruner):
             self._apply()
         self.clean = masks
 
-    @torch.no_grad()
+    @no_grad
     def harden(self) -> None:
         """Mask the model at the final density, for good: from now on every optimizer step is masked again."""
         if self.locked:
@@ -277,7 +286,7 @@ class WeightPruner(Pruner):
                 numbers["mask_threshold"] = threshold
         return numbers
 
-    @torch.no_grad()
+    @no_grad
     def weight_masks(self) -> dict[str, torch.Tensor]:
         """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
         if not self.has_mask:
@@ -287,7 +296,7 @@ class WeightPruner(Pruner):
 
     # -- the work ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @no_grad
     def mask_now(self, density: float) -> None:
         """Draw a mask of the present scores, outside of the schedule."""
         self._lay_out()
@@ -366,13 +375,13 @@ class WeightPruner(Pruner):
         if state["numbers"].size:
             self._numbers = LateNumbers(torch.device("cpu"), tuple(state["numbers"].tolist()))
 
-    @torch.no_grad()
+    @no_grad
     def tensor_state(self) -> dict[str, torch.Tensor]:
         """Averages as they are (not copies), masks packed to one bit per weight, by ``kind.parameter``."""
         return self.storage.tensor_state()
 
-    @torch.no_grad()
-    def load_tensor_state(self, state: dict[str, torch.Tensor]) -> None:
+    @no_grad
+    def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore :meth:`tensor_state`. Raises HeadPruningError when it is of other tensors."""
         self.storage.load_tensor_state(state)
 

@@ -1,5 +1,7 @@
 """The schedule of PLATON and its siblings: a warm-up, a cubic fall of the remaining ratio, a final phase."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -7,10 +9,13 @@ from typing import Any, Optional
 import numpy as np
 
 from ..errors import HeadPruningError
-from ..gates.base import require
+from ..options import require
+from ..pruner import SessionView
 from ..schedules import STEPS, cubic_density, resolve_steps
 from .base import MaskConfig, WeightPruner
 
+#: Options of a short run: a tenth of training dense, the last fifth at the final ratio.
+EXAMPLE = {"final_threshold": 0.2, "warmup_steps": 0.1}
 logger = logging.getLogger(__name__)
 
 # The published script's.
@@ -46,6 +51,8 @@ class CubicConfig(MaskConfig):
 class CubicPruner(WeightPruner):
     """Masks every deltaT updates while the remaining ratio falls, and at every update of the final phase."""
 
+    schedule_option = "warmup_steps"
+
     def check_options(self) -> None:
         super().check_options()
         options = self.config
@@ -72,7 +79,7 @@ class CubicPruner(WeightPruner):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "final_threshold": self._density}
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         self.warmup = -1
         super().attach(session)
 

@@ -1,5 +1,7 @@
 """Files of pruned weights: masks of one bit per weight, a compressed model."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Mapping, Optional
@@ -13,7 +15,7 @@ from ..masks import HeadMask
 
 COMPRESSED_FILE = "model.compressed.safetensors"
 _MASK, _VALUES = "mask.", "values."
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # bytes of a value to the integer of its size
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -86,7 +88,11 @@ def save_compressed(path: "str | Path", state: Mapping[str, torch.Tensor], *, mi
             continue
         written[memory] = name
         tensor = tensor.detach().cpu().contiguous()
-        bits = tensor.view(_INTEGERS[tensor.element_size()]) if tensor.is_floating_point() and tensor.dim() else None
+        bits = (
+            tensor.view(getattr(torch, _INTEGERS[tensor.element_size()]))
+            if tensor.is_floating_point() and tensor.dim()
+            else None
+        )
         keep = None if bits is None else bits != 0  # of the bits: -0.0 is a value
         if keep is None or int(torch.count_nonzero(keep)) > (1.0 - min_sparsity) * keep.numel():
             storage = tensor.untyped_storage().data_ptr()

@@ -1,5 +1,7 @@
 """Lock: fine-tune a pruned model while its zeros stay zeros."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ class LockPruner(WeightPruner):
     """Keeps the zeros that the model has at the first update; tensors without zeros are left alone."""
 
     name = "lock"
+    needs_trained_model = starts_anywhere = True
 
     def plan(self) -> None:
         if self.has_mask:
@@ -44,4 +47,4 @@ class LockPruner(WeightPruner):
         return self.selected if not math.isnan(self.selected) else 1.0
 
 
-register_pruner(name="lock", config=LockConfig, pruner=LockPruner, prunes="weights")
+register_pruner(name="lock", config=LockConfig, pruner=LockPruner)

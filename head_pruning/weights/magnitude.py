@@ -1,6 +1,9 @@
 """Pruning by magnitude: on PLATON's schedule, and gradually per tensor (Zhu and Gupta 2017)."""
 
+from __future__ import annotations
+
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,11 +11,12 @@ import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..gates.base import require
+from ..options import require
+from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import STEPS, gradual_sparsity, resolve_steps
 from .base import MaskConfig, WeightPruner
-from .cubic import CubicConfig, CubicPruner
+from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.portions import Portion
 
 logger = logging.getLogger(__name__)
@@ -66,6 +70,7 @@ class GradualMagnitudePruner(_Magnitude):
     inclusive = True
     default_selection, default_policy = "tensor", "retained"
     first_step = 0
+    schedule_option = "policy_end_step"
 
     def check_options(self) -> None:
         super().check_options()
@@ -91,7 +96,7 @@ class GradualMagnitudePruner(_Magnitude):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "target_sparsity": self._target}
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         self.steps: dict[str, int] = {}
         super().attach(session)
 
@@ -150,7 +155,8 @@ class GradualMagnitudePruner(_Magnitude):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         # Steps may have been given as fractions: a resumed run keeps those that it was started with.
-        return {**super().state_dict(), "schedule": np.array([float(step) for step in self.steps.values()])}
+        settled = [float(self.steps.get(name, math.nan)) for name in _STEPS] if self.steps else []
+        return {**super().state_dict(), "schedule": np.array(settled)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         super().load_state_dict(state)
@@ -159,5 +165,10 @@ class GradualMagnitudePruner(_Magnitude):
                 self.steps[name] = int(step)
 
 
-register_pruner(name="magnitude", config=CubicConfig, pruner=MagnitudePruner, prunes="weights")
-register_pruner(name="gradual_magnitude", config=GradualConfig, pruner=GradualMagnitudePruner, prunes="weights")
+register_pruner(name="magnitude", config=CubicConfig, pruner=MagnitudePruner, example=EXAMPLE)
+register_pruner(
+    name="gradual_magnitude",
+    config=GradualConfig,
+    pruner=GradualMagnitudePruner,
+    example={"target_sparsity": 0.8, "pruning_frequency": 2, "policy_end_step": 0.7},
+)

@@ -1,9 +1,11 @@
 """Movement pruning: weights that training pulls towards zero go first (Sanh et al. 2020)."""
 
+from __future__ import annotations
+
 import torch
 
 from ..registry import register_pruner
-from .cubic import CubicConfig, CubicPruner
+from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.portions import Portion, product
 
 
@@ -26,4 +28,4 @@ class MovementPruner(CubicPruner):
         return scores
 
 
-register_pruner(name="movement", config=CubicConfig, pruner=MovementPruner, prunes="weights")
+register_pruner(name="movement", config=CubicConfig, pruner=MovementPruner, example=EXAMPLE)

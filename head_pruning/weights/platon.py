@@ -1,13 +1,16 @@
 """PLATON: pruning by an upper confidence bound of weight importance (Zhang et al. 2022), and smoothed sensitivity."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
 
 import torch
 
-from ..gates.base import require
+from ..options import require
+from ..pruner import SessionView
 from ..registry import register_pruner
-from .cubic import CubicConfig, CubicPruner
+from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.masks import TINY
 from .engine.portions import Portion, product
 
@@ -116,7 +119,7 @@ class PlatonPruner(SensitivityPruner):
         require(self.config, "beta2", lambda value: 0 <= value <= 1 or value == 2, "from 0 to 1, or 2")
         super().check_options()
 
-    def attach(self, session) -> None:
+    def attach(self, session: SessionView) -> None:
         self.beta2 = self.config.beta2
         self.kinds = ("window", "average", *(() if self.beta2 in (0, 1) else ("uncertainty",)))
         super().attach(session)
@@ -145,5 +148,5 @@ class PlatonPruner(SensitivityPruner):
         return scores
 
 
-register_pruner(name="sensitivity", config=SensitivityConfig, pruner=SensitivityPruner, prunes="weights")
-register_pruner(name="platon", config=PlatonConfig, pruner=PlatonPruner, prunes="weights")
+register_pruner(name="sensitivity", config=SensitivityConfig, pruner=SensitivityPruner, example=EXAMPLE)
+register_pruner(name="platon", config=PlatonConfig, pruner=PlatonPruner, recommended=True, example=EXAMPLE)

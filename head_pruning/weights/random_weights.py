@@ -1,5 +1,7 @@
 """Random masks on PLATON's schedule: the baseline that any score must beat."""
 
+from __future__ import annotations
+
 import zlib
 from dataclasses import dataclass, field
 from typing import Optional
@@ -7,7 +9,7 @@ from typing import Optional
 import torch
 
 from ..registry import register_pruner
-from .cubic import CubicConfig, CubicPruner
+from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.portions import Portion
 
 
@@ -38,4 +40,4 @@ class RandomWeightsPruner(CubicPruner):
         return scores
 
 
-register_pruner(name="random_weights", config=RandomWeightsConfig, pruner=RandomWeightsPruner, prunes="weights")
+register_pruner(name="random_weights", config=RandomWeightsConfig, pruner=RandomWeightsPruner, example=EXAMPLE)

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+#: Flags of transformers that a method may have as an option: one flag, which a chosen method that has the option takes
+#: for its own; the flag of the other name is always transformers'.
+SHARED = {"warmup_steps": "optimizer_warmup_steps"}
+
 
 @dataclass(frozen=True)
 class ModelArguments:

@@ -5,6 +5,7 @@ import sys
 from typing import Callable
 
 from head_pruning import HeadPruningError
+from head_pruning.options import dashed, underscored
 from head_pruning.registry import option_fields
 
 
@@ -28,7 +29,5 @@ def main(run: Callable[[], None]) -> None:
 
 def with_underscores(sentence: str) -> str:
     """The pruners' options in ``sentence`` as these scripts spell them: ``--num_of_heads``, not ``--num-of-heads``."""
-    ours = {
-        f"--{name.replace('_', '-')}": f"--{name}" for name in (*option_fields(), *option_fields(prunes="weights"))
-    }
+    ours = {dashed(name): underscored(name) for name in option_fields()}
     return re.sub(r"(?<![\w-])--[\w-]+", lambda found: ours.get(found[0], found[0]), sentence)

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from head_pruning import HeadPruningError
+from head_pruning.errors import one_line
 
 FILES = (".json", ".yaml", ".yml")
 
@@ -67,13 +68,17 @@ class FlagParser(HfArgumentParser):
         """What handles ``--name``; None when there is no such flag."""
         return self._option_string_actions.get(f"--{name}")
 
+    def known(self, name: str) -> argparse.Action:
+        """What handles ``--name``, which is a flag."""
+        return self._option_string_actions[f"--{name}"]
+
     def hide(self, name: str) -> None:
         """Leave the flag ``--name`` out of the help."""
-        self.action(name).help = argparse.SUPPRESS
+        self.known(name).help = argparse.SUPPRESS
 
     def drop(self, name: str) -> None:
         """Take the flag ``--name`` away."""
-        action = self.action(name)
+        action: Any = self.known(name)
         for flag in [flag for flag, found in self._option_string_actions.items() if found is action]:
             del self._option_string_actions[flag]
         action.container._remove_action(action)
@@ -82,7 +87,7 @@ class FlagParser(HfArgumentParser):
         default = defaults.get(action.dest, action.default)
         default = default.value if isinstance(default, enum.Enum) else default
         if action.dest in self.required:
-            action.help = f"{action.help.rstrip('.')} (required)"
+            action.help = f"{(action.help or '').rstrip('.')} (required)"
         elif action.nargs != 0 and default is not False and default not in (None, "", []):
             action.help = f"{action.help or ''} (default: {default})"
         action.required, action.default = False, argparse.SUPPRESS
@@ -90,7 +95,7 @@ class FlagParser(HfArgumentParser):
             action.nargs, action.const, action.metavar = "?", True, "True|False"
         elif action.type in _NUMBERS:
             action.type, action.metavar = _NUMBERS[action.type]
-        elif action.nargs != 0 and len(action.choices or ()) not in range(1, 7):
+        elif action.nargs != 0 and len(tuple(action.choices or ())) not in range(1, 7):
             action.metavar = "VALUE"
         # Dashes are read but not shown.
         action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
@@ -175,11 +180,23 @@ def read_mapping(path: "str | Path") -> dict[str, Any]:
     except OSError as error:
         raise HeadPruningError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise HeadPruningError(f"{path} does not parse ({reason}); correct it there.") from error
     if not isinstance(data, dict):
         raise HeadPruningError(f"{path} holds no names and values; write it as name: value.")
     return data
+
+
+def subset(given: Mapping[str, Any], fields: Iterable[dataclasses.Field]) -> dict[str, Any]:
+    """Of the flags that were set, those of the fields."""
+    return {field.name: given[field.name] for field in fields if field.name in given}
+
+
+def require_positive(given: Mapping[str, Any], *names: str) -> None:
+    """Raise HeadPruningError if a flag of these names was set below 1."""
+    for name in names:
+        if given.get(name, 1) < 1:
+            raise HeadPruningError(f"--{name} is {given[name]}; it must be 1 or more.")
 
 
 def _number(kind: type, words: str) -> Callable[[str], Any]:

@@ -1,12 +1,11 @@
 """Recipes: the flags of published results by name, such as ``--preset platon/mnli``."""
 
-import dataclasses
 from typing import Any
 
 from head_pruning import HeadPruningError
-from head_pruning.registry import option_fields
+from head_pruning.registry import get_method, option_fields
 
-from .defaults import find_method
+from .fields import SHARED
 
 _PLATON = {"pruner_name": "platon", "initial_threshold": 1.0, "beta1": 0.85, "deltaT": 10}
 _ADAMAX = {"optimizer": "adamax", "adam_epsilon": 1e-6}
@@ -44,8 +43,8 @@ def _glue(
     }
 
 
-_MNLI = {"steps": 5400, "final": 5, "batch": 32, "rate": 8e-5, "epochs": 8, "seed": 7}
-_RTE = {"steps": 200, "final": 6, "batch": 16, "rate": 1e-4, "epochs": 20, "seed": 8}
+_MNLI: dict[str, Any] = {"steps": 5400, "final": 5, "batch": 32, "rate": 8e-5, "epochs": 8, "seed": 7}
+_RTE: dict[str, Any] = {"steps": 200, "final": 6, "batch": 16, "rate": 1e-4, "epochs": 20, "seed": 8}
 
 #: Names of flags to values, by recipe. The number in a name is the percentage of weights that stay.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -79,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def add_preset(given: dict[str, Any], notes: list[str]) -> None:
     """Take ``preset`` out of the flags that were set and add its recipe; a flag that was set wins.
 
-    With another pruner of weights the recipe gives what that one has too: the baselines share PLATON's schedule.
+    With another pruner of the same kind the recipe gives what that one has too: the baselines share PLATON's schedule.
 
     Raises:
         HeadPruningError: there is no such preset.
@@ -90,15 +89,16 @@ def add_preset(given: dict[str, Any], notes: list[str]) -> None:
     if name.lower() not in PRESETS:
         raise HeadPruningError(f"There is no preset {name}; choose one of {', '.join(PRESETS)}.")
     recipe = dict(PRESETS[name.lower()])
-    named = [find_method(given[flag]) for flag in ("pruner_name", "pruner") if given.get(flag)]
-    own = next((method for method in named if method.prunes == "weights"), None)
+    kind = get_method(recipe["pruner_name"]).kind
+    named = [get_method(given[flag]) for flag in ("pruner_name", "pruner") if given.get(flag)]
+    own = next((method for method in named if method.kind == kind), None)
     rising = {"warmup_ratio"}  # flags that say how the learning rate rises
     if own is not None:
         del recipe["pruner_name"]
-        foreign = set(option_fields(prunes="weights")) - {field.name for field in dataclasses.fields(own.config)}
+        foreign = set(option_fields(kind=kind)) - set(own.options)
         recipe = {flag: value for flag, value in recipe.items() if flag not in foreign}
-        rising |= foreign & {"warmup_steps"}
-    elif given.get("pruner_name"):  # of heads
+        rising |= foreign & set(SHARED)
+    elif given.get("pruner_name"):  # of another kind
         recipe["pruner"] = recipe.pop("pruner_name")
     if {"optimizer", "optim"} & set(given):  # of the user's choice, with its own settings
         recipe = {flag: value for flag, value in recipe.items() if flag not in _ADAMAX}

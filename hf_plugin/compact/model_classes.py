@@ -29,7 +29,10 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision"
 _NEVER_CONFIG = ("attn_implementation", "device_map", "dtype", "quantization_config", "torch_dtype")
 
 
-class CompactModel:
+_Model: Any = object  # the model's own class comes after the mixin
+
+
+class CompactModel(_Model):
     """What a model class of transformers needs to save, load and push a model whose heads are removed.
 
     In memory the config is that of the original; the recipe lies on the model (:data:`ATTRIBUTE`).
@@ -80,7 +83,8 @@ class CompactModel:
     @contextlib.contextmanager
     def _telling_config(self) -> Iterator[None]:
         """Inside the block the config tells which heads are removed and where the code lies."""
-        recipe, values = getattr(self, ATTRIBUTE, None), vars(self.config)
+        recipe = getattr(self, ATTRIBUTE, None)
+        values: Any = vars(self.config)
         if recipe is None:
             yield
             return
@@ -129,9 +133,10 @@ def __getattr__(name: str) -> type:
 def auto_map(model: PreTrainedModel) -> dict[str, str]:
     """Each Auto class that has a class for models of this kind, and that class in the travelling file."""
     found = {}
-    for name, auto in vars(modeling_auto).items():
-        if not (isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass)):
+    for name, kind in vars(modeling_auto).items():
+        if not (isinstance(kind, type) and issubclass(kind, auto_factory._BaseAutoModelClass)):
             continue
+        auto: Any = kind
         names = auto._model_mapping._model_mapping.get(model.config.model_type) if auto._model_mapping else None
         names = (names,) if isinstance(names, str) else tuple(names or ())
         if names:
@@ -142,7 +147,7 @@ def auto_map(model: PreTrainedModel) -> dict[str, str]:
 
 def take_recipe(config: Any) -> Optional[Mapping[str, Any]]:
     """Take what concerns removed heads out of a config: the recipe is returned, None when there is none."""
-    quantization = getattr(config, "quantization_config", None)
+    quantization: Any = getattr(config, "quantization_config", None)
     method = (quantization or {}).get("quant_method") if isinstance(quantization, Mapping) else None
     recipe = getattr(config, RECIPE, None)
     if method == METHOD:
@@ -221,7 +226,9 @@ def _renamed_site(site: Mapping[str, Any], rename: Callable[[str], str]) -> dict
 
 
 def _renamed_unit(unit: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-    names = {field: rename(unit[field]) for field in ("name", "layer", "in_proj", "out_proj") if field in unit}
+    names: dict[str, Any] = {
+        field: rename(unit[field]) for field in ("name", "layer", "in_proj", "out_proj") if field in unit
+    }
     if "projections" in unit:
         names["projections"] = [rename(name) for name in unit["projections"]]
     return {**unit, **names}
@@ -233,7 +240,7 @@ def travelling_code() -> str:
     if apply_recipe.__module__ == __name__:
         return own
     head, _, body = own.partition("\nfrom head_pruning.compact import ")
-    folder = Path(sys.modules["head_pruning.compact"].__file__).parent
+    folder = Path(str(sys.modules["head_pruning.compact"].__file__)).parent
     core = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in CORE]
     # What one of these modules imports from another stands above it.
     alone = [

@@ -83,13 +83,15 @@ def load_task(
     tables = load_hub(task, repository, cache) if data_dir is None else None
 
     def there(split: Split) -> bool:
-        return (Path(data_dir) / split.file).is_file() if tables is None else split.hub in tables
+        if tables is not None:
+            return split.hub in tables
+        return data_dir is not None and (Path(data_dir) / split.file).is_file()
 
     groups = {"train": (task.train,), "validation": task.validation, "test": task.test}
     chosen = [(kind, split) for kind in KINDS if kind in kinds for split in groups[kind]]
     if splits is None:
         chosen = [(kind, split) for kind, split in chosen if kind != "test" or there(split)]
-    if tables is None:
+    if data_dir is not None:
         _check_folder(task, data_dir)
         # Tokenising can take long: what is missing is said before.
         for _, split in chosen:
@@ -97,7 +99,7 @@ def load_task(
     found: dict[str, dict[str, Dataset]] = {kind: {} for kind in KINDS}
     ids = {}
     for kind, split in chosen:
-        raw = read_split(task, split, data_dir) if tables is None else hub_split(task, split, tables, repository)
+        raw = hub_split(task, split, tables, repository) if data_dir is None else read_split(task, split, data_dir)
         found[kind][split.key] = tokenise(raw, task, split, tokenizer, length, cache, overwrite_cache)
         if kind == "test":
             ids[split.key] = raw["idx"][:]

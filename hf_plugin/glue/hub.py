@@ -72,7 +72,7 @@ def _labels(task: GlueTask, table: Dataset, place: str) -> list[Any]:
             raise HeadPruningError(f"{place} has the label {wrong[0]}, no number from 0 to 5; get it again.")
         return values
     feature = table.features["label"]
-    numbers = {label: number for number, label in [*enumerate(task.labels), *enumerate(task.written)]}
+    numbers = {label: number for number, label in [*enumerate(task.labels), *enumerate(task.written or ())]}
     # A number without a name is safe only where the files' own spelling is that number.
     names = feature.names if isinstance(feature, ClassLabel) else None
     spellings = {

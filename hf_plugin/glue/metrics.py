@@ -73,7 +73,7 @@ def score(task: GlueTask, predictions: np.ndarray, labels: np.ndarray) -> dict[s
         raise HeadPruningError(
             f"{task.folder} has {len(predictions)} predictions for {len(labels)} labels; score a labelled split whole."
         )
-    if "f1" in task.metrics:
+    if "f1" in task.metrics and task.written is not None:
         positive = task.written.index("1")
         predictions, labels = predictions == positive, labels == positive
     results = {name: _METRICS[name](predictions, labels) for name in task.metrics if name in _METRICS}

@@ -17,7 +17,7 @@ from head_pruning.importance import pruning_rounds
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
 from head_pruning.report.tables import head_table, text_table
 
-from ..command_line.arguments import MichelArguments
+from ..command_line.michel import MichelArguments
 from ..heads.importance import head_importance
 from ..heads.masking import head_mask
 from ..host import COMPANIONS

@@ -60,7 +60,8 @@ def read_tsv(path: "str | Path", task: GlueTask, labelled: bool = True) -> Datas
     path = Path(path)
     lines = _lines(path)
     rows: list[list[Any]] = []
-    broken, ids = [], {}
+    broken: list[int] = []
+    ids: dict[int, None] = {}
     first = next(lines, None)
     if first is None:
         raise _no_rows(path)
@@ -75,7 +76,7 @@ def read_tsv(path: "str | Path", task: GlueTask, labelled: bool = True) -> Datas
                 f"{path}, line {number}, has {len(fields)} columns where {layout.width} belong; "
                 f"correct the line or write the file again with python -m prepare.glue."
             )
-        row = [fields[position] for position in layout.texts]
+        row: list[Any] = [fields[position] for position in layout.texts]
         if layout.label is not None:
             row.append(parse_label(task, fields[layout.label], f"{path}, line {number},"))
         if layout.index is not None:

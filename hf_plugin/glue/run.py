@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, DataCol
 
 from head_pruning import HeadPruningError
 
-from ..command_line.arguments import Arguments, ModelArguments
+from ..command_line.arguments import Arguments
+from ..command_line.fields import GlueArguments, ModelArguments
 from ..scripts.models import give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
 from . import GlueTask, TaskData, compute_metrics, find_task, load_task, write_predictions
@@ -46,12 +47,17 @@ def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = Fal
     return tokenizer, model, task
 
 
+def _data(arguments: Arguments) -> GlueArguments:
+    assert isinstance(arguments.data, GlueArguments)  # as run_glue and its like parse them
+    return arguments.data
+
+
 class GlueRun(TaskRun):
     """The steps of one run on a GLUE task."""
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
-        data, training = arguments.data, arguments.training
+        data, training = _data(arguments), arguments.training
         tokenizer, model, self.task = load_pieces(arguments.model, find_task(data.task_name), training.do_train)
         self.dataset, self.main_metric = f"GLUE {self.task.folder}", self.task.main_metric
         with training.main_process_first(desc="tokenising"):
@@ -79,7 +85,7 @@ class GlueRun(TaskRun):
     @staticmethod
     def task_name(arguments: Arguments) -> str:
         """As GLUE spells it."""
-        return find_task(arguments.data.task_name).folder
+        return find_task(_data(arguments).task_name).folder
 
     def evaluate(self) -> None:
         """Score every validation set (MNLI has two)."""

@@ -33,7 +33,7 @@ def write_predictions(
         HeadPruningError: no such split, or the predictions do not fit the task or the indices.
     """
     chosen = next((test for test in task.test if test.key == split), None)
-    if chosen is None:
+    if chosen is None or chosen.submission is None:
         known = ", ".join(test.key for test in task.test)
         raise HeadPruningError(f"{task.folder} has no test split {split!r}; choose one of {known}.")
     values = predicted(task, predictions)

@@ -103,7 +103,7 @@ class GlueTask:
         itself is returned where the names (case aside) are not the task's, as in ``LABEL_0``.
         """
         found = [str(id2label[number]).lower() for number in sorted(id2label)]
-        if self.labels is None or sorted(found) != sorted(self.labels):
+        if self.labels is None or self.written is None or sorted(found) != sorted(self.labels):
             return self
         order = [self.labels.index(label) for label in found]
         return replace(

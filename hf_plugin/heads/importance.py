@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap, full_mask
 from head_pruning.gates import GateBank
-from head_pruning.gates.bank import gates_on
+from head_pruning.gates.engine.bank import gates_on
 from head_pruning.importance import ImportanceAccumulator, normalize_importance
 from head_pruning.masks import whole_number
 
@@ -235,14 +235,14 @@ def _add_examples(accumulator: ImportanceAccumulator, losses: _Losses, batch: An
         raise HeadPruningError("A batch has no tensor with examples, so they cannot be counted; put one in.")
     with accumulator.examples(count):
         value, output = losses.with_output(batch)
-        if not value.dim():
-            if mean_of_examples(losses.model, batch):
-                value = value * count  # of a mean each example's own loss is B times its share
-            else:
-                value = None if output is None else token_losses(value, output, batch)
-        if value is not None:
-            losses.look(value).sum().backward()
-    if value is None:
+        each: Optional[torch.Tensor] = value
+        if not value.dim() and mean_of_examples(losses.model, batch):
+            each = value * count  # of a mean each example's own loss is B times its share
+        elif not value.dim():
+            each = None if output is None else token_losses(value, output, batch)
+        if each is not None:
+            losses.look(each).sum().backward()
+    if each is None:
         for row in rows_of(batch, count):
             losses.of(row).mean().backward()
             accumulator.add()

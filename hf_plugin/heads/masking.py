@@ -8,7 +8,7 @@ from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
 from head_pruning.gates import GateBank
-from head_pruning.gates.bank import HeadGate, refuse_gates
+from head_pruning.gates.engine.bank import HeadGate, refuse_gates
 from head_pruning.surgery.remaining import heads_left
 
 from ..mapping.module_tree import check_model

@@ -35,6 +35,7 @@ def mask_of_left(
 def keep_now(model: nn.Module, mask: HeadMask) -> np.ndarray:
     """A mask of the original's heads for those that a compact model has now, where keys may have been repeated."""
     recipe, left = recipe_of(model), heads_left(model)
+    assert recipe is not None and left is not None  # of a compact model
     parts = []
     for site, where in mask.unit_map.slices():
         entry = recipe["sites"].get(site.name, {})
@@ -89,7 +90,7 @@ def site_of_layer(unit_map: UnitMap, layer: Any) -> str:
 
 def _grouped(model: nn.Module) -> bool:
     """Whether the model's query heads share keys and values."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     groups = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
     return groups is not None and groups != getattr(config, "num_attention_heads", groups)

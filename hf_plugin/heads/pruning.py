@@ -130,4 +130,6 @@ def pruned_heads(model: nn.Module) -> Optional[HeadMask]:
 
 def _sites_now(model: nn.Module) -> UnitMap:
     """The sites of a model that :func:`prune_heads` cut, with the heads that they have now, also those without any."""
-    return dataclasses.replace(sites_left(recipe_of(model)), planner=plan_site, adapt=mark_compact)
+    recipe = recipe_of(model)
+    assert recipe is not None
+    return dataclasses.replace(sites_left(recipe), planner=plan_site, adapt=mark_compact)

@@ -6,7 +6,7 @@ from torch import nn
 
 from head_pruning import AttentionSite, FeedForwardSite
 
-from .layouts import FEED_FORWARD_LAYOUTS, features, find_parts, parse_layout
+from .layouts import FEED_FORWARD_LAYOUTS, find_parts, parse_layout, widths
 from .module_tree import Tree
 
 LAYOUTS = tuple(parse_layout(line) for line in FEED_FORWARD_LAYOUTS)
@@ -55,10 +55,10 @@ def feed_forward_sites(
         if parts is None or not keep(name):
             continue
         first, last = (module.get_submodule(parts[role]) for role in ("in", "out"))
-        width = features(last)[0]
+        width = widths(last)[0]
         layer = _layer(tree, name, layers)
         in_list = any(outer.rpartition(".")[2].isdigit() for outer, _ in tree.path(name))
-        if features(first)[1] not in (width, 2 * width) or id(last) in taken or not (layer in layers or in_list):
+        if widths(first)[1] not in (width, 2 * width) or id(last) in taken or not (layer in layers or in_list):
             continue
         taken.add(id(last))
         holds_attention = any(site.name == name or site.name.startswith(f"{name}.") for site in attention)

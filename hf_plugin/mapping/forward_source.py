@@ -49,9 +49,13 @@ class Forward:
         return placed([name], self.parameters)
 
 
-@functools.cache
 def read_forward(kind: type) -> Forward:
     """What is known of a class's code; empty when its source is not at hand."""
+    return _read_forward(kind)
+
+
+@functools.cache
+def _read_forward(kind: type) -> Forward:
     parameters, tree = parsed_forward(kind)
     try:
         text = inspect.getsource(kind)
@@ -85,7 +89,7 @@ def without_heads(
     # I-BERT returns tuples in tuples and keeps a dummy: when it quantizes, its output projection takes the largest and
     # smallest of a row's weights, and needs one.
     returned = None if forward.tree is None else returned_values(forward.tree)
-    if returned is None:
+    if forward.tree is None or returned is None:
         return None
     options: dict[str, Any] = {"inputs": [forward.where(forward.parameters[0])], "out": out, "after": []}
     side_by_side = next((names for names in SIDE_BY_SIDE if set(names) <= set(forward.parameters)), None)
@@ -142,7 +146,10 @@ def _steps(module: nn.Module, statements: list[ast.stmt], out: str, returned: st
         if assigned_name(statement) == assigned_name(start):
             break
     value = start.value if isinstance(start, (ast.Assign, ast.Return)) else None
-    call = next((node for node in ast.walk(start) if _is_call(node, f"self.{out}")), None)
+    found = (node for node in ast.walk(start) if isinstance(node, ast.Call))
+    call = next((node for node in found if _is_call(node, f"self.{out}")), None)
+    if call is None:
+        return None
     if isinstance(value, ast.Tuple) and value.elts and value.elts[0] is call:
         return steps if ast.unparse(call) == returned else None
     if not _follow(module, value, call, steps):
@@ -177,7 +184,8 @@ def _rest(
             continue
         if isinstance(getattr(statement, "value", None), (ast.Tuple, ast.List, ast.IfExp, ast.BinOp)):
             continue  # what is returned is put together
-        if assigned_name(statement) is None or len(read) != 1 or not _follow(module, statement.value, read[0], steps):
+        value = getattr(statement, "value", None)
+        if assigned_name(statement) is None or len(read) != 1 or not _follow(module, value, read[0], steps):
             return None
         current = assigned_name(statement)
     return steps if current == returned else None

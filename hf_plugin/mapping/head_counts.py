@@ -4,7 +4,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 from torch import nn
 
-from .layouts import features
+from .layouts import widths
 
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads", "heads")
 GROUPS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")
@@ -32,7 +32,7 @@ def count_heads(modules: Sequence[nn.Module], config: Any, parts: Mapping[str, n
     Raises:
         ValueError: the attributes are missing or contradict the widths; its text says how.
     """
-    width = features(parts["out"])[0]
+    width = widths(parts["out"])[0]
     heads, head_dim = _number(modules, HEADS), _number(modules, WIDTHS)
     if heads is None and head_dim is not None and width % head_dim == 0:
         heads = width // head_dim
@@ -50,7 +50,7 @@ def count_heads(modules: Sequence[nn.Module], config: Any, parts: Mapping[str, n
     groups = _groups(modules, config, heads)
     if groups > heads or heads % groups:
         raise ValueError(f"{heads} heads do not share {groups} key/value heads evenly")
-    _check_widths(parts, heads, groups, head_dim)
+    _check_widths(parts, heads, groups, width // heads)
     return groups, width // groups
 
 
@@ -71,10 +71,10 @@ def _check_widths(parts: Mapping[str, nn.Module], heads: int, groups: int, head_
         "qkv": (heads + 2 * groups) * head_dim,
     }
     for role, wide in expected.items():
-        if role in parts and features(parts[role])[1] != wide:
+        if role in parts and widths(parts[role])[1] != wide:
             raise ValueError(
-                f"its projection of {'/'.join(role)} makes {features(parts[role])[1]} features, not {wide} for "
+                f"its projection of {'/'.join(role)} makes {widths(parts[role])[1]} features, not {wide} for "
                 f"{groups} heads of {head_dim}"
             )
-    if "latent" in parts and (groups != heads or features(parts["latent"])[1] % heads):
-        raise ValueError(f"its latent projection makes {features(parts['latent'])[1]} features for {heads} heads")
+    if "latent" in parts and (groups != heads or widths(parts["latent"])[1] % heads):
+        raise ValueError(f"its latent projection makes {widths(parts['latent'])[1]} features for {heads} heads")

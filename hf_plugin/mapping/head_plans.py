@@ -4,6 +4,7 @@ import ast
 import re
 from typing import Any, Iterator, Optional
 
+import torch
 from torch import nn
 
 from head_pruning import AttentionSite
@@ -98,11 +99,17 @@ def _check_projection(name: str, module: nn.Module) -> None:
             f"{name} carries an adapter; call merge_and_unload first and prune the model that it returns, or "
             "hf_plugin.merge_and_cut, which does both"
         )
-    if not isinstance(module._parameters.get("weight"), nn.Parameter) or not weight.is_floating_point():
+    own = isinstance(module._parameters.get("weight"), nn.Parameter)
+    if not own or weight is None or not weight.is_floating_point():
         raise _Refused(
             f"{name} is a {type(module).__name__}, whose weight is not its own (load the model without "
             "quantization first)"
         )
+
+
+def _shape(projection: Any) -> torch.Size:
+    """Of its weight."""
+    return projection.weight.shape
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -112,7 +119,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _rows(model: nn.Module, site: AttentionSite, name: str) -> Blocks:
     """How the heads lie in the rows of a projection."""
     module = model.get_submodule(name)
-    wide = module.weight.shape[1 if _is_conv1d(module) else 0]
+    wide = _shape(module)[1 if _is_conv1d(module) else 0]
     if wide % site.heads:
         raise _Refused(f"{wide} rows of {name} are not evenly those of {site.heads} heads")
     each = wide // site.heads
@@ -146,7 +153,7 @@ def _norms_of_all(model: nn.Module, site: AttentionSite, core: str) -> dict[str,
     if len(site.projections) != 3:
         return {}
     query, key, value = site.projections
-    sizes = [model.get_submodule(projection).weight.shape[0] for projection in site.projections]
+    sizes = [_shape(model.get_submodule(projection))[0] for projection in site.projections]
     found = {}
     for name, module in model.get_submodule(core).named_modules():
         leaf = re.match(r"(?:(q)|k)(?:uery|ey)?(?:_|$|norm|layer)", name.rpartition(".")[2])
@@ -160,7 +167,7 @@ def _norms_of_all(model: nn.Module, site: AttentionSite, core: str) -> dict[str,
 
 def _takes(model: nn.Module, site: AttentionSite, norms: dict[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for norm, projection in norms.items():
-        yield "take", norm, {"width": model.get_submodule(projection).weight.shape[0] // site.heads}
+        yield "take", norm, {"width": _shape(model.get_submodule(projection))[0] // site.heads}
 
 
 def _other_tensors(
@@ -188,7 +195,7 @@ def _other_tensors(
             found[full] = (full, where, blocks)
         elif where is not None:
             projection = full.rpartition(".")[0]
-            wide = model.get_submodule(projection).weight.shape[0]
+            wide = _shape(model.get_submodule(projection))[0]
             blocks = ((1, _per_head(wide, site, full)),)
             found.update({entry[0]: entry for entry in rows_of(model, projection, blocks)})
         elif _of_each_head(model, site, full, parameter):
@@ -221,7 +228,7 @@ def _of_each_head(model: nn.Module, site: AttentionSite, name: str, parameter: n
         raise _Refused(f"it is not known which of its heads use the parameter {name}")
     if parameter.ndim == 2 and len(getattr(module, "normalized_shape", "1")) == 1:
         return True
-    widths = {model.get_submodule(p).weight.shape[0] // site.heads for p in site.projections}
+    widths = {_shape(model.get_submodule(p))[0] // site.heads for p in site.projections}
     if parameter.ndim == 1 and any(width % parameter.shape[0] == 0 for width in widths):
         return False
     raise _Refused(f"{name} normalizes over all heads at once")
@@ -234,7 +241,7 @@ def _counts(core: nn.Module, name: str, site: AttentionSite, forward: Forward, p
         reshaped = rf"(\.(view|reshape|split)\([^()]*|\()self\.{attribute}\b,?[ \w=]*\)"
         if getattr(core, attribute, None) == whole and re.search(reshaped, forward.text):
             attributes.append(attribute)
-    owners = [(name, core, dict.fromkeys(attributes))]
+    owners: list[tuple[str, Any, list[str]]] = [(name, core, list(dict.fromkeys(attributes)))]
     read = names_in(forward.text, "self.config")
     owners.append((f"{name}.config", getattr(core, "config", None), sorted(read & {*HEADS, *GROUPS})))
     for path, owner, names in owners:
@@ -260,7 +267,7 @@ def _takes_input_apart(core: nn.Module, forward: Forward) -> bool:
     """Whether the number of heads says how the input is made of them (rotary conformers)."""
     if getattr(core, "position_embeddings_type", None) != "rotary":
         return False
-    if "self.num_heads" in ast.unparse(forward.tree):
+    if forward.tree is not None and "self.num_heads" in ast.unparse(forward.tree):
         raise _Refused("its code takes its input and its heads apart by the same number")
     return True
 

@@ -109,12 +109,20 @@ def features(module: Optional[nn.Module]) -> Optional[tuple[int, int]]:
 
     Knows Linear and whatever has its attributes (quantized layers, PEFT's wrappers), and GPT-2's Conv1D.
     """
-    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if all(isinstance(width, int) for width in widths):
-        return widths
-    if isinstance(getattr(module, "nf", None), int) and getattr(module, "weight", None) is not None:
-        return module.weight.shape[0], module.nf
+    read, made = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(read, int) and isinstance(made, int):
+        return read, made
+    made, weight = getattr(module, "nf", None), getattr(module, "weight", None)
+    if isinstance(made, int) and weight is not None:
+        return weight.shape[0], made
     return None
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """:func:`features` of a module that is known to be a projection."""
+    found = features(module)
+    assert found is not None
+    return found
 
 
 def parse_layout(line: str) -> dict[str, tuple[str, ...]]:

@@ -59,8 +59,11 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
     unmapped: list[Unmapped] = []
     for name, parts in _candidates(tree):
         if keep(name) and not any(_nested(name, other) for other in given):
-            site = _site(tree, name, parts)
-            (unmapped if isinstance(site, Unmapped) else found).append(site)
+            mapped = _site(tree, name, parts)
+            if isinstance(mapped, Unmapped):
+                unmapped.append(mapped)
+            else:
+                found.append(mapped)
     covered = [*given, *(site.name for site in found), *(each.name for each in unmapped)]
     for name in _attention_modules(tree):
         if keep(name) and not any(_nested(name, other) for other in covered):
@@ -69,7 +72,11 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
         raise_unmapped(tree, unmapped)
     order = {name: position for position, name in enumerate(tree.modules)}
     attention = sorted([*found, *sites], key=lambda site: (ATTENTION_KINDS.index(site.kind), order[site.name]))
-    return UnitMap(tuple(attention), feed_forward_sites(tree, attention, keep), planner=plan_site, adapt=mark_compact)
+    feed_forward = feed_forward_sites(tree, attention, keep)
+    named = {*(site.layer for site in (*attention, *compact)), *(site.layer for site in feed_forward)}
+    layers = filter(keep, named)
+    ordered = tuple(sorted(layers, key=order.__getitem__))
+    return UnitMap(tuple(attention), feed_forward, ordered, planner=plan_site, adapt=mark_compact)
 
 
 def _compact_sites(tree: Tree) -> Iterator[AttentionSite]:
@@ -121,18 +128,18 @@ def _check_site(tree: Tree, site: AttentionSite) -> None:
 
 def _candidates(tree: Tree) -> list[tuple[str, dict[str, nn.Module]]]:
     """Name and projections of each module that fits a layout; a projection belongs to the innermost of them."""
-    found = []
+    found: list[tuple[str, dict[str, nn.Module]]] = []
     for name, module in tree.modules.items():
         relative = next((parts for layout in LAYOUTS if (parts := find_parts(module, layout))), None)
         if relative is not None and relative["out"] not in feed_forward_outputs(module):
             found.append((name, {role: module.get_submodule(dotted) for role, dotted in relative.items()}))
     taken: set[int] = set()
-    innermost = []
-    for name, parts in sorted(found, key=lambda candidate: -candidate[0].count(".")):
-        ids = {id(part) for part in parts.values()}
+    innermost: list[tuple[str, dict[str, nn.Module]]] = []
+    for candidate in sorted(found, key=lambda candidate: -candidate[0].count(".")):
+        ids = {id(part) for part in candidate[1].values()}
         if not ids & taken:
             taken |= ids
-            innermost.append((name, parts))
+            innermost.append(candidate)
     return innermost
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.files import MASKS_FILE
-from head_pruning.gates.bank import refuse_gates
+from head_pruning.gates.engine.bank import refuse_gates
 from head_pruning.hosts import holds_heads
 
 from ..heads.masking import mask_heads, masked_heads, restore_heads
@@ -147,12 +147,13 @@ def merge_and_cut(
             "The model keeps all heads, so nothing can be cut out; pass mask=, or merge it with merge_pruned alone."
         )
     merged = merge_pruned(model, keep_zeros=keep_zeros, mask=mask)
-    mask = masked_heads(merged)
+    sites = unit_map(merged)
+    mask = mask.fitted(sites)
     restore_heads(merged)
     try:
-        prune_heads(merged, mask, unit_map=mask.unit_map)
+        prune_heads(merged, mask, unit_map=sites)
     except BaseException:
-        mask_heads(merged, mask, unit_map=mask.unit_map)
+        mask_heads(merged, mask, unit_map=sites)
         raise
     if folder is not None:
         save_compact(merged, folder, **report)
@@ -179,8 +180,8 @@ def _mask_before_merging(model: Any, mask: Optional[HeadMask]) -> Optional[HeadM
 def _base_zeros(model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The weights under adapters that have zeros, and where these are."""
     for module in model.modules():
-        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        weight = getattr(base, "weight", None) if base is not module else None
+        base_layer: Any = getattr(module, "get_base_layer", None)
+        weight = None if base_layer is None else getattr(base_layer(), "weight", None)
         if isinstance(weight, torch.Tensor) and weight.is_floating_point():
             zeros = weight.detach() == 0
             if zeros.any():

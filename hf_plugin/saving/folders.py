@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence, cast
 
 import torch
 import transformers
@@ -63,12 +63,12 @@ def save_pruned(
             f"{type(model).__name__} has no save_pretrained; save its state dict and the mask (mask.save), or pass "
             "the model of transformers that it holds."
         )
-    adapter = is_adapted(model)
+    adapter, saved = is_adapted(model), cast(Any, model)
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))
     with _appearing_at_once(folder) as temporary:
         with quiet_saving(model), contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
-            model.save_pretrained(temporary)
+            saved.save_pretrained(temporary)
             sizes = None if adapter else (_size(model), _nonzero(model))
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
@@ -182,7 +182,7 @@ def _describe(
         options=options,
         scores=scores,
         dataset=dataset,
-        parameters=None if compact is None else (sizes[0], compact),
+        parameters=None if compact is None or sizes is None else (sizes[0], compact),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

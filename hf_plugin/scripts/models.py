@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from head_pruning import HeadPruningError
+from head_pruning.errors import one_line
 
 from ..command_line.fields import ModelArguments
 
@@ -110,4 +111,4 @@ def give_padding(tokenizer: Any, model: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
+    return one_line(error)[:300].rstrip(".")

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, set_seed
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.files import atomic_path
 from head_pruning.report.tables import head_table
 
@@ -19,10 +20,10 @@ from ..command_line.arguments import Arguments
 from ..saving.card import dense_card
 from ..saving.folders import describe_pruned, save_pruned
 from ..training.callback import refuse_broken
-from ..training.checkpoints import check_resumable, last_checkpoint
+from ..training.checkpoints import Checkpoint, check_resumable, last_checkpoint
 from ..training.optimizers import check_resumed, trainer_options
 from ..training.trainer import HeadPruningTrainer
-from ..training.weights import save_weight_masks_and_report, weight_masks
+from ..training.weights import save_weight_masks_and_report
 from .logs import set_up
 from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from .settings import RunSettings, check_same_settings, settings_of
@@ -38,7 +39,7 @@ def loading(name: str) -> Iterator[None]:
     except HeadPruningError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise HeadPruningError(
             f"{name} cannot be loaded ({reason}); give the folder or the hub name of a model with its tokenizer."
         ) from error
@@ -49,7 +50,10 @@ def first_examples(dataset: Dataset, count: Optional[int]) -> Dataset:
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
-class _Ordered:
+_Trainer: Any = object  # the class of the trainer comes after the mixin
+
+
+class _Ordered(_Trainer):
     """A Trainer that can keep the dataset's order when it does not train; transformers groups by length there too."""
 
     in_order = False
@@ -95,12 +99,12 @@ class TaskRun:
         self.out = make_folder(training.output_dir)
         self.settings = settings_of(arguments, self.task_name(arguments))
         self._check_training()
-        if arguments.method is not None and not arguments.options.get("head_mask_file"):
+        if any(pruner.kind == "heads" and not pruner.takes_zeroed_heads for pruner in arguments.pruners):
             refuse_masked_start(arguments.model.model_name_or_path)
         self.resume = self._checkpoint()
         if self.resume is not None:
             check_same_settings(self.resume, self.settings)
-            check_resumed(arguments.optimizer, self.resume)
+            check_resumed(arguments.optimizer, self.resume.folder)
         set_seed(training.seed)
         self.splits = tuple(
             split
@@ -115,7 +119,7 @@ class TaskRun:
             raise HeadPruningError("There is nothing to do; add --do_train, --do_eval or --do_predict.")
         self.results: dict[str, float] = {}
 
-    def _checkpoint(self) -> Optional[Path]:
+    def _checkpoint(self) -> Optional[Checkpoint]:
         """The checkpoint to go on from, if there is one."""
         training = self.arguments.training
         if not training.do_train:
@@ -128,7 +132,7 @@ class TaskRun:
         else:
             found = last_checkpoint(self.out)
         if found is not None:
-            logger.info("resuming from %s (--overwrite_output_dir starts anew)", found)
+            logger.info("resuming from %s (--overwrite_output_dir starts anew)", found.folder)
         elif asked:
             raise HeadPruningError(f"There is no whole checkpoint in {self.out} to resume from.")
         elif not self.arguments.data.overwrite_output_dir:
@@ -163,24 +167,15 @@ class TaskRun:
         arguments = self.arguments
         options = {"args": arguments.training, **trainer_options(arguments.optimizer, arguments.training), **options}
         options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
-        if not arguments.chosen:
+        if not arguments.pruners:
             trainer = _DenseTrainer(**options)
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
-        trainer = _PruningTrainer(**options, pruners=arguments.pruners(), mask_steps=mask_steps)
+        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps)
         trainer.in_order = self.in_order
-        session = trainer.session
-        if arguments.method is not None:
-            logger.info(
-                "pruning with %s: %d heads in %d attention layers, the model's own weights are %s",
-                arguments.method.name,
-                session.unit_map.num_heads,
-                len(session.unit_map.attention),
-                "kept as they are (pipelined)" if session.freezes_model else "trained too (joint)",
-            )
-        if arguments.weight_method is not None:
-            logger.info("pruning weights with %s", arguments.weight_method.name)
+        for pruner in trainer.session.pruners:
+            logger.info("pruning with %s: %s", pruner.name, pruner.summary())
         return trainer
 
     @property
@@ -195,13 +190,13 @@ class TaskRun:
             if self.arguments.data.overwrite_output_dir and self.resume is None:
                 if self.trainer.is_world_process_zero():
                     self._clear()
-            outcome = self.trainer.train(resume_from_checkpoint=str(self.resume) if self.resume else None)
+            outcome = self.trainer.train(resume_from_checkpoint=self._resumed())
             samples = {"train_samples": len(self.trainer.train_dataset)}
             self.report("train", {**outcome.metrics, **samples, **self.kept_metrics()})
             self.trainer.save_state()
             refuse_broken(self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.state.global_step)
             self.save()  # before anything else can fail
-        elif self.arguments.chosen:
+        elif self.arguments.pruners:
             raise HeadPruningError("Pruning learns what to keep; add --do_train.")
         if training.do_eval:
             self.evaluate()
@@ -212,6 +207,10 @@ class TaskRun:
                 self.describe()
             self.tell()
         return self.results
+
+    def _resumed(self) -> "Checkpoint | str | None":
+        """What the Trainer resumes: one that prunes takes what was read and checked already."""
+        return self.resume if self.resume is None or self.arguments.pruners else str(self.resume.folder)
 
     def report(self, split: str, metrics: dict[str, float]) -> None:
         """Log the metrics and write them into ``all_results.json``.
@@ -233,7 +232,7 @@ class TaskRun:
         kept: dict[str, int] = {}
         if self.head_mask is not None:
             kept |= {"heads_kept": self.head_mask.kept, "heads_total": self.head_mask.keep.size}
-        masks = weight_masks(self.trainer.session) if self.arguments.chosen else {}
+        masks = self.trainer.session.weight_masks() if self.arguments.pruners else {}
         if masks:
             kept["weights_kept"] = sum(int(keep.sum()) for keep in masks.values())
             kept["weights_total"] = sum(keep.numel() for keep in masks.values())
@@ -254,7 +253,9 @@ class TaskRun:
             for name in REPORTS:  # of a run that was here before
                 (self.out / name).unlink(missing_ok=True)
         if mask is None:
-            Trainer.save_model(trainer, _internal_call=bool(self.arguments.chosen))  # with the zeros of weight pruners
+            Trainer.save_model(
+                trainer, _internal_call=bool(self.arguments.pruners)
+            )  # with the zeros of weight pruners
         elif trainer.is_world_process_zero():
             model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
             save_pruned(model, mask, self.out, processing_class=tokenizer, **self._about())
@@ -270,9 +271,9 @@ class TaskRun:
 
     def _describe_the_rest(self) -> None:
         """What tells of pruned weights, or of a dense model."""
-        if self.arguments.weight_method is not None:
+        if self.arguments.of("weights") is not None:
             self._save_weight_masks()
-        if not self.arguments.chosen:
+        if not self.arguments.pruners:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             with atomic_path(self.out / "README.md") as temporary:
                 temporary.write_text(dense_card(model, self._final_scores(), self.dataset), encoding="utf-8")
@@ -299,10 +300,10 @@ class TaskRun:
             )
 
     def _about(self) -> dict[str, Any]:
-        chosen = self.arguments.chosen
+        pruners = self.arguments.pruners
         return {
-            "method": "+".join(method.name for method, _ in chosen),
-            "options": {name: value for _, options in chosen for name, value in options.items()},
+            "method": "+".join(pruner.name for pruner in pruners),
+            "options": {name: value for pruner in pruners for name, value in vars(pruner.config).items()},
             "scores": self._final_scores(),
             "dataset": self.dataset,
             "history": self._history(),

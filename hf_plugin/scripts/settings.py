@@ -1,17 +1,17 @@
 """What a run was asked for, kept in its checkpoints: a run with other options does not go on from them."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from head_pruning import HeadPruningError
 
 from ..command_line.arguments import Arguments
+from ..command_line.scripts import choosers
+from ..training.checkpoints import Checkpoint
 
 # Beside the pruners' options. Lengths of training, batches and paths may differ: a run may go on longer, or elsewhere.
 _DATA = ("version_2_with_negative", "max_seq_length", "max_train_samples")
@@ -51,31 +51,28 @@ def settings_of(arguments: Arguments, task: Optional[str] = None) -> dict[str, A
     found |= {name: data[name] for name in _DATA if name in data}
     found |= {name: getattr(training, name) for name in _TRAINING}
     found["optimizer"] = arguments.optimizer
-    for flag, method, options in (
-        ("pruner", arguments.method, arguments.options),
-        ("pruner_name", arguments.weight_method, arguments.weight_options),
-    ):
-        if method is not None:
-            names = [known.name for known in dataclasses.fields(method.config)]
-            found |= {flag: method.name, **{name: options.get(name) for name in names}}
+    for flag, (kind, *_) in choosers().items():
+        chosen = [pruner for pruner in arguments.pruners if pruner.kind == kind]
+        if chosen:
+            found[flag] = ",".join(pruner.name for pruner in chosen)
+        for pruner in chosen:
+            found |= vars(pruner.config)
     # As they come out of a file.
     return json.loads(json.dumps({name: value for name, value in found.items() if value is not None}))
 
 
-def check_same_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+def check_same_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
     """Raise HeadPruningError if the checkpoint is of a run with other settings; older ones that tell none pass."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    stored = (state.get("stateful_callbacks") or {}).get(RunSettings.__name__)
-    stored = stored[-1] if isinstance(stored, list) and stored else stored
+    stored = checkpoint.kept(RunSettings.__name__)
     if not stored:
         return
     theirs = stored["attributes"]["settings"]
     # The pruner first: where it differs, so do all its options.
-    names = sorted({*theirs, *settings}, key=lambda name: name not in ("task_name", "pruner", "pruner_name"))
+    names = sorted({*theirs, *settings}, key=lambda name: name not in ("task_name", *choosers()))
     for name in names:
         if theirs.get(name) != settings.get(name):
             raise HeadPruningError(
-                f"The checkpoint {checkpoint} is of a run {_shown(name, theirs)}, this one is "
+                f"The checkpoint {checkpoint.folder} is of a run {_shown(name, theirs)}, this one is "
                 f"{_shown(name, settings)}; go on with the same options, choose another --output_dir, or start "
                 "anew with --overwrite_output_dir."
             )

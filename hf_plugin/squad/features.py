@@ -66,7 +66,7 @@ def make_features(
             f"tokenizer.json (a fast tokenizer)."
         )
     length = _usable_length(tokenizer, max_seq_length, max_query_length)
-    settings = {"length": length, "doc_stride": doc_stride, "max_query_length": max_query_length}
+    settings: dict[str, Any] = {"length": length, "doc_stride": doc_stride, "max_query_length": max_query_length}
     with_types = "token_type_ids" in tokenizer.model_input_names
     columns = _columns(with_types, with_text)
     digest = Hasher.hash((rows._fingerprint, tokenizer, settings, columns))
@@ -75,7 +75,7 @@ def make_features(
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    work = partial(
+    work: Any = partial(
         _windows, backend=backend, null=tokenizer.cls_token_id, with_types=with_types, with_text=with_text, **settings
     )
     try:
@@ -147,7 +147,9 @@ def _windows(
         room = length - (len(pair.ids) - len(starts))
         answer = _answer_tokens(batch, i, starts, ends)
         begins = _begins(len(starts), room, min(doc_stride, room))
-        owners = most_context([(begin, min(begin + room, len(starts))) for begin in begins]) if with_text else None
+        owners = (
+            most_context([(begin, min(begin + room, len(starts))) for begin in begins]) if with_text else np.zeros(0)
+        )
         for number, begin in enumerate(begins):
             stop = min(begin + room, len(starts))
             part = slice(first + begin, first + stop)
@@ -161,8 +163,8 @@ def _windows(
             columns["input_ids"].append(ids)
             if with_types:
                 columns["token_type_ids"].append(window(pair.type_ids))
-            columns["start_positions"].append(first + answer[0] - begin if inside else nothing)
-            columns["end_positions"].append(first + answer[1] - begin if inside else nothing)
+            columns["start_positions"].append(first + answer[0] - begin if answer and inside else nothing)
+            columns["end_positions"].append(first + answer[1] - begin if answer and inside else nothing)
             if with_text:
                 columns["example"].append(rows[i])
                 columns["null"].append(nothing)

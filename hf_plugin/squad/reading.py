@@ -9,6 +9,7 @@ from typing import Any, Iterator, Sequence
 from datasets import Dataset, Features, Value, load_dataset
 
 from head_pruning import HeadPruningError
+from head_pruning.errors import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def read_squad(path: "str | Path", unanswerable: bool) -> Dataset:
         ) from error
     except ValueError as error:
         raise HeadPruningError(
-            f"{path} is damaged ({' '.join(str(error).split())}); get it again with python -m prepare.squad."
+            f"{path} is damaged ({one_line(error)}); get it again with python -m prepare.squad."
         ) from error
     try:
         rows = list(_questions(data))

@@ -17,12 +17,12 @@ from transformers import (
 
 from head_pruning import HeadPruningError
 
-from ..command_line.arguments import Arguments, ModelArguments
-from ..command_line.fields import SquadArguments
+from ..command_line.arguments import Arguments
+from ..command_line.fields import ModelArguments, SquadArguments
 from ..saving.notices import quiet_saving
 from ..scripts.models import give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
-from ..training.checkpoints import checkpoints
+from ..training.checkpoints import whole_checkpoints
 from .answers import find_answers
 from .features import TEXT_COLUMNS, make_features
 from .metrics import squad_scores
@@ -95,8 +95,10 @@ class SquadRun(TaskRun):
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
+        assert isinstance(arguments.data, SquadArguments)  # as run_squad parses them
         data, training = arguments.data, arguments.training
-        if data.eval_all_checkpoints and arguments.chosen:
+        self.data = data
+        if data.eval_all_checkpoints and arguments.pruners:
             raise HeadPruningError(
                 "--eval_all_checkpoints scores whole models, but checkpoints of pruning hold all weights; give "
                 "--eval_steps to score the pruned model on its way."
@@ -104,8 +106,8 @@ class SquadRun(TaskRun):
         self.version: SquadVersion = VERSIONS["2.0" if data.version_2_with_negative else "1.1"]
         self.dataset = f"SQuAD v{self.version.number}"
         tokenizer, model = load_pieces(arguments.model, data)
-        self.rows: Optional[Dataset] = None
-        self.windows: Optional[Dataset] = None
+        self.rows: Any = None
+        self.windows: Any = None
         train = None
         with training.main_process_first(desc="tokenising"):
             if "train" in self.splits:
@@ -126,7 +128,7 @@ class SquadRun(TaskRun):
         )
 
     def _rows(self, split: str) -> Dataset:
-        data = self.arguments.data
+        data = self.data
         i = SPLITS.index(split)
         name = (data.train_file, data.predict_file)[i]
         if name is None and data.data_dir is None:
@@ -137,7 +139,7 @@ class SquadRun(TaskRun):
         return read_squad(path, self.version.unanswerable)
 
     def _windows(self, rows: Dataset, tokenizer: Any, split: str) -> Dataset:
-        data = self.arguments.data
+        data = self.data
         return make_features(
             rows,
             tokenizer,
@@ -152,7 +154,7 @@ class SquadRun(TaskRun):
 
     def _scores(self, outputs: EvalPrediction) -> dict[str, float]:
         """Answers and scores from a Trainer's outputs for all windows; writes the answers."""
-        data = self.arguments.data
+        data = self.data
         if not np.array_equal(outputs.label_ids[0], self.windows["start_positions"][:]):
             raise HeadPruningError("The Trainer evaluated the windows in another order; leave out what reorders them.")
         answers = find_answers(
@@ -165,9 +167,9 @@ class SquadRun(TaskRun):
             null_score_diff_threshold=data.null_score_diff_threshold,
         )
         if self.trainer.is_world_process_zero():
-            on_the_way = self._name is None
-            name = str(self.trainer.state.global_step) if on_the_way else self._name
-            logger.info("answers are in %s", answers.write(self.out, name, with_nbest=not on_the_way))
+            name = str(self.trainer.state.global_step) if self._name is None else self._name
+            written = answers.write(self.out, name, with_nbest=self._name is not None)
+            logger.info("answers are in %s", written)
         return squad_scores(
             answers.predictions,
             dict(zip(self.rows["id"], self.rows["answers"])),
@@ -179,7 +181,7 @@ class SquadRun(TaskRun):
     def evaluate(self) -> None:
         """Score the model, and the checkpoints if asked for."""
         metrics = self._evaluate("", "eval")
-        if self.arguments.data.eval_all_checkpoints:
+        if self.data.eval_all_checkpoints:
             metrics |= self._evaluate_checkpoints()
         self.report("eval", {**metrics, "eval_samples": len(self.windows), **self.kept_metrics()})
 
@@ -195,11 +197,11 @@ class SquadRun(TaskRun):
         with quiet_saving(model):  # nothing is written
             final = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         metrics: dict[str, float] = {}
-        for step, folder in checkpoints(self.out):
-            with loading(str(folder)):
-                stored, _ = load_model(AutoModelForQuestionAnswering, str(folder))
+        for found in reversed(list(whole_checkpoints(self.out))):
+            with loading(str(found.folder)):
+                stored, _ = load_model(AutoModelForQuestionAnswering, str(found.folder))
             model.load_state_dict(stored.state_dict())
-            metrics |= self._evaluate(str(step), f"eval_{step}")
+            metrics |= self._evaluate(str(found.step), f"eval_{found.step}")
         model.load_state_dict(final)
         return metrics
 

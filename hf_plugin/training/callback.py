@@ -1,9 +1,7 @@
 """A pruning session driven from the events of a Trainer."""
 
 import contextlib
-import functools
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Optional
@@ -13,7 +11,6 @@ import torch
 import torch.distributed
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,14 +19,16 @@ from head_pruning.weights import save_weight_masks
 
 from ..saving.folders import save_pruned
 from ..saving.notices import notices_on, quiet_saving
-from .checkpoints import read_tensor_state, write_tensor_state
-from .weights import refuse_sharded_weights, save_weight_masks_and_report, weight_masks, weight_pruners
-
-logger = logging.getLogger(__name__)
-
-# The option that says how long a pruner's schedule takes.
-_SCHEDULES = ("cooldown_steps", "warmup_steps", "policy_end_step")
-
+from .checkpoints import (
+    Checkpoint,
+    check_resumable,
+    last_checkpoint,
+    read_checkpoint,
+    read_tensor_state,
+    write_tensor_state,
+)
+from .weights import refuse_sharded_weights, save_weight_masks_and_report
+from .wrapping import build_anew, refuse_steering, wrap, wrap_building, wrap_evaluation, wrap_loss
 
 # What a loss scale falls below only if every update overflows; where fairseq stops too.
 _MIN_SCALE = 1e-4
@@ -67,9 +66,6 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         mask_steps: write the current masks into ``output_dir`` every so many updates and at the end; 0: never.
     """
 
-    #: The checkpoint that training goes on from; None: the folder of that step in ``output_dir``.
-    resumed_from: "str | Path | None" = None
-
     def __init__(self, session: Optional[PruningSession] = None, *, mask_steps: int = 0) -> None:
         if session is None:
             raise HeadPruningError(
@@ -78,48 +74,74 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             )
         self.session = session
         self.mask_steps = mask_steps
-        self._scale = 1.0
-        self._added = False
+        self._scale = self._gate_factor = 1.0
+        self._trainer: Any = None
+        self._resumed: Optional[Checkpoint] = None
+        self._restored = self._in_phase = False
+        self._step = 0
         self._saved_step: Optional[int] = None
 
     def add_to(self, trainer: Any) -> "HeadPruningCallback":
         """Add to a Trainer, before its other callbacks, so that trackers report the gates' metrics too.
 
         From now on the Trainer's ``evaluation_loop`` runs with the masks on (between two masks the weights of some
-        pruners are all there), and its ``save_model`` writes the pruned model; checkpoints keep all weights.
+        pruners are all there), its ``compute_loss`` gives the session's objective in training, its ``save_model``
+        writes the pruned model (checkpoints keep all weights), its ``train`` refuses to resume a checkpoint that was
+        cut off, and where a pruner trains in phases it builds its optimizer and schedule anew for each.
 
         Raises:
-            HeadPruningError: weights are to be pruned but the Trainer shards them.
+            HeadPruningError: weights are to be pruned but the Trainer shards them, or a pruner asks for what this
+                Trainer cannot do.
         """
-        if weight_pruners(self.session):
+        if self.session.of_kind("weights"):
             refuse_sharded_weights(
                 getattr(trainer, "is_fsdp_enabled", False), getattr(trainer, "is_deepspeed_enabled", False)
             )
+        refuse_steering(trainer, self.session)
         trainer.callback_handler.callbacks.insert(0, self)
-        loop = trainer.evaluation_loop
-
-        @functools.wraps(loop)
-        def evaluation_loop(*args: Any, **options: Any) -> Any:
-            with self.session.evaluating():
-                return loop(*args, **options)
-
-        trainer.evaluation_loop = evaluation_loop
+        wrap(trainer, "train", self._train)
+        wrap_evaluation(trainer, self.session)
+        wrap_loss(trainer, self.session)
+        if self.session.steers_host:
+            wrap_building(trainer, self.session, self._before_building)
         if not getattr(trainer, "saves_outcome", False):
-            self._wrap_saving(trainer)
-        self._added = True
+            wrap(trainer, "save_model", self._save_model)
+        self._trainer = trainer
         return self
 
-    def _wrap_saving(self, trainer: Any) -> None:
-        save_model = trainer.save_model
+    def _train(self, original: Callable, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """Read and check the checkpoint that is to be resumed, once, before the Trainer loads anything of it."""
+        found = resume_from_checkpoint or None
+        if found is True:
+            found = last_checkpoint(self._trainer.args.output_dir)
+            if found is None:
+                raise HeadPruningError(
+                    f"There is no whole checkpoint in {self._trainer.args.output_dir} to resume from."
+                )
+        elif found is not None and not isinstance(found, Checkpoint):
+            found = check_resumable(found)
+        if found is not None:
+            self.stored(found)
+        self._resumed, self._restored, self._in_phase, self._step = found, False, False, 0
+        return original(None if found is None else str(found.folder), *args, **options)
 
-        @functools.wraps(save_model)
-        def save_pruned_model(output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
-            if _internal_call and output_dir is not None:
-                save_model(output_dir, _internal_call=True)  # a checkpoint
-            else:
-                self.save_outcome(trainer, output_dir, save_model)
+    def _save_model(self, original: Callable, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
+        if _internal_call and output_dir is not None:
+            original(output_dir, _internal_call=True)  # a checkpoint
+        else:
+            self.save_outcome(self._trainer, output_dir, original)
 
-        trainer.save_model = save_pruned_model
+    def _before_building(self) -> int:
+        """The update whose phase an optimizer is about to be built for; a resumed session is restored before."""
+        if self._resumed is not None and not (self._restored or self._in_phase):
+            self.session.total_steps = self._resumed.state.get("max_steps") or None
+            self._go_on(self._resumed)
+        return self._step
+
+    def _go_on(self, checkpoint: Checkpoint) -> None:
+        self.restore(checkpoint)
+        self._restored, self._step = True, max(0, checkpoint.step - 1)
+        self.session.enter_phase(self._step)
 
     def save_outcome(self, trainer: Any, output_dir: Optional[str], save_model: Callable[..., None]) -> None:
         """Save the pruned model: removed heads zeroed, weights masked, masks and report beside it.
@@ -129,7 +151,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             output_dir: where to; default: the Trainer's.
             save_model: the Trainer's own way of saving, for models that keep all their heads.
         """
-        weights, mask = weight_pruners(self.session), self.session.head_mask()
+        weights, mask = self.session.of_kind("weights"), self.session.head_mask()
         folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
         with self.session.evaluating(), quiet_saving(model):
             if mask is None:
@@ -156,18 +178,13 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             write_tensor_state(folder, tensors, step)
         self._saved_step = step
 
-    def stored(self, stateful_callbacks: Mapping[str, Any], folder: "str | Path") -> dict[str, Any]:
+    def stored(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         """What a checkpoint keeps of a session like this one.
-
-        Args:
-            stateful_callbacks: those in its ``trainer_state.json``.
-            folder: the checkpoint, for messages.
 
         Raises:
             HeadPruningError: it has nothing, or of other pruners or another model.
         """
-        stored = stateful_callbacks.get(type(self).__name__)
-        stored = stored[0] if isinstance(stored, list) and stored else stored
+        folder, stored = checkpoint.folder, checkpoint.kept(type(self).__name__)
         if not stored:
             raise HeadPruningError(
                 f"{folder} was not written by a pruning run; start from its model (--model_name_or_path) instead of "
@@ -187,24 +204,19 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             theirs.check_same_heads(self.session.unit_map, str(folder))
         return attributes
 
-    def restore(self, stateful_callbacks: Mapping[str, Any], folder: "str | Path", step: int) -> None:
-        """Take the session's state out of the checkpoint of update ``step``.
-
-        Args:
-            stateful_callbacks: those in its ``trainer_state.json``.
-            folder: the checkpoint.
-            step: its update.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take the session's state out of a checkpoint.
 
         Raises:
             HeadPruningError: it has none, or one of other pruners or another model, it is damaged, or its tensors are
                 missing.
         """
-        attributes = self.stored(stateful_callbacks, folder)
+        folder, attributes = checkpoint.folder, self.stored(checkpoint)
         with _undamaged(folder):
             values = {name: np.array(value, dtype=np.float64) for name, value in attributes["session"].items()}
             self.session.load_state_dict(values)
         if attributes.get("tensors"):
-            tensors = read_tensor_state(folder, step)
+            tensors = read_tensor_state(folder, checkpoint.step)
             missing = sorted(set(attributes["tensors"]) - set(tensors))
             if missing:
                 raise HeadPruningError(f"The pruning state in {folder} lacks {missing[0]}; resume from another one.")
@@ -223,37 +235,69 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:
                 self.session.all_reduce = torch.distributed.all_reduce
-        if weight_pruners(self.session) and not self._added:
-            raise HeadPruningError(
-                "Add the callback with its add_to(trainer), not through the Trainer's callbacks: evaluations must see "
-                "the masked weights."
-            )
-        if state.global_step > 0:
+        self._check_host(args)
+        if state.global_step > 0 and not self._restored:
             own = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.restore(state.stateful_callbacks, self.resumed_from or own, state.global_step)
-        if self.session.freezes_model:
-            for group in optimizer.param_groups:
-                group["weight_decay"] = 0.0  # the one parameter left to the optimizer must not move
+            kept = {"global_step": state.global_step, "stateful_callbacks": state.stateful_callbacks}
+            self._go_on(self._resumed or Checkpoint(own, kept))
+        self._restored = False  # the Trainer may begin once more, with smaller batches
+        self._rest(optimizer)
+        self._trained = self._trainable() if self.session.steers_host else set()
         self.session.metrics()  # settles the schedules, or refuses them, before anything is trained
         self._only_at_target(state)  # a resumed run's best was written before on_save()
 
+    def _check_host(self, args: Any) -> None:
+        session = self.session
+        if self._trainer is None and (session.of_kind("weights") or session.changes_loss or session.steers_host):
+            raise HeadPruningError(
+                "Add the callback with its add_to(trainer), not through the Trainer's callbacks: evaluations must see "
+                "the masked weights, and training what its pruners make of the loss and of the learning rate."
+            )
+        if session.changes_loss and args.n_gpu > 1:
+            raise HeadPruningError(
+                "A pruner looks at what the model gives, which is in pieces where one process drives several GPUs; "
+                "start one process for each (torchrun), or show it one of them (CUDA_VISIBLE_DEVICES)."
+            )
+
+    def _rest(self, optimizer: Any) -> None:
+        """In pipelined pruning the one parameter that is left to the optimizer must not move."""
+        if self.session.freezes_model:
+            for group in optimizer.param_groups:
+                group["weight_decay"] = 0.0
+
+    def _trainable(self) -> set[int]:
+        return {id(parameter) for parameter in self.session.model.parameters() if parameter.requires_grad}
+
     def on_step_begin(self, args, state, control, **kwargs):
-        """An update starts: draw the gates."""
+        """An update starts: draw the gates. Where a phase begins, the Trainer gets a new optimizer and schedule."""
+        if self.session.enter_phase(state.global_step):
+            if self.session.all_reduce is not None and not self._trainable() <= self._trained:
+                raise HeadPruningError(
+                    "A phase of training begins with parameters that were frozen before, and whose gradients would "
+                    "not be averaged over the processes (DDP); train with one process, or freeze no parameters."
+                )
+            self._step, self._in_phase = state.global_step, True
+            build_anew(self._trainer)
+            self._in_phase = False
+            self._rest(self._trainer.optimizer)
         self.session.before_update(state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """The gradients are final. Keep their loss scale; in pipelined pruning leave the model as it is."""
-        scaler = getattr(optimizer, "scaler", None)
+        """The gradients are final: collect those of the gates. In pipelined pruning leave the model as it is."""
+        scaler: Any = getattr(optimizer, "scaler", None)
         scaled = scaler is not None and scaler.is_enabled()
         self._scale = scaler.get_scale() if scaled else 1.0
-        if scaled and args.max_grad_norm <= 0 and (self.session.freezes_model or weight_pruners(self.session)):
+        self._gate_factor = _lr_factor(optimizer)  # before pruners change the learning rate
+        looks = self.session.freezes_model or self.session.overrides("before_step")
+        if scaled and args.max_grad_norm <= 0 and looks:
             scaler.unscale_(optimizer.optimizer)  # and looks for overflows, as clipping would have
+        self.session.after_backward(self._scale)
         if self.session.freezes_model:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         parameter.grad.zero_()
-        self.session.before_step()
+        self.session.before_step(optimizer)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """The model has stepped: step the gates and mask the weights, unless the loss scaler found an overflow."""
@@ -264,10 +308,9 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             raise HeadPruningError(_BROKEN.format(step=state.global_step))
         overflow = scale < self._scale
         if overflow or getattr(optimizer, "step_was_skipped", False):
-            self.session.before_update(self.session.step)  # takes back what before_step() did
+            self.session.skip_update()
             return
-        self.session.after_backward(self._scale)
-        self.session.after_step(_lr_factor(optimizer))
+        self.session.after_step(self._gate_factor)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Forget scores of models that nobody will get."""
@@ -288,7 +331,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 self.save_tensors(folder, state.global_step)
 
     def _save_masks(self, path: Path) -> None:
-        heads, weights = self.session.head_mask(), weight_masks(self.session)
+        heads, weights = self.session.head_mask(), self.session.weight_masks()
         if weights:
             save_weight_masks(path, weights, heads)
         elif heads is not None:
@@ -315,18 +358,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         """Fix the outcome. If the Trainer went back to its best checkpoint, gates and masks go back as well."""
         refuse_broken(self.session.model, state.global_step)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            folder = Path(state.best_model_checkpoint)
-            stored = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            self.restore(stored["stateful_callbacks"], folder, stored["global_step"])
-        for pruner in self.session.pruners:
-            if not pruner.at_target():
-                flags = [name for name in _SCHEDULES if hasattr(pruner.config, name)]
-                logger.warning(
-                    "training ended before the pruning schedule did: the model was never trained with exactly the %s "
-                    "that are kept%s",
-                    "weights" if pruner in weight_pruners(self.session) else "heads",
-                    f"; lower --{flags[0]} (a value below 1 is a fraction of training)" if flags else "",
-                )
+            self.restore(read_checkpoint(state.best_model_checkpoint))
+        self.session.tell_unfinished()
         self.session.harden()
 
 

@@ -4,8 +4,9 @@ import json
 import logging
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,8 +29,31 @@ _PARTS = {
 _MODELS = ("model*.safetensors", "adapter_model*", "pytorch_model*", "global_step*")
 
 
-def check_checkpoint(folder: "str | Path") -> Path:
-    """Return ``folder`` if it is a whole checkpoint: ``trainer_state.json`` is what a Trainer writes last.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole ``checkpoint-N`` folder of a Trainer, read once.
+
+    Args:
+        folder: where it is.
+        state: what its ``trainer_state.json`` holds.
+    """
+
+    folder: Path
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The number of updates that had been done."""
+        return self.state["global_step"]
+
+    def kept(self, callback: str) -> Optional[Mapping[str, Any]]:
+        """What it keeps of the last callback of a class, ``{"args": ..., "attributes": ...}``; None: nothing."""
+        stored = (self.state.get("stateful_callbacks") or {}).get(callback)
+        return (stored[-1] if stored else None) if isinstance(stored, list) else stored
+
+
+def read_checkpoint(folder: "str | Path") -> Checkpoint:
+    """Read a whole checkpoint: ``trainer_state.json`` is what a Trainer writes last.
 
     Raises:
         HeadPruningError: it does not exist, or was cut off while it was written.
@@ -38,35 +62,29 @@ def check_checkpoint(folder: "str | Path") -> Path:
     if not folder.is_dir():
         raise HeadPruningError(f"There is no checkpoint {folder}; check the path.")
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        found = Checkpoint(folder, json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+        if found.step < 0:
+            raise ValueError("no step")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HeadPruningError(
             f"The checkpoint {folder} is not whole (its {TRAINER_STATE_NAME} is missing or damaged); resume from the "
             "checkpoint before it."
         ) from error
-    return folder
+    return found
 
 
-def checkpoints(output_dir: "str | Path") -> list[tuple[int, Path]]:
-    """The whole ``checkpoint-N`` folders in ``output_dir`` with their steps, oldest first."""
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if step and folder.is_dir():
-            try:
-                found.append((int(step[1]), check_checkpoint(folder)))
-            except HeadPruningError as error:
-                logger.warning("%s", error)
-    return sorted(found)
-
-
-def check_resumable(folder: "str | Path") -> Path:
-    """Return ``folder`` if it is a whole checkpoint with all that a run needs to end as one that never stopped.
+def check_resumable(folder: "str | Path") -> Checkpoint:
+    """Read a whole checkpoint with all that a run needs to end as one that never stopped.
 
     Raises:
         HeadPruningError: it is not whole, lacks a part, or a part is damaged.
     """
-    folder = check_checkpoint(folder)
+    found = read_checkpoint(folder)
+    _check_parts(found.folder)
+    return found
+
+
+def _check_parts(folder: Path) -> None:
     if not any(any(folder.glob(pattern)) for pattern in _MODELS):
         raise HeadPruningError(f"The checkpoint {folder} lacks its model; resume from another one.")
     for part, patterns in _PARTS.items():
@@ -76,9 +94,8 @@ def check_resumable(folder: "str | Path") -> Path:
                 "it would have; resume from another one, or start anew from its model."
             )
     for path in sorted(folder.iterdir()):
-        if _is_damaged(path):
+        if path.name != TRAINER_STATE_NAME and _is_damaged(path):
             raise HeadPruningError(f"{path} is damaged; resume from another checkpoint.")
-    return folder
 
 
 def _is_damaged(path: Path) -> bool:
@@ -96,22 +113,38 @@ def _is_damaged(path: Path) -> bool:
         return True
 
 
-def last_checkpoint(output_dir: "str | Path") -> Optional[Path]:
+def last_checkpoint(output_dir: "str | Path") -> Optional[Checkpoint]:
     """The newest ``checkpoint-N`` in ``output_dir`` that can be resumed; None when none was finished yet.
 
     Raises:
         HeadPruningError: some were finished, but none of them can be resumed.
     """
     broken: Optional[HeadPruningError] = None
-    for _, folder in reversed(checkpoints(output_dir)):
+    for found in whole_checkpoints(output_dir):
         try:
-            return check_resumable(folder)
+            _check_parts(found.folder)
+            return found
         except HeadPruningError as error:
             logger.warning("%s", error)
             broken = broken or error
     if broken is not None:
         raise broken
     return None
+
+
+def whole_checkpoints(output_dir: "str | Path") -> Iterator[Checkpoint]:
+    """The ``checkpoint-N`` in ``output_dir`` that were finished, newest first; the others are told of."""
+    for folder in _newest_first(Path(output_dir)):
+        try:
+            yield read_checkpoint(folder)
+        except HeadPruningError as error:  # cut off while it was written
+            logger.warning("%s", error)
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    found = [(int(number[1]), path) for number, path in numbered if number and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def write_tensor_state(folder: "str | Path", tensors: Mapping[str, torch.Tensor], step: int) -> None:

@@ -20,7 +20,7 @@ class Adamax(torch.optim.Adamax):
     """
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:
+    def step(self, closure: Optional[Callable[[], float]] = None) -> Any:
         """One step; see :class:`torch.optim.Adamax`."""
         loss = None
         if closure is not None:

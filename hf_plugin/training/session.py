@@ -5,15 +5,15 @@ from typing import Any, Optional, Sequence
 from torch import nn
 
 from head_pruning import HeadPruningError, Pruner, PruningSession, UnitMap
-from head_pruning.session import check_pruners
+from head_pruning.outputs import ATTENTIONS, EAGER_ATTENTION
+from head_pruning.session import LAYERDROP_UPDATES, check_pruners, needs_of
 
 from ..heads.masking import masked_heads
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
 from ..saving.notices import watch_session
+from .attention import switch_to_eager
 
-# Models that skip whole layers at random need some updates until every site has run.
-_LAYERDROP_UPDATES = 100
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -26,6 +26,8 @@ def open_session(
     **options: Any,
 ) -> PruningSession:
     """Map a transformers model and put gates and masks on it; freeze it when only the gates are to be trained.
+
+    Where a pruner looks at attention probabilities, the model computes its attention eagerly until ``detach()``.
 
     Args:
         model: any model that :func:`hf_plugin.unit_map` can map, also in a module of one's own; PEFT models after
@@ -45,9 +47,10 @@ def open_session(
     """
     check_model(model)
     pruners = check_pruners(pruners)
-    options.setdefault("fired_within", _LAYERDROP_UPDATES if _drops_layers(model) else 1)
+    options.setdefault("fired_within", LAYERDROP_UPDATES if _drops_layers(model) else 1)
     gated = any(pruner.needs_gates for pruner in pruners)
-    if unit_map is None and (gated or not all(getattr(p.config, "weights_include", None) for p in pruners)):
+    needs = needs_of(pruners)
+    if unit_map is None and (gated or needs or not all(getattr(p.config, "weights_include", None) for p in pruners)):
         unit_map = map_units(model)
     if gated and masked_heads(model) is not None:
         raise HeadPruningError(
@@ -56,8 +59,10 @@ def open_session(
         )
     session = PruningSession(model, unit_map, pruners, seed=seed, **options).attach()
     try:
+        if needs & {ATTENTIONS, EAGER_ATTENTION}:
+            session.on_detach(switch_to_eager(model))
         if session.freezes_model:
-            _freeze(session)  # HeadPruningCallback never steps what is left
+            session.freeze()  # HeadPruningCallback never steps what is left
         watch_session(model, session)
     except BaseException:
         session.detach()
@@ -69,13 +74,3 @@ def _drops_layers(model: nn.Module) -> bool:
     """Whether a part of the model skips layers at random; parts without a config of transformers do not tell."""
     configs = [getattr(module, "config", None) for module in model.modules()]
     return any(getattr(config, name, 0) or 0 for config in configs for name in _LAYERDROP)
-
-
-def _freeze(session: PruningSession) -> None:
-    """Freeze the model for pipelined pruning, unless weights are to be pruned too."""
-    if not all(pruner.needs_gates for pruner in session.pruners):
-        raise HeadPruningError(
-            "Pipelined pruning of heads leaves the model's weights as they are, so they cannot be pruned in the "
-            "same run; train jointly (joint_pruning), or prune the weights in a run of their own."
-        )
-    session.freeze()

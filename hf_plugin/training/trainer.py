@@ -1,20 +1,17 @@
 """A Trainer that prunes heads and weights while it trains."""
 
-import json
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 
 from head_pruning import HeadMask, HeadPruningError, Pruner, PruningSession, UnitMap
 from head_pruning.files import REPORT_FILE
 
 from .callback import HeadPruningCallback, refuse_broken
-from .checkpoints import check_resumable, last_checkpoint
 from .session import open_session
-from .weights import refuse_sharded_weights, weight_pruners
+from .weights import refuse_sharded_weights
 
 
 class HeadPruningTrainer(Trainer):
@@ -62,7 +59,7 @@ class HeadPruningTrainer(Trainer):
             session = open_session(model, pruners, unit_map=unit_map, seed=getattr(args, "seed", 42))
         self.session = session
         try:
-            if weight_pruners(session):
+            if session.of_kind("weights"):
                 refuse_sharded_weights(getattr(args, "fsdp", None), getattr(args, "deepspeed", None))
             super().__init__(model, args, *more, **options)
             self._pruning = HeadPruningCallback(session, mask_steps=mask_steps).add_to(self)
@@ -75,29 +72,6 @@ class HeadPruningTrainer(Trainer):
     def head_mask(self) -> Optional[HeadMask]:
         """The heads that stay; None when no pruner prunes heads."""
         return self.session.head_mask()
-
-    def compute_loss(self, model, inputs, return_outputs=False, **options):
-        """The task loss, and what the session's pruners make of it while training."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
-        if model.training:
-            loss = self.session.loss(loss, inputs, outputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def train(self, resume_from_checkpoint: "str | bool | None" = None, *more: Any, **options: Any):
-        """As the base class; a checkpoint that was cut off while it was written is refused."""
-        if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
-            if found is None:
-                raise HeadPruningError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
-            resume_from_checkpoint = str(found)
-        elif resume_from_checkpoint:
-            resume_from_checkpoint = str(check_resumable(resume_from_checkpoint))
-        if resume_from_checkpoint:
-            stored = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            # Before the Trainer loads the optimizer's state, which need not fit.
-            self._pruning.stored(stored.get("stateful_callbacks") or {}, resume_from_checkpoint)
-        self._pruning.resumed_from = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint, *more, **options)
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
         """Save the pruned model: removed heads zeroed, weights masked, masks and report beside it.

@@ -1,10 +1,9 @@
-"""What the host asks of a session's weight pruners: which they are, their masks, and the files these leave."""
+"""Weight pruners in transformers: where they are refused, and the files that they leave."""
 
 import contextlib
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
-import torch
 import transformers
 from torch import nn
 
@@ -13,7 +12,6 @@ from head_pruning.files import atomic_path
 from head_pruning.pruner import options_of
 from head_pruning.report.weights import write_weight_artifacts
 from head_pruning.surgery.zeros import zeroed_heads
-from head_pruning.weights import WeightPruner
 
 from ..saving.card import is_adapted, weight_card, weight_section
 
@@ -31,16 +29,6 @@ def refuse_sharded_weights(fsdp: Any, deepspeed: Any) -> None:
                 f"Weights are not pruned under {host}, which splits them over processes; use plain data parallelism "
                 "(DDP), or prune heads only."
             )
-
-
-def weight_pruners(session: PruningSession) -> list[WeightPruner]:
-    """Those of the session's pruners that prune weights."""
-    return [pruner for pruner in session.pruners if isinstance(pruner, WeightPruner)]
-
-
-def weight_masks(session: PruningSession) -> dict[str, torch.Tensor]:
-    """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
-    return {name: mask for pruner in weight_pruners(session) for name, mask in pruner.weight_masks().items()}
 
 
 def save_weight_masks_and_report(
@@ -68,7 +56,7 @@ def save_weight_masks_and_report(
     Raises:
         HeadPruningError: there is no mask yet.
     """
-    pruners, mask, masks = weight_pruners(session), session.head_mask(), weight_masks(session)
+    pruners, mask, masks = session.of_kind("weights"), session.head_mask(), session.weight_masks()
     method = "+".join(pruner.name for pruner in pruners)
     options = options_of(pruners)
     with contextlib.nullcontext() if mask is None or is_adapted(model) else zeroed_heads(model, mask):

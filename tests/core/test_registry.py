@@ -6,7 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from head_pruning import HeadPruningError, Pruner, build_pruner, choose_method, methods, register_pruner, registry
+from head_pruning import (
+    HeadPruningError,
+    Pruner,
+    build_pruner,
+    choose_method,
+    choose_methods,
+    methods,
+    register_pruner,
+    registry,
+)
+from head_pruning.choosing import CommandLine
+from head_pruning.options import underscored
 from head_pruning.registry import get_method, option_fields
 
 
@@ -109,3 +120,74 @@ def test_several_implied_methods_are_refused():
 def test_foreign_options_are_refused(options, pruner, words):
     with pytest.raises(HeadPruningError, match=words):
         choose_method(given(**options), pruner)
+
+
+# -- all kinds -----------------------------------------------------------------------------------------------------
+
+
+class Teaching(Pruner):
+    kind = "distils"
+
+
+class Rounding(Pruner):
+    kind = "quantizes"
+
+
+@pytest.fixture
+def more_kinds(own_registry):
+    """Two distillers and a quantizer, with one option in common."""
+    for name, pruner in (("logits", Teaching), ("states", Teaching), ("int8", Rounding)):
+        more = {name: (float, field(default=1.0, metadata={"help": "an option of its own"}))}
+        both = {"softness": (float, field(default=2.0, metadata={"help": "how soft the targets are"}))}
+        register_pruner(name=name, config=config(**more, **(both if pruner is Teaching else {})), pruner=pruner)
+
+
+@pytest.mark.parametrize("options, names", [
+    ({"weight_pruner": "Platon", "beta1": 0.5, "pruner": "ste", "num_of_heads": 3}, ["ste", "platon"]),
+    ({"num_of_heads": 3, "distill": "states, logits", "softness": 3.0}, ["dsp", "states", "logits"]),
+    ({"quantizer": "int8", "weight_pruner": "lock", "distill": "logits"}, ["lock", "logits", "int8"]),
+    ({"pruner": None, "beta1": None, "use_ste": False}, []),  # switched off
+])  # fmt: skip
+def test_a_run_has_methods_of_every_kind(more_kinds, options, names):
+    assert [method.name for method in choose_methods(options)] == names
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"states": 2.0}, "--states belongs to states, but no distiller is chosen; drop it or add --distill states."),
+    ({"distill": "logits", "states": 2.0},
+     "--states belongs to states, but the distiller is logits; drop it or choose --distill states."),
+    ({"softness": 1.0}, "--softness belongs to logits, states, but no distiller is chosen; drop it or add --distill "
+     "logits."),
+    ({"beta1": 0.5}, "--beta1 belongs to platon, sensitivity, but no pruner of weights is chosen; drop it or add "
+     "--weight-pruner platon."),
+    ({"prune_biases": False}, "--prune-biases belongs to gradual_magnitude, lock, magnitude, movement, platon, "
+     "random_weights, sensitivity, but no pruner of weights is chosen; drop it or add --weight-pruner platon."),
+    ({"quantizer": "int8,logits"}, "logits is none of the methods that quantize; choose it with --distill logits."),
+    ({"weight_pruner": "lock,platon"}, "--weight-pruner platon and lock both prune weights, of which a run takes one; "
+     "choose one of them."),
+    ({"distill": "int4"}, "There is no distiller int4; choose one of logits, states."),
+])  # fmt: skip
+def test_what_is_not_chosen_is_refused_with_one_sentence(more_kinds, options, sentence):
+    with pytest.raises(HeadPruningError) as refused:
+        choose_methods(options)
+    assert str(refused.value) == sentence
+
+
+def test_a_command_that_is_bound_to_methods():
+    line = CommandLine(underscored, {"pruner": ("heads",)}, ("dsp", "ste"), "run_all")
+    assert [method.name for method in choose_methods({"use_ste": True}, line=line)] == ["ste"]
+    assert [method.name for method in choose_methods({}, line=line)] == ["dsp"]
+    for options, cure in (({"use_ste": True, "annealing": True}, "leave out --use_ste"),
+                          ({"l0_penalty": 1.0}, "choose run_all --pruner voita")):  # fmt: skip
+        with pytest.raises(HeadPruningError, match=f"; drop it or {cure}.$"):
+            choose_methods(options, line=line)
+
+
+def test_what_does_not_fit_is_not_registered():
+    known = {"help": "an option"}
+    with pytest.raises(HeadPruningError, match="fresh is registered for weights and its class says heads; give both"):
+        register_pruner(name="fresh", config=config(), pruner=Pruner, prunes="weights")
+    with pytest.raises(HeadPruningError, match="The example of the pruner fresh sets glow, which is none of its opti"):
+        shine = config(shine=(float, field(default=1.0, metadata=known)))
+        register_pruner(name="fresh", config=shine, pruner=Pruner, example={"glow": 1})
+    assert "fresh" not in methods(None)

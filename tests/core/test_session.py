@@ -71,20 +71,6 @@ def outputs(toy, model, step=0):
 # -- gates on and off ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS))
-def test_attach_and_detach_leave_the_model_bit_for_bit(toy, name):
-    model, unit_map = toy.make()
-    before = copy.deepcopy(model)
-    model, session, _ = build(toy, name)
-    assert list(model.state_dict()) == list(before.state_dict())
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in before.named_parameters()]
-    update(toy, model.eval(), session, 0)
-    session.detach()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values()))
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    assert torch.equal(outputs(toy, model), outputs(toy, before.eval()))
-
-
 def test_open_gates_leave_outputs_and_gradients_bit_equal(toy):
     model, unit_map = toy.make()
     plain = copy.deepcopy(model).eval()
@@ -683,7 +669,8 @@ def test_pruners_share_a_session(toy):
         needs = frozenset({"hidden_states"})
 
         def loss(self, loss, inputs, outputs):
-            return 2 * loss + outputs
+            assert outputs.hidden_states[-1].shape == (4, 6, 12)
+            return 2 * loss + outputs.raw
 
         def lr_factor(self, step):
             return 0.5
@@ -697,71 +684,15 @@ def test_pruners_share_a_session(toy):
     model, unit_map = toy.make()
     gates = build_pruner(methods()["random"], type("Given", (), {"num_of_heads": 5}))
     session = PruningSession(model, unit_map, [gates, Distiller(None)]).attach()
+    session.before_update(0)
+    toy.loss(model, toy.batch(0))
     assert session.loss(torch.tensor(3.0), None, torch.tensor(1.0)).item() == 7.0
-    assert session.lr_factor(0) == 0.5 and [session.phase(2), session.phase(3)] == [0, 1]
+    assert session.lr_factor(0) == 0.5 and [session.phase(2), session.phase(3)] == [(0, 0), (0, 1)]
     assert session.needs == {"hidden_states"} and not session.at_target() and not session.freezes_model
     assert session.head_mask().kept == 5
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
-
-
-def run(toy, name, steps, resume_from=None, **options):
-    """Train model and gates; return everything that a checkpoint holds."""
-    if name in ("dsp", "ste", "voita"):
-        options["gate_clip_norm"] = 1e-3  # clips every step, so that the count of clipped steps is not 0
-    model, session, _ = build(toy, name, seed=0 if resume_from is None else 5, **options)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    if resume_from is not None:
-        model.load_state_dict(resume_from["model"])
-        optimizer.load_state_dict(resume_from["optimizer"])
-        session.load_state_dict(resume_from["session"])
-        torch.set_rng_state(resume_from["random"])
-    else:
-        torch.manual_seed(11)
-    for step in steps:
-        update(toy, model, session, step, optimizer)
-    return copy.deepcopy(
-        {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "session": session.state_dict(),
-            "random": torch.get_rng_state(),
-            "mask": session.head_mask().keep,
-            "evaluation": session.gates.evaluation_values,
-            "at_target": session.at_target(),
-        }
-    )
-
-
-@pytest.mark.parametrize("stop", [1, 6])
-@pytest.mark.parametrize("name", sorted(set(methods()) - {"given"}))  # random's code, but for the draw
-def test_a_resumed_run_ends_bit_equal(toy, name, stop):
-    whole = run(toy, name, range(10))
-    part = run(toy, name, range(stop))
-    resumed = run(toy, name, range(stop, 10), resume_from=part)
-    assert whole["session"].keys() == resumed["session"].keys()
-    for key, value in whole["session"].items():
-        assert value.dtype == np.float64
-        np.testing.assert_array_equal(resumed["session"][key], value, err_msg=key)
-    for key, value in whole["model"].items():
-        assert torch.equal(resumed["model"][key], value), key
-    np.testing.assert_array_equal(whole["mask"], resumed["mask"])
-    assert torch.equal(whole["evaluation"], resumed["evaluation"]) and whole["at_target"] == resumed["at_target"]
-    assert not all(torch.equal(part["model"][key], value) for key, value in whole["model"].items())
-
-
-@pytest.mark.parametrize("name", sorted(OPTIONS))
-def test_a_hardened_state_stays_hard(toy, name):
-    model, session, _ = build(toy, name)
-    update(toy, model, session, 0)
-    mask = session.harden()
-    other_model, other, _ = build(toy, name, session={"seed": 9})
-    other.load_state_dict(session.state_dict())
-    assert other.head_mask() == mask
-    other.before_update(1)
-    np.testing.assert_array_equal(other.gates.training_values.numpy(), mask.keep)
-    np.testing.assert_array_equal(other.gates.evaluation_values.numpy(), mask.keep)
 
 
 def test_evaluation_after_loading_uses_the_loaded_heads(toy):
@@ -791,22 +722,6 @@ def test_foreign_and_damaged_states_are_refused(toy):
         rest = {name: value for name, value in state.items() if name != key}
         with pytest.raises(HeadPruningError, match="damaged"):
             build(toy, "dsp")[1].load_state_dict(rest)
-
-
-@pytest.mark.parametrize("name", sorted(OPTIONS))
-def test_the_state_of_a_model_with_other_heads_is_refused(toy, name):
-    _, session, _ = build(toy, name)
-    model, unit_map = toy.make()
-    smaller = UnitMap(unit_map.attention[:3])
-
-    class Given:
-        joint_pruning = True
-
-    given = Given()
-    given.__dict__.update(OPTIONS[name])
-    other = PruningSession(model, smaller, [build_pruner(methods()[name], given)]).attach()
-    with pytest.raises(HeadPruningError, match="12 heads but the model has 9"):
-        other.load_state_dict(session.state_dict())
 
 
 @pytest.mark.parametrize(

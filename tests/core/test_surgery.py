@@ -13,7 +13,7 @@ from head_pruning import HeadMask, HeadPruningError, UnitMap
 from head_pruning.compact.no_heads import NoHeads
 from head_pruning.compact.recipe import apply_recipe
 from head_pruning.compact.slices import slices
-from head_pruning.gates.bank import GateBank
+from head_pruning.gates.engine.bank import GateBank
 from head_pruning.masks import full_mask, mask_without
 from head_pruning.surgery.plans import SitePlan, columns_of, plain_plan, rows_of
 from head_pruning.surgery.remaining import heads_left, recipe_of

@@ -345,7 +345,10 @@ def test_retained_needs_the_call_before_the_step_and_survives_a_skipped_one(toy)
     session.before_update(4)
     session.before_step()
     assert zeros(pruner) < gone  # and now the loss scaler skips the step
-    session.before_update(4)
+    session.skip_update()
+    assert zeros(pruner) == gone and same(before, bits(model))
+    session.before_step()
+    session.before_update(4)  # an update that came to no end was skipped
     assert zeros(pruner) == gone and same(before, bits(model))
     with pytest.raises(HeadPruningError, match="session.before_step\\(\\) just before"):
         session.after_step()
@@ -706,13 +709,13 @@ def test_names_are_those_of_the_manual_in_any_case():
     )
     assert get_method("PLATON", known).name == "platon" and get_method("Magnitude", known).name == "magnitude"
     assert not set(known) & set(methods())
-    defaults = {name: field.default for name, field in option_fields(["platon"], "weights").items()}
+    defaults = {name: field.default for name, field in option_fields(["platon"]).items()}
     expected = {
         "initial_threshold": 1.0, "warmup_steps": 5400, "initial_warmup": 1,
         "final_warmup": 2, "beta1": 0.85, "beta2": 0.0, "deltaT": 1,
     }  # fmt: skip
     assert expected.items() <= defaults.items()
-    for name, option in option_fields(prunes="weights").items():
+    for name, option in option_fields(kind="weights").items():
         assert len(option.metadata["help"].split()) > 3, name
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from hf_plugin import HeadPruningTrainer, pruner
-from hf_plugin.training.weights import weight_masks
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 
@@ -47,7 +46,7 @@ def train(folder: Path, variant: str, resume: bool) -> None:
     values = {name: value.numpy() for name, value in model.state_dict().items()}
     values["logits"] = trainer.session.pruners[0].logits
     values["gradients"] = trainer.session.gates.gradients.numpy()
-    values.update({f"mask.{name}": mask.numpy() for name, mask in weight_masks(trainer.session).items()})
+    values.update({f"mask.{name}": mask.numpy() for name, mask in trainer.session.weight_masks().items()})
     np.savez(folder / f"rank{os.environ.get('RANK', '0')}.npz", **values)
 
 

@@ -16,8 +16,9 @@ from transformers.debug_utils import DebugOption
 from head_pruning import HeadPruningError, Pruner, methods, register_pruner, registry
 from head_pruning.registry import option_fields, owners
 from hf_plugin.command_line import mistakes
-from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.command_line.arguments import parse
 from hf_plugin.command_line.defaults import pruner
+from hf_plugin.command_line.michel import parse_michel
 from tests.hf.manual_lines import FINE_TUNING, JOINT_DSP, MICHEL, PIPELINED_DSP, STE, VOITA
 
 NEEDED = shlex.split("--model_name_or_path tiny --task_name mrpc --output_dir out")
@@ -25,6 +26,16 @@ NEEDED = shlex.split("--model_name_or_path tiny --task_name mrpc --output_dir ou
 
 def line(words: str) -> list[str]:
     return NEEDED + shlex.split(words)
+
+
+def options_of(arguments, kind: str = "heads") -> dict:
+    """All options of the pruner of a kind; empty without one."""
+    chosen = arguments.of(kind)
+    return {} if chosen is None else vars(chosen.config)
+
+
+def name_of(arguments, kind: str = "heads"):
+    return getattr(arguments.of(kind), "name", None)
 
 
 def help_of(capsys, script: str) -> dict[str, str]:
@@ -51,11 +62,11 @@ ANNEALING = {"annealing": True, "initial_temperature": 1000, "final_temperature"
 ], ids=["joint", "ste", "pipelined", "voita", "dense"])  # fmt: skip
 def test_the_manuals_lines(script, words, method, options, epochs):
     arguments = parse(words, script)
-    assert (arguments.method.name if arguments.method else None) == method
-    assert {name: arguments.options[name] for name in options} == options
+    assert name_of(arguments) == method
+    assert {name: options_of(arguments)[name] for name in options} == options
     if method:
-        built = pruner(method, **arguments.options)
-        assert built.name == method and vars(built.config) == arguments.options
+        (built,) = arguments.pruners
+        assert vars(pruner(method, **vars(built.config)).config) == vars(built.config)
         assert built.freezes_model == (words is PIPELINED_DSP)
     assert arguments.data.data_dir == "data/MNLI/" and arguments.data.task_name == "MNLI"
     assert arguments.model.cache_dir == "cache/" and arguments.data.max_seq_length == 128
@@ -75,7 +86,7 @@ def test_the_manuals_line_of_run_michel():
 
 def test_what_stands_later_wins():
     arguments = parse([*JOINT_DSP, "--num_of_heads", "3", "--annealing", "False", "--max_steps", "7"], "run_dsp")
-    assert arguments.options["num_of_heads"] == 3 and arguments.options["annealing"] is False
+    assert options_of(arguments)["num_of_heads"] == 3 and options_of(arguments)["annealing"] is False
     assert arguments.training.max_steps == 7
 
 
@@ -89,11 +100,11 @@ def test_defaults_are_those_of_the_published_scripts():
     expected |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 1}
     assert {name: getattr(training, name) for name in expected} == expected
     assert training.eval_strategy.value == "no" and training.save_strategy.value == "steps"
-    options = parse(line("--num_of_heads 3"), "run_dsp").options
+    options = options_of(parse(line("--num_of_heads 3"), "run_dsp"))
     expected = {"pruning_lr": 0.5, "initial_temperature": 1000, "final_temperature": 1e-8, "cooldown_steps": 25000}
     expected |= {"annealing": False, "joint_pruning": False}
     assert {name: options[name] for name in expected} == expected
-    voita = parse(line(""), "run_voita").options
+    voita = options_of(parse(line(""), "run_voita"))
     assert (voita["l0_penalty"], voita["pruning_lr"], voita["l0_pipelined"]) == (0.5, 0.1, True)
     michel = parse_michel(NEEDED)
     assert (michel.num_of_heads, michel.batch_size, michel.max_seq_length, michel.seed) == (12, 32, 128, 42)
@@ -107,10 +118,10 @@ def test_all_options_of_a_method_can_be_set():
         ("run_voita", ""),
         ("run_glue", "--pruner random"),
     ):
-        method = parse(line(f"--num_of_heads 3 {extra}"), script).method
-        for option, found in option_fields([method.name]).items():
+        name = name_of(parse(line(f"--num_of_heads 3 {extra}"), script))
+        for option, found in option_fields([name]).items():
             value = {bool: "True", int: "3", float: "0.25"}[_KINDS.get(found.type, found.type)]
-            options = parse(line(f"--num_of_heads 3 {extra} --{option} {value}"), script).options
+            options = options_of(parse(line(f"--num_of_heads 3 {extra} --{option} {value}"), script))
             assert options[option] == {"True": True, "3": 3, "0.25": 0.25}[value], option
 
 
@@ -150,13 +161,14 @@ def test_no_network_and_no_tracker(monkeypatch):
 ])  # fmt: skip
 def test_dashes_equals_signs_and_words_for_switches(words):
     arguments = parse(line(words), "run_dsp")
-    assert arguments.options["num_of_heads"] == 3 and arguments.options["pruning_lr"] == 0.25
-    assert arguments.options["joint_pruning"] is True
+    options = options_of(arguments)
+    assert (options["num_of_heads"], options["pruning_lr"], options["joint_pruning"]) == (3, 0.25, True)
     assert arguments.data.max_seq_length == 64 and arguments.training.per_device_train_batch_size == 4
 
 
 def test_steps_may_be_a_fraction():
-    assert parse(line("--num_of_heads 3 --annealing --cooldown_steps 0.6"), "run_dsp").options["cooldown_steps"] == 0.6
+    arguments = parse(line("--num_of_heads 3 --annealing --cooldown_steps 0.6"), "run_dsp")
+    assert options_of(arguments)["cooldown_steps"] == 0.6
 
 
 def test_switches_that_transformers_leaves_open_need_no_value():
@@ -190,17 +202,16 @@ def test_what_the_script_itself_takes():
 ])  # fmt: skip
 def test_run_glue_takes_the_method_named_or_implied(words, name):
     arguments = parse(line(words), "run_glue")
-    assert (arguments.method.name if arguments.method else None) == name
-    assert bool(arguments.options) == bool(name)
+    assert name_of(arguments) == name and len(arguments.pruners) == bool(name)
 
 
 def test_run_dsp_and_run_voita_have_their_own():
-    assert parse(line("--num_of_heads 3 --use_ste False"), "run_dsp").method.name == "dsp"
-    assert parse(line("--num_of_heads 3"), "run_voita").method.name == "voita"
+    assert name_of(parse(line("--num_of_heads 3 --use_ste False"), "run_dsp")) == "dsp"
+    assert name_of(parse(line("--num_of_heads 3"), "run_voita")) == "voita"
 
 
 def test_what_is_switched_off_belongs_to_nobody():
-    assert parse(line("--num_of_heads 3 --use_ste --annealing False"), "run_dsp").method.name == "ste"
+    assert name_of(parse(line("--num_of_heads 3 --use_ste --annealing False"), "run_dsp")) == "ste"
 
 
 @pytest.mark.parametrize("script, words, sentence, cure", [
@@ -351,14 +362,14 @@ def test_a_file_of_arguments(tmp_path, name):
         text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in VALUES.items())
     path = write(tmp_path / name, text)
     arguments = parse([path], "run_dsp")
-    options, training = arguments.options, arguments.training
+    options, training = options_of(arguments), arguments.training
     assert (options["num_of_heads"], options["annealing"], options["joint_pruning"]) == (12, True, False)
     assert (options["final_temperature"], training.learning_rate, training.max_steps) == (1e-8, 2e-5, -1)
     assert (training.label_names, training.report_to) == (["labels"], ["tensorboard"])
     assert training.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.data.data_dir is None
     assert training.use_cpu is True and len(arguments.notes) == 1
     later = parse([path, "--learning_rate", "1e-5", "--annealing", "False", "--label_names", "y"], "run_dsp")
-    assert (later.training.learning_rate, later.options["annealing"]) == (1e-5, False)
+    assert (later.training.learning_rate, options_of(later)["annealing"]) == (1e-5, False)
     assert later.training.label_names == ["y"]
 
 
@@ -368,7 +379,7 @@ def test_a_file_is_as_good_as_the_line(tmp_path):
     ]
     values = dict(zip(words[::2], words[1::2])) | {"do_train": True, "do_eval": True, "annealing": True}
     ours, theirs = parse([write(tmp_path / "a.json", values)], "run_dsp"), parse(PIPELINED_DSP, "run_dsp")
-    assert (ours.model, ours.data, ours.options) == (theirs.model, theirs.data, theirs.options)
+    assert (ours.model, ours.data, options_of(ours)) == (theirs.model, theirs.data, options_of(theirs))
     assert ours.training.to_dict() == theirs.training.to_dict()
 
 
@@ -430,7 +441,7 @@ def pruners_of_weights() -> list[str]:
     """The titles of the methods that have options of their own."""
     known = methods("weights")
     fields = {name: [f.name for f in dataclasses.fields(known[name].config)] for name in sorted(known)}
-    alone = {name for name in known if any(owners(option, "weights") == [name] for option in fields[name])}
+    alone = {name for name in known if any(owners(option) == [name] for option in fields[name])}
     return [f"pruner {name}" for name in fields if name in alone]
 
 
@@ -454,7 +465,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
     assert "--model_name_or_path VALUE folder or hub name of the model to start from (required)" in text["model"]
     assert "--per_gpu_train_batch_size" in text["old spellings"] and "--learning_rate X" in text["training"]
     everything = " ".join(text.values())
-    for option in (*option_fields(), *option_fields(prunes="weights")):
+    for option in option_fields():
         assert len(re.findall(rf"--{option}(?= )", everything)) >= 1, option
     assert not re.search(r"--[a-z0-9_]*-[a-z]", everything)
 
@@ -512,9 +523,8 @@ def test_a_registered_method_appears_and_can_be_chosen(shine, capsys):
     group = help_of(capsys, "run_glue")["pruner shine (Keeps what glitters)"]
     assert "--shine X how much it shines, 10% to 100% (default: 0.5) --glossy" in group
     named = parse(line("--pruner shine --glossy"), "run_glue")
-    assert named.method.name == "shine" and named.options == {"shine": 0.5, "glossy": True}
-    assert isinstance(pruner(named.method.name, **named.options), ShinePruner)
-    assert parse(line("--shine 0.75"), "run_glue").options == {"shine": 0.75, "glossy": False}
+    assert options_of(named) == {"shine": 0.5, "glossy": True} and isinstance(named.of("heads"), ShinePruner)
+    assert options_of(parse(line("--shine 0.75"), "run_glue")) == {"shine": 0.75, "glossy": False}
     with pytest.raises(HeadPruningError, match="^--glossy belongs to shine, but the pruner is dsp; drop it or choose"):
         parse(line("--num_of_heads 3 --glossy"), "run_dsp")
     assert not any("shine" in title for title in help_of(capsys, "run_dsp"))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel
 
 from head_pruning import AttentionSite
-from head_pruning.gates.bank import GateBank
+from head_pruning.gates.engine.bank import GateBank
 from hf_plugin.mapping.layouts import features
 from hf_plugin.mapping.unit_map import unit_map
 from tests.hf.families import FAMILIES, HEADS, LAYERS, build, covered, make, missing

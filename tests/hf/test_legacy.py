@@ -8,7 +8,8 @@ import pytest
 from transformers import TrainingArguments
 
 from head_pruning import HeadPruningError
-from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.command_line.michel import parse_michel
 from hf_plugin.command_line.old_flags import SPELLINGS
 
 NEEDED = shlex.split("--model_name_or_path tiny --task_name mrpc --output_dir out")

@@ -15,7 +15,8 @@ from head_pruning.importance.rounds import RoundsReport
 from head_pruning.masks import full_mask
 from head_pruning.weights import save_weight_masks
 from hf_plugin import head_mask
-from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.command_line.michel import parse_michel
 from hf_plugin.glue import find_task
 from hf_plugin.glue.metrics import find_metric
 from hf_plugin.glue.michel import MichelRun, run

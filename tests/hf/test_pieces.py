@@ -20,8 +20,9 @@ from transformers import (
 
 from head_pruning import HeadPruningError
 from hf_plugin import prune_heads, save_compact
-from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.command_line.arguments import parse
 from hf_plugin.command_line.fields import ModelArguments
+from hf_plugin.command_line.michel import parse_michel
 from hf_plugin.glue import find_task
 from hf_plugin.glue.michel import run as run_michel
 from hf_plugin.glue.run import GlueRun, load_pieces, run

@@ -250,12 +250,11 @@ class ClipTogetherAndCheck(TrainerCallback):
         self.loss = outputs.loss.item()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gates = self.session.gates
-        gradient = self.session.pruners[0].chain(gates.gradients.double().numpy())
-        norm = joint_norm(model, gradient)
-        self.run.check_gradients(state.global_step, self.session, self.loss, gradient, norm)
+        gates = self.session.pruners[0]  # which have their gradient: the plugin's callback was called before
+        norm = joint_norm(model, gates.gradient)
+        self.run.check_gradients(state.global_step, self.session, self.loss, gates.gradient, norm)
         scale_gradients(model, clip_factor(norm))
-        gates.gradients.mul_(clip_factor(norm))  # the logits' gradient is linear in the gates'
+        gates.scale_gradient(clip_factor(norm))
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.run.check_step(state.global_step, self.session, model, optimizer.param_groups[0]["lr"])

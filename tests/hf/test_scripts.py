@@ -13,7 +13,8 @@ import transformers
 from transformers import AutoModelForSequenceClassification
 
 from head_pruning import HeadMask, HeadPruningError
-from hf_plugin.command_line.arguments import parse, parse_michel
+from hf_plugin.command_line.arguments import parse
+from hf_plugin.command_line.michel import parse_michel
 from hf_plugin.glue.michel import run as run_michel
 from hf_plugin.glue.run import GlueRun, run
 from tests.hf.glue_files import FOLDERS

@@ -1,6 +1,5 @@
 """The command line of run_squad, and whose warm-up --warmup_steps is."""
 
-import dataclasses
 import shlex
 
 import pytest
@@ -24,8 +23,8 @@ def squad(words: str = ""):
 ])  # fmt: skip
 def test_the_manuals_lines(words, model, kind):
     arguments = parse(words, "run_squad")
-    assert arguments.method is None and arguments.weight_method.name == "platon"
-    (built,) = arguments.pruners()
+    (built,) = arguments.pruners
+    assert built.name == "platon"
     expected = {"initial_threshold": 1, "final_threshold": 0.1, "warmup_steps": 5400, "initial_warmup": 1}
     expected |= {"final_warmup": 5, "beta1": 0.85, "beta2": 0.95, "deltaT": 10}
     assert {name: getattr(built.config, name) for name in expected} == expected
@@ -52,7 +51,7 @@ def test_defaults_are_those_of_the_published_script():
     expected = {"learning_rate": 5e-5, "num_train_epochs": 3, "per_device_train_batch_size": 16, "seed": 42}
     expected |= {"weight_decay": 0, "adam_epsilon": 1e-8, "max_grad_norm": 1, "warmup_steps": 0, "logging_steps": 500}
     assert {name: getattr(training, name) for name in expected} == expected
-    assert training.eval_strategy.value == "no" and arguments.chosen == [] and arguments.notes == []
+    assert training.eval_strategy.value == "no" and arguments.pruners == [] and arguments.notes == []
 
 
 # Every flag of the published script that is not in the manual's lines.
@@ -159,7 +158,7 @@ def test_a_dense_model_is_not_sharded_by_one_process():
 @pytest.mark.parametrize("script", ["run_squad", "run_glue"])
 def test_pruners_are_named_in_any_case(script, name):
     arguments = parse([*(GLUE if script == "run_glue" else NEEDED), "--pruner_name", name], script)
-    assert arguments.weight_method.name == name.lower() and arguments.method is None
+    assert [pruner.name for pruner in arguments.pruners] == [name.lower()]
 
 
 class TestWarmUp:
@@ -179,7 +178,7 @@ class TestWarmUp:
     def test_in_run_glue(self, words, theirs, ours):
         arguments = parse([*GLUE, *shlex.split(words)], "run_glue")
         assert arguments.training.warmup_steps == theirs
-        assert arguments.weight_options.get("warmup_steps") == ours
+        assert getattr(getattr(arguments.of("weights"), "config", None), "warmup_steps", None) == ours
         assert any("is that of the pruner platon" in note for note in arguments.notes) == (ours is not None)
 
     def test_said_twice(self):
@@ -191,7 +190,6 @@ def test_heads_and_weights_in_one_run():
     words = shlex.split("--num_of_heads 12 --annealing --pruner_name PLATON --final_threshold 0.2 --warmup_steps 3")
     for script in ("run_dsp", "run_glue", "run_squad"):
         arguments = parse([*(NEEDED if script == "run_squad" else GLUE), *words], script)
-        heads, weights = arguments.pruners()
+        heads, weights = arguments.pruners
         assert (heads.name, weights.name) == ("dsp", "platon")
         assert (heads.config.num_of_heads, weights.config.final_threshold, weights.config.warmup_steps) == (12, 0.2, 3)
-        assert dataclasses.asdict(weights.config) == arguments.weight_options

@@ -153,7 +153,7 @@ class TestResume:
         trainer.train()
         (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()
         (tmp_path / "checkpoint-8" / "trainer_state.json").write_text('{"epoch": ')
-        assert last_checkpoint(tmp_path).name == "checkpoint-4"
+        assert last_checkpoint(tmp_path).folder.name == "checkpoint-4"
         with pytest.raises(HeadPruningError, match="checkpoint-8 is not whole"):
             trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
         with pytest.raises(HeadPruningError, match="no checkpoint"):
@@ -201,7 +201,7 @@ class TestResume:
             path.write_bytes(whole[: len(whole) // 2] if harm == "cut" else harm)
         with pytest.raises(HeadPruningError, match=sentence):
             trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
-        assert last_checkpoint(tmp_path).name == "checkpoint-1"
+        assert last_checkpoint(tmp_path).folder.name == "checkpoint-1"
 
     def test_nothing_of_save_only_model_is_resumed(self, tmp_path):
         trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True).train()
@@ -282,7 +282,7 @@ def test_no_best_checkpoint_when_the_target_is_never_reached(tmp_path, caplog):
     trainer.train()
     assert trainer.state.best_model_checkpoint is None
     assert "anneals over 30 updates but training has 12" in caplog.text
-    assert "training ended before the pruning schedule did" in caplog.text
+    assert "training ended before the schedule of dsp did" in caplog.text
 
 
 def test_saved_model_loads_without_us_and_gives_the_same_outputs(tmp_path):

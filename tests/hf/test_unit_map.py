@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from head_pruning import AttentionSite, HeadPruningError, UnfiredSiteError
-from head_pruning.gates.bank import GateBank
+from head_pruning.gates.engine.bank import GateBank
 from hf_plugin.mapping.unit_map import unit_map
 from tests.hf.families import FAMILIES, GROUPED, TEXT, VISION, build, make
 

@@ -133,8 +133,8 @@ class TestPresets:
         line = self.LINE[2:] if name == "platon/squad" else self.LINE
         arguments = parse([*line, "--preset", name], "run_squad" if name == "platon/squad" else "run_glue")
         percent = int(name.rpartition("-")[2]) if name[-2:].isdigit() else 10
-        assert arguments.weight_method.name == "platon" and arguments.method is None
-        options, training = arguments.weight_options, arguments.training
+        assert [pruner.name for pruner in arguments.pruners] == ["platon"]
+        options, training = vars(arguments.of("weights").config), arguments.training
         assert options["final_threshold"] == percent / 100 and options["deltaT"] == 10 and options["beta2"] >= 0.65
         assert training.learning_rate == PRESETS[name]["learning_rate"] and options["warmup_steps"] >= 200
         adamax = name != "platon/squad"
@@ -146,7 +146,8 @@ class TestPresets:
     def test_what_is_set_wins(self):
         more = "--preset PLATON/MNLI-20 --final_threshold 0.3 --per_gpu_train_batch_size 4 --warmup_ratio 0.2".split()
         arguments = parse([*self.LINE, *more], "run_glue")
-        assert arguments.weight_options["final_threshold"] == 0.3 and arguments.weight_options["beta2"] == 0.95
+        options = arguments.of("weights").config
+        assert options.final_threshold == 0.3 and options.beta2 == 0.95
         assert arguments.training.per_device_train_batch_size == 4
         assert arguments.training.warmup_steps == 0.2 and arguments.training.seed == 7
 
@@ -159,7 +160,7 @@ class TestPresets:
     def test_beside_a_pruner_of_heads_in_any_place(self):
         for flag in ("--pruner", "--pruner_name"):
             more = [*self.LINE, "--preset", "platon/rte", flag, "dsp", "--num_of_heads", "3", "--joint_pruning"]
-            assert [method.name for method, _ in parse(more, "run_glue").chosen] == ["dsp", "platon"]
+            assert [pruner.name for pruner in parse(more, "run_glue").pruners] == ["dsp", "platon"]
 
     def test_with_a_pruner_that_has_no_warm_up(self):
         more = ["--preset", "platon/rte", "--pruner_name", "lock", "--warmup_steps", "7"]

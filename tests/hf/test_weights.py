@@ -18,7 +18,6 @@ from head_pruning.surgery.removal import remove_heads
 from head_pruning.weights import load_weight_masks
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner, save_compact
 from hf_plugin.training.checkpoints import STATE_FILE
-from hf_plugin.training.weights import weight_masks
 from tests.hf.test_trainer import METHODS as HEAD_METHODS
 from tests.hf.test_trainer import StopAt, same, same_session, weights
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
@@ -66,7 +65,7 @@ class Watch(TrainerCallback):
         return trainer
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.masks[state.global_step] = weight_masks(self.session)
+        self.masks[state.global_step] = self.session.weight_masks()
         self.zeros[state.global_step] = zeros(model, self.session.pruners[-1].sizes)
 
 
@@ -205,7 +204,7 @@ def test_best_checkpoints_are_at_the_target_and_bring_their_masks_back(tmp_path)
     watch.of(trainer).train()
     assert trainer.state.best_global_step == 9
     assert not equal_masks(watch.masks[9], watch.masks[12])
-    assert equal_masks(weight_masks(trainer.session), watch.masks[9])
+    assert equal_masks(trainer.session.weight_masks(), watch.masks[9])
     best = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-9")
     assert same(weights(trainer.model), weights(best))
     assert zeros(trainer.model, trainer.session.pruners[0].sizes) == watch.zeros[9]
@@ -221,7 +220,7 @@ def test_no_best_checkpoint_before_the_target(tmp_path, caplog):
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint is None
-    assert "never trained with exactly the weights that are kept; lower --warmup_steps" in caplog.text
+    assert "never trained with exactly the weights that are kept; lower warmup_steps" in caplog.text
     assert zeros(trainer.model, trainer.session.pruners[0].sizes) == int(SIZE * 0.8) - 1
 
 
@@ -251,7 +250,7 @@ def test_heads_and_weights_in_one_session(tmp_path):
     heads = pruner("dsp", **HEAD_METHODS["dsp"])
     trainer = trainer_of(tmp_path / "run", heads=heads, mask_steps=6)
     trainer.train()
-    model, masks = trainer.model, weight_masks(trainer.session)
+    model, masks = trainer.model, trainer.session.weight_masks()
     assert trainer.head_mask.kept == 3
     assert sum(int(keep.sum()) for keep in masks.values()) == SIZE - int(SIZE * 0.8) + 1
     trainer.save_model(str(tmp_path / "pruned"))
@@ -288,7 +287,7 @@ def test_saved_weights_alone_load_without_us(tmp_path):
     trainer.save_model(str(tmp_path / "pruned"))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
     assert same(weights(plain), weights(trainer.model))
-    assert equal_masks(load_weight_masks(tmp_path / "pruned" / "masks.safetensors"), weight_masks(trainer.session))
+    assert equal_masks(load_weight_masks(tmp_path / "pruned" / "masks.safetensors"), trainer.session.weight_masks())
     report = json.loads((tmp_path / "pruned" / "pruning.json").read_text())["weights"]
     assert report["method"] == "platon" and report["parameters"] - report["nonzero_parameters"] == zeros(plain)
     assert not (tmp_path / "pruned" / STATE_FILE).exists()
@@ -301,7 +300,7 @@ def test_lock_keeps_the_zeros_while_the_rest_is_trained(tmp_path):
     first.session.detach()
     second = trainer_of(tmp_path, "lock", {}, model=first.model)
     second.train()
-    masks = weight_masks(second.session)
+    masks = second.session.weight_masks()
     for name, value in second.model.state_dict().items():
         if name in masks:
             assert torch.equal(value == 0, before[name] == 0) and torch.equal(masks[name], value != 0), name
@@ -346,9 +345,9 @@ class TestHalfPrecision:
         model.train()
         found, step_now = [], session.before_step
 
-        def before_step():
+        def before_step(optimizer):
             self.norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
-            step_now()
+            step_now(optimizer)
 
         self.norms, session.before_step = [], before_step
         for step in range(updates):
@@ -378,7 +377,7 @@ class TestHalfPrecision:
         norms = self.norms
         scaled, other, _ = self.drive(tmp_path, method, 2.0**12, max_grad_norm=max_grad_norm, fused=fused)
         np.testing.assert_allclose(norms, self.norms, rtol=1e-4)  # already before the step
-        assert equal_masks(weight_masks(session), weight_masks(other))
+        assert equal_masks(session.weight_masks(), other.weight_masks())
         for name, value in plain[-1].items():
             assert torch.allclose(value, scaled[-1][name], atol=1e-6), name
         for name, value in session.tensor_state().items():

@@ -1,5 +1,7 @@
 """Drawing the masks of a pruner's present scores: one threshold over all weights, or tensor by tensor."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, Optional, Protocol
 
@@ -71,6 +73,7 @@ def _draw_by_sample(pruner: Scorer, k: int, number: int) -> Optional[Threshold]:
         between.extend([(portion, i, *pair) for i, pair in enumerate(found) if pair[0].size])
         storage.masks.store_above(portion, taken, torch.tensor(low), False)
 
+    assert storage.sample is not None
     sample = torch.cat([score.reshape(-1) for score in pruner.scores(storage.sample)]).numpy()
     found = bracketed(sample, storage.portions, pruner.scores, k, number, visit)
     if found is not None:
@@ -120,7 +123,7 @@ class LateNumbers:
         self.last, self.device = last, device
         self._cuda = device.type == "cuda"
         self._host = torch.empty(2, dtype=torch.float64, pin_memory=self._cuda)
-        self._event = None
+        self._event: Optional[torch.cuda.Event] = None
 
     def write(self, threshold: torch.Tensor, kept: torch.Tensor) -> None:
         """Send two 0-dimensional tensors on their way."""
@@ -130,10 +133,14 @@ class LateNumbers:
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self.last = tuple(self._host.tolist())
+            self.last = self._arrived()
 
     def read(self) -> tuple[float, float]:
         """The threshold and the number of kept weights."""
         if self._event is not None and self._event.query():
-            self.last, self._event = tuple(self._host.tolist()), None
+            self.last, self._event = self._arrived(), None
         return self.last
+
+    def _arrived(self) -> tuple[float, float]:
+        threshold, kept = self._host.tolist()
+        return threshold, kept

@@ -1,5 +1,7 @@
 """One bit per weight, kept where it costs least."""
 
+from __future__ import annotations
+
 from typing import Sequence
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from .portions import Portion
 
 # The smallest normal float32: what a carrier holds in place of 0, so that its sign tells.
-TINY = torch.finfo(torch.float32).tiny
+TINY = 2.0**-126
 _SIGN = -(2**31)  # the sign's bit of a float32 seen as int32
 
 

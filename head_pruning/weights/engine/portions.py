@@ -1,5 +1,7 @@
 """Portions of all pruned tensors that fit into a cache, and work on them side by side."""
 
+from __future__ import annotations
+
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait

@@ -1,5 +1,7 @@
 """Which weights stay: the exact k-th smallest score without sorting or copying scores, N:M patterns, blocks."""
 
+from __future__ import annotations
+
 import math
 import re
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from .portions import Portion, each
 _LOW = 16  # bits that the second pass tells apart; the first pass tells the others
 _SIGN = 0x7FFFFFFF
 
-Scores = Callable[[], Iterable[list[torch.Tensor]]]
+Scores = Callable[[], Iterable["list[torch.Tensor]"]]
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ def _count(scores: Scores, bins: Callable, number: int, signed: bool) -> torch.T
                 counts = torch.zeros(number, dtype=torch.int64, device=key.device)
                 counts.scatter_add_(0, place.long(), torch.ones_like(place, dtype=torch.int64))
             total = counts if total is None else total.add_(counts.to(total.device, non_blocking=True))
+    assert total is not None  # there are scores
     return total
 
 
-def _find(counts: torch.Tensor, k) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _find(counts: torch.Tensor, k: "int | torch.Tensor") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The bin of the k-th element, the number of elements in lower bins, and in this one."""
     summed = counts.cumsum(0)
     rank = torch.as_tensor(k, device=counts.device, dtype=summed.dtype).reshape(1)

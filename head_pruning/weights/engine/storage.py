@@ -1,6 +1,8 @@
 """What a weight pruner keeps for each weight, laid out in portions."""
 
-from typing import Callable, Optional, Sequence
+from __future__ import annotations
+
+from typing import Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -186,7 +188,7 @@ class Storage:
         found.update({f"threshold.{name}": tensor for name, tensor in self.thresholds.items()})
         return found
 
-    def load_tensor_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore :meth:`tensor_state`. Raises HeadPruningError when it is of other tensors."""
         parameters = {target.name: target.parameter for target in self.targets}
         self.state, self.thresholds = {}, {}

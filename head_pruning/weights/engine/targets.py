@@ -1,12 +1,13 @@
 """Which tensors of a model are pruned: by the unit map's sites, or by patterns of parameter names."""
 
+from __future__ import annotations
+
 import logging
 import re
 from dataclasses import dataclass
 from typing import Iterator, Optional
 
 import torch
-from torch import nn
 
 from ...errors import HeadPruningError
 from ...unit_map import UnitMap
@@ -19,11 +20,11 @@ class Target:
     """One pruned parameter: its dotted name in the model, and itself."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: torch.nn.Parameter
 
 
 def weight_targets(
-    model: nn.Module,
+    model: torch.nn.Module,
     unit_map: Optional[UnitMap],
     *,
     include: Optional[str] = None,
@@ -51,7 +52,7 @@ def weight_targets(
     if wanted is None and unit_map is None:
         raise HeadPruningError("Without a unit map the weights to prune must be named; add --weights-include.")
     protected = {id(parameter) for module in model.modules() if _is_protected(module) for parameter in _own(module)}
-    prefixes = () if wanted is not None else tuple(f"{name}." for name in _projections(unit_map))
+    prefixes = () if unit_map is None or wanted is not None else tuple(f"{name}." for name in _projections(unit_map))
     chosen, frozen = [], []
     for name, parameter in model.named_parameters():
         if not (wanted.search(name) if wanted is not None else name.startswith(prefixes)):
@@ -104,9 +105,9 @@ def _projections(unit_map: UnitMap) -> Iterator[str]:
         yield from (block.in_proj, block.out_proj)
 
 
-def _is_protected(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or "norm" in type(module).__name__.lower()
+def _is_protected(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) or "norm" in type(module).__name__.lower()
 
 
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+def _own(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     return module.parameters(recurse=False)

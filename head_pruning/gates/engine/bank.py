@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import HeadPruningError, UnfiredSiteError
-from ..unit_map import UnitMap
+from ...errors import HeadPruningError, UnfiredSiteError
+from ...unit_map import UnitMap
 
 
 class HeadGate(nn.Module):
@@ -186,6 +186,7 @@ class GateBank:
         """
         everywhere = None
         for site, (module, _) in zip(self.unit_map.attention, self._targets):
+            standing: Optional[nn.Module]
             try:
                 standing = model.get_submodule(site.out_proj)
             except AttributeError:  # renamed by a wrapper further out

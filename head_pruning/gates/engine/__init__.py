@@ -1,0 +1,1 @@
+"""How gates sit on a model; methods see only what the session does with them."""

@@ -1,0 +1,283 @@
+"""What a model gave for one micro-batch, and the hooks that record it, whatever the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator, Mapping, Optional
+
+import torch
+
+from .errors import HeadPruningError
+from .unit_map import UnitMap
+
+HIDDEN_STATES, ATTENTIONS, EAGER_ATTENTION = "hidden_states", "attentions", "eager_attention"
+#: What a pruner may need of its host.
+NEEDS = frozenset({HIDDEN_STATES, ATTENTIONS, EAGER_ATTENTION})
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What :meth:`Pruner.loss` is given of one micro-batch.
+
+    Args:
+        raw: what the host's model gave, as it is.
+        hidden_states: ``[B, T, width]`` each. For every stack of layers what goes into its first layer, then what
+            comes out of each layer, in the order of the unit map; a layer that runs several times counts as often.
+        attentions: ``[B, H, T, S]`` each, the attention probabilities of each site in the order of the unit map.
+        masks: one per hidden state, ``bool[B, T]`` that is true at tokens and false at padding, or None where the
+            host knows of no padding.
+        weight: what the mean of a term over the micro-batch must be multiplied with to weigh as much as the task
+            loss: 1 where that is a mean itself, the number of tokens where it is a sum over them.
+        args: the positional arguments that the model was called with.
+        kwargs: the others.
+    """
+
+    raw: Any = None
+    hidden_states: tuple[torch.Tensor, ...] = ()
+    attentions: tuple[torch.Tensor, ...] = ()
+    masks: tuple[Optional[torch.Tensor], ...] = ()
+    weight: "float | torch.Tensor" = 1.0
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> tuple[torch.Tensor, ...]:
+        """``[..., classes]`` each: one for most tasks, that of the start and that of the end for spans of text."""
+        return logits_of(self.raw)
+
+    def call(self, model: torch.nn.Module) -> Any:
+        """What another model, such as a teacher, gives for the same micro-batch."""
+        return model(*self.args, **self.kwargs)
+
+
+def logits_of(raw: Any) -> tuple[torch.Tensor, ...]:
+    """The logits among a model's outputs: a tensor itself, entries whose names end so, or the first of a tuple.
+
+    Raises:
+        HeadPruningError: there are none.
+    """
+    if torch.is_tensor(raw):
+        return (raw,)
+    if isinstance(raw, Mapping):
+        named = [value for name, value in raw.items() if name.endswith("logits") and torch.is_tensor(value)]
+    else:
+        # A tuple of transformers' begins with the loss, which has no dimension.
+        named = [value for value in _tensors(raw) if value.dim() > 0][:1]
+    if not named:
+        raise HeadPruningError(f"The model gave no logits ({type(raw).__name__}), which a pruner compares.")
+    return tuple(named)
+
+
+def last_of(output: Any) -> Optional[torch.Tensor]:
+    """The attention probabilities that an attention module gives as the last of its outputs, ``[B, H, T, S]``."""
+    last = output[-1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
+    return last if torch.is_tensor(last) and last.dim() == 4 else None
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    return (value for value in (values if isinstance(values, (tuple, list)) else (values,)) if torch.is_tensor(value))
+
+
+class _Call:
+    """What the hooks write down: one call of the model, from its beginning to its end.
+
+    Between the two, so not when activations are computed again in the backward pass. A deep copy of a model takes its
+    hooks along; those of the copy record nothing.
+    """
+
+    def __init__(self, live: bool = True) -> None:
+        self.live, self.running = live, False
+        self.forget()
+
+    def __deepcopy__(self, memo: dict) -> "_Call":
+        return _Call(live=False)
+
+    def forget(self) -> None:
+        self.finished, self.raw = False, None
+        self.args: tuple = ()
+        self.kwargs: Mapping[str, Any] = {}
+        self.layers: dict[str, list[tuple]] = {}
+        self.sites: dict[str, list[Any]] = {}
+
+    def begin(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        if self.live:
+            self.forget()
+            self.running, self.args, self.kwargs = True, args, kwargs
+
+    def end(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        if self.running:
+            self.running, self.finished, self.raw = False, True, output
+
+
+class _Layer:
+    """Writes down what goes into and what comes out of one layer."""
+
+    def __init__(self, call: _Call, name: str) -> None:
+        self.call, self.name = call, name
+
+    def hook(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        if self.call.running:
+            into = next(_tensors([*args, *kwargs.values()]), None)
+            self.call.layers.setdefault(self.name, []).append((into, next(_tensors(output), None)))
+
+
+class _Site:
+    """Writes down what comes out of one attention module."""
+
+    def __init__(self, call: _Call, name: str) -> None:
+        self.call, self.name = call, name
+
+    def hook(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if self.call.running:
+            self.call.sites.setdefault(self.name, []).append(output)
+
+
+class Recorder:
+    """Records calls of a model by forward hooks on it, on its layers and on its attention modules.
+
+    So the model need not know how to return hidden states, and a teacher is read as its student is::
+
+        recorder = Recorder(teacher, unit_map(teacher), {"hidden_states"})
+        recorder.attach()
+        outputs.call(teacher)
+        theirs = recorder.take().hidden_states
+
+    Args:
+        model: the model.
+        unit_map: its layers and sites; None where only the call itself is recorded.
+        needs: any of ``hidden_states`` and ``attentions``.
+        time_first: whether layers give ``[T, B, width]``.
+        read_attention: finds ``[B, H, T, S]`` in what an attention module gives.
+
+    Raises:
+        HeadPruningError: the map names a module that the model lacks, or there is no map.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        unit_map: Optional[UnitMap],
+        needs: "frozenset[str] | set[str]" = frozenset(),
+        *,
+        time_first: bool = False,
+        read_attention: Callable[[Any], Optional[torch.Tensor]] = last_of,
+    ) -> None:
+        self.model = model
+        self.hidden, self.attentions = HIDDEN_STATES in needs, ATTENTIONS in needs
+        self.time_first, self.read_attention = time_first, read_attention
+        if unit_map is None and (self.hidden or self.attentions):
+            raise HeadPruningError("Hidden states and attentions are found by the model's unit map; pass it.")
+        self._layers = () if unit_map is None else unit_map.layers
+        self._sites = () if unit_map is None else unit_map.attention
+        self._call = _Call()
+        self._handles: list = []
+
+    @property
+    def live(self) -> bool:
+        """Whether calls are recorded."""
+        return self._call.live
+
+    @live.setter
+    def live(self, live: bool) -> None:
+        self._call.live = live
+        if not live:
+            self._call.running = False
+            self._call.forget()
+
+    def attach(self) -> None:
+        """Put the hooks on. Idempotent."""
+        if self._handles:
+            return
+        call, handles = self._call, self._handles
+        handles.append(self.model.register_forward_pre_hook(call.begin, with_kwargs=True))
+        if self.hidden:
+            for name in self._layers:
+                layer = _Layer(call, name)
+                handles.append(self._module(name).register_forward_hook(layer.hook, with_kwargs=True))
+        if self.attentions:
+            for site in self._sites:
+                handles.append(self._module(site.name).register_forward_hook(_Site(call, site.name).hook))
+        handles.append(self.model.register_forward_hook(call.end, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._call.forget()
+
+    def _module(self, name: str) -> torch.nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError as error:
+            raise HeadPruningError(f"The model has no module {name}, which the unit map names; correct it.") from error
+
+    def take(self, masks: Optional[Mapping[str, torch.Tensor]] = None) -> Outputs:
+        """What the model's last call gave; it is forgotten then.
+
+        Args:
+            masks: ``bool[B, T]`` of the tokens that are no padding, by ``encoder`` and ``decoder``.
+
+        Raises:
+            HeadPruningError: the model was not called as a whole, or did not give what is needed.
+        """
+        call = self._call
+        if not call.finished:
+            raise HeadPruningError(
+                "A pruner's loss looks at what the model gave, but the model was not called since; compute the task "
+                "loss by calling the model that the session is on (not a part of it), between before_update() and "
+                "loss()."
+            )
+        states, sides = self._hidden_states() if self.hidden else ([], [])
+        attentions = self._attentions() if self.attentions else []
+        found = Outputs(
+            raw=call.raw,
+            hidden_states=tuple(states),
+            attentions=tuple(attentions),
+            masks=tuple((masks or {}).get(side) for side in sides),
+            args=call.args,
+            kwargs=call.kwargs,
+        )
+        call.forget()
+        return found
+
+    def _hidden_states(self) -> tuple[list[torch.Tensor], list[str]]:
+        states, sides, stack, side = [], [], None, "encoder"
+        kinds = {site.layer: site.kind for site in self._sites}
+        for name in self._layers:
+            runs = self._call.layers.get(name)
+            if not runs or any(out is None for _, out in runs):
+                raise HeadPruningError(
+                    f"The layer {name} did not run or gave no tensor, so its hidden state is missing; switch dropping "
+                    "of layers off (layerdrop), or leave it out of the unit map."
+                )
+            if name in kinds:  # a layer without heads is of the stack that it stands in
+                side = kinds[name].partition("_")[0]
+            first, stack = stack != name.rpartition(".")[0], name.rpartition(".")[0]
+            for state in [*([runs[0][0]] if first and runs[0][0] is not None else []), *(out for _, out in runs)]:
+                states.append(state.transpose(0, 1) if self.time_first and state.dim() == 3 else state)
+                sides.append(side)
+        self._refuse_lost_gradients(self._layers[-1], states[-1])
+        return states, sides
+
+    def _refuse_lost_gradients(self, name: str, given: torch.Tensor) -> None:
+        module = self._module(name)
+        learns = module.training and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        if learns and not given.requires_grad:
+            raise HeadPruningError(
+                f"What {name} gave carries no gradient, as under gradient checkpointing of the reentrant kind; choose "
+                "the other one (use_reentrant=False), or switch it off."
+            )
+
+    def _attentions(self) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for site in self._sites:
+            read = [self.read_attention(output) for output in self._call.sites.get(site.name, [])]
+            runs = [run for run in read if run is not None]
+            if not runs or len(runs) < len(read):
+                raise HeadPruningError(
+                    f"{site.name} gave no attention probabilities, which a pruner needs; switch the model to eager "
+                    'attention (attn_implementation="eager").'
+                )
+            self._refuse_lost_gradients(site.name, runs[-1])
+            found += runs
+        return found

@@ -1,0 +1,114 @@
+"""What a session changes about a Trainer: its loss, its evaluations, and how it builds its optimizer."""
+
+import functools
+from typing import Any, Callable, Mapping
+
+import torch
+
+from head_pruning import HeadPruningError, PruningSession, UnitMap
+
+
+def wrap(trainer: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have ``around(original, *args, **options)`` run in the place of a method of this one Trainer."""
+    original = getattr(trainer, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        return around(original, *args, **options)
+
+    setattr(trainer, name, wrapped)
+
+
+def wrap_evaluation(trainer: Any, session: PruningSession) -> None:
+    """Evaluate with the masks on: between two masks the weights of some pruners are all there."""
+
+    def evaluation_loop(original: Callable, *args: Any, **options: Any) -> Any:
+        with session.evaluating():
+            return original(*args, **options)
+
+    wrap(trainer, "evaluation_loop", evaluation_loop)
+
+
+def wrap_loss(trainer: Any, session: PruningSession) -> None:
+    """Train on the session's objective; the loss of evaluations stays the task's."""
+
+    def compute_loss(original: Callable, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        if not model.training:
+            return original(model, inputs, return_outputs=return_outputs, **options)
+        given = dict(inputs) if isinstance(inputs, Mapping) else inputs  # label smoothing takes the labels out
+        loss, outputs = original(model, inputs, return_outputs=True, **options)
+        masks = token_masks(session.unit_map, given) if session.needs and session.unit_map else None
+        weight = mean_weight(trainer, options.get("num_items_in_batch"))
+        loss = session.loss(loss, given, outputs, masks=masks, weight=weight)
+        return (loss, outputs) if return_outputs else loss
+
+    if session.changes_loss:
+        wrap(trainer, "compute_loss", compute_loss)
+
+
+def mean_weight(trainer: Any, items: Any) -> float:
+    """What a mean over a micro-batch weighs: the Trainer divides by their number only losses that are means."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        scaled = trainer.model_accepts_loss_kwargs and items is not None or trainer.compute_loss_func is not None
+    return 1.0 / trainer.current_gradient_accumulation_steps if scaled else 1.0
+
+
+def token_masks(unit_map: UnitMap, inputs: Any) -> dict[str, torch.Tensor]:
+    """``bool[B, T]`` of the tokens that are no padding, by ``encoder`` and ``decoder``, as far as the batch tells."""
+    if not isinstance(inputs, Mapping):
+        return {}
+    sides = {kind.partition("_")[0] for kind in unit_map.kinds()}
+    found = {side: inputs.get("attention_mask") for side in sorted(sides)}
+    if "encoder" in sides and "decoder" in sides:
+        labels, ids = inputs.get("labels"), inputs.get("decoder_input_ids")
+        own = inputs.get("decoder_attention_mask")
+        known = labels.ne(-100) if own is None and ids is None and torch.is_tensor(labels) else own
+        found["decoder"] = known
+    return {side: mask.bool() for side, mask in found.items() if torch.is_tensor(mask) and mask.dim() == 2}
+
+
+def wrap_building(trainer: Any, session: PruningSession, before: Callable[[], int]) -> None:
+    """Build optimizers for the phase that ``before()``'s update is in, and their schedules over that phase."""
+
+    def create_optimizer(original: Callable, *args: Any, **options: Any) -> Any:
+        before()
+        return original(*args, **options)
+
+    def create_scheduler(original: Callable, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        session.total_steps = num_training_steps
+        begin, end = session.schedule_span(before())
+        last = num_training_steps if end is None else min(end, num_training_steps)
+        return original(last - begin, *args, **options)
+
+    wrap(trainer, "create_optimizer", create_optimizer)
+    wrap(trainer, "create_scheduler", create_scheduler)
+
+
+def build_anew(trainer: Any) -> None:
+    """Give a Trainer that is training a new optimizer and learning-rate schedule, made as its first ones were."""
+    accelerator, old = trainer.accelerator, trainer.optimizer
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.create_optimizer()
+    trainer.optimizer = accelerator.prepare(trainer.optimizer)
+    # accelerate unscales the gradients of every optimizer that it knows: those of the old one would be twice.
+    accelerator._optimizers[:] = [known for known in accelerator._optimizers if known is not old]
+    trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
+    trainer.callback_handler.optimizer, trainer.callback_handler.lr_scheduler = trainer.optimizer, trainer.lr_scheduler
+
+
+def refuse_steering(trainer: Any, session: PruningSession) -> None:
+    """Raise HeadPruningError if pruners change the learning rate, or have several phases, where they cannot."""
+    names = " and ".join(pruner.name for pruner in session.pruners if session.steers_host)
+    if not session.steers_host:
+        return
+    if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
+        raise HeadPruningError(
+            f"{names} changes the learning rate or trains in phases, which is not done under FSDP or DeepSpeed; use "
+            "plain data parallelism (DDP)."
+        )
+    if session.overrides("phase") and (trainer.optimizer is not None or trainer.lr_scheduler is not None):
+        raise HeadPruningError(
+            f"{names} trains in phases, each with an optimizer and schedule of its own, but the Trainer was given "
+            "ready ones (optimizers=...); let it build them (optimizer_cls_and_kwargs, optim, lr_scheduler_type)."
+        )

@@ -1,0 +1,178 @@
+"""What every registered method must do, whatever it is: on and off, exact counts, resume. A new one is picked up."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from head_pruning import HeadMask, HeadPruningError, PruningSession, UnitMap, build_pruner, methods
+from tests.own_methods import registered
+
+UPDATES = 10
+with registered():  # the three of somebody else's too
+    ALL = sorted(methods(None))
+    OF_HEADS = sorted(methods("heads"))
+
+
+@pytest.fixture(autouse=True)
+def own_methods():
+    with registered():
+        yield
+
+
+@pytest.fixture
+def mask_file(toy, tmp_path):
+    """What an option that names a file is given: a mask of five heads."""
+    path = tmp_path / "masks.safetensors"
+    HeadMask(toy.make()[1], np.arange(12) % 5 < 2).save(path)
+    return path
+
+
+def build(toy, name: str, mask_file, seed: int = 0, **options):
+    """Model, attached session and pruner, with the options of the method's example and joint training."""
+    method = methods(None)[name]
+    options = {**method.example, **options}
+    for option, known in method.options.items():
+        if known.metadata.get("by_content"):
+            options[option] = str(mask_file)
+    if "joint_pruning" in method.options:
+        options["joint_pruning"] = True
+    model, unit_map = toy.make(seed)
+    if method.pruner.needs_trained_model:  # such as one whose weights were pruned
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter[..., ::2] = 0.0
+    pruner = build_pruner(method, SimpleNamespace(**options))
+    return model, PruningSession(model, unit_map, [pruner], total_steps=UPDATES).attach(), pruner
+
+
+def update(toy, model, session, step: int, optimizer=None) -> None:
+    session.before_update(step)
+    model.zero_grad()
+    session.loss(toy.loss(model, toy.batch(step))).backward()
+    session.after_backward(denominator=24)
+    session.before_step(optimizer)
+    if optimizer is not None:
+        optimizer.step()
+    session.after_step()
+
+
+def train(toy, name: str, mask_file, steps, resume_from=None):
+    """Train model and pruner; what a checkpoint holds after it, the session, the pruner."""
+    options = {}
+    if "gate_clip_norm" in methods(None)[name].options:
+        options["gate_clip_norm"] = 1e-3  # clips every step, so that the count of clipped steps is not 0
+    model, session, pruner = build(toy, name, mask_file, **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    torch.manual_seed(11)
+    if resume_from is not None:
+        model.load_state_dict(resume_from["model"])
+        session.load_state_dict(resume_from["session"])
+        session.load_tensor_state(resume_from["tensors"])
+        session.enter_phase(session.step)
+        optimizer.load_state_dict(resume_from["optimizer"])
+        torch.set_rng_state(resume_from["random"])
+    for step in steps:
+        session.enter_phase(step)
+        update(toy, model, session, step, optimizer)
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "session": session.state_dict(),
+        "tensors": session.tensor_state(),
+        "random": torch.get_rng_state(),
+        "evaluation": session.gates.evaluation_values if session.gated else torch.empty(0),
+        "at_target": session.at_target(),
+    }
+    return copy.deepcopy(state), session, pruner
+
+
+def same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_attach_and_detach_leave_the_model_bit_for_bit(toy, mask_file, name):
+    model, session, _ = build(toy, name, mask_file)
+    session.detach()
+    before = copy.deepcopy(model)
+    session.attach()
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in before.named_parameters()]
+    update(toy, model.eval(), session, 0)
+    session.detach()
+    same(model.state_dict(), before.state_dict())
+    assert hooks(model) == 0
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+
+
+@pytest.mark.parametrize("stop", [1, 6])
+@pytest.mark.parametrize("name", ALL)
+def test_a_resumed_run_ends_bit_equal(toy, mask_file, name, stop):
+    whole, session, _ = train(toy, name, mask_file, range(UPDATES))
+    part, _, _ = train(toy, name, mask_file, range(stop))
+    resumed, other, _ = train(toy, name, mask_file, range(stop, UPDATES), resume_from=part)
+    assert all(value.dtype == np.float64 for value in whole["session"].values())
+    for kept in ("session", "tensors", "model"):
+        same(resumed[kept], whole[kept])
+    assert whole["at_target"] == resumed["at_target"] and torch.equal(whole["evaluation"], resumed["evaluation"])
+    assert session.head_mask() == other.head_mask()
+    for one in (session, other):
+        one.harden()
+    assert session.head_mask() == other.head_mask()
+    same(session.weight_masks(), other.weight_masks())
+    assert not all(torch.equal(part["model"][key], value) for key, value in whole["model"].items())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_outcome_has_the_count_that_was_asked_for(toy, mask_file, name):
+    _, session, pruner = train(toy, name, mask_file, range(UPDATES))
+    session.harden()
+    mask, masks = session.head_mask(), session.weight_masks()
+    assert (mask is not None) == (pruner.kind == "heads") and bool(masks) == (pruner.kind == "weights")
+    wanted = getattr(pruner.config, "num_of_heads", None)
+    assert mask is None or wanted is None or mask.kept == wanted
+    parameters = dict(session.model.named_parameters())
+    for tensor, keep in masks.items():
+        assert not parameters[tensor][~keep].any(), tensor
+    if masks:
+        number = sum(keep.numel() for keep in masks.values())
+        kept = sum(int(keep.sum()) for keep in masks.values())
+        # Each tensor is cut to a whole number, and the weight at the threshold stays or goes.
+        assert abs(kept - pruner.final_density() * number) <= 2 * len(masks)
+    session.harden()
+    assert session.head_mask() == mask
+    same(session.weight_masks(), masks)
+
+
+@pytest.mark.parametrize("name", OF_HEADS)
+def test_a_hardened_state_stays_hard(toy, mask_file, name):
+    model, session, _ = build(toy, name, mask_file)
+    update(toy, model, session, 0)
+    mask = session.harden()
+    _, other, _ = build(toy, name, mask_file, seed=9)
+    other.load_state_dict(session.state_dict())
+    assert other.head_mask() == mask
+    other.before_update(1)
+    np.testing.assert_array_equal(other.gates.training_values.numpy(), mask.keep)
+    np.testing.assert_array_equal(other.gates.evaluation_values.numpy(), mask.keep)
+
+
+@pytest.mark.parametrize("name", OF_HEADS)
+def test_the_state_of_a_model_with_other_heads_is_refused(toy, mask_file, name):
+    model, session, pruner = build(toy, name, mask_file)
+    state = session.state_dict()
+    session.detach()
+    smaller = UnitMap(session.unit_map.attention[:3])
+    HeadMask(smaller, np.arange(9) < 4).save(mask_file)
+    other = PruningSession(model, smaller, [pruner], total_steps=UPDATES).attach()
+    with pytest.raises(HeadPruningError, match="12 heads but the model has 9"):
+        other.load_state_dict(state)
