@@ -141,6 +141,8 @@ class PruningSession:
         #: For hosts with float32 master copies: leads from a parameter to its copy, with ``.grad`` where it has one.
         self.master_of: Optional[Callable[[nn.Parameter], torch.Tensor]] = None
         self.step = 0
+        #: Whether the outcome is fixed.
+        self.hardened = False
         self._updates_here = 0
         self._started = self._stepping = False
         self._told: set[str] = set()
@@ -185,7 +187,7 @@ class PruningSession:
         except BaseException:
             self.detach()
             raise
-        self._started = self._stepping = False
+        self._started = self._stepping = self.hardened = False
         self._phases = [0] * len(self.pruners)
         return self
 
@@ -352,6 +354,7 @@ class PruningSession:
         """Fix the outcome (exactly K heads, the target density) and return the head mask, None without one."""
         for pruner in sorted(self.pruners, key=lambda pruner: not pruner.needs_gates):  # weights go with their heads
             pruner.harden()
+        self.hardened = True
         return self.head_mask()
 
     def detach(self) -> None:

@@ -19,6 +19,7 @@ from head_pruning import HeadPruningError
 
 from ..command_line.arguments import Arguments
 from ..command_line.fields import ModelArguments, SquadArguments
+from ..saving.notices import quiet_saving
 from ..scripts.models import give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
 from ..training.checkpoints import whole_checkpoints
@@ -193,7 +194,8 @@ class SquadRun(TaskRun):
 
     def _evaluate_checkpoints(self) -> dict[str, float]:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        final = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        with quiet_saving(model):  # nothing is written
+            final = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         metrics: dict[str, float] = {}
         for found in reversed(list(whole_checkpoints(self.out))):
             with loading(str(found.folder)):

@@ -18,6 +18,7 @@ from head_pruning import HeadPruningError, PruningSession, UnitMap
 from head_pruning.weights import save_weight_masks
 
 from ..saving.folders import save_pruned
+from ..saving.notices import notices_on, quiet_saving
 from .checkpoints import (
     Checkpoint,
     check_resumable,
@@ -163,7 +164,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         """
         weights, mask = self.session.of_kind("weights"), self.session.head_mask()
         folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
-        with self.session.evaluating():
+        with self.session.evaluating(), quiet_saving(model):
             if mask is None:
                 save_model(str(folder), _internal_call=True)
             elif trainer.is_world_process_zero():
@@ -239,6 +240,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         if not any(module is self.session.model for module in model.modules()):
             raise HeadPruningError("The gates are on another model than the Trainer's; open the session on its model.")
         self.session.total_steps = state.max_steps
+        for notice in notices_on(self.session.model):
+            notice.in_checkpoints = True  # on_save() sees to it
         self._saved_step = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:

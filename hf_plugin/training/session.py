@@ -12,6 +12,7 @@ from head_pruning.session import LAYERDROP_UPDATES, check_pruners, needs_of
 from ..heads.masking import masked_heads
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
+from ..saving.notices import watch_session
 from .attention import ask_for_probabilities, switch_to_eager
 from .teachers import load_teacher
 
@@ -69,6 +70,7 @@ def open_session(
         session.attach()
         if session.freezes_model:
             session.freeze()  # HeadPruningCallback never steps what is left
+        watch_session(model, session)
     except BaseException:
         session.detach()
         raise
