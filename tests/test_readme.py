@@ -181,9 +181,9 @@ def _lines(program: str) -> list[list[str]]:
 
 READ = {
     "fairseq-train", "fairseq-generate", "fairseq-preprocess", "python -m fairseq_plugin.run_michel",
-    "python -m hf_plugin.run_dsp", "python -m hf_plugin.run_squad", "head-pruning", "python -m prepare.glue",
-    "python -m prepare.squad", "python -m prepare.demo_data", "python -m prepare.demo_sentiment",
-    "prepare/prepare-iwslt14.sh",
+    "python -m hf_plugin.run_dsp", "python -m hf_plugin.run_squad", "python -m hf_plugin.run_glue", "head-pruning",
+    "python -m prepare.glue", "python -m prepare.squad", "python -m prepare.demo_data",
+    "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh",
 }  # fmt: skip
 
 
@@ -228,6 +228,15 @@ def test_the_transformers_commands_parse(script):
             assert found.weight_method.name == "platon" and found.weight_options["final_threshold"] == 0.1
         else:
             assert found.method.name == "dsp" and found.options["num_of_heads"] == 12
+
+
+def test_the_commands_of_distillation_parse():
+    pytest.importorskip("transformers")
+    from hf_plugin.command_line.arguments import parse
+
+    found = [parse([*words, "--use_cpu"], "run_glue") for words in _lines("python -m hf_plugin.run_glue")]
+    named = [[pruner.name for pruner in each.pruners] for each in found]
+    assert named == [[], ["spd_magnitude", "spd"], ["dsp", "logits"]]
 
 
 def test_the_preparing_commands_parse():
