@@ -1,5 +1,7 @@
 """What the distillers share: their options, the teacher, the terms of their loss, the state."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any, Optional
 

@@ -1,9 +1,11 @@
 """A layer of the student replaced by the teacher's for one update, without a copy of either."""
 
+from __future__ import annotations
+
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
-from torch import nn
+import torch
 
 from ..errors import HeadPruningError
 from ..weights.engine.targets import shortened
@@ -24,7 +26,7 @@ class Graft:
         live: whether the teacher's parameters are used, in training; a layer in evaluation is the student's.
     """
 
-    def __init__(self, layer: nn.Module, donor: nn.Module) -> None:
+    def __init__(self, layer: torch.nn.Module, donor: torch.nn.Module) -> None:
         self.live = False
         self._swaps = []
         for path, module in layer.named_modules():
@@ -52,7 +54,7 @@ class _Swap:
 
     def __init__(self, graft: Optional[Graft] = None, places: Sequence[tuple[dict, dict, str]] = ()) -> None:
         self._graft, self._places = graft, places
-        self._kept: list[list[nn.Parameter]] = []
+        self._kept: list[list[torch.nn.Parameter]] = []
 
     def __deepcopy__(self, memo: dict) -> "_Swap":
         return _Swap()
@@ -60,19 +62,19 @@ class _Swap:
     def __reduce__(self) -> tuple:
         return _Swap, ()
 
-    def attach(self, module: nn.Module) -> list:
+    def attach(self, module: torch.nn.Module) -> list:
         return [
             module.register_forward_pre_hook(self.enter),
             module.register_forward_hook(self.leave, always_call=True),
         ]
 
-    def enter(self, module: nn.Module, args: tuple) -> None:
+    def enter(self, module: torch.nn.Module, args: tuple) -> None:
         if self._graft is not None and self._graft.live and module.training:
             self._kept.append([mine[name] for mine, _, name in self._places])
             for mine, theirs, name in self._places:
                 mine[name] = theirs[name]
 
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if self._kept:
             for (mine, _, name), parameter in zip(self._places, self._kept.pop()):
                 mine[name] = parameter
@@ -91,7 +93,9 @@ class Grafts:
         HeadPruningError: the two have not as many layers, or one has other parameters than its counterpart.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, layers: Sequence[str], theirs: Sequence[str]) -> None:
+    def __init__(
+        self, student: torch.nn.Module, teacher: torch.nn.Module, layers: Sequence[str], theirs: Sequence[str]
+    ) -> None:
         if len(layers) != len(theirs):
             raise HeadPruningError(
                 f"The student has {len(layers)} layers and its teacher {len(theirs)}, so none can stand in for "
@@ -121,7 +125,7 @@ class Grafts:
             graft.live = not mine
 
 
-def _shapes(layer: nn.Module) -> dict[str, tuple]:
+def _shapes(layer: torch.nn.Module) -> dict[str, tuple]:
     return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters(remove_duplicate=False)}
 
 

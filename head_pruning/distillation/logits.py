@@ -1,5 +1,7 @@
 """Distillation beside any other method: the task loss plus what the student lacks of its teacher."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -4,10 +4,11 @@ Each is a mean over the elements of the real tokens, in float32 or wider. The pu
 the mean over padding too: pass no masks for that.
 """
 
+from __future__ import annotations
+
 from typing import Optional, Sequence
 
 import torch
-from torch.nn import functional as F
 
 from ..errors import HeadPruningError
 from ..outputs import Outputs
@@ -25,7 +26,9 @@ def soft_cross_entropy(
         temperature: above 0; the loss is not scaled by its square.
         mask: ``bool[...]`` of the rows that count; None: all.
     """
-    terms = F.softmax(_wide(theirs) / temperature, -1) * F.log_softmax(_wide(mine) / temperature, -1)
+    terms = torch.nn.functional.softmax(_wide(theirs) / temperature, -1) * torch.nn.functional.log_softmax(
+        _wide(mine) / temperature, -1
+    )
     return _mean_of_rows(-terms.mean(-1), mask)
 
 
@@ -35,9 +38,9 @@ def divergence(
     """Distillation of logits (Hinton et al. 2015): ``temperature**2`` times the Kullback-Leibler divergence of the
     student from the teacher, summed over classes and averaged over rows. Arguments as :func:`soft_cross_entropy`.
     """
-    ours = F.log_softmax(_wide(mine) / temperature, -1)
-    target = F.log_softmax(_wide(theirs) / temperature, -1)
-    far = F.kl_div(ours, target, reduction="none", log_target=True).sum(-1)
+    ours = torch.nn.functional.log_softmax(_wide(mine) / temperature, -1)
+    target = torch.nn.functional.log_softmax(_wide(theirs) / temperature, -1)
+    far = torch.nn.functional.kl_div(ours, target, reduction="none", log_target=True).sum(-1)
     return temperature**2 * _mean_of_rows(far, mask)
 
 
@@ -52,7 +55,7 @@ def _mean_of_rows(values: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.T
 def mean_square(mine: torch.Tensor, theirs: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
     """Mean of squared differences over the elements where ``mask``, which broadcasts to their shape, is true."""
     if mask is None:
-        return F.mse_loss(_wide(mine), _wide(theirs))
+        return torch.nn.functional.mse_loss(_wide(mine), _wide(theirs))
     # Elements per element of the mask, which has as many dimensions.
     repeated = mine.numel() // mask.expand(*mask.shape).numel()
     far = (_wide(mine) - _wide(theirs)) * mask

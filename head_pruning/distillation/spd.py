@@ -4,6 +4,8 @@ In each update every layer is the student's with a probability, the replacing ra
 rises to 1; meanwhile the student's weights are pruned (:mod:`head_pruning.weights.spd_magnitude`).
 """
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, field
 from typing import Any, Optional

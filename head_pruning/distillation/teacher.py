@@ -1,5 +1,7 @@
 """The frozen model that a distiller compares with: asked once per micro-batch, and no part of the student."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import weakref
@@ -7,7 +9,6 @@ from typing import Iterable, Optional
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..errors import HeadPruningError
 from ..outputs import Outputs
@@ -15,7 +16,7 @@ from ..pruner import SessionView
 from ..unit_map import UnitMap
 
 #: What ``--teacher_dtype`` takes.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 # Two sums of the same numbers in float64 differ by less than this share of the sum of their absolute values.
 _SAME = 1e-9
 
@@ -40,7 +41,11 @@ class Teacher:
     """
 
     def __init__(
-        self, model: nn.Module, unit_map: Optional[UnitMap], session: SessionView, dtype: Optional[torch.dtype] = None
+        self,
+        model: torch.nn.Module,
+        unit_map: Optional[UnitMap],
+        session: SessionView,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         self.model, self.unit_map, self.dtype = model.eval().requires_grad_(False), unit_map, dtype
         self.shared: set[int] = set()
@@ -79,7 +84,7 @@ class Teacher:
             # Parameters that are the student's as well have gone there with it.
             self.model.to(device=theirs.device, dtype=dtype)
 
-    def share(self, student: nn.Module, names: Iterable[str]) -> None:
+    def share(self, student: torch.nn.Module, names: Iterable[str]) -> None:
         """Keep one copy of the named parameters wherever the student's equal the teacher's; see :attr:`shared`."""
         theirs = dict(self.model.named_parameters())
         mine = dict(student.named_parameters())
@@ -127,7 +132,7 @@ def open_teacher(
     """
     known = _open.setdefault(session, {})
     if (path, dtype) not in known:
-        kind = DTYPES[dtype] if dtype else None
+        kind = getattr(torch, dtype) if dtype else None
         student = session.model
         if path is not None:
             if session.load_teacher is None:
@@ -158,7 +163,7 @@ def close_teacher(session: SessionView, teacher: Teacher) -> None:
         teacher.close()
 
 
-def _first(model: nn.Module) -> nn.Parameter:
+def _first(model: torch.nn.Module) -> torch.nn.Parameter:
     """A parameter that tells where a model is, and in which type of numbers."""
     return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
 

@@ -1,5 +1,7 @@
 """The masks of sparse progressive distillation (Huang et al. 2022): the smallest weights of each tensor, for good."""
 
+from __future__ import annotations
+
 import logging
 import math
 from dataclasses import dataclass, field
