@@ -225,9 +225,9 @@ def test_the_transformers_commands_parse(script):
     for words in _lines(f"python -m hf_plugin.{script}"):
         found = parse([*words, "--use_cpu"], script)
         if script == "run_squad":
-            assert found.weight_method.name == "platon" and found.weight_options["final_threshold"] == 0.1
+            assert found.of("weights").name == "platon" and found.of("weights").config.final_threshold == 0.1
         else:
-            assert found.method.name == "dsp" and found.options["num_of_heads"] == 12
+            assert found.of("heads").name == "dsp" and found.of("heads").config.num_of_heads == 12
 
 
 def test_the_commands_of_distillation_parse():
@@ -325,7 +325,8 @@ def known_flags():
 
     from fairseq_plugin.run_michel import get_parser
     from head_pruning.cli import build_parser
-    from hf_plugin.command_line.arguments import parse, parse_michel
+    from hf_plugin.command_line.arguments import parse
+    from hf_plugin.command_line.michel import parse_michel
 
     training = options.get_training_parser()
     line = "data --user-dir fairseq_plugin --task translation_head_pruning --arch transformer --optimizer adam"
