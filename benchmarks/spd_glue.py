@@ -34,7 +34,7 @@ TASKS = {
 }
 #: Of the dense model, which is trained as in the other benchmarks.
 DENSE_EPOCHS = {"CoLA": 4, "MRPC": 3, "SST-2": 1, "MNLI": 1}
-# SPD's learning rate is that of its recipe. Of the other methods it is what served best on CoLA at 90 %, see RATES.
+# SPD's learning rate is that of its recipe; that of the other methods has not been tuned, see RATES.
 RATES = {"SPD": "6.4e-4", "SPD without grafting": "6.4e-4"}
 RATE = "3e-4"
 # The masks of SPD grow in the first half of training.
