@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Optional, Sequence
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -22,7 +23,12 @@ class HeadMask:
     keep: np.ndarray
 
     def __post_init__(self) -> None:
-        keep = np.asarray(self.keep, dtype=bool).reshape(-1)
+        given = np.asarray(self.keep).reshape(-1)
+        if not ((given == 0) | (given == 1)).all():
+            raise HeadPruningError(
+                "The head mask has entries other than true and false (1 and 0); give one of them for each head."
+            )
+        keep = given.astype(bool)
         if keep.size != self.unit_map.num_heads:
             raise HeadPruningError(
                 f"The head mask has {keep.size} entries but the model has {self.unit_map.num_heads} heads; "
@@ -108,16 +114,42 @@ def lifted(left: HeadMask, mask: HeadMask) -> HeadMask:
     return HeadMask(left.unit_map, keep)
 
 
+def whole_number(value: Any) -> Optional[int]:
+    """``value`` as an integer; None where it is none, as truth values are not, of whatever library."""
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    try:
+        return None if "bool" in kind else operator.index(value)
+    except TypeError:
+        return None
+
+
+def head_numbers(name: str, listed: Iterable[Any]) -> list[int]:
+    """The numbers of heads as integers. Raises HeadPruningError, naming the site, for what is no list of integers."""
+    given = list(listed) if isinstance(listed, Iterable) else [None]
+    heads = [number for number in map(whole_number, given) if number is not None]
+    if len(heads) < len(given):
+        raise HeadPruningError(
+            f"The heads to remove from {name} must be a list of integers, the numbers of the heads (not a truth value "
+            "for each head: that is a HeadMask)."
+        )
+    return heads
+
+
 def mask_without(unit_map: UnitMap, removed: Mapping[str, Sequence[int]], base: Optional[HeadMask] = None) -> HeadMask:
-    """The mask that removes ``{site name: [head, ...]}`` from ``base`` (default: from all heads)."""
+    """The mask that removes ``{site name: [head, ...]}`` from ``base`` (default: from all heads).
+
+    Raises:
+        HeadPruningError: there is no such site or head, or what is given is no list of whole numbers.
+    """
     keep = (base.keep if base is not None else np.ones(unit_map.num_heads, dtype=bool)).copy()
     where = {site.name: (site, span) for site, span in unit_map.slices()}
     for name, heads in removed.items():
         if name not in where:
             raise HeadPruningError(f"There is no attention site {name}; the map has {', '.join(where)}.")
         site, span = where[name]
-        bad = [head for head in heads if not 0 <= head < site.heads]
+        numbers = head_numbers(name, heads)
+        bad = [head for head in numbers if not 0 <= head < site.heads]
         if bad:
             raise HeadPruningError(f"{name} has heads 0 to {site.heads - 1}; {bad[0]} is not one of them.")
-        keep[span.start + np.array(list(heads), dtype=int)] = False
+        keep[span.start + np.array(numbers, dtype=int)] = False
     return HeadMask(unit_map, keep)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .heads.masking import head_mask, mask_heads, masked_heads, restore_heads
     from .heads.pruning import prune_heads, pruned_heads, remove_query_heads
     from .mapping.unit_map import unit_map
+    from .saving.adapters import load_pruned_peft, merge_and_cut, merge_pruned
     from .saving.folders import save_compact, save_pruned
     from .training.callback import HeadPruningCallback
     from .training.session import open_session
@@ -25,10 +26,13 @@ __all__ = [
     "head_importance",
     "head_mask",
     "least_important",
+    "load_pruned_peft",
     "load_pruned_v4",
     "mark_compact",
     "mask_heads",
     "masked_heads",
+    "merge_and_cut",
+    "merge_pruned",
     "open_session",
     "prune_heads",
     "pruned_heads",
@@ -48,10 +52,13 @@ __getattr__ = exports(
         "head_importance": "heads.importance",
         "head_mask": "heads.masking",
         "least_important": "heads.importance",
+        "load_pruned_peft": "saving.adapters",
         "load_pruned_v4": "heads.load_v4",
         "mark_compact": "compact.quantizer",
         "mask_heads": "heads.masking",
         "masked_heads": "heads.masking",
+        "merge_and_cut": "saving.adapters",
+        "merge_pruned": "saving.adapters",
         "open_session": "training.session",
         "prune_heads": "heads.pruning",
         "pruned_heads": "heads.pruning",

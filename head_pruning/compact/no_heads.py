@@ -23,6 +23,15 @@ class ConfigView:
         return getattr(self.__dict__["_config"], name)
 
 
+# Arguments with the sequence that is attended to, where it is another.
+OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "key")
+
+
+def bare() -> "NoHeads":
+    """One without any attribute, for copies."""
+    return NoHeads.__new__(NoHeads)
+
+
 class NoHeads(nn.Module):
     """What attention without heads is: the output projection's bias, or, inside, nothing for it to read.
 
@@ -36,7 +45,8 @@ class NoHeads(nn.Module):
     - ``returns``: what it returns after the constants: name and position of an argument, or null for None; null: the
       bare tensor; ``list``: true where it returns a list instead of a tuple.
     - ``attentions``: name and position of the argument that asks for attentions, or null, and how many values more it
-      returns then.
+      returns then; ``weights``: the places of attentions among what it returns after the constants, where they are
+      those of no head: ``[examples, 0, queries, keys]``.
     - ``drop``: names of its modules and parameters that are no longer needed.
     - ``cache``: name and position of the argument with keys and values of earlier tokens, and the attribute that says
       which of its layers this is, and whether they are those of another sequence; or null. ``tokens_first``: true
@@ -47,11 +57,21 @@ class NoHeads(nn.Module):
     - ``versions``: true where positions and what it returns are those of one version of transformers, and are read
       anew from the class's source when the recipe is applied.
 
+    To ``isinstance`` it is of the class that it was, too: transformers looks for modules of that class to collect the
+    attentions of, one entry for each layer.
+
     I-BERT's attention keeps a silent head instead: its output projection, once quantized, fails without inputs.
     """
 
     _no_heads: Mapping[str, Any]
     _no_heads_class: Any
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return vars(self).get("_no_heads_class", NoHeads)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return bare, (), vars(self)  # pickle would look for an object of the class that it pretends to be
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The constant, in the shape of the input."""
@@ -64,7 +84,7 @@ class NoHeads(nn.Module):
         if options.get("cache"):
             name, position, layer, cross = options["cache"]
             cache = _argument((name, position), args, kwargs)
-            hidden = given[0].transpose(0, 1) if options.get("tokens_first") else given[0]
+            hidden = self.examples_first(given[0])
             if options.get("streams"):
                 hidden = hidden[:, : hidden.shape[1] // (1 + getattr(self, options["streams"]))]
             if made and cache is not None:
@@ -77,12 +97,38 @@ class NoHeads(nn.Module):
         if not _argument((where or ("output_attentions", None)), args, kwargs):
             more = 0
         passed = [None if where is None else _argument(where, args, kwargs) for where in options["returns"]]
+        passed += [None] * more
+        if self.collects(args, kwargs):
+            for place in options.get("weights", ()):
+                if place < len(passed):
+                    passed[place] = self.no_weights(given[0], keys, kwargs)
         if made:
             keys = given[0].shape[1] if keys is None else keys
             bias = self.position_bias(given[0], keys, seen, args, kwargs)
-            passed = [bias if where == options["bias"] else each for where, each in zip(options["returns"], passed)]
-        returned = (*constants, *passed, *[None] * more)
+            for place, where in enumerate(options["returns"]):
+                if where == options["bias"]:
+                    passed[place] = bias
+        returned = (*constants, *passed)
         return list(returned) if options.get("list") else returned
+
+    def examples_first(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[examples, tokens, features]``, whatever the order that the module's class has."""
+        return hidden.transpose(0, 1) if self._no_heads.get("tokens_first") else hidden
+
+    def collects(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+        """Whether layers with heads return attentions now: when asked to, and where no fused kernel is at work."""
+        where, _ = self._no_heads["attentions"]
+        config = getattr(self, "config", None)
+        eager = getattr(config, "_attn_implementation", "eager") == "eager"
+        return eager or bool(_argument((where or ("output_attentions", None)), args, kwargs))
+
+    def no_weights(self, hidden: torch.Tensor, keys: Optional[int], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The attentions of no head, ``[examples, 0, queries, keys]``."""
+        hidden = self.examples_first(hidden)
+        other = next((kwargs[name] for name in OTHER_SEQUENCE if isinstance(kwargs.get(name), torch.Tensor)), None)
+        if keys is None:
+            keys = hidden.shape[1] if other is None else self.examples_first(other).shape[1]
+        return hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], keys)
 
     def position_bias(self, hidden: torch.Tensor, keys: int, seen: Any, args: tuple, kwargs: dict) -> torch.Tensor:
         """What the module's class says of the positions of queries and keys, for all heads of the original.

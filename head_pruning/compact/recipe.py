@@ -155,4 +155,5 @@ def _empty(model: nn.Module, name: str, options: Mapping[str, Any]) -> None:
         setattr(module.get_submodule(parent), leaf, None)
     module.__dict__.pop("forward", None)  # older transformers leave one there when they have recorded outputs
     module._no_heads, module._no_heads_class = of_this_version(type(module), options), type(module)
+    module._is_hf_initialized = True  # its class's initialisation would look for what is gone
     module.__class__ = NoHeads

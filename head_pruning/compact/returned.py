@@ -6,8 +6,11 @@ nothing but the standard library: a copy of this file lies in every compact fold
 
 import ast
 import inspect
+import re
 import textwrap
 from typing import Any, Iterator, Optional, Sequence
+
+ATTENTIONS = re.compile("att_|attn|attention|prob|weights")  # what attentions are called
 
 # The first value, the names of the others (None: it is bare), how many more there are with attentions, whether it is a
 # list.
@@ -54,6 +57,9 @@ def returned_values(tree: ast.FunctionDef) -> Optional[Returned]:
         name = assigned_name(statement)
         if name and isinstance(statement, ast.Assign):
             assigned.setdefault(name, []).append(statement.value)
+        elif isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
+            if statement.target.id in assigned and isinstance(statement.value, ast.Tuple):
+                assigned[statement.target.id].append(statement.value)
 
     def elements(value: ast.expr) -> Optional[tuple[list[ast.expr], int, bool]]:
         """The values without attentions, how many more there are with them, and whether it is a list."""
@@ -61,7 +67,7 @@ def returned_values(tree: ast.FunctionDef) -> Optional[Returned]:
             return value.elts, 0, isinstance(value, ast.List)
         if isinstance(value, ast.IfExp):
             less, more = elements(value.orelse), elements(value.body)
-            return less and more and (less[0], len(more[0]) - len(less[0]), less[2])
+            return less and more and (less[0], max(less[1], len(more[0]) + more[1] - len(less[0])), less[2])
         if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
             less, more = elements(value.left), elements(value.right)
             return less and (less[0], less[1] + (len(more[0]) if more else 1), less[2])
@@ -87,8 +93,12 @@ def returned_values(tree: ast.FunctionDef) -> Optional[Returned]:
     kinds = {(first, None if others is None else len(others), *more) for first, others, *more in found}
     if len(kinds) != 1:
         return None
-    name, more, attentions, as_list = sorted(found)[0]
-    return name, None if more is None else list(more), attentions, as_list
+    name, more, attentions, as_list = min(found)
+    if more is None:
+        return name, None, attentions, as_list
+    # What one return gives as None has its name in another.
+    places = zip(*(names for _, names, *_ in found))
+    return name, [next((n for n in names if n != "None"), "None") for names in places], attentions, as_list
 
 
 def return_options(parameters: Sequence[str], returned: Returned, constants: int) -> dict[str, Any]:
@@ -100,11 +110,14 @@ def return_options(parameters: Sequence[str], returned: Returned, constants: int
         constants: how many of the first values are constants, one for each sequence that attends.
     """
     _, others, attentions, as_list = returned
-    asks = "output_attentions"
-    passed = [placed([name], parameters) if name in parameters else None for name in (others or ())[constants - 1 :]]
+    asks, named = "output_attentions", (others or ())[constants - 1 :]
+    passed = [placed([name], parameters) if name in parameters else None for name in named]
+    weights = [place for place, name in enumerate(named) if passed[place] is None and ATTENTIONS.search(name)]
+    weights += range(len(named), len(named) + attentions)
     return {
         "returns": None if others is None else passed,
         "attentions": [placed([asks], parameters) if asks in parameters else None, attentions],
+        "weights": weights,
         **({"list": True} if as_list else {}),
     }
 

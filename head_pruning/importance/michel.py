@@ -48,7 +48,7 @@ class ImportanceAccumulator:
         """Forward and backward of one batch inside the block add the derivatives of each of its examples on their own.
 
         Each example has gates of its own, so no loop over the batch is needed (the paper's expectation is over
-        examples). Backpropagate the sum of the examples' losses.
+        examples). Backpropagate the sum of the examples' losses; a block without a backward pass adds nothing.
 
         Args:
             count: B, the number of examples; the inputs of the gated modules must start with that dimension.
@@ -57,8 +57,8 @@ class ImportanceAccumulator:
         gates = gates.repeat(count, 1).requires_grad_(True)
         with self.gates.reading(gates):
             yield
-        assert gates.grad is not None
-        self._add(gates.grad.double())
+        if gates.grad is not None:
+            self._add(gates.grad.double())
 
     def _add(self, gradient: torch.Tensor) -> None:
         """Add ``[N]`` or, summed over its first dimension, ``[B, N]``."""

@@ -11,7 +11,7 @@ from ..compact.recipe import VERSION, apply_recipe
 from ..compact.slices import held_heads, held_queries, stays, was
 from ..errors import HeadPruningError
 from ..gates.engine.bank import refuse_gates
-from ..masks import HeadMask
+from ..masks import HeadMask, head_numbers
 from ..unit_map import AttentionSite, UnitMap
 from .plans import get_tensor, plain_plan
 from .remaining import recipe_of
@@ -70,7 +70,8 @@ def remove_query_heads(
     refuse_gates(model, unit_map, _UNGATE)
     recipe = _recipe(model, unit_map)
     sites = {site.name: site for site in unit_map.attention}
-    for name, heads in removed.items():
+    for name, listed in removed.items():
+        heads = head_numbers(name, listed)
         if name not in sites:
             raise HeadPruningError(f"There is no attention site {name}; the model has {', '.join(sites)}.")
         entry = _entry(recipe, model, unit_map, sites[name])
@@ -130,7 +131,8 @@ def _entry(recipe: dict, model: nn.Module, unit_map: UnitMap, site: AttentionSit
     expanded = "its keys and values were repeated when query heads were removed"
     refuse = expanded if entry is not None and entry.get("expanded") else plan.refuse
     if refuse:
-        raise HeadPruningError(f"Heads of {site.name} cannot be cut out exactly: {refuse}; export the model masked.")
+        cure = "" if "; " in refuse else "; export the model masked"
+        raise HeadPruningError(f"Heads of {site.name} cannot be cut out exactly: {refuse}{cure}.")
     return recipe["sites"].setdefault(site.name, plan.entry(site.heads))
 
 

@@ -89,7 +89,10 @@ class CompactModel(_Model):
             yield
             return
         before = {name: values[name] for name in ("quantization_config", "auto_map") if name in values}
-        if before.get("quantization_config") is None:
+        told = before.get("quantization_config")
+        if isinstance(told, Mapping) and told.get("quant_method") == METHOD:
+            pass  # by the class of another copy of this file, which is around this one
+        elif told is None:
             self.config.quantization_config = {"quant_method": METHOD, "recipe": recipe}
         else:
             setattr(self.config, RECIPE, recipe)
@@ -171,8 +174,10 @@ def remove(model: PreTrainedModel, recipe: Mapping[str, Any]) -> None:
         ValueError: the recipe is damaged, or of another model.
     """
     try:
-        with torch.device("cpu"):  # not "meta": the indices that are cut need values
-            apply_recipe(model, fitted(model, checked(recipe)))
+        here = fitted(model, checked(recipe))
+        if here["sites"]:  # else it is a part of the model of which nothing was cut
+            with torch.device("cpu"):  # not "meta": the indices that are cut need values
+                apply_recipe(model, here)
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"The recipe of removed heads in config.json is damaged or not made for {type(model).__name__} "
@@ -195,13 +200,15 @@ def fitted(model: PreTrainedModel, recipe: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError when a model of the class that was saved lacks a site.
     """
     modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
-    there: dict[str, Any] = {}
+    known = [*recipe["sites"], *(site["name"] for site in recipe["unit_map"]["attention"])]
+    here: list[str] = []
     for rename in (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix)):
-        there = {rename(name): site for name, site in recipe["sites"].items() if rename(name) in modules}
-        if there:
+        here = [name for name in known if rename(name) in modules]
+        if here:
             break
-    lacking = [name for name in recipe["sites"] if rename(name) not in there]
-    if lacking and (not there or type(model).__name__ in (getattr(model.config, "architectures", None) or ())):
+    there = {rename(name): site for name, site in recipe["sites"].items() if name in here}
+    lacking = [name for name in recipe["sites"] if name not in here]
+    if lacking and (not here or type(model).__name__ in (getattr(model.config, "architectures", None) or ())):
         raise ValueError(f"there is no module {lacking[0]}")
     sites = {name: _renamed_site(site, rename) for name, site in there.items()}
     units = {

@@ -5,8 +5,9 @@ It gives the model its smaller shape before the weights are read. Nothing of the
 """
 
 import copy
+import functools
 import sys
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional, cast
 
 import torch
 from torch import nn
@@ -55,12 +56,7 @@ class HeadPruningQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
-        from .model_classes import remove
-
-        try:
-            remove(model, self.quantization_config.recipe)
-        except ValueError as error:
-            raise HeadPruningError(str(error)) from error
+        remove_heads(model, self.quantization_config.recipe)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **options: Any) -> None:
         from transformers import PreTrainedModel
@@ -83,10 +79,12 @@ def mark_compact(model: nn.Module) -> None:
 
     from .model_classes import compact_class, take_recipe
 
-    if recipe_of(model) is None or not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
+        return
+    take_recipe(model.config)
+    if recipe_of(model) is None:
         return
     model.__class__ = compact_class(type(model))
-    take_recipe(model.config)
     # transformers looks up by the class's name which modules' outputs are hidden states and attentions.
     for home in ("transformers.utils.output_capturing", "transformers.utils.generic"):
         registry = getattr(sys.modules.get(home), "_CAN_RECORD_REGISTRY", None)
@@ -99,3 +97,44 @@ def dense_twin(model: nn.Module) -> nn.Module:
     base = getattr(type(model), "dense_class", type(model))
     with torch.device("meta"):
         return base(copy.deepcopy(model.config))
+
+
+def remove_heads(model: nn.Module, recipe: Any) -> None:
+    """Cut a model on its way to the shape that ``recipe`` says. Raises HeadPruningError if it is not its own."""
+    from .model_classes import remove
+
+    try:
+        remove(cast(Any, model), recipe)
+    except ValueError as error:
+        raise HeadPruningError(str(error)) from error
+
+
+def _cut_before(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of compact models that are quantized, too, the config keeps the recipe beside what their quantizer reads."""
+
+    @functools.wraps(original)
+    def preprocess_model(self: HfQuantizer, model: Any, *args: Any, **options: Any) -> Any:
+        from .model_classes import RECIPE, take_recipe
+
+        if hasattr(model.config, RECIPE) and not isinstance(self, HeadPruningQuantizer):
+            remove_heads(model, take_recipe(model.config))
+        return original(self, model, *args, **options)
+
+    return preprocess_model
+
+
+def _mark_after(original: Callable[..., Any]) -> Callable[..., Any]:
+    """And they are saved as what they are."""
+
+    @functools.wraps(original)
+    def postprocess_model(self: HfQuantizer, model: Any, *args: Any, **options: Any) -> Any:
+        result = original(self, model, *args, **options)
+        mark_compact(model)
+        return result
+
+    return postprocess_model
+
+
+# No quantizer but ours knows of recipes, and transformers calls no other place between building and loading a model.
+HfQuantizer.preprocess_model = _cut_before(HfQuantizer.preprocess_model)
+HfQuantizer.postprocess_model = _mark_after(HfQuantizer.postprocess_model)

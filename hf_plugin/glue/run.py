@@ -1,7 +1,7 @@
 """One GLUE run: fine-tune, prune or both; evaluate, predict, and save what came out."""
 
 import logging
-from typing import Any
+from typing import Any, Sequence
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
@@ -16,7 +16,9 @@ from . import GlueTask, TaskData, compute_metrics, find_task, load_task, write_p
 logger = logging.getLogger(__name__)
 
 
-def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = False) -> tuple[Any, Any, GlueTask]:
+def load_pieces(
+    model_args: ModelArguments, task: GlueTask, training: bool = False, learners: Sequence[str] = ()
+) -> tuple[Any, Any, GlueTask]:
     """The tokenizer and the classifier for a GLUE task, and the task with its classes in the classifier's order.
 
     Args:
@@ -24,6 +26,7 @@ def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = Fal
         task: the task.
         training: the classifier will be trained, so the outputs of one that learnt a task with another number of
             classes (MNLI before RTE) may start anew.
+        learners: see :func:`hf_plugin.scripts.models.load_model`.
 
     Raises:
         HeadPruningError: the model or its tokenizer cannot be loaded or does not fit the task, or cannot pad.
@@ -37,7 +40,7 @@ def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = Fal
             config.id2label, config.label2id = task.id2label, task.label2id
         config.problem_type = "regression" if task.regression else "single_label_classification"
         tokenizer = load_tokenizer(model_args)
-        model, outputs = load_model(AutoModelForSequenceClassification, name, config=config, **hub)
+        model, outputs = load_model(AutoModelForSequenceClassification, name, learners, config=config, **hub)
     if outputs is not None:
         differs = f"{name} has {outputs} outputs but {task.folder} needs {task.num_labels}"
         if not training:
@@ -58,7 +61,8 @@ class GlueRun(TaskRun):
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
         data, training = _data(arguments), arguments.training
-        tokenizer, model, self.task = load_pieces(arguments.model, find_task(data.task_name), training.do_train)
+        task = find_task(data.task_name)
+        tokenizer, model, self.task = load_pieces(arguments.model, task, training.do_train, self.learners)
         self.dataset, self.main_metric = f"GLUE {self.task.folder}", self.task.main_metric
         with training.main_process_first(desc="tokenising"):
             self.data: TaskData = load_task(

@@ -1,6 +1,7 @@
 """Head importance by gradients (Michel et al. 2019), on any transformers model."""
 
 import contextlib
+import logging
 import re
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
 
@@ -11,11 +12,16 @@ from tqdm.auto import tqdm
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap, full_mask
 from head_pruning.gates import GateBank
+from head_pruning.gates.engine.bank import gates_on
 from head_pruning.importance import ImportanceAccumulator, normalize_importance
+from head_pruning.masks import whole_number
 
 from ..mapping.unit_map import unit_map as map_units
-from .masking import masked_heads
+from .example_losses import mean_of_examples, rows_of, token_losses
+from .masking import gates_of_mask, masked_heads
 from .pruning import pruned_heads
+
+logger = logging.getLogger(__name__)
 
 # What a model computes its loss from.
 _LABELS = re.compile("label|start_positions|end_positions|return_loss")
@@ -36,18 +42,21 @@ def head_importance(
     """How much the loss feels each head: the sum of ``|d loss / d gate|``, by Michel, Levy and Neubig (section 4.1).
 
     The model runs in evaluation mode without gradients of its weights, and is left as it was. Heads removed by
-    :func:`hf_plugin.mask_heads` stay removed, their importance is 0.
+    :func:`hf_plugin.mask_heads` stay removed, their importance is 0; likewise under the present mask of an open
+    session or a ``head_mask`` block, of which it warns.
 
     Args:
         model: any model that :func:`hf_plugin.unit_map` can map.
         dataloader: batches as the model takes them, with labels; moved to the model's device.
         per_example: take the absolute value for each example, as the paper does; default: for each batch, as its code
             does, where derivatives of opposite sign cancel. The inputs of the gated modules must start with the
-            examples' dimension.
+            examples' dimension. An example's loss is the mean over its own labels, as if it came alone. Where labels
+            are left out (-100) and the model's loss is no plain mean of cross entropies over the others, examples do
+            come alone, which takes longer.
         mask: heads taken as removed while measuring; unlike the heads masked by ``mask_heads`` they have
             derivatives too, as in the published code.
         loss: ``(model, batch) -> loss``, ``[]`` as the mean over the examples or ``[B]`` with one for each; default:
-            the loss that the model returns. In a mean over all tokens of a batch longer examples weigh more.
+            the loss that the model returns. Per batch, longer examples weigh more in a mean over all tokens.
         normalize_by_layer: divide the scores of each site by their L2 norm.
         normalize_globally: scale all scores to 0 to 1.
         unit_map: the sites; default: found by :func:`hf_plugin.unit_map`.
@@ -59,8 +68,9 @@ def head_importance(
         inputs are not tokens).
 
     Raises:
-        HeadPruningError: there are no batches, no loss, scores that are not finite, or no gradients since it was
-            called in ``torch.inference_mode()``.
+        HeadPruningError: there are no batches, no loss, a loss or scores that are not finite (also when all labels of
+            a batch, or per example those of an example, are -100), or no gradients since it was called in
+            ``torch.inference_mode()``.
         UnfiredSiteError: a site of the map did not run in the first batch.
     """
     if torch.is_inference_mode_enabled():
@@ -72,30 +82,22 @@ def head_importance(
         mask = full_mask(unit_map)
     else:
         mask = mask.fitted(unit_map)
+    _tell_gates(model, unit_map)
     gates = GateBank(model, unit_map)
     accumulator = ImportanceAccumulator(gates)
+    losses = _Losses(model, loss, gates)
     with _frozen(model), _attached(gates), accumulator.probing(mask), torch.enable_grad():
         tokens = torch.zeros((), dtype=torch.float64, device=gates.device)
-        batches = 0
         for batch in tqdm(dataloader, desc="importance", unit="batch", disable=not progress, leave=False):
             batch = _moved(batch, gates.device)
+            losses.batches += 1
             if per_example:
-                count = _examples(batch)
-                if not count:
-                    raise HeadPruningError(
-                        "A batch has no tensor with examples, so they cannot be counted; put one in."
-                    )
-                with accumulator.examples(count):
-                    value = _loss(model, batch, loss, gates)
-                    # Of a mean each example's own loss is B times its share.
-                    (value.sum() if value.dim() else value * count).backward()
+                _add_examples(accumulator, losses, batch)
             else:
-                _loss(model, batch, loss, gates).mean().backward()
+                losses.of(batch).mean().backward()
                 accumulator.add()
             tokens += _tokens(batch)
-            batches += 1
-        if not batches:
-            raise HeadPruningError("The dataloader has no batches, so no importance can be measured; give it data.")
+    losses.check()
     scores = accumulator.scores() / max(1.0, float(tokens))
     return normalize_importance(scores, unit_map, by_layer=normalize_by_layer, globally=normalize_globally)
 
@@ -115,7 +117,7 @@ def least_important(
         unit_map: the sites; default: found by :func:`hf_plugin.unit_map`.
 
     Raises:
-        HeadPruningError: the model has no ``count`` heads left, or the scores are of another model.
+        HeadPruningError: the model has no ``count`` heads left, or the scores are of another model or not finite.
     """
     unit_map = unit_map or map_units(model)
     mask = masked_heads(model) or full_mask(unit_map)
@@ -124,8 +126,10 @@ def least_important(
         raise HeadPruningError(
             f"There are {len(scores)} scores for {unit_map.num_heads} heads; give the scores of this model."
         )
+    if not np.isfinite(np.asarray(scores, dtype=np.float64)).all():
+        raise HeadPruningError("Scores are NaN or infinite, so no head is the least important; measure them anew.")
     left = np.flatnonzero(mask.keep)
-    if not 0 <= count <= left.size:
+    if whole_number(count) is None or not 0 <= count <= left.size:
         raise HeadPruningError(f"The model has {left.size} heads left; choose from 0 to {left.size} of them.")
     chosen = np.zeros(unit_map.num_heads, dtype=bool)
     chosen[left[np.argsort(np.asarray(scores)[left], kind="stable")[:count]]] = True
@@ -162,18 +166,86 @@ def _attached(gates: GateBank) -> Iterator[None]:
         gates.detach()
 
 
-def _loss(model: nn.Module, batch: Any, loss: Optional[Callable], gates: GateBank) -> torch.Tensor:
-    """The loss of one batch, ``[]`` or ``[B]``, by a pass through all gates."""
-    if loss is not None:
-        value = loss(model, batch)
-    elif isinstance(batch, Mapping):
-        value = _returned_loss(model(**batch), batch)
-    else:
-        raise HeadPruningError(f"A batch is a {type(batch).__name__}, not a dict of the model's inputs; pass loss=.")
-    if value is None:
-        raise HeadPruningError("The model returned no loss; put labels into the batches, or pass loss=.")
-    gates.check_fired()
-    return value
+def _tell_gates(model: nn.Module, unit_map: UnitMap) -> None:
+    """Warn of gates other than those of ``mask_heads``, under which the importance is measured."""
+    own = {id(gate) for gate in gates_of_mask(model)}
+    modules = dict(model.named_modules())
+    found = [gate for site in unit_map.attention for gate in gates_on(modules[site.out_proj]) if id(gate) not in own]
+    if found:
+        kept = sum(int((gate.evaluation_gate.detach() > 0).sum()) for gate in found)
+        logger.warning(
+            "a session or a head_mask block has gates on the model: the importance is measured under its present mask "
+            "of %d of %d heads; detach() the session, or leave the block, to measure the whole model",
+            kept,
+            sum(gate.heads for gate in found),
+        )
+
+
+class _Losses:
+    """The losses of batches, by passes through all gates, and the first of them that is not finite."""
+
+    def __init__(self, model: nn.Module, loss: Optional[Callable], gates: GateBank) -> None:
+        self.model, self.loss, self.gates = model, loss, gates
+        self.batches = 0
+        self.broken = torch.zeros((), dtype=torch.int64, device=gates.device)  # its number, from 1
+
+    def of(self, batch: Any) -> torch.Tensor:
+        """``[]`` or ``[B]``."""
+        return self.look(self.with_output(batch)[0])
+
+    def with_output(self, batch: Any) -> tuple[torch.Tensor, Any]:
+        """The loss, and all that the model returned unless the loss is one of the caller's."""
+        output = None
+        if self.loss is not None:
+            value = self.loss(self.model, batch)
+        elif isinstance(batch, Mapping):
+            output = self.model(**batch)
+            value = _returned_loss(output, batch)
+        else:
+            raise HeadPruningError(
+                f"A batch is a {type(batch).__name__}, not a dict of the model's inputs; pass loss=."
+            )
+        if value is None:
+            raise HeadPruningError("The model returned no loss; put labels into the batches, or pass loss=.")
+        self.gates.check_fired()
+        return value, output
+
+    def look(self, value: torch.Tensor) -> torch.Tensor:
+        """Keep in mind whether it is finite; no device is waited for."""
+        broken = ~value.detach().isfinite().all().to(self.broken.device)
+        self.broken = torch.where((self.broken == 0) & broken, self.batches, self.broken)
+        return value
+
+    def check(self) -> None:
+        """Raise HeadPruningError if there were no batches, or a loss was not finite."""
+        if not self.batches:
+            raise HeadPruningError("The dataloader has no batches, so no importance can be measured; give it data.")
+        broken = int(self.broken)
+        if broken:
+            raise HeadPruningError(
+                f"The loss of batch {broken} of {self.batches} is NaN or infinite, so no importance can be measured; "
+                "leave out examples whose labels are all -100, or correct the data or the model's precision."
+            )
+
+
+def _add_examples(accumulator: ImportanceAccumulator, losses: _Losses, batch: Any) -> None:
+    """Add the absolute derivatives of each example's own loss."""
+    count = _examples(batch)
+    if not count:
+        raise HeadPruningError("A batch has no tensor with examples, so they cannot be counted; put one in.")
+    with accumulator.examples(count):
+        value, output = losses.with_output(batch)
+        each: Optional[torch.Tensor] = value
+        if not value.dim() and mean_of_examples(losses.model, batch):
+            each = value * count  # of a mean each example's own loss is B times its share
+        elif not value.dim():
+            each = None if output is None else token_losses(value, output, batch)
+        if each is not None:
+            losses.look(each).sum().backward()
+    if each is None:
+        for row in rows_of(batch, count):
+            losses.of(row).mean().backward()
+            accumulator.add()
 
 
 def _returned_loss(output: Any, batch: Mapping) -> Optional[torch.Tensor]:

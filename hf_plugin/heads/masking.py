@@ -8,11 +8,12 @@ from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, UnfiredSiteError, UnitMap
 from head_pruning.gates import GateBank
-from head_pruning.gates.engine.bank import refuse_gates
+from head_pruning.gates.engine.bank import HeadGate, refuse_gates
 from head_pruning.surgery.remaining import heads_left
 
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
+from ..saving.notices import BLOCK, MASKED, SavingNotice, watch_heads
 from .named_heads import keep_now, mask_of, mask_of_left
 
 # A plain attribute of the model: neither a parameter nor a buffer nor a module, so in no state dict.
@@ -30,11 +31,19 @@ class _Gates:
         self.bank.attach()
         # A bound method, as the gates' own hooks: a deep copy of the model then checks the copied gates.
         self.handle = model.register_forward_hook(self.check)
+        self.notice: Optional[SavingNotice] = None
+
+    def watch(self, model: nn.Module, cure: str) -> None:
+        """Have the model's state dict say that it has all heads."""
+        if bool((self.values != 1).any()):
+            self.notice = watch_heads(model, cure)
 
     def remove(self) -> None:
         """Leave the model as it was."""
         self.bank.detach()
         self.handle.remove()
+        if self.notice is not None:
+            self.notice.remove()
 
     def check(self, model: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the model. In training nothing is checked, since layers may be dropped at random."""
@@ -64,8 +73,9 @@ def mask_heads(
     """Take heads out by a mask: their outputs count as zero from now on, in training and in evaluation.
 
     The tensors keep their sizes, and the model's parameters, state dict and config stay as they are: what
-    ``save_pretrained`` writes is the dense model, so keep the returned mask (:meth:`HeadMask.save`), or write the
-    model with :func:`hf_plugin.save_pruned`. Wrap a model with PEFT first and mask it then.
+    ``save_pretrained`` writes is the dense model, of which it warns once, so keep the returned mask
+    (:meth:`HeadMask.save`), or write the model with :func:`hf_plugin.save_pruned`. Wrap a model with PEFT first and
+    mask it then.
 
     Args:
         model: any model that :func:`hf_plugin.unit_map` can map; its deep copies stay masked.
@@ -101,6 +111,7 @@ def mask_heads(
         gates.remove()
         raise
     gates.values = gates.bank.evaluation_values
+    gates.watch(model, MASKED)
     restore_heads(model)
     setattr(model, _ATTRIBUTE, gates)
     return mask
@@ -110,6 +121,12 @@ def masked_heads(model: nn.Module) -> Optional[HeadMask]:
     """The heads that :func:`mask_heads` left, or None when it masked none."""
     held: Optional[_Gates] = vars(model).get(_ATTRIBUTE)
     return None if held is None else HeadMask(held.bank.unit_map, held.values.cpu().numpy() > 0)
+
+
+def gates_of_mask(model: nn.Module) -> list[HeadGate]:
+    """The gates that :func:`mask_heads` put on; none when it masked nothing."""
+    held: Optional[_Gates] = vars(model).get(_ATTRIBUTE)
+    return [] if held is None else [gate for _, gate in held.bank._targets]
 
 
 def restore_heads(model: nn.Module) -> None:
@@ -152,6 +169,7 @@ def head_mask(model: nn.Module, mask: Any, *, unit_map: Optional[UnitMap] = None
     gates = _Gates(model, unit_map)
     try:
         gates.values = values.to(gates.bank.device, torch.float32)
+        gates.watch(model, BLOCK)
         with gates.bank.reading(gates.values):
             yield
     finally:

@@ -1,6 +1,5 @@
 """Heads as users name them: by layer, by site, or as a mask."""
 
-import operator
 from typing import Any, Mapping, Sequence, Union
 
 import numpy as np
@@ -8,7 +7,7 @@ from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
 from head_pruning.compact.slices import held_queries
-from head_pruning.masks import lifted, mask_without
+from head_pruning.masks import head_numbers, lifted, mask_without, whole_number
 from head_pruning.surgery.remaining import heads_left, recipe_of
 from head_pruning.unit_map import alike
 
@@ -59,7 +58,7 @@ def _removed(
         name = layer if isinstance(layer, str) else site_of_layer(unit_map, layer)
         if name not in sites:
             raise HeadPruningError(f"There is no attention site {name}; the model has {', '.join(sites)}.")
-        numbers = indices(name, listed)
+        numbers = head_numbers(name, listed)
         bad = [head for head in numbers if not 0 <= head < sites[name].heads]
         if bad:
             unit = " (key/value groups, which query heads share)" if _grouped(model) else ""
@@ -70,21 +69,12 @@ def _removed(
     return removed
 
 
-def indices(name: str, listed: Sequence[int]) -> list[int]:
-    """The numbers of heads as integers. Raises HeadPruningError, naming the site, for what is no list of integers."""
-    try:
-        return [operator.index(head) for head in listed]
-    except TypeError:
-        raise HeadPruningError(f"The heads to remove from {name} must be a list of integers.") from None
-
-
 def site_of_layer(unit_map: UnitMap, layer: Any) -> str:
     """The name of the site that a layer's index means."""
     kinds = list(unit_map.kinds())
-    try:
-        index = operator.index(layer)
-    except TypeError:
-        raise HeadPruningError(f"{layer!r} is neither a layer's index nor the name of a site; give one.") from None
+    index = whole_number(layer)
+    if index is None:
+        raise HeadPruningError(f"{layer!r} is neither a layer's index nor the name of a site; give one.")
     if len(kinds) > 1:
         raise HeadPruningError(
             f"Layer {index} is ambiguous in a model with {', '.join(kinds)} attention; name the site, such as "

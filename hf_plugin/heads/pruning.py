@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
 from head_pruning.compact.slices import held_queries
+from head_pruning.masks import head_numbers
 from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
 from head_pruning.surgery.removal import remove_heads
 from head_pruning.surgery.removal import remove_query_heads as cut_query_heads
@@ -16,7 +17,7 @@ from ..compact.quantizer import mark_compact
 from ..mapping.head_plans import plan_site
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
-from .named_heads import indices, keep_now, mask_of, mask_of_left, site_of_layer
+from .named_heads import keep_now, mask_of, mask_of_left, site_of_layer
 
 
 def prune_heads(
@@ -95,7 +96,7 @@ def remove_query_heads(
     named: dict[str, list[int]] = {}
     for layer, listed in heads.items():
         name = layer if isinstance(layer, str) else site_of_layer(units, layer)
-        named.setdefault(name, []).extend(indices(name, listed))
+        named.setdefault(name, []).extend(head_numbers(name, listed))
     _refuse_holder(model, named)
     recipe = cut_query_heads(model, units, named, expand=expand)
     vars(model).pop("_cache", None)

@@ -103,6 +103,8 @@ def without_heads(
         if steps["residual"]:
             options["residual"] = forward.where(steps["residual"])
     options.update(return_options(forward.parameters, returned, len(options["inputs"])), drop=drop, versions=True)
+    if TOKENS_FIRST_CACHE in forward.parameters:
+        options["tokens_first"] = True
     if bias is not None:
         options["bias"] = forward.where(bias)
         if bias_maker(type(module)) is None or options["bias"] not in (options["returns"] or ()):
@@ -113,8 +115,6 @@ def without_heads(
         if layer is None:
             return None
         options["cache"] = [*forward.where(cache), layer, not counted]
-        if cache == TOKENS_FIRST_CACHE:
-            options["tokens_first"] = True
         if isinstance(getattr(module, STREAMS, None), int):
             options["streams"] = STREAMS
     return options

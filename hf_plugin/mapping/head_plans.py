@@ -94,11 +94,16 @@ def _of_queries(blocks: Blocks, per_group: int) -> Blocks:
 
 def _check_projection(name: str, module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
+    if hasattr(module, "get_base_layer"):
+        raise _Refused(
+            f"{name} carries an adapter; call merge_and_unload first and prune the model that it returns, or "
+            "hf_plugin.merge_and_cut, which does both"
+        )
     own = isinstance(module._parameters.get("weight"), nn.Parameter)
     if not own or weight is None or not weight.is_floating_point():
         raise _Refused(
-            f"{name} is a {type(module).__name__}, whose weight is not its own (merge adapters into the model and "
-            "load it without quantization first)"
+            f"{name} is a {type(module).__name__}, whose weight is not its own (load the model without "
+            "quantization first)"
         )
 
 

@@ -35,7 +35,11 @@ def model_card(
         parameters: of a model whose heads are cut out: how many the original had, and how many are left.
     """
     lines = _top(model, f"{mask.kept} of {mask.keep.size} attention heads", "head-pruning", method)
-    if parameters is not None:
+    if is_adapted(model):
+        lines[-1] += "This folder holds the adapter alone:"
+        lines += ["which heads are removed is in its `masks.safetensors`, not in any weight.", ""]
+        lines += _loading_adapter(model)
+    elif parameters is not None:
         lines[-1] += "The removed heads are cut out of the weights."
         lines += ["", *_numbers(*parameters), "", "## Loading", "", *_loading(model)]
     elif recipe_of(model) is None:
@@ -73,7 +77,10 @@ def weight_card(
     kept, total, _ = sum_counts(counts)
     lines = _top(model, f"{kept / total:.1%} of the weights of {len(counts)} tensors", "weight-pruning", method)
     lines[-1] += f"Of the {total:,} weights of these tensors {kept:,} stay;"
-    if recipe_of(model) is None:
+    if is_adapted(model):
+        lines += ["the others are zero, in the adapter that this folder holds or in its base model, and load with", ""]
+        lines += ["`PeftModel.from_pretrained`. Merged by `hf_plugin.merge_pruned` the base model's zeros stay.", ""]
+    elif recipe_of(model) is None:
         lines += ["the others are zero, so the model loads with `from_pretrained` and needs no other package.", ""]
     else:
         lines += ["the others are zero. Heads were cut out before.", "", "## Loading", "", *_loading(model)]
@@ -108,8 +115,10 @@ def weight_section(counts: Mapping[str, WeightCount], left_dense: Mapping[str, i
 
 
 def _top(model: nn.Module, left: str, tag: str, method: str) -> list[str]:
-    base = getattr(model.config, "_name_or_path", "") or "the model"
-    lines = ["---", "library_name: transformers", "tags:", f"- {tag}", f"- {method}", "---", ""]
+    named = getattr(model.config, "_name_or_path", "")
+    base, library = named or "the model", "peft" if is_adapted(model) else "transformers"
+    lines = ["---", f"library_name: {library}", *([f"base_model: {named}"] if named and is_adapted(model) else [])]
+    lines += ["tags:", f"- {tag}", f"- {method}", "---", ""]
     lines += [f"# {type(model).__name__} with {left}", ""]
     return [*lines, f"Made from `{base}` with the pruning method `{method}`. "]
 
@@ -133,6 +142,28 @@ def _options(options: Mapping[str, Any]) -> list[str]:
 def _numbers(before: int, after: int) -> list[str]:
     rows = [("before", f"{before:,}"), ("after", f"{after:,} ({after / before:.1%})")]
     return markdown_table(("parameters", ""), rows).splitlines()
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT's adapters are on the model: then they alone are saved."""
+    return hasattr(model, "peft_config")
+
+
+def _loading_adapter(model: nn.Module) -> list[str]:
+    base = "" if getattr(model.config, "_name_or_path", "") else ", base_model"
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "import hf_plugin",
+        "",
+        f'model = hf_plugin.load_pruned_peft("FOLDER"{base})  # the adapter, and its heads masked',
+        'hf_plugin.merge_and_cut(model, "COMPACT")  # or: merged, and the heads cut out',
+        "```",
+        "",
+        "`PeftModel.from_pretrained` alone loads the adapter with all heads of the base model.",
+        "",
+    ]
 
 
 def _loading(model: nn.Module) -> list[str]:

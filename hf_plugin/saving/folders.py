@@ -18,7 +18,8 @@ from head_pruning.surgery.remaining import heads_left
 from head_pruning.surgery.zeros import zeroed_heads
 
 from ..compact.quantizer import dense_twin, mark_compact
-from .card import model_card
+from .card import is_adapted, model_card
+from .notices import quiet_saving
 
 PICTURE = "head_mask.png"
 
@@ -39,7 +40,8 @@ def save_pruned(
     """Write the pruned model: a folder that plain ``from_pretrained`` loads, with the outputs of the gated model.
 
     Beside the model and its tokenizer lie ``masks.safetensors``, ``pruning.json``, ``head_mask.png`` and a model card.
-    Every file appears whole or not at all. Of a PEFT model the adapter is saved, and no weight is zeroed.
+    Every file appears whole or not at all. Of a PEFT model the adapter is saved, and no weight is zeroed: it loads
+    with :func:`hf_plugin.load_pruned_peft`.
 
     Args:
         model: the model, gated or not; it is left as it is.
@@ -61,13 +63,13 @@ def save_pruned(
             f"{type(model).__name__} has no save_pretrained; save its state dict and the mask (mask.save), or pass "
             "the model of transformers that it holds."
         )
-    adapter, saved = hasattr(model, "peft_config"), cast(Any, model)
+    adapter, saved = is_adapted(model), cast(Any, model)
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))
     with _appearing_at_once(folder) as temporary:
-        with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
+        with quiet_saving(model), contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
             saved.save_pretrained(temporary)
-            sizes = (_size(model), _nonzero(model))
+            sizes = None if adapter else (_size(model), _nonzero(model))
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
         _describe(temporary, model, mask, sizes, None, method, options, history, scores, dataset)
@@ -85,9 +87,9 @@ def describe_pruned(
     history: Optional[list] = None,
 ) -> None:
     """Write anew what :func:`save_pruned` wrote beside the model, such as when its scores are known."""
-    adapter = hasattr(model, "peft_config")
+    adapter = is_adapted(model)
     with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
-        sizes = (_size(model), _nonzero(model))
+        sizes = None if adapter else (_size(model), _nonzero(model))
     with _appearing_at_once(folder) as temporary:
         _describe(temporary, model, mask, sizes, None, method, options or {}, history, scores, dataset)
 
@@ -153,7 +155,7 @@ def _describe(
     folder: Path,
     model: nn.Module,
     mask: HeadMask,
-    sizes: tuple[int, int],
+    sizes: Optional[tuple[int, int]],
     compact: Optional[int],
     method: str,
     options: Mapping[str, Any],
@@ -180,7 +182,7 @@ def _describe(
         options=options,
         scores=scores,
         dataset=dataset,
-        parameters=None if compact is None else (sizes[0], compact),
+        parameters=None if compact is None or sizes is None else (sizes[0], compact),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

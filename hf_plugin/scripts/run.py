@@ -120,6 +120,11 @@ class TaskRun:
             raise HeadPruningError("There is nothing to do; add --do_train, --do_eval or --do_predict.")
         self.results: dict[str, float] = {}
 
+    @property
+    def learners(self) -> list[str]:
+        """The names of distillers that learn from the model as it is loaded."""
+        return [p.name for p in self.arguments.pruners if p.kind == "distils" and p.needs_trained_model]
+
     def _checkpoint(self) -> Optional[Checkpoint]:
         """The checkpoint to go on from, if there is one."""
         training = self.arguments.training
@@ -274,7 +279,7 @@ class TaskRun:
         """What tells of pruned weights, or of a dense model."""
         if self.arguments.of("weights") is not None:
             self._save_weight_masks()
-        if not self.arguments.pruners:
+        elif self.head_mask is None:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             with atomic_path(self.out / "README.md") as temporary:
                 temporary.write_text(dense_card(model, self._final_scores(), self.dataset), encoding="utf-8")

@@ -3,7 +3,7 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import numpy as np
 from datasets import Dataset
@@ -19,6 +19,7 @@ from head_pruning import HeadPruningError
 
 from ..command_line.arguments import Arguments
 from ..command_line.fields import ModelArguments, SquadArguments
+from ..saving.notices import quiet_saving
 from ..scripts.models import give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
 from ..training.checkpoints import whole_checkpoints
@@ -30,7 +31,7 @@ from .reading import SPLITS, VERSIONS, SquadVersion, from_squad_hub, hub_table, 
 logger = logging.getLogger(__name__)
 
 
-def load_pieces(model_args: ModelArguments, data: SquadArguments) -> tuple[Any, Any]:
+def load_pieces(model_args: ModelArguments, data: SquadArguments, learners: Sequence[str] = ()) -> tuple[Any, Any]:
     """The tokenizer and the question answering model.
 
     Raises:
@@ -47,7 +48,7 @@ def load_pieces(model_args: ModelArguments, data: SquadArguments) -> tuple[Any, 
             )
         config.num_labels = 2  # a classifier's folder may say another number; the outputs here are start and end
         tokenizer = load_tokenizer(model_args)
-        model, outputs = load_model(AutoModelForQuestionAnswering, name, config=config, **hub)
+        model, outputs = load_model(AutoModelForQuestionAnswering, name, learners, config=config, **hub)
         if outputs is not None:
             raise HeadPruningError(
                 f"{name} has {outputs} outputs, but SQuAD needs a start and an end; give another model."
@@ -104,7 +105,7 @@ class SquadRun(TaskRun):
             )
         self.version: SquadVersion = VERSIONS["2.0" if data.version_2_with_negative else "1.1"]
         self.dataset = f"SQuAD v{self.version.number}"
-        tokenizer, model = load_pieces(arguments.model, data)
+        tokenizer, model = load_pieces(arguments.model, data, self.learners)
         self.rows: Any = None
         self.windows: Any = None
         train = None
@@ -193,7 +194,8 @@ class SquadRun(TaskRun):
 
     def _evaluate_checkpoints(self) -> dict[str, float]:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        final = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        with quiet_saving(model):  # nothing is written
+            final = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         metrics: dict[str, float] = {}
         for found in reversed(list(whole_checkpoints(self.out))):
             with loading(str(found.folder)):

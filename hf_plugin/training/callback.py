@@ -18,6 +18,7 @@ from head_pruning import HeadPruningError, PruningSession, UnitMap
 from head_pruning.weights import save_weight_masks
 
 from ..saving.folders import save_pruned
+from ..saving.notices import notices_on, quiet_saving
 from .checkpoints import (
     Checkpoint,
     check_resumable,
@@ -27,7 +28,16 @@ from .checkpoints import (
     write_tensor_state,
 )
 from .weights import refuse_sharded_weights, save_weight_masks_and_report
-from .wrapping import build_anew, refuse_steering, wrap, wrap_building, wrap_evaluation, wrap_loss
+from .wrapping import (
+    allow_skipped_parameters,
+    build_anew,
+    refuse_steering,
+    wrap,
+    wrap_building,
+    wrap_counting,
+    wrap_evaluation,
+    wrap_loss,
+)
 
 # What a loss scale falls below only if every update overflows; where fairseq stops too.
 _MIN_SCALE = 1e-4
@@ -99,6 +109,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         refuse_steering(trainer, self.session)
         trainer.callback_handler.callbacks.insert(0, self)
         wrap(trainer, "train", self._train)
+        allow_skipped_parameters(trainer, self.session)
+        wrap_counting(trainer, self.session)
         wrap_evaluation(trainer, self.session)
         wrap_loss(trainer, self.session)
         if self.session.steers_host:
@@ -152,7 +164,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         """
         weights, mask = self.session.of_kind("weights"), self.session.head_mask()
         folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
-        with self.session.evaluating():
+        with self.session.evaluating(), quiet_saving(model):
             if mask is None:
                 save_model(str(folder), _internal_call=True)
             elif trainer.is_world_process_zero():
@@ -228,6 +240,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         if not any(module is self.session.model for module in model.modules()):
             raise HeadPruningError("The gates are on another model than the Trainer's; open the session on its model.")
         self.session.total_steps = state.max_steps
+        for notice in notices_on(self.session.model):
+            notice.in_checkpoints = True  # on_save() sees to it
         self._saved_step = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:

@@ -13,7 +13,7 @@ from head_pruning.pruner import options_of
 from head_pruning.report.weights import count_weights, write_weight_artifacts
 from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 
-from ..saving.card import weight_card, weight_section
+from ..saving.card import is_adapted, weight_card, weight_section
 
 
 def refuse_sharded_weights(fsdp: Any, deepspeed: Any) -> None:
@@ -42,7 +42,8 @@ def save_weight_masks_and_report(
 ) -> None:
     """Add masks, densities and their picture to the folder of a pruned model, and to its card (new if no heads went).
 
-    The numbers are those of the model as it is saved: with the weights of removed heads at zero too.
+    The numbers are those of the model as it is saved: with the weights of removed heads at zero too, but where only
+    adapters are saved.
 
     Args:
         folder: where the model was saved.
@@ -55,10 +56,12 @@ def save_weight_masks_and_report(
     Raises:
         HeadPruningError: there is no mask yet.
     """
-    pruners, mask, masks = session.of_kind("weights"), session.head_mask(), session.weight_masks()
+    mask, masks = session.head_mask(), session.weight_masks()
+    # Where heads went too, the report of these names all methods already.
+    pruners = session.pruners if mask is None else session.of_kind("weights")
     method = "+".join(pruner.name for pruner in pruners)
     options = options_of(pruners)
-    with contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
+    with contextlib.nullcontext() if mask is None or is_adapted(model) else zeroed_heads(model, mask):
         parameters = dict(model.named_parameters())
         removed = {} if mask is None else removed_counts(model, mask)
         counts, left_dense = count_weights(masks, parameters, removed=removed), session.left_dense()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
-from head_pruning.gates.bank import GateBank
+from head_pruning.gates.engine.bank import GateBank
 from head_pruning.surgery.zeros import removed_slices, zero_heads, zeroed_heads
 
 INPUTS = torch.linspace(-1, 1, 120).reshape(2, 5, 12), torch.linspace(1, -2, 96).reshape(2, 4, 12)
