@@ -142,11 +142,15 @@ class UnitMap:
     def to_dict(self) -> dict:
         """A JSON-ready description; :meth:`from_dict` is its inverse.
 
-        ``layers`` is left out where the sites tell it, as files of older versions do.
+        ``layers`` is left out where the sites tell it, and so are gates and experts where there are none, as files of
+        older versions do.
         """
         return {
             "attention": [dataclasses.asdict(site) for site in self.attention],
-            "feed_forward": [dataclasses.asdict(site) for site in self.feed_forward],
+            "feed_forward": [
+                {key: value for key, value in dataclasses.asdict(site).items() if key != "gates" or value}
+                for site in self.feed_forward
+            ],
             **({"experts": [dataclasses.asdict(site) for site in self.experts]} if self.experts else {}),
             **({} if self.layers == self._layers_of_sites() else {"layers": list(self.layers)}),
         }
