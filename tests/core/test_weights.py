@@ -705,7 +705,7 @@ def test_other_precisions_are_pruned(toy, dtype):
 
 def test_names_are_those_of_the_manual_in_any_case():
     known = methods("weights")
-    assert {"platon", "sensitivity", "magnitude", "movement", "random_weights", "gradual_magnitude", "lock"} == set(
+    assert {"platon", "sensitivity", "magnitude", "movement", "random_weights", "gradual_magnitude", "lock"} <= set(
         known
     )
     assert get_method("PLATON", known).name == "platon" and get_method("Magnitude", known).name == "magnitude"
