@@ -1,22 +1,29 @@
 """One GLUE run: fine-tune, prune or both; evaluate, predict, and save what came out."""
 
 import logging
-from typing import Any
+from typing import Any, Callable, Optional
 
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from head_pruning import HeadPruningError
 
 from ..command_line.arguments import Arguments
 from ..command_line.fields import GlueArguments, ModelArguments
-from ..scripts.models import give_padding, load_model, load_tokenizer
+from ..scripts.models import check_twin, give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
 from . import GlueTask, TaskData, compute_metrics, find_task, load_task, write_predictions
+from .features import check_files
 
 logger = logging.getLogger(__name__)
 
 
-def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = False) -> tuple[Any, Any, GlueTask]:
+def load_pieces(
+    model_args: ModelArguments,
+    task: GlueTask,
+    training: bool = False,
+    fits: Optional[Callable[[nn.Module], Any]] = None,
+) -> tuple[Any, Any, GlueTask]:
     """The tokenizer and the classifier for a GLUE task, and the task with its classes in the classifier's order.
 
     Args:
@@ -24,6 +31,8 @@ def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = Fal
         task: the task.
         training: the classifier will be trained, so the outputs of one that learnt a task with another number of
             classes (MNLI before RTE) may start anew.
+        fits: raises HeadPruningError for what cannot be done to a model like the one it is given; called, with one
+            without weights, before the weights are loaded.
 
     Raises:
         HeadPruningError: the model or its tokenizer cannot be loaded or does not fit the task, or cannot pad.
@@ -37,6 +46,8 @@ def load_pieces(model_args: ModelArguments, task: GlueTask, training: bool = Fal
             config.id2label, config.label2id = task.id2label, task.label2id
         config.problem_type = "regression" if task.regression else "single_label_classification"
         tokenizer = load_tokenizer(model_args)
+        if fits is not None:
+            check_twin(AutoModelForSequenceClassification, config, fits)
         model, outputs = load_model(AutoModelForSequenceClassification, name, config=config, **hub)
     if outputs is not None:
         differs = f"{name} has {outputs} outputs but {task.folder} needs {task.num_labels}"
@@ -58,7 +69,10 @@ class GlueRun(TaskRun):
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
         data, training = _data(arguments), arguments.training
-        tokenizer, model, self.task = load_pieces(arguments.model, find_task(data.task_name), training.do_train)
+        task = find_task(data.task_name)
+        if data.data_dir is not None:
+            check_files(task, data.data_dir, self.splits)
+        tokenizer, model, self.task = load_pieces(arguments.model, task, training.do_train, self.fits)
         self.dataset, self.main_metric = f"GLUE {self.task.folder}", self.task.main_metric
         with training.main_process_first(desc="tokenising"):
             self.data: TaskData = load_task(
