@@ -1,5 +1,6 @@
 """Checkpoints of fairseq for the ``head-pruning`` command: how they load and what they export to."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -18,7 +19,8 @@ from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
 from head_pruning.hosts import HostModel
 from head_pruning.inference.programs import program_formats
-from head_pruning.report.weights import weight_report
+from head_pruning.report.weights import count_weights, weight_report
+from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 
 from .checkpoints.stored import KEEP, RECIPE, PruningState, load_checkpoint, split_state
 from .checkpoints.weights import zero_weights
@@ -67,9 +69,10 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
         sites.check_same_heads(mask.unit_map, "The head mask")
     told = None
     if masks:
-        told = weight_report(
-            masks, dict(model.named_parameters()), method="+".join(stored.weight_pruners()), options={}
-        )
+        parameters, removed = dict(model.named_parameters()), {} if mask is None else removed_counts(model, mask)
+        with contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
+            counts = count_weights(masks, parameters, removed=removed)
+            told = weight_report(counts, parameters, method="+".join(stored.weight_pruners()), options={})
     return HostModel(model, sites, mask, functools.partial(example, model), told, longest(model))
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _METRIC_ROUND = {
     **{"temperature": None, "gate_norm": None, "penalty": 3, "heads_expected": 2, "lr_factor": None},
-    **{"prune_target": 6, "weights_kept": 6, "mask_threshold": None},
+    **{"prune_target": 6, "weights_kept": 6, "weights_kept_of_all": 6, "mask_threshold": None},
 }
 
 

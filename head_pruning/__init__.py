@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from .pruner import Pruner
     from .registry import build_pruner, methods, register_pruner
     from .session import PruningSession
-    from .unit_map import AttentionSite, FeedForwardSite, UnitMap
+    from .unit_map import AttentionSite, ExpertSite, FeedForwardSite, UnitMap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionSite",
+    "ExpertSite",
     "FeedForwardSite",
     "HeadMask",
     "HeadPruningError",
@@ -35,6 +36,7 @@ __getattr__ = exports(
     __name__,
     {
         "AttentionSite": "unit_map",
+        "ExpertSite": "unit_map",
         "FeedForwardSite": "unit_map",
         "HeadMask": "masks",
         "HeadPruningError": "errors",

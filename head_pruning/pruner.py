@@ -28,6 +28,12 @@ class SessionView(Protocol):
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks."""
 
+    def head_mask(self) -> Optional[HeadMask]:
+        """The heads that would stay if training ended now; None when no pruner prunes heads."""
+
+    def weights_without(self, mask: HeadMask) -> dict[str, list[tuple[int, torch.Tensor]]]:
+        """Parameter name to (dimension, places along it) of what belongs to heads that the mask removes."""
+
 
 class Pruner:
     """Base of all methods: every hook of the life cycle, doing nothing.
@@ -179,6 +185,10 @@ class Pruner:
     def weight_masks(self) -> dict[str, torch.Tensor]:
         """Parameter name to ``bool`` mask (true: stays) on the CPU; empty for methods that mask no weights."""
         return {}
+
+    def left_dense(self) -> Optional[dict[str, int]]:
+        """Names and sizes of the matrices that a method that prunes weights leaves dense; None for others."""
+        return None
 
     # -- state -------------------------------------------------------------------------------------------------------
 

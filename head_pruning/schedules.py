@@ -5,6 +5,9 @@ from typing import Optional
 
 from .errors import HeadPruningError
 
+# A few units in the last place of a ratio.
+_ROUNDING = 8 * math.ulp(1.0)
+
 #: What a step count must be.
 STEPS = "a number of updates (1 or more) or a fraction of training (below 1)"
 
@@ -41,6 +44,19 @@ def resolve_steps(value: float, total_steps: Optional[int], flag: str) -> int:
     return max(1, round(value * total_steps))
 
 
+def count_of(ratio: float, number: int) -> int:
+    """``ratio`` of ``number`` things, rounded down, as a count: 29 % of 100 are 29.
+
+    The float product may be a little below a whole number (``0.29 * 100``), also where the ratio has gone through its
+    complement (``1 - (1 - 0.2)``): so little is made up for.
+
+    Args:
+        ratio: from 0 to 1, or above.
+        number: how many things there are.
+    """
+    return math.floor((ratio + _ROUNDING * max(1.0, ratio)) * number)
+
+
 def cubic_density(step: int, *, initial: float, final: float, start: int, stop: int) -> float:
     """Remaining ratio of PLATON (Zhang et al. 2022, equation 8): cubic from ``initial`` to ``final``.
 
@@ -62,5 +78,7 @@ def gradual_sparsity(step: int, *, initial: float, final: float, begin: int, end
     """Removed ratio of gradual pruning (Zhu and Gupta 2017): cubic from ``initial`` at ``begin`` to ``final`` at
     ``end``.
     """
-    progress = 1.0 if end <= begin else (step - begin) / (end - begin)
+    if step >= end:
+        return final
+    progress = (step - begin) / (end - begin)
     return initial + (final - initial) * (1.0 - min(max((1.0 - progress) ** 3, 0.0), 1.0))

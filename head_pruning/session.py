@@ -30,6 +30,7 @@ from .masks import HeadMask
 from .outputs import NEEDS, Recorder, last_of
 from .pruner import Pruner
 from .registry import KINDS
+from .surgery.zeros import HeadWeights
 from .unit_map import UnitMap
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ class PruningSession:
         self._unscaled: list[tuple[dict, Any]] = []
         self._attached: list[Pruner] = []
         self._at_detach: list[Callable[[], Any]] = []
+        self._head_weights: Optional[HeadWeights] = None
 
     # -- life cycle ----------------------------------------------------------------------------------------------
 
@@ -343,7 +345,7 @@ class PruningSession:
 
     def harden(self) -> Optional[HeadMask]:
         """Fix the outcome (exactly K heads, the target density) and return the head mask, None without one."""
-        for pruner in self.pruners:
+        for pruner in sorted(self.pruners, key=lambda pruner: not pruner.needs_gates):  # weights go with their heads
             pruner.harden()
         self.hardened = True
         return self.head_mask()
@@ -413,6 +415,24 @@ class PruningSession:
     def head_mask(self) -> Optional[HeadMask]:
         """The heads that would stay if training ended now; None when no pruner prunes heads."""
         return next((mask for mask in (pruner.head_mask() for pruner in self.pruners) if mask is not None), None)
+
+    def left_dense(self) -> dict[str, int]:
+        """Names and sizes of the matrices that no pruner of weights prunes; empty without one."""
+        left = [found for pruner in self.pruners if (found := pruner.left_dense()) is not None]
+        return {name: size for name, size in left[0].items() if all(name in each for each in left)} if left else {}
+
+    def weights_without(self, mask: HeadMask) -> dict[str, list[tuple[int, torch.Tensor]]]:
+        """What of the model's parameters belongs to heads that ``mask`` removes alone.
+
+        Returns:
+            Parameter name to dimensions and the places along them, on the CPU.
+        """
+        if self._head_weights is None:
+            self._head_weights = HeadWeights(self.model, mask.unit_map)
+        found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for name, _, dim, places in self._head_weights.gone(mask.keep):
+            found.setdefault(name, []).append((dim, places))
+        return found
 
     def at_target(self) -> bool:
         """Whether a score measured now belongs to the model that training will give."""

@@ -39,13 +39,36 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class FeedForwardSite:
-    """One feed-forward block: ``in_proj`` makes ``width`` units that ``out_proj`` reads."""
+    """One feed-forward block: ``in_proj`` makes ``width`` units that ``out_proj`` reads.
+
+    ``gates`` are the projections beside ``in_proj`` whose outputs the units are multiplied with, as in SwiGLU.
+    """
 
     name: str
     layer: str
     width: int
     in_proj: str
     out_proj: str
+    gates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertSite:
+    """The experts of one feed-forward block, which one module holds as tensors ``[experts, ., .]``.
+
+    Args:
+        name: dotted module name.
+        layer: name of the host layer.
+        weights: dotted parameter names of their matrices.
+        biases: dotted parameter names of their biases.
+        transposed: whether each matrix is ``[in, out]`` and not ``[out, in]``; None where that is not known.
+    """
+
+    name: str
+    layer: str
+    weights: tuple[str, ...]
+    biases: tuple[str, ...] = ()
+    transposed: Optional[bool] = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +84,13 @@ class UnitMap:
         feed_forward: the feed-forward blocks.
         layers: dotted names of the host's layers in the order in which data goes through them; default: those that
             the sites name, in order of first appearance. A layer all of whose heads are gone names no site any more.
+        experts: the experts that are tensors of one module.
     """
 
     attention: tuple[AttentionSite, ...]
     feed_forward: tuple[FeedForwardSite, ...] = ()
     layers: tuple[str, ...] = ()
+    experts: tuple[ExpertSite, ...] = field(default=(), kw_only=True)
     #: Says what of the model belongs to the heads of a site, see head_pruning.surgery; the host's, never stored.
     planner: Optional[Callable[[Any, AttentionSite], Any]] = field(default=None, compare=False, repr=False)
     #: What else the host does to a model whose heads were removed, e.g. changing classes; the host's, never stored.
@@ -84,7 +109,7 @@ class UnitMap:
         object.__setattr__(self, "layers", tuple(self.layers) or self._layers_of_sites())
 
     def _layers_of_sites(self) -> tuple[str, ...]:
-        named = [*(site.layer for site in self.attention), *(site.layer for site in self.feed_forward)]
+        named = [site.layer for sites in (self.attention, self.feed_forward, self.experts) for site in sites]
         return tuple(dict.fromkeys(named))
 
     @property
@@ -122,17 +147,17 @@ class UnitMap:
         return {
             "attention": [dataclasses.asdict(site) for site in self.attention],
             "feed_forward": [dataclasses.asdict(site) for site in self.feed_forward],
+            **({"experts": [dataclasses.asdict(site) for site in self.experts]} if self.experts else {}),
             **({} if self.layers == self._layers_of_sites() else {"layers": list(self.layers)}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "UnitMap":
         """Rebuild a map from :meth:`to_dict`."""
-        attention = tuple(
-            AttentionSite(**{**site, "projections": tuple(site["projections"])}) for site in data["attention"]
-        )
-        feed_forward = tuple(FeedForwardSite(**site) for site in data["feed_forward"])
-        return cls(attention, feed_forward, tuple(data.get("layers", ())))
+        attention = _sites(AttentionSite, data["attention"])
+        feed_forward = _sites(FeedForwardSite, data["feed_forward"])
+        experts = _sites(ExpertSite, data.get("experts", ()))
+        return cls(attention, feed_forward, tuple(data.get("layers", ())), experts=experts)
 
     def sizes(self) -> list[tuple[str, int]]:
         """Name and number of heads of each site that has any."""
@@ -147,6 +172,13 @@ class UnitMap:
                 f"{what} belongs to another architecture (they differ in {', '.join(odd[:3])}); "
                 "use the model it was made for."
             )
+
+
+def _sites(kind: type, entries: Sequence[Mapping]) -> tuple:
+    def frozen(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    return tuple(kind(**{name: frozen(value) for name, value in dict(entry).items()}) for entry in entries)
 
 
 def alike(mine: Sequence[tuple[str, int]], theirs: Sequence[tuple[str, int]]) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Mapping, Optional
 
+import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
@@ -23,14 +23,15 @@ from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE
 from head_pruning.hosts import HostModel, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats
-from head_pruning.report.weights import write_weight_artifacts
-from head_pruning.surgery.remaining import recipe_of, sites_left
-from head_pruning.surgery.zeros import zeroed_heads
+from head_pruning.report.weights import WeightCount, count_weights, sum_counts, write_weight_artifacts
+from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
+from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 from head_pruning.weights import load_weight_masks, save_compressed
 
 from .compact.model_classes import take_recipe
 from .mapping.head_plans import plan_site
 from .mapping.unit_map import unit_map
+from .saving.card import weight_section
 from .saving.example_inputs import example_inputs, longest
 from .saving.folders import save_compact, save_pruned
 from .saving.programs import export_onnx, export_program
@@ -77,8 +78,38 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
             mask = None  # of the original: it tells what is cut out already
     if mask is not None:
         mask = mask.fitted(sites)
-    weights = _report(path).get("weights")
+    weights = _told_of_weights(path, model, mask)
     return HostModel(model, sites, mask, functools.partial(example_inputs, model), weights, longest(model))
+
+
+def _told_of_weights(path: Path, model: PreTrainedModel, mask: Optional[HeadMask]) -> Optional[Mapping[str, Any]]:
+    """What the run's report tells of pruned weights, with the numbers of the model as it is now, under ``mask``."""
+    told = _report(path).get("weights")
+    if not isinstance(told, dict) or not isinstance(told.get("kept_by_tensor"), dict):
+        return told
+    counts = _counts(model, mask, told["kept_by_tensor"], told.get("removed_with_heads"))
+    return {**told, **sum_counts(counts).told()}
+
+
+def _counts(
+    model: PreTrainedModel, mask: Optional[HeadMask], names: Mapping[str, Any], before: Any
+) -> dict[str, WeightCount]:
+    """Of pruned tensors, under a mask of the heads that there are.
+
+    Args:
+        model: dense or compact.
+        mask: the heads that stay; None: all that there are.
+        names: parameter name to the report's pair of weights that stayed and weights that were left.
+        before: parameter name to the number of weights that the report counts as those of removed heads.
+    """
+    parameters = dict(model.named_parameters())
+    removed = {} if mask is None else removed_counts(model, mask)
+    dense = {}
+    if recipe_of(model) is not None and isinstance(before, dict):  # heads are cut out: only the report knows them
+        pairs = {name: pair for name, pair in names.items() if isinstance(pair, list) and len(pair) == 2}
+        dense = {name: pair[1] + before.get(name, 0) for name, pair in pairs.items()}
+    with contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
+        return count_weights([name for name in names if name in parameters], parameters, removed=removed, dense=dense)
 
 
 def _own_mask(file: Path) -> Optional[HeadMask]:
@@ -171,35 +202,84 @@ def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -
     assert mask is not None  # as _pruned says
     with _whole_folder(target, source) as folder, _quiet():
         save_pruned(loaded.model, mask, folder, **_history(source))
-        _carry_weight_masks(source, folder, loaded.model, mask)
-    return f"{target}: {mask.kept} of {mask.keep.size} heads, the others are zero"
+        _carry_weight_masks(source, folder, loaded, mask)
+    return f"{target}: {mask.kept} of {mask.keep.size} heads{_words(loaded)}, the others are zero"
 
 
-def _carry_weight_masks(source: Path, folder: Path, model: nn.Module, mask: HeadMask) -> None:
+def _words(loaded: HostModel) -> str:
+    """What stays of pruned weights, for a line to print."""
+    told = loaded.weights
+    if not isinstance(told, dict) or not isinstance(told.get("weights_kept"), int):
+        return ""
+    kept, left = told["weights_kept"], told["weights_total"]
+    return f", {WeightCount(kept, left, told['weights_of_dense'] if 'weights_of_dense' in told else left)}"
+
+
+def _carry_weight_masks(source: Path, folder: Path, loaded: HostModel, mask: HeadMask) -> None:
     """Add what the run's files tell of pruned weights, which are zero in the model already."""
-    told = _report(source).get("weights")
-    if told:
+    told = loaded.weights
+    if isinstance(told, dict) and told:
         masks = load_weight_masks(source / MASKS_FILE)
-        with zeroed_heads(model, mask):
-            write_weight_artifacts(
-                folder,
-                masks,
-                dict(model.named_parameters()),
-                method=told["method"],
-                options=told["options"],
-                head_mask=mask,
-            )
+        counts = _counts(loaded.model, mask, masks, None)
+        with zeroed_heads(loaded.model, mask):
+            _describe_weights(folder, loaded, mask, masks, counts)
+
+
+def _describe_weights(
+    folder: Path,
+    loaded: HostModel,
+    head_mask: Optional[HeadMask],
+    masks: Mapping[str, torch.Tensor],
+    counts: Mapping[str, WeightCount],
+) -> None:
+    """Add masks and densities to a folder, and to its card."""
+    parameters, told = dict(loaded.model.named_parameters()), loaded.weights or {}
+    left = {name: size for name, size in told.get("left_dense", {}).items() if name in parameters}
+    write_weight_artifacts(
+        folder,
+        masks,
+        parameters,
+        method=told["method"],
+        options=told["options"],
+        head_mask=head_mask,
+        counts=counts,
+        left_dense=left,
+    )
+    card = folder / "README.md"
+    text = "\n".join([card.read_text(encoding="utf-8"), *weight_section(counts, left)])
+    card.write_text(text, encoding="utf-8")
 
 
 def export_compact(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
     """Write the folder of the model whose removed heads are cut out."""
     loaded = _pruned(source, mask)
+    before = _before_the_cut(loaded)
     words = cut_out(loaded)
     if recipe_of(loaded.model) is None:
         raise HeadPruningError(f"The head mask of {source} keeps every head, so there is nothing to cut out.")
     with _whole_folder(target, source) as folder, _quiet():
         save_compact(loaded.model, folder, **_history(source))
+        if before:
+            words += _describe_cut_weights(folder, loaded, before)
     return f"{target}: {words}, the others are cut out"
+
+
+def _before_the_cut(loaded: HostModel) -> dict[str, int]:
+    """Of a model whose weights were pruned: the pruned tensors, and how many weights each had with all heads."""
+    told = loaded.weights
+    if not isinstance(told, dict) or not isinstance(told.get("kept_by_tensor"), dict):
+        return {}
+    counts = _counts(loaded.model, loaded.mask, told["kept_by_tensor"], told.get("removed_with_heads"))
+    return {name: count.dense for name, count in counts.items()}
+
+
+def _describe_cut_weights(folder: Path, loaded: HostModel, before: Mapping[str, int]) -> str:
+    """Add what is left of pruned weights to a compact folder; the words for it."""
+    parameters = dict(loaded.model.named_parameters())
+    masks = {name: parameters[name].detach() != 0 for name in before if name in parameters}
+    counts = count_weights(masks, parameters, dense=before)
+    _describe_weights(folder, loaded, heads_left(loaded.model), masks, counts)
+    return f", {sum_counts(counts)}"
 
 
 def _export_compressed(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:

@@ -15,8 +15,8 @@ from head_pruning.files import REPORT_FILE
 from head_pruning.pruner import options_of
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.tables import head_table
-from head_pruning.report.weights import density_table, write_weight_artifacts
-from head_pruning.surgery.zeros import removed_slices, zeroed_heads
+from head_pruning.report.weights import count_weights, density_table, session_counts, write_weight_artifacts
+from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
     if log_heads and mask is not None:
         logger.info("kept heads by site:%s%s", os.linesep, head_table(mask))
     if log_heads and masks:
-        logger.info("kept weights by tensor:%s%s", os.linesep, density_table(masks))
+        logger.info("kept weights by tensor:%s%s", os.linesep, density_table(masks, session_counts(session)))
 
 
 def _write_weights(
@@ -57,10 +57,14 @@ def _write_weights(
     """Add the weight masks to the files in ``folder``; the numbers are of the model masked, without removed heads."""
     pruners, mask = session.of_kind("weights"), session.head_mask()
     with session.evaluating(), contextlib.nullcontext() if mask is None else zeroed_heads(model, mask):
+        parameters = dict(model.named_parameters())
+        removed = {} if mask is None else removed_counts(model, mask)
         write_weight_artifacts(
             folder,
             masks,
-            dict(model.named_parameters()),
+            parameters,
+            counts=count_weights(masks, parameters, removed=removed),
+            left_dense=session.left_dense(),
             method="+".join(pruner.name for pruner in pruners),
             options=options_of(pruners),
             head_mask=mask,
@@ -80,6 +84,5 @@ def _history(save_dir: Path, updates: int) -> list[dict]:
 
 def _parameters(model: torch.nn.Module, mask: HeadMask) -> tuple[int, int]:
     """Parameters of the model, and how many are left when those of the removed heads are zero."""
-    removed = sum(tensor.numel() // tensor.shape[dim] * len(at) for tensor, dim, at in removed_slices(model, mask))
     total = sum(parameter.numel() for parameter in model.parameters())
-    return total, total - removed
+    return total, total - sum(removed_counts(model, mask).values())

@@ -33,8 +33,12 @@ def zero_weights(weights: dict, masks: Mapping[str, torch.Tensor]) -> None:
 
 
 def finish(session: PruningSession) -> None:
-    """Training is over: where the schedule is not, mask the model at the final density."""
-    unfinished = [pruner for pruner in session.of_kind("weights") if not pruner.at_target()]
+    """Training is over: fix the masks, at the final density also where the schedule has not ended.
+
+    Without pruned heads, masks of a schedule that has ended stay as they are, and a longer run can go on.
+    """
+    with_heads = session.head_mask() is not None
+    wanting = [pruner for pruner in session.of_kind("weights") if with_heads or not pruner.at_target()]
     session.tell_unfinished()
-    for pruner in unfinished:
+    for pruner in wanting:
         pruner.harden()

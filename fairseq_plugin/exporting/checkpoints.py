@@ -15,8 +15,9 @@ from head_pruning import HeadMask, HeadPruningError
 from head_pruning.compact.recipe import ATTRIBUTE
 from head_pruning.files import atomic_path
 from head_pruning.inference.programs import check_file
+from head_pruning.report.weights import WeightCount, count_weights, sum_counts
 from head_pruning.surgery.removal import remove_heads
-from head_pruning.surgery.zeros import zero_heads
+from head_pruning.surgery.zeros import removed_counts, zero_heads
 
 from ..checkpoints.stored import KEEP, KEY, META, RECIPE, PruningState, load_checkpoint, split_state
 from ..checkpoints.weights import zero_weights
@@ -102,17 +103,16 @@ def _weights(state: dict) -> Iterator[tuple[dict, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Exported:
-    """The head mask that was applied, the model's parameters before and after, weights that stay and all of them."""
+    """The head mask that was applied, the model's parameters before and after, and the weights that stay."""
 
     mask: Optional[HeadMask]
     parameters: tuple[int, int]
-    weights: tuple[int, int]
+    weights: WeightCount
 
     def pruned(self) -> str:
         """What stays, for a line to print."""
         heads = [f"{self.mask.kept} of {self.mask.keep.size} heads"] if self.mask is not None else []
-        weights = [f"{self.weights[0]:,} of {self.weights[1]:,} weights"] if self.weights[1] else []
-        return ", ".join(heads + weights)
+        return ", ".join([*heads, *([str(self.weights)] if self.weights.dense else [])])
 
 
 def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask], compact: bool) -> _Exported:
@@ -128,7 +128,7 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
         mask = stored.head_mask()
     elif mask is not None and META in stored.heads:
         stored.description()["unit_map"].check_same_heads(mask.unit_map, "The mask")
-    sizes = [parameters(split_state(state["model"])[0])]
+    sizes, removed = [parameters(split_state(state["model"])[0])], {}
     try:
         for place, key in _weights(state):
             own = split_state(place[key])[0]
@@ -140,6 +140,7 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
                     own[RECIPE] = encode(recipe)
             elif mask is not None:
                 zero_heads(_tree(own), mask)
+                removed = removed_counts(_tree(own), mask)
             place[key] = own
     except HeadPruningError:
         raise
@@ -150,11 +151,13 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     # The optimizer's moments and the pruner's averages belong to weights that are gone.
     state.pop("last_optimizer_state", None)
     (state.get("extra_state") or {}).pop(KEY, None)
-    sizes.append(parameters(split_state(state["model"])[0]))
+    written = split_state(state["model"])[0]
+    sizes.append(parameters(written))
+    before_heads = {name: keep.numel() for name, keep in masks.items()}
+    counts = count_weights(masks, written, removed=removed, dense=before_heads)
     with atomic_path(target) as temporary:
         torch.save(state, temporary)
-    kept = sum(int(torch.count_nonzero(keep)) for keep in masks.values())
-    return _Exported(mask, (sizes[0], sizes[1]), (kept, sum(keep.numel() for keep in masks.values())))
+    return _Exported(mask, (sizes[0], sizes[1]), sum_counts(counts))
 
 
 def export_masked(source: "str | Path", target: "str | Path", mask: Optional[HeadMask] = None) -> Optional[HeadMask]:

@@ -16,9 +16,11 @@ from ..report.plots import plot_head_masks
 from ..report.tables import head_table, text_table
 from ..surgery.remaining import query_heads_left, recipe_of
 from ..surgery.removal import remove_heads
+from ..weights.engine.targets import numbered
 from .common import chosen_length, count, given_mask, note, print_json, short
 
 TOLD_OF_WEIGHTS = ("method", "weights_kept", "weights_total", "density")  # of pruning.json
+TOLD_OF_HEADS_TOO = ("weights_of_dense", "density_of_dense", "left_dense")
 DENSE = 0.05  # at most this share of zeros is that of an unpruned model: the embedding of padding
 
 
@@ -48,6 +50,8 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
     queries = _query_heads(loaded)
     told = loaded.weights if isinstance(loaded.weights, Mapping) else {}
     weights = {name: told[name] for name in TOLD_OF_WEIGHTS} if told.keys() >= set(TOLD_OF_WEIGHTS) else None
+    if weights:
+        weights |= {name: told[name] for name in TOLD_OF_HEADS_TOO if name in told}
     zeros = _zeros(loaded.model)
     compact = recipe_of(loaded.model) is not None
     pending = None if loaded.mask is None or loaded.mask.keep.all() else loaded.mask
@@ -124,6 +128,12 @@ def _sizes_table(found: dict[str, Any]) -> str:
     if weights:
         table += f"\nOf {weights['weights_total']:,} weights {weights['weights_kept']:,} are kept: a density of "
         table += f"{weights['density']:.2%} ({weights['method']})."
+        if "weights_of_dense" in weights:
+            table += f" With the removed heads there were {weights['weights_of_dense']:,}: a density of "
+            table += f"{weights['density_of_dense']:.2%}."
+        if weights.get("left_dense"):
+            left = weights["left_dense"]
+            table += f"\nNot pruned are {sum(left.values()):,} weights of {numbered(left)}."
     if found["zeros_of_matrices"] > DENSE:
         table += f"\nOf the entries of matrices {found['zeros_of_matrices']:.1%} are zero."
     if found["mac_bound"]:

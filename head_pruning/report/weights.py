@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Iterable, Mapping, NamedTuple, Optional
 
 import torch
 
 from ..errors import HeadPruningError
 from ..files import MASKS_FILE, REPORT_FILE, atomic_path, write_json
 from ..masks import HeadMask
+from ..session import PruningSession
+from ..surgery.zeros import removed_counts
 from ..weights.files import save_weight_masks
 from .report_file import run_report, zeros_in_all
 from .tables import text_table
@@ -16,29 +18,104 @@ from .tables import text_table
 DENSITY_PICTURE = "weight_density.png"
 
 
-def densities(masks: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Parameter name to (weights that stay, weights)."""
-    return {name: (int(torch.count_nonzero(mask)), mask.numel()) for name, mask in masks.items()}
+class WeightCount(NamedTuple):
+    """Of pruned tensors: weights that are not zero, weights of heads and blocks that are left, and weights of the
+    dense model, removed heads included.
+    """
+
+    kept: int
+    left: int
+    dense: int
+
+    def told(self) -> dict[str, Any]:
+        """The entries of a report; those of the dense model only where heads are gone."""
+        numbers = {"weights_kept": self.kept, "weights_total": self.left, "density": self.kept / max(1, self.left)}
+        if self.dense != self.left:
+            numbers |= {"weights_of_dense": self.dense, "density_of_dense": self.kept / max(1, self.dense)}
+        return numbers
+
+    def __str__(self) -> str:
+        words = f"{self.kept:,} of {self.left:,} weights"
+        if self.dense == self.left:
+            return words
+        share, whole = (self.kept / max(1, number) for number in (self.left, self.dense))
+        return f"{words} of what is left ({share:.2%}), {whole:.2%} of the dense model's {self.dense:,}"
 
 
-def density_table(masks: Mapping[str, torch.Tensor]) -> str:
-    """One line per tensor: weights that stay, weights, percent; and all together."""
-    rows = [(name, kept, total, 100.0 * kept / total) for name, (kept, total) in densities(masks).items()]
-    kept, total = sum(row[1] for row in rows), sum(row[2] for row in rows)
-    return text_table(("tensor", "kept", "of", "percent"), [*rows, ("all", kept, total, 100.0 * kept / max(1, total))])
+def count_weights(
+    names: Iterable[str],
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    removed: Mapping[str, int] = {},
+    dense: Mapping[str, int] = {},
+) -> dict[str, WeightCount]:
+    """Count the weights of pruned tensors.
+
+    Args:
+        names: of the tensors.
+        parameters: the model's tensors by name, masked, removed heads zeroed or cut out.
+        removed: by name, how many of a tensor's weights belong to removed heads, which are zero.
+        dense: by name, how many weights a tensor had before heads were cut out of it, or with it.
+    """
+    found = {}
+    for name in dict.fromkeys([*names, *dense]):
+        tensor = parameters.get(name)
+        kept, size = (0, 0) if tensor is None else (int(torch.count_nonzero(tensor.detach())), tensor.numel())
+        found[name] = WeightCount(kept, size - removed.get(name, 0), dense.get(name, size))
+    return found
 
 
-def plot_densities(masks: Mapping[str, torch.Tensor], path: "str | Path") -> None:
+def sum_counts(counts: Mapping[str, WeightCount]) -> WeightCount:
+    """All tensors together."""
+    return WeightCount(*(sum(count[i] for count in counts.values()) for i in range(3)))
+
+
+def session_counts(session: PruningSession) -> dict[str, WeightCount]:
+    """Of the tensors that a session's pruners have masked: what its outcome has, were it fixed now."""
+    masks, mask, parameters = session.weight_masks(), session.head_mask(), dict(session.model.named_parameters())
+    tensors = {name: parameters[name].detach() * keep.to(parameters[name].device) for name, keep in masks.items()}
+    return count_weights(masks, tensors, removed={} if mask is None else removed_counts(session.model, mask))
+
+
+def _counts_of_masks(masks: Mapping[str, torch.Tensor]) -> dict[str, WeightCount]:
+    return count_weights(masks, masks)
+
+
+def density_table(masks: Mapping[str, torch.Tensor], counts: Optional[Mapping[str, WeightCount]] = None) -> str:
+    """One line per tensor: weights that stay, weights, percent; and all together.
+
+    Where heads are gone, the first three are of what is left, and two more columns of the dense model.
+
+    Args:
+        masks: the masks, which are counted where ``counts`` is not given.
+        counts: see :func:`count_weights`.
+    """
+    counts = dict(counts or _counts_of_masks(masks))
+    total = sum_counts(counts)
+    rows = [(name, c.kept, c.left, _percent(c.kept, c.left)) for name, c in {**counts, "all": total}.items()]
+    if total.dense == total.left:
+        return text_table(("tensor", "kept", "of", "percent"), rows)
+    more = [(c.dense, _percent(c.kept, c.dense)) for c in (*counts.values(), total)]
+    wide = [(*row, *extra) for row, extra in zip(rows, more)]
+    return text_table(("tensor", "kept", "of", "percent", "of dense", "percent"), wide)
+
+
+def _percent(part: int, whole: int) -> float:
+    return 100.0 * part / max(1, whole)
+
+
+def plot_densities(counts: Mapping[str, WeightCount], path: "str | Path") -> None:
     """Draw the remaining ratio of each tensor as a bar, and that of all together as a line, to a PNG."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    counted = densities(masks)
-    figure = Figure(figsize=(7.5, 1.2 + 0.2 * len(counted)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.2 + 0.2 * len(counts)), layout="constrained")
     panel = figure.subplots()
-    panel.barh(list(counted), [100.0 * kept / total for kept, total in counted.values()], color="#3b6fb6", height=0.7)
-    overall = 100.0 * sum(kept for kept, _ in counted.values()) / max(1, sum(total for _, total in counted.values()))
+    bars = [_percent(count.kept, count.left) for count in counts.values()]
+    panel.barh(list(counts), bars, color="#3b6fb6", height=0.7)
+    total = sum_counts(counts)
+    overall = _percent(total.kept, total.left)
     panel.axvline(overall, color="#888888", linestyle=":", label=f"all: {overall:.2f} %")
-    panel.set(xlabel="weights that stay, percent", ylim=(len(counted) - 0.4, -0.6))
+    panel.set(xlabel="weights that stay, percent", ylim=(len(counts) - 0.4, -0.6))
     panel.tick_params(axis="y", labelsize=7, length=0)
     panel.legend(fontsize=8, frameon=False)
     with atomic_path(Path(path).with_suffix(".png")) as temporary:
@@ -46,32 +123,33 @@ def plot_densities(masks: Mapping[str, torch.Tensor], path: "str | Path") -> Non
 
 
 def weight_report(
-    masks: Mapping[str, torch.Tensor],
+    counts: Mapping[str, WeightCount],
     parameters: Mapping[str, torch.Tensor],
     *,
     method: str,
     options: Mapping[str, Any],
+    left_dense: Mapping[str, int] = {},
 ) -> dict[str, Any]:
     """What pruning.json says of pruned weights, under ``weights``.
 
     Args:
-        masks: parameter name to mask, of all tensors under control.
+        counts: of all tensors under control, see :func:`count_weights`.
         parameters: all parameters of the model by name, masked.
         method: registered name of the pruner.
         options: its options.
+        left_dense: names and sizes of the matrices that were not pruned.
     """
-    counted = densities(masks)
-    kept, total = (sum(pair[i] for pair in counted.values()) for i in (0, 1))
     every = sum(tensor.numel() for tensor in parameters.values())
     nonzero = sum(int(torch.count_nonzero(tensor.detach())) for tensor in parameters.values())
+    gone = {name: count.dense - count.left for name, count in counts.items() if count.dense != count.left}
     return {
         "method": method,
         "options": dict(options),
-        "weights_kept": kept,
-        "weights_total": total,
-        "density": kept / max(1, total),
+        **sum_counts(counts).told(),
         **zeros_in_all(every, nonzero),
-        "kept_by_tensor": {name: list(pair) for name, pair in counted.items()},
+        "kept_by_tensor": {name: [count.kept, count.left] for name, count in counts.items()},
+        **({"removed_with_heads": gone} if gone else {}),
+        **({"left_dense": dict(left_dense)} if left_dense else {}),
     }
 
 
@@ -83,6 +161,8 @@ def write_weight_artifacts(
     method: str,
     options: Mapping[str, Any],
     head_mask: Optional[HeadMask] = None,
+    counts: Optional[Mapping[str, WeightCount]] = None,
+    left_dense: Mapping[str, int] = {},
     history: Optional[list] = None,
     versions: Optional[Mapping[str, str]] = None,
 ) -> None:
@@ -98,6 +178,8 @@ def write_weight_artifacts(
         method: registered name of the pruner.
         options: its options.
         head_mask: the heads that stay; None if none were pruned.
+        counts: of the tensors under control; default: all of their weights count, see :func:`count_weights`.
+        left_dense: names and sizes of the matrices that were not pruned.
         history: one entry per scored state; not read where heads are pruned too.
         versions: versions of the host's libraries; likewise.
 
@@ -109,7 +191,8 @@ def write_weight_artifacts(
     folder = Path(folder)
     save_weight_masks(folder / MASKS_FILE, masks, head_mask)
     known = folder / REPORT_FILE
-    weights = weight_report(masks, parameters, method=method, options=options)
+    counts = counts or count_weights(masks, parameters)
+    weights = weight_report(counts, parameters, method=method, options=options, left_dense=left_dense)
     if head_mask is not None and known.is_file():
         report = json.loads(known.read_text(encoding="utf-8"))
     else:
@@ -117,5 +200,5 @@ def write_weight_artifacts(
         report = run_report(method=method, options=options, sparsity=sparsity, history=history, versions=versions)
     write_json(known, {**report, "weights": weights})
     with atomic_path(folder / "weight_density.txt") as temporary:
-        temporary.write_text(density_table(masks) + "\n", encoding="utf-8")
-    plot_densities(masks, folder / DENSITY_PICTURE)
+        temporary.write_text(density_table(masks, counts) + "\n", encoding="utf-8")
+    plot_densities(counts, folder / DENSITY_PICTURE)

@@ -1,20 +1,107 @@
-"""Zeroing the weights of removed heads: the model keeps its shapes, and plain frameworks load it."""
+"""The weights that belong to heads: which they are, and zeroing those of removed heads.
+
+The model keeps its shapes then, and plain frameworks load it.
+"""
 
 import contextlib
 from typing import Any, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..compact.slices import QUERIES
 from ..errors import HeadPruningError
 from ..masks import HeadMask
+from ..unit_map import AttentionSite, UnitMap
+from .plans import Blocks, SitePlan, get_tensor
+
+
+class HeadWeights:
+    """Which slices of a model's tensors belong to one head alone.
+
+    These are what the unit map's planner says. Without one, or where it refuses, they are the columns of the output
+    projections, and the rows of query, key and value where each has a projection of its own and no norm spans the
+    heads.
+
+    Args:
+        model: the model, or a tree of modules that hold nothing but its tensors.
+        unit_map: its sites.
+
+    """
+
+    def __init__(self, model: nn.Module, unit_map: UnitMap) -> None:
+        self._model, self._unit_map = model, unit_map
+        self._names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        # Of each site that lost heads: tensors, dimensions, and along them the head, or -1 for what heads share.
+        self._parts: dict[str, list[tuple[torch.Tensor, int, np.ndarray]]] = {}
+
+    def gone(self, keep: np.ndarray) -> Iterator[tuple[str, torch.Tensor, int, torch.Tensor]]:
+        """What belongs to heads that go, as ``(name, tensor, dimension, places along it)``.
+
+        Args:
+            keep: ``bool[N]``: the heads that stay.
+
+        Raises:
+            HeadPruningError: the map is of another model.
+        """
+        for site, where in self._unit_map.slices():
+            removed = np.flatnonzero(~keep[where])
+            if not removed.size:
+                continue
+            if site.name not in self._parts:
+                self._parts[site.name] = list(_parts(self._model, self._unit_map, site))
+            for tensor, dim, owner in self._parts[site.name]:
+                places = np.flatnonzero(np.isin(owner, removed))
+                if places.size:
+                    yield self._names[id(tensor)], tensor, dim, torch.from_numpy(places)
+
+
+def _parts(model: nn.Module, unit_map: UnitMap, site: AttentionSite) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
+    out = _plain(model.get_submodule(site.out_proj))
+    dim = 0 if hasattr(out, "nf") else 1  # a Conv1D keeps its weight as [in, out]
+    if out.weight.shape[dim] != site.heads * site.head_dim:
+        raise HeadPruningError(
+            f"{site.out_proj} reads {out.weight.shape[dim]} features, the mask says {site.heads * site.head_dim}; use "
+            "a mask made for this model."
+        )
+    plan = unit_map.planner(model, site) if unit_map.planner is not None else SitePlan((), refuse="no planner")
+    if not plan.refuse:
+        for name, along, blocks in plan.tensors:
+            owner, tensor = _owners(blocks, site.heads, plan.per_group), get_tensor(model, name)
+            if owner.size == tensor.shape[along]:
+                yield tensor, along, owner
+        return
+    heads = np.arange(site.heads)
+    yield out.weight, dim, heads.repeat(site.head_dim)
+    normed = any("norm" in name for name, _ in model.get_submodule(site.name).named_children())
+    if normed or len(set(site.projections)) != 3:
+        return
+    for name in site.projections:
+        projection = _plain(model.get_submodule(name))
+        weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
+        if weight is None or weight.ndim != 2 or hasattr(projection, "nf") or len(weight) % site.heads:
+            continue
+        for tensor in (weight,) if bias is None else (weight, bias):
+            yield tensor, 0, heads.repeat(len(weight) // site.heads)
+
+
+def _owners(blocks: Blocks, heads: int, per_group: int) -> np.ndarray:
+    """The head that each place of a dimension belongs to, -1 where all share it."""
+    found = []
+    for kind, width, *some in blocks:
+        if not kind:
+            found.append(np.full(width, -1))
+            continue
+        of = np.arange(heads).repeat(per_group if kind == QUERIES else 1)
+        if some:
+            of = of[(of >= some[0]) & (of < some[1])]
+        found.append(of.repeat(width))
+    return np.concatenate(found)
 
 
 def removed_slices(model: nn.Module, mask: HeadMask) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
     """What of a model belongs to the removed heads alone, as ``(tensor, dimension, indices along it)``.
-
-    These are the columns of the output projections, and the rows of query, key and value where each has a projection
-    of its own and no norm spans the heads.
 
     Args:
         model: the model, or a tree of modules that hold nothing but its tensors.
@@ -23,30 +110,21 @@ def removed_slices(model: nn.Module, mask: HeadMask) -> Iterator[tuple[torch.Ten
     Raises:
         HeadPruningError: the mask is of another model.
     """
-    for site, where in mask.unit_map.slices():
-        removed = torch.from_numpy(~mask.keep[where])
-        if not removed.any():
-            continue
-        out = _plain(model.get_submodule(site.out_proj))
-        dim = 0 if hasattr(out, "nf") else 1  # a Conv1D keeps its weight as [in, out]
-        if out.weight.shape[dim] != removed.numel() * site.head_dim:
-            raise HeadPruningError(
-                f"{site.out_proj} reads {out.weight.shape[dim]} features, the mask says "
-                f"{removed.numel() * site.head_dim}; use a mask made for this model."
-            )
-        yield out.weight, dim, removed.repeat_interleave(site.head_dim).nonzero().flatten()
-        normed = any("norm" in name for name, _ in model.get_submodule(site.name).named_children())
-        if normed or len(set(site.projections)) != 3:
-            continue
-        for name in site.projections:
-            projection = _plain(model.get_submodule(name))
-            weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
-            if weight is None or weight.ndim != 2 or hasattr(projection, "nf") or len(weight) % removed.numel():
-                continue
-            rows = removed.repeat_interleave(len(weight) // removed.numel()).nonzero().flatten()
-            yield weight, 0, rows
-            if bias is not None:
-                yield bias, 0, rows
+    for _, tensor, dim, places in HeadWeights(model, mask.unit_map).gone(mask.keep):
+        yield tensor, dim, places
+
+
+def removed_counts(model: nn.Module, mask: HeadMask) -> dict[str, int]:
+    """Parameter name to how many of its numbers belong to removed heads. Errors are as in :func:`removed_slices`."""
+    stay: dict[str, dict[int, int]] = {}
+    sizes: dict[str, torch.Size] = {}
+    for name, tensor, dim, places in HeadWeights(model, mask.unit_map).gone(mask.keep):
+        sizes[name], of = tensor.shape, stay.setdefault(name, {})
+        of[dim] = of.get(dim, tensor.shape[dim]) - len(places)
+    return {
+        name: shape.numel() - torch.Size(stay[name].get(dim, length) for dim, length in enumerate(shape)).numel()
+        for name, shape in sizes.items()
+    }
 
 
 def _plain(module: Any) -> Any:

@@ -13,12 +13,13 @@ import torch
 
 from ..errors import HeadPruningError
 from ..pruner import Pruner, SessionView
+from ..schedules import count_of
 from .engine.drawing import LateNumbers, draw_masks
 from .engine.no_grad import no_grad
 from .engine.portions import Portion, each
 from .engine.selection import Selection
 from .engine.storage import Storage
-from .engine.targets import name_pattern, shortened, weight_targets
+from .engine.targets import find_targets, name_pattern, numbered, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class WeightPruner(Pruner):
         """The remaining ratio that update ``t`` aims at."""
         raise NotImplementedError
 
+    def count_removed(self, density: float, number: int) -> int:
+        """How many of ``number`` weights, blocks or neighbours a mask of this density removes."""
+        return count_of(1.0 - density, number)
+
     def due(self, t: int) -> bool:
         """Whether update ``t`` ends with a mask."""
         raise NotImplementedError
@@ -86,12 +91,25 @@ class WeightPruner(Pruner):
         raise NotImplementedError
 
     def masked_scores(self, portion: Portion) -> list[torch.Tensor]:
-        """:meth:`scores`; under the nested policy those of weights already pruned are minus infinity."""
+        """:meth:`scores`; those of weights that must stay pruned are minus infinity, those of weights of heads that
+        are gone plus infinity.
+        """
         scores = self.scores(portion)
-        if self.policy == "nested" and self.has_mask:
-            for score, keep in zip(scores, self.storage.masks.keep(portion)):
-                score.masked_fill_(~keep, -math.inf)
+        for score, may in zip(scores, self.floor(portion) if self.nested else ()):
+            score.masked_fill_(~may, -math.inf)
+        portion.fill_gone(scores, math.inf)
         return scores
+
+    @property
+    def nested(self) -> bool:
+        """Whether some weights must not be kept by the next mask."""
+        return self.has_mask and (self.policy == "nested" or self._hardening) or self.storage.fixes_zeros
+
+    def floor(self, portion: Portion) -> list[torch.Tensor]:
+        """Where :attr:`nested` holds: ``bool``, which weights the next mask may keep."""
+        if self.has_mask and (self.policy == "nested" or self._hardening):
+            return self.storage.masks.keep(portion)  # no mask keeps what was zero from the start
+        return portion.state["fixed"]
 
     # -- life cycle --------------------------------------------------------------------------------------------------
 
@@ -118,16 +136,23 @@ class WeightPruner(Pruner):
     def attach(self, session: SessionView) -> None:
         super().attach(session)
         options = self.config
-        self.targets = weight_targets(
+        self.found = find_targets(
             session.model,
             session.unit_map,
             include=options.weights_include,
             exclude=options.weights_exclude,
             biases=options.prune_biases and not self.selection.structured,
         )
+        self.targets = self.found.chosen
         if self.selection.structured:
             for target in self.targets:
-                self.selection.check(target.name, target.parameter)
+                self.selection.check(target)
+        if self.found.overlooked:
+            logger.warning(
+                "%d matrices in the layers of the model are not pruned: %s; --weights-include names others",
+                len(self.found.overlooked),
+                numbered(self.found.overlooked),
+            )
         self._refuse_shared_targets(session.pruners)
         self.storage = Storage(
             self.targets,
@@ -136,6 +161,7 @@ class WeightPruner(Pruner):
             retained=self.policy == "retained",
             whole=self.selection.scope != "global",
             sampled=self.selection.scope == "global" and self.policy != "nested",
+            fixes_zeros=getattr(options, "start_from_zeros", False),
         )
         self.storage.active = [] if self.needs_gradient else list(self.targets)
         self.sizes = self.storage.sizes
@@ -143,7 +169,11 @@ class WeightPruner(Pruner):
         self.has_mask = self.locked = self.clean = False
         self.current = False  # whether the mask is that of the present scores
         self.selected = math.nan  # the density it was drawn for
-        self._planned = self._told = self._ready = False
+        self._planned = self._told = self._ready = self._hardening = False
+        self._heads: Optional[np.ndarray] = None  # those that stay, as far as the storage knows
+        self._drawn_for: Optional[np.ndarray] = None  # those that stayed when the mask was drawn
+        self._left = 0  # how many weights counted then
+        self._gradients: list[torch.Tensor] = []  # of the update, before those of pruned weights were zeroed
         self._numbers: Optional[LateNumbers] = None
 
     def _refuse_shared_targets(self, pruners: Sequence[Pruner]) -> None:
@@ -167,22 +197,29 @@ class WeightPruner(Pruner):
 
     def before_update(self, step: int) -> None:
         self._plan_once()
+        if self.storage.fixes_zeros:
+            self.storage.find_zeros(self.session.master_of)
 
     @no_grad
     def skip_update(self, step: int) -> None:
         """Retained policy: mask what :meth:`before_step` brought back."""
         if self._ready and self.policy == "retained" and self.has_mask and not self.locked:
             self._apply()
-        self._ready = False
+        self._ready, self._gradients = False, []
 
     @no_grad
     def before_step(self, step: int) -> None:
-        """Retained policy: the optimizer steps the retained weights, with gradients of those that stay only."""
+        """Retained policy: the optimizer steps the retained weights, with gradients of those that stay only.
+
+        Averages see all gradients (those of movement are the straight-through ones of Sanh et al. 2020, section 3): a
+        pruned weight's score goes on moving, so that the weight can come back.
+        """
         self._ready = True
         if self.policy != "retained" or not self.has_mask or self.locked:
             return
         self._lay_out()
         self.storage.restore_originals()
+        self._gradients = [gradient.clone() for gradient in self.storage.gradients()] if self.kinds else []
         self.storage.mask_gradients()
 
     @no_grad
@@ -205,10 +242,10 @@ class WeightPruner(Pruner):
         if self.scores_moved(t):
             self.current = False
         due, density = self.due(t), self.density_at(t)
-        select = due and not (self.current and self.selected == density)
+        select = due and not (self.current and self.selected == density and self._same_heads())
         masks = (due or self.policy != "revive") and (select or self.has_mask)
         if self.kinds:
-            gradients = self.storage.gradients()
+            gradients, self._gradients = self._gradients or self.storage.gradients(), []
 
             def work(portion: Portion) -> None:
                 self.track(t, portion, portion.cut(gradients))
@@ -220,27 +257,39 @@ class WeightPruner(Pruner):
             self._select(density)
         if masks and (select or not self.kinds):
             self._apply()
+        elif not masks and self.storage.fixes_zeros:
+            self.storage.zero_fixed()
         self.clean = masks
 
     @no_grad
     def harden(self) -> None:
-        """Mask the model at the final density, for good: from now on every optimizer step is masked again."""
-        if self.locked:
-            return
+        """Mask the model at the final density, for good: from now on every optimizer step is masked again.
+
+        What belongs to heads that are gone is pruned too; the density is that of the rest.
+        """
         self._plan_once()
         if not self.storage.active:
             raise HeadPruningError("No weight has ever had a gradient, so none can be pruned; train the model first.")
         self._lay_out()
-        if not self.at_target():
-            if self.policy == "retained" and self.has_mask:
-                self.storage.restore_originals()
-            self._select(self.final_density())
-        self._apply()
-        self.clean = self.locked = True
-        self._warn_of_ties()
+        self._learn_heads()
+        if not self.locked:
+            if not self.at_target():
+                if self.policy == "retained" and self.has_mask:
+                    self.storage.restore_originals()
+                # Training is over: what is zero now would be no use to keep.
+                self._hardening = self.clean and self.policy == "revive"
+                self._select(self.final_density())
+                self._hardening = False
+            self.storage.remove_gone()
+            self._apply()
+            self.clean = self.locked = True
+            self._warn_of_ties()
+        elif self.storage.gone:
+            self.storage.remove_gone()
+            self._apply()
 
     def _warn_of_ties(self) -> None:
-        kept, total, wanted = self.storage.count_kept(), self.storage.number, self.final_density()
+        kept, total, wanted = int(self.storage.count_kept()), self.storage.left, self.final_density()
         if kept > (wanted + _UNEVEN) * total:
             logger.warning(
                 "%d of %d weights stay where %.4g of them should: too many scores are equal, as averages are until "
@@ -251,7 +300,10 @@ class WeightPruner(Pruner):
             )
 
     def at_target(self) -> bool:
-        return self.locked or (self.has_mask and self.final_at(self.t) and self.selected == self.final_density())
+        if self.locked:
+            return True
+        drawn = self.has_mask and self.final_at(self.t) and self.selected == self.final_density()
+        return drawn and self._same_heads()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -275,24 +327,36 @@ class WeightPruner(Pruner):
     def metrics(self) -> dict[str, float]:
         """``prune_target``: remaining ratio aimed at; ``weights_kept``: the mask's; ``mask_threshold``.
 
-        The last two are of the last mask whose numbers have arrived from the device.
+        Where heads are gone, the first two are of what is left, and ``weights_kept_of_all`` is of all weights. All but
+        the first are of the last mask whose numbers have arrived from the device.
         """
         self._plan_once()
         numbers = {"prune_target": self.final_density() if self.locked else self.density_at(self.t)}
         if self._numbers is not None:
             threshold, kept = self._numbers.read()
-            numbers["weights_kept"] = kept / max(1, self.storage.number)
+            numbers["weights_kept"] = kept / max(1, self._left or self.storage.number)
+            if self._drawn_for is not None:
+                numbers["weights_kept_of_all"] = kept / max(1, self.storage.number)
             if math.isfinite(threshold):
                 numbers["mask_threshold"] = threshold
         return numbers
 
     @no_grad
     def weight_masks(self) -> dict[str, torch.Tensor]:
-        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
+        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask.
+
+        What belongs to heads that are gone does not stay, although it is not zeroed before the outcome is fixed.
+        """
         if not self.has_mask:
             return {}
         self._lay_out()
+        self._learn_heads()
         return self.storage.kept()
+
+    def left_dense(self) -> dict[str, int]:
+        """Names and sizes of the matrices that are not pruned, also for want of a gradient; without embeddings."""
+        live = {target.name for target in self.storage.active} if self.has_mask else self.sizes.keys()
+        return {**self.found.left, **{n: size for n, size in self.sizes.items() if n not in live}}
 
     # -- the work ----------------------------------------------------------------------------------------------------
 
@@ -332,9 +396,23 @@ class WeightPruner(Pruner):
     def _apply(self) -> None:
         self.storage.apply_all(keep_originals=self._retains)
 
+    def _learn_heads(self) -> None:
+        """Have the storage know which weights belong to heads that would be gone if training ended now."""
+        mask = self.session.head_mask()
+        if mask is not None and not (self._heads is not None and np.array_equal(self._heads, mask.keep)):
+            self._heads = mask.keep.copy()
+            self.storage.set_gone(self.session.weights_without(mask))
+
+    def _same_heads(self) -> bool:
+        """Whether the heads are those that the mask was drawn for."""
+        mask = self.session.head_mask()
+        return mask is None or (self._drawn_for is not None and np.array_equal(self._drawn_for, mask.keep))
+
     def _select(self, density: float) -> None:
         self._tell_inactive()
-        kept, threshold = draw_masks(self, 1.0 - density)
+        self._learn_heads()
+        self._drawn_for, self._left = self._heads, self.storage.left
+        kept, threshold = draw_masks(self, density)
         self.has_mask, self.current, self.selected = True, True, density
         if self._numbers is None or self._numbers.device != kept.device:
             self._numbers = LateNumbers(kept.device)
@@ -364,6 +442,7 @@ class WeightPruner(Pruner):
             "progress": np.array([float(self.t), selected, *map(float, flags)]),
             "active": self.storage.active_flags(),
             "numbers": np.array(numbers),
+            **({} if self._drawn_for is None else {"heads": np.array([self._left, *self._drawn_for], dtype=float)}),
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -372,6 +451,9 @@ class WeightPruner(Pruner):
         self.t, self.selected = int(t), math.nan if selected < 0 else selected
         self.has_mask, self.locked, self.clean, self.current = (bool(flag) for flag in flags)
         self._planned = False
+        if "heads" in state:
+            left, *keep = state["heads"].tolist()
+            self._left, self._drawn_for = int(left), np.array(keep, dtype=bool)
         if state["numbers"].size:
             self._numbers = LateNumbers(torch.device("cpu"), tuple(state["numbers"].tolist()))
 
@@ -423,8 +505,15 @@ class MaskConfig(WeightConfig):
         default=None,
         metadata={
             "help": "revive (pruned weights are trained on between two masks), nested (a pruned weight never comes "
-            "back) or retained (pruned weights keep their last value aside and come back with it); default: the "
-            "method's own"
+            "back) or retained (pruned weights keep their last value aside and may come back with it, while their "
+            "scores go on); default: the method's own"
+        },
+    )
+    start_from_zeros: bool = field(
+        default=False,
+        metadata={
+            "help": "keep the zeros that a pruned model has at the first update, and prune it further: they stay zero "
+            "under every mask and between masks, and count as pruned"
         },
     )
     block_pooling: str = field(

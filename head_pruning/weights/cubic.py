@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -11,7 +12,7 @@ import numpy as np
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
-from ..schedules import STEPS, cubic_density, resolve_steps
+from ..schedules import STEPS, count_of, cubic_density, resolve_steps
 from .base import MaskConfig, WeightPruner
 
 #: Options of a short run: a tenth of training dense, the last fifth at the final ratio.
@@ -60,12 +61,13 @@ class CubicPruner(WeightPruner):
             if getattr(options, option) is not None:
                 require(options, option, lambda value: 0 <= value <= 1, "a remaining ratio from 0 to 1")
         fixed = self.selection.density
-        if fixed is not None and options.final_threshold not in (None, fixed):
+        given = options.final_threshold
+        if fixed is not None and given is not None and not math.isclose(given, fixed):
             raise HeadPruningError(
                 f"--weight-selection {options.weight_selection} keeps {fixed:g} of the weights, which contradicts "
-                f"--final-threshold {options.final_threshold}; leave one of them out."
+                f"--final-threshold {given}; leave one of them out."
             )
-        self._density = next(d for d in (options.final_threshold, fixed, _FINAL_THRESHOLD) if d is not None)
+        self._density = next(d for d in (fixed, given, _FINAL_THRESHOLD) if d is not None)
         if options.initial_threshold < self._density:
             raise HeadPruningError(
                 f"--initial-threshold {options.initial_threshold} is below --final-threshold {self._density}: both "
@@ -92,8 +94,8 @@ class CubicPruner(WeightPruner):
             )
         if self.warmup < 0:
             self.warmup = resolve_steps(self.config.warmup_steps, total, "--warmup-steps")
-        self.start = int(self.config.initial_warmup * self.warmup)
-        self.stop = total - int(self.config.final_warmup * self.warmup)
+        self.start = count_of(self.config.initial_warmup, self.warmup)
+        self.stop = total - count_of(self.config.final_warmup, self.warmup)
         if self.start >= self.stop:
             logger.warning(
                 "the pruner's warm-ups take %d + %d updates but training has %d: the remaining ratio will not fall "
@@ -111,6 +113,11 @@ class CubicPruner(WeightPruner):
             start=self.start,
             stop=self.stop,
         )
+
+    def count_removed(self, density: float, number: int) -> int:
+        # One threshold over all weights is the published code's, and so is its float error.
+        published = self.selection.scope == "global"
+        return int(number * (1.0 - density)) if published else super().count_removed(density, number)
 
     def due(self, t: int) -> bool:
         return t > self.start and (t > self.stop or t % self.config.deltaT == 0)

@@ -12,6 +12,7 @@ import torch
 from ..errors import HeadPruningError
 from ..files import atomic_path, sort_metadata
 from ..masks import HeadMask
+from ..schedules import count_of
 
 COMPRESSED_FILE = "model.compressed.safetensors"
 _MASK, _VALUES = "mask.", "values."
@@ -94,7 +95,7 @@ def save_compressed(path: "str | Path", state: Mapping[str, torch.Tensor], *, mi
             else None
         )
         keep = None if bits is None else bits != 0  # of the bits: -0.0 is a value
-        if keep is None or int(torch.count_nonzero(keep)) > (1.0 - min_sparsity) * keep.numel():
+        if keep is None or int(torch.count_nonzero(keep)) > count_of(1.0 - min_sparsity, keep.numel()):
             storage = tensor.untyped_storage().data_ptr()
             tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses what overlaps
             storages.add(storage)

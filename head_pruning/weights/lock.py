@@ -41,7 +41,7 @@ class LockPruner(WeightPruner):
         for portion in storage.portions:
             storage.masks.store(portion, [value != 0 for value in portion.values])
         self.has_mask = self.clean = self.locked = True
-        self.selected = storage.count_kept() / storage.number
+        self.selected = int(storage.count_kept()) / storage.number
 
     def final_density(self) -> float:
         return self.selected if not math.isnan(self.selected) else 1.0

@@ -1,12 +1,12 @@
 """The feed-forward blocks of a model."""
 
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 from torch import nn
 
 from head_pruning import AttentionSite, FeedForwardSite
 
-from .layouts import FEED_FORWARD_LAYOUTS, find_parts, parse_layout, widths
+from .layouts import FEED_FORWARD_LAYOUTS, features, find_parts, parse_layout, widths
 from .module_tree import Tree
 
 LAYOUTS = tuple(parse_layout(line) for line in FEED_FORWARD_LAYOUTS)
@@ -39,13 +39,23 @@ def _parallel_layer(tree: Tree, layer: str, attention_layers: set[str]) -> str:
     return layer
 
 
+def _gates(tree: Tree, first: nn.Module, last: nn.Module) -> Iterator[str]:
+    """The projections beside the first one that are as wide: what they make is multiplied with its units."""
+    name = tree.name_of(first)
+    holder = tree.modules[name.removesuffix(".linear").rpartition(".")[0]]
+    for child in holder.children():
+        child = child._modules.get("linear", child) if features(child) is None else child
+        if features(child) == features(first) and child is not first and child is not last:
+            yield tree.name_of(child)
+
+
 def feed_forward_sites(
     tree: Tree, attention: Sequence[AttentionSite], keep: Callable[[str], bool]
 ) -> tuple[FeedForwardSite, ...]:
     """The blocks that lie in an attention site's layer or in a list of modules, in the order of the modules.
 
-    ``in_proj`` is as wide as the block, or twice as wide where it also makes the gates of the units. What has no
-    known layout, e.g. experts, is left out.
+    ``in_proj`` is as wide as the block, or twice as wide where it also makes the gates of the units; other projections
+    of its widths beside it make them too. What has no known layout, e.g. experts, is left out.
     """
     layers = {site.layer for site in attention if site.layer}
     taken: set[int] = set()
@@ -69,6 +79,7 @@ def feed_forward_sites(
                 width=width,
                 in_proj=tree.name_of(first),
                 out_proj=tree.name_of(last),
+                gates=tuple(_gates(tree, first, last)),
             )
         )
     return tuple(sites)

@@ -104,6 +104,10 @@ FEED_FORWARD_LAYOUTS = (
 )
 
 
+# Experts whose matrices are parameters of one module, [experts, ., .]: what makes their units, and what reads them.
+EXPERT_LAYOUTS = ("in=gate_up_proj|up_proj out=down_proj",)
+
+
 def features(module: Optional[nn.Module]) -> Optional[tuple[int, int]]:
     """Input and output width of a projection, or None when ``module`` is none.
 

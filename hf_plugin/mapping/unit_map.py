@@ -12,6 +12,7 @@ from head_pruning.surgery.remaining import recipe_of, site_now
 from head_pruning.unit_map import ATTENTION_KINDS
 
 from ..compact.quantizer import mark_compact
+from .experts import expert_sites
 from .feed_forward import feed_forward_outputs, feed_forward_sites
 from .head_counts import count_heads
 from .head_plans import plan_site
@@ -73,11 +74,11 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
         raise_unmapped(tree, unmapped)
     order = {name: position for position, name in enumerate(tree.modules)}
     attention = sorted([*found, *sites], key=lambda site: (ATTENTION_KINDS.index(site.kind), order[site.name]))
-    feed_forward = feed_forward_sites(tree, attention, keep)
-    named = {*(site.layer for site in (*attention, *compact)), *(site.layer for site in feed_forward)}
+    feed_forward, experts = feed_forward_sites(tree, attention, keep), expert_sites(tree, attention, keep)
+    named = {site.layer for sites in (attention, compact, feed_forward, experts) for site in sites}
     layers = filter(keep, named)
     ordered = tuple(sorted(layers, key=order.__getitem__))
-    return UnitMap(tuple(attention), feed_forward, ordered, planner=plan_site, adapt=mark_compact)
+    return UnitMap(tuple(attention), feed_forward, ordered, experts=experts, planner=plan_site, adapt=mark_compact)
 
 
 def _compact_sites(tree: Tree) -> Iterator[AttentionSite]:

@@ -2,13 +2,13 @@
 
 from typing import Any, Mapping, Optional
 
-import torch
 from torch import nn
 
 from head_pruning import HeadMask
 from head_pruning.report.tables import head_table, markdown_table
-from head_pruning.report.weights import DENSITY_PICTURE, densities
+from head_pruning.report.weights import DENSITY_PICTURE, WeightCount, sum_counts
 from head_pruning.surgery.remaining import recipe_of
+from head_pruning.weights.engine.targets import numbered
 
 from ..compact.model_classes import auto_map
 
@@ -55,10 +55,11 @@ def model_card(
 
 def weight_card(
     model: nn.Module,
-    masks: Mapping[str, torch.Tensor],
+    counts: Mapping[str, WeightCount],
     *,
     method: str,
     options: Mapping[str, Any],
+    left_dense: Mapping[str, int] = {},
     scores: Optional[Mapping[str, float]] = None,
     dataset: Optional[str] = None,
 ) -> str:
@@ -66,15 +67,15 @@ def weight_card(
 
     Args:
         model: the pruned model.
-        masks: parameter name to ``bool`` mask (true: stays).
+        counts: of the pruned tensors by name, see :func:`head_pruning.report.weights.count_weights`.
         method: name of the pruning method.
         options: its options.
+        left_dense: names and sizes of the matrices that were not pruned.
         scores: metric name to value.
         dataset: what they were measured on.
     """
-    counted = densities(masks).values()
-    kept, total = (sum(pair[i] for pair in counted) for i in (0, 1))
-    lines = _top(model, f"{kept / total:.1%} of the weights of {len(counted)} tensors", "weight-pruning", method)
+    kept, total, _ = sum_counts(counts)
+    lines = _top(model, f"{kept / total:.1%} of the weights of {len(counts)} tensors", "weight-pruning", method)
     lines[-1] += f"Of the {total:,} weights of these tensors {kept:,} stay;"
     if is_adapted(model):
         lines += ["the others are zero, in the adapter that this folder holds or in its base model, and load with", ""]
@@ -84,7 +85,7 @@ def weight_card(
     else:
         lines += ["the others are zero. Heads were cut out before.", "", "## Loading", "", *_loading(model)]
     lines += _results(scores, dataset)
-    return "\n".join([*lines, *weight_section(), *_options(options)])
+    return "\n".join([*lines, *weight_section(counts, left_dense), *_options(options)])
 
 
 def dense_card(model: nn.Module, scores: Optional[Mapping[str, float]], dataset: Optional[str]) -> str:
@@ -101,9 +102,16 @@ def dense_card(model: nn.Module, scores: Optional[Mapping[str, float]], dataset:
     return "\n".join([*lines, *_results(scores, dataset)])
 
 
-def weight_section() -> list[str]:
-    """The lines of a card that show the densities of pruned weights."""
-    return ["## Weights that stay", "", f"![densities]({DENSITY_PICTURE})", ""]
+def weight_section(counts: Mapping[str, WeightCount], left_dense: Mapping[str, int] = {}) -> list[str]:
+    """The lines of a card that show the densities of pruned weights. Arguments are those of :func:`weight_card`."""
+    lines = ["## Weights that stay", ""]
+    total = sum_counts(counts)
+    if total.dense != total.left:
+        lines += [f"Weights of removed heads do not count: {total} stay.", ""]
+    if left_dense:
+        number, matrices = sum(left_dense.values()), "matrices" if len(left_dense) > 1 else "matrix"
+        lines += [f"Not pruned: {number:,} weights of {len(left_dense)} {matrices}, {numbered(left_dense)}.", ""]
+    return [*lines, f"![densities]({DENSITY_PICTURE})", ""]
 
 
 def _top(model: nn.Module, left: str, tag: str, method: str) -> list[str]:

@@ -17,6 +17,7 @@ from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
 from head_pruning.files import atomic_path
 from head_pruning.report.tables import head_table
+from head_pruning.report.weights import session_counts, sum_counts
 
 from ..command_line.arguments import Arguments
 from ..saving.card import dense_card
@@ -241,10 +242,10 @@ class TaskRun:
         kept: dict[str, int] = {}
         if self.head_mask is not None:
             kept |= {"heads_kept": self.head_mask.kept, "heads_total": self.head_mask.keep.size}
-        masks = self.trainer.session.weight_masks() if self.arguments.pruners else {}
-        if masks:
-            kept["weights_kept"] = sum(int(keep.sum()) for keep in masks.values())
-            kept["weights_total"] = sum(keep.numel() for keep in masks.values())
+        counts = session_counts(self.trainer.session) if self.arguments.pruners else {}
+        if counts:
+            numbers = sum_counts(counts).told()
+            kept |= {name: number for name, number in numbers.items() if isinstance(number, int)}
         return kept
 
     def evaluate(self) -> None:
@@ -302,9 +303,10 @@ class TaskRun:
             )
         if "weights_kept" in kept:
             logger.info(
-                "%d of %d weights are left; masks and densities are in %s",
+                "%d of %d weights are left%s; masks and densities are in %s",
                 kept["weights_kept"],
                 kept["weights_total"],
+                f", of {kept['weights_of_dense']} in the dense model" if "weights_of_dense" in kept else "",
                 self.out,
             )
 

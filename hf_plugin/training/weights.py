@@ -10,8 +10,8 @@ from torch import nn
 from head_pruning import HeadPruningError, PruningSession
 from head_pruning.files import atomic_path
 from head_pruning.pruner import options_of
-from head_pruning.report.weights import write_weight_artifacts
-from head_pruning.surgery.zeros import zeroed_heads
+from head_pruning.report.weights import count_weights, write_weight_artifacts
+from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 
 from ..saving.card import is_adapted, weight_card, weight_section
 
@@ -61,10 +61,14 @@ def save_weight_masks_and_report(
     options = options_of(pruners)
     with contextlib.nullcontext() if mask is None or is_adapted(model) else zeroed_heads(model, mask):
         parameters = dict(model.named_parameters())
+        removed = {} if mask is None else removed_counts(model, mask)
+        counts, left_dense = count_weights(masks, parameters, removed=removed), session.left_dense()
         write_weight_artifacts(
             folder,
             masks,
             parameters,
+            counts=counts,
+            left_dense=left_dense,
             method=method,
             options=options,
             head_mask=mask,
@@ -73,8 +77,10 @@ def save_weight_masks_and_report(
         )
     path = Path(folder) / "README.md"
     if mask is None:
-        card = weight_card(model, masks, method=method, options=options, scores=scores, dataset=dataset)
+        card = weight_card(
+            model, counts, method=method, options=options, left_dense=left_dense, scores=scores, dataset=dataset
+        )
     else:  # save_pruned wrote it just before
-        card = "\n".join([path.read_text(encoding="utf-8"), *weight_section()])
+        card = "\n".join([path.read_text(encoding="utf-8"), *weight_section(counts, left_dense)])
     with atomic_path(path) as temporary:
         temporary.write_text(card, encoding="utf-8")

@@ -25,7 +25,7 @@ def export(source, target, kind, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "both"])
 def test_a_run_goes_on_to_the_end_that_it_had(words, runner, tmp_path, name):
     (tmp_path / "run").mkdir()
     last = unpack(name, tmp_path / "run").rename(tmp_path / "run" / "checkpoint_last.pt")
@@ -34,6 +34,22 @@ def test_a_run_goes_on_to_the_end_that_it_had(words, runner, tmp_path, name):
     end, expected = read(last)["model"], load_file(HERE / f"{name}_end.safetensors")
     torch.testing.assert_close(end, expected, rtol=0, atol=1e-6)
     assert (before["encoder.layers.0.fc1.weight"] - end["encoder.layers.0.fc1.weight"]).abs().max() > 1e-3
+
+
+def test_a_run_of_heads_and_weights_goes_on_to_the_target_of_what_is_left(words, runner, tmp_path):
+    """When the checkpoint was made, weights of removed heads counted too."""
+    (tmp_path / "run").mkdir()
+    last = unpack("both", tmp_path / "run").rename(tmp_path / "run" / "checkpoint_last.pt")
+    runner.run("train", training(words, tmp_path / "run", "both", END, PLUGIN))
+    told = json.loads((tmp_path / "run" / "pruning.json").read_text(encoding="utf-8"))["weights"]
+    left, kept = told["weights_total"], told["weights_kept"]
+    assert left < told["weights_of_dense"] and kept == left - (int(left * 0.6) - 1)
+    model = read(last)["model"]
+    assert kept == sum(int(torch.count_nonzero(model[name])) for name in told["kept_by_tensor"])
+    end = load_file(HERE / "both_end.safetensors")
+    torch.testing.assert_close(
+        model["encoder.embed_tokens.weight"], end["encoder.embed_tokens.weight"], rtol=0, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, "compact"])

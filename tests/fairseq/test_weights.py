@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq_plugin.exporting.checkpoints import export_compact, masked
+from fairseq_plugin.exporting.checkpoints import compact, export_compact, masked
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.cli import main
 from head_pruning.schedules import cubic_density
@@ -30,6 +30,9 @@ UPDATES = 14
 # Two layers each of width 16 and 24: 6 attentions and 4 feed-forward blocks, with biases.
 PRUNED = 6 * 4 * (16 * 16 + 16) + 4 * (2 * 16 * 24 + 16 + 24)
 KEPT = PRUNED - (int(PRUNED * 0.9) - 1)  # the weight at the threshold stays
+# With 4 of 24 heads: those of the others do not count, and are zero.
+LEFT = PRUNED - 20 * (4 * 4 * 16 + 3 * 4)
+KEPT_OF_LEFT = LEFT - (int(LEFT * 0.9) - 1)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 FOLDER = Path(__file__).parent / "watched_weights"
 WATCHED = f"{PLATON} --user-dir {FOLDER} --task translation_watched_weights --dropout 0"
@@ -223,18 +226,31 @@ def test_two_ranks_resume(runner, translation, tmp_path):
     same(stored(last), stored(resumed))
 
 
-def test_heads_and_weights_in_one_run(runner, translation, tmp_path):
+def test_heads_and_weights_in_one_run(runner, translation, tmp_path, capsys):
     average = "--store-ema --ema-decay 0.5"
-    runner.run("train", translation.train(tmp_path / "run", DSP, PLATON, average, updates=UPDATES))
+    done = runner.run("train", translation.train(tmp_path / "run", DSP, PLATON, average, updates=UPDATES))
     last = tmp_path / "run" / "checkpoint_last.pt"
     mask = HeadMask.load(tmp_path / "run" / "masks.safetensors")
-    assert mask.kept == 4 and nonzero(pruned_of(last)) == KEPT
+    assert mask.kept == 4 and nonzero(pruned_of(last)) == KEPT_OF_LEFT
     assert not any("platon" in name for name in session_of(last))
     report = json.loads((tmp_path / "run" / "pruning.json").read_text(encoding="utf-8"))
-    assert report["heads_kept"] == 4 and report["weights"]["weights_kept"] == KEPT and report["method"] == "dsp+platon"
+    assert report["heads_kept"] == 4 and report["method"] == "dsp+platon"
+    numbers = {"weights_kept": KEPT_OF_LEFT, "weights_total": LEFT, "density": KEPT_OF_LEFT / LEFT}
+    numbers |= {"weights_of_dense": PRUNED, "density_of_dense": KEPT_OF_LEFT / PRUNED}
+    assert {name: report["weights"][name] for name in numbers} == numbers
+    assert logged(done.out, "weights_kept")[-1] == pytest.approx(KEPT_OF_LEFT / LEFT, abs=1e-6)
+    assert logged(done.out, "weights_kept_of_all")[-1] == pytest.approx(KEPT_OF_LEFT / PRUNED, abs=1e-6)
+    last_line = next(line for line in reversed(done.out.splitlines()) if line.startswith("all ") and "." in line)
+    assert last_line.split()[1:3] == [str(KEPT_OF_LEFT), str(LEFT)] and last_line.split()[4] == str(PRUNED)
+    main(["inspect", str(last), "--length", "5", "--json"])
+    assert json.loads(capsys.readouterr().out)["weights"] == {"method": "platon", **numbers}
 
     done = _export(last, tmp_path / "masked.pt")
-    assert done.returncode == 0 and f"4 of 24 heads, {KEPT} of {PRUNED:,} weights" in done.stdout, done.stderr
+    words = f"4 of 24 heads, {KEPT_OF_LEFT} of {LEFT:,} weights of what is left"
+    assert done.returncode == 0 and words in done.stdout, done.stderr
+    assert words in compact(last, tmp_path / "compact.pt", None)
+    assert nonzero(pruned_of(tmp_path / "compact.pt")) == nonzero(pruned_of(tmp_path / "masked.pt")) == KEPT_OF_LEFT
+    assert sum(value.numel() for value in pruned_of(tmp_path / "compact.pt").values()) == LEFT
     exported = read(tmp_path / "masked.pt")
     own = {n: v for n, v in exported["model"].items() if not n.endswith(("version", "output_projection.weight"))}
     assert nonzero(own) == report["weights"]["nonzero_parameters"]
@@ -358,7 +374,7 @@ def test_bfloat16_through_hydra(runner, translation, tmp_path):
     more = [f"+task.{name}={value}" for name, value in options.items()]
     runner.run("hydra-train", [*place, *more, "common.bf16=true", f"optimization.max_update={UPDATES}"])
     last = tmp_path / "run" / "checkpoint_last.pt"
-    assert nonzero(pruned_of(last)) == KEPT and HeadMask.load(tmp_path / "run" / "masks.safetensors").kept == 4
+    assert nonzero(pruned_of(last)) == KEPT_OF_LEFT and HeadMask.load(tmp_path / "run" / "masks.safetensors").kept == 4
 
 
 def test_language_model(runner, english, tmp_path):
@@ -417,7 +433,7 @@ def test_pruned_heads_are_not_brought_back(runner, translation, tmp_path):
     assert "would bring them back" in runner.fail("train", translation.train(tmp_path / "run", options))
     line = translation.train(tmp_path / "both", options, DSP, updates=UPDATES)
     runner.run("train", line)
-    assert nonzero(pruned_of(tmp_path / "both" / "checkpoint_last.pt")) == KEPT
+    assert nonzero(pruned_of(tmp_path / "both" / "checkpoint_last.pt")) == KEPT_OF_LEFT
 
 
 def test_flags_that_fairseq_has_too(translation, tmp_path):

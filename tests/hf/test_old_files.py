@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification
 import hf_plugin  # noqa: F401  (compact folders load)
 from head_pruning import HeadMask
 from head_pruning.cli import main
-from head_pruning.weights import load_weight_masks
+from head_pruning.report.weights import session_counts, sum_counts
+from head_pruning.weights import WeightPruner, load_weight_masks
 from tests.hf.before_rooms.make import HALF, STEPS, trainer
 from tests.hf.tiny import collate, sentences, tiny_bert
 
@@ -23,7 +24,10 @@ OLD = Path(__file__).with_name("before_rooms")
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="the files are of a later transformers")
-def test_a_run_goes_on_from_an_old_checkpoint(tmp_path):
+def test_a_run_goes_on_from_an_old_checkpoint(tmp_path, monkeypatch):
+    """To the end that it had then, when weights of removed heads counted and stayed."""
+    monkeypatch.setattr(WeightPruner, "_learn_heads", lambda self: None)
+    monkeypatch.setattr(WeightPruner, "_same_heads", lambda self: True)
     folder = tmp_path / "run"
     shutil.copytree(OLD / f"checkpoint-{HALF}", folder / f"checkpoint-{HALF}")
     run = trainer(folder)
@@ -32,6 +36,16 @@ def test_a_run_goes_on_from_an_old_checkpoint(tmp_path):
     for name, then in load_file(OLD / "end.safetensors").items():
         assert torch.allclose(now[name], then, atol=1e-6), name
         assert torch.equal(now[name] == 0, then == 0), name
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="the files are of a later transformers")
+def test_a_run_that_goes_on_ends_at_the_target_of_what_is_left(tmp_path):
+    shutil.copytree(OLD / f"checkpoint-{HALF}", tmp_path / f"checkpoint-{HALF}")
+    run = trainer(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    total = sum_counts(session_counts(run.session))
+    assert run.head_mask.kept == 4 and total.left < total.dense
+    assert total.kept == total.left - (int(total.left * 0.6) - 1)
 
 
 def test_masks_and_report_are_read(capsys):

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.cli import main
 from head_pruning.surgery.removal import remove_heads
 from head_pruning.weights import load_weight_masks
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner, save_compact
@@ -245,14 +246,16 @@ def test_callback_in_a_plain_trainer_equals_the_trainer_and_resumes(tmp_path):
     assert len(json.dumps(stored["stateful_callbacks"]["HeadPruningCallback"])) < 16000  # not the size of the model
 
 
-def test_heads_and_weights_in_one_session(tmp_path):
-    """Both targets exactly, and the exports of both."""
+def test_heads_and_weights_in_one_session(tmp_path, capsys):
+    """Both targets exactly, weights of removed heads not counted; and what every file and command says of them."""
     heads = pruner("dsp", **HEAD_METHODS["dsp"])
     trainer = trainer_of(tmp_path / "run", heads=heads, mask_steps=6)
     trainer.train()
     model, masks = trainer.model, trainer.session.weight_masks()
     assert trainer.head_mask.kept == 3
-    assert sum(int(keep.sum()) for keep in masks.values()) == SIZE - int(SIZE * 0.8) + 1
+    heads_left = SIZE - 5 * (4 * 4 * 16 + 3 * 4)  # without the weights and biases of five heads
+    kept = heads_left - int(heads_left * 0.8) + 1
+    assert sum(int(keep.sum()) for keep in masks.values()) == kept
     trainer.save_model(str(tmp_path / "pruned"))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned").eval()
     batch = collate(sentences(8, seed=3))
@@ -265,7 +268,40 @@ def test_heads_and_weights_in_one_session(tmp_path):
     for path in (tmp_path / "pruned" / "masks.safetensors", tmp_path / "run" / "mask12.safetensors"):
         assert equal_masks(load_weight_masks(path), masks) and HeadMask.load(path) == trainer.head_mask
     report = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
-    assert report["heads_kept"] == 3 and report["weights"]["weights_kept"] == SIZE - int(SIZE * 0.8) + 1
+    numbers = {"weights_kept": kept, "weights_total": heads_left, "density": kept / heads_left}
+    numbers |= {"weights_of_dense": SIZE, "density_of_dense": kept / SIZE}
+    told = report["weights"]
+    assert report["heads_kept"] == 3 and {name: told[name] for name in numbers} == numbers
+    assert kept == sum(int(torch.count_nonzero(plain.get_parameter(name))) for name in masks)
+    assert sum(told["removed_with_heads"].values()) == SIZE - heads_left
+    assert set(told["left_dense"]) == {"bert.pooler.dense.weight", "classifier.weight"}
+    words = f"{kept:,} of {heads_left:,} weights of what is left ({kept / heads_left:.2%})"
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert words in card and "2 matrices, bert.pooler.dense.weight, classifier.weight." in card
+    last = (tmp_path / "pruned" / "weight_density.txt").read_text().splitlines()[-1].split()
+    assert last == [
+        "all",
+        str(kept),
+        str(heads_left),
+        f"{100 * kept / heads_left:.2f}",
+        str(SIZE),
+        f"{100 * kept / SIZE:.2f}",
+    ]
+    for name, format in (("masked", "masked"), ("small", "compact")):
+        main(["export", str(tmp_path / "pruned"), str(tmp_path / name), "--to", format])
+        assert words in capsys.readouterr().out
+    for name in ("pruned", "masked", "small"):
+        main(["inspect", str(tmp_path / name), "--length", "8", "--json"])
+        found = json.loads(capsys.readouterr().out)["weights"]
+        assert {key: found[key] for key in numbers} == numbers, name
+        main(["inspect", str(tmp_path / name), "--length", "8"])
+        assert f"With the removed heads there were {SIZE:,}" in capsys.readouterr().out
+        assert words in (tmp_path / name / "README.md").read_text()
+    cut = load_weight_masks(tmp_path / "small" / "masks.safetensors")
+    assert (
+        sum(int(mask.sum()) for mask in cut.values()) == kept
+        and HeadMask.load(tmp_path / "small" / "masks.safetensors") == trainer.head_mask
+    )
     assert report["weights"]["nonzero_parameters"] == report["sparsity"]["nonzero_parameters"]
     assert report["sparsity"]["parameters"] - report["sparsity"]["nonzero_parameters"] == zeros(plain)
 

@@ -11,6 +11,7 @@ import torch
 from .portions import Portion
 from .selection import Selection, Threshold, bracketed, expand_blocks, kth_smallest, n_of_m, pool_blocks
 from .storage import Storage
+from .targets import Target
 
 
 class Scorer(Protocol):
@@ -18,50 +19,59 @@ class Scorer(Protocol):
 
     storage: Storage
     selection: Selection
-    policy: str
-    has_mask: bool
     signed: bool
     inclusive: bool
     config: Any
+
+    @property
+    def nested(self) -> bool: ...
 
     def scores(self, portion: Portion) -> list[torch.Tensor]: ...
 
     def masked_scores(self, portion: Portion) -> list[torch.Tensor]: ...
 
+    def floor(self, portion: Portion) -> list[torch.Tensor]: ...
+
     def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor: ...
 
+    def count_removed(self, density: float, number: int) -> int: ...
 
-def draw_masks(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Store masks that prune the ``sparsity`` of the active weights with the lowest scores.
+
+def draw_masks(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store masks that keep the ``density`` of the active weights with the highest scores.
+
+    Weights of heads that are gone do not count, and the masks keep them: heads may come back while gates are trained.
+    Under nested masks what is pruned stays so.
 
     Returns:
-        The number of weights that stay and the threshold, 0-dimensional: minus infinity where nothing is pruned, NaN
-        where tensors have thresholds of their own. Nothing waits for the device.
+        The number of weights that stay of those that count, and the threshold, 0-dimensional: minus infinity where
+        nothing is pruned, NaN where tensors have thresholds of their own. Nothing waits for the device.
     """
-    return (_draw_over_all if pruner.selection.scope == "global" else _draw_each)(pruner, sparsity)
+    return (_draw_over_all if pruner.selection.scope == "global" else _draw_each)(pruner, density)
 
 
-def _draw_over_all(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
-    storage, number, nested = pruner.storage, pruner.storage.number, pruner.policy == "nested"
-    k = int(number * sparsity)
+def _draw_over_all(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tensor]:
+    storage, nested, left = pruner.storage, pruner.nested, pruner.storage.left
+    k = pruner.count_removed(density, left)
     if k == 0:
+        value = torch.full((), -math.inf, device=storage.portions[0].device)
         for portion in storage.portions:
-            storage.masks.store(portion, [torch.ones_like(value, dtype=torch.bool) for value in portion.values])
-        device = storage.portions[0].device
-        return torch.full((), number, device=device), torch.full((), -math.inf, device=device)
-    found = _draw_by_sample(pruner, k, number) if storage.sample is not None else None
+            every = [torch.ones_like(value, dtype=torch.bool) for value in portion.values]
+            storage.masks.store(portion, pruner.floor(portion) if nested else every)
+        return storage.count_kept() if nested else torch.full_like(value, left), value
+    found = _draw_by_sample(pruner, k, storage.number) if storage.sample is not None and not nested else None
     if found is None:
         found = kth_smallest(lambda: map(pruner.masked_scores, storage.portions), k, signed=pruner.signed or nested)
         for portion in storage.portions:
             here, scores = found.value.to(portion.device, non_blocking=True), pruner.masked_scores(portion)
             if nested:
-                storage.masks.store(portion, [_above(pruner, score, here) for score in scores])
+                kept = zip(pruner.floor(portion), scores)
+                storage.masks.store(portion, [may & _above(pruner, score, here) for may, score in kept])
             else:
                 storage.masks.store_above(portion, scores, here, pruner.inclusive)
     if nested:  # what is gone stays so, also above the rank that the density asks for
-        counts = [torch.count_nonzero(keep) for portion in storage.portions for keep in storage.masks.keep(portion)]
-        return torch.stack([count.to(found.value.device) for count in counts]).sum(), found.value
-    return number - (found.below + found.equal if pruner.inclusive else found.below), found.value
+        return storage.count_kept(), found.value
+    return left - (found.below + found.equal if pruner.inclusive else found.below), found.value
 
 
 def _draw_by_sample(pruner: Scorer, k: int, number: int) -> Optional[Threshold]:
@@ -74,8 +84,8 @@ def _draw_by_sample(pruner: Scorer, k: int, number: int) -> Optional[Threshold]:
         storage.masks.store_above(portion, taken, torch.tensor(low), False)
 
     assert storage.sample is not None
-    sample = torch.cat([score.reshape(-1) for score in pruner.scores(storage.sample)]).numpy()
-    found = bracketed(sample, storage.portions, pruner.scores, k, number, visit)
+    sample = torch.cat([score.reshape(-1) for score in pruner.masked_scores(storage.sample)]).numpy()
+    found = bracketed(sample, storage.portions, pruner.masked_scores, k, number, visit)
     if found is not None:
         value = found.value.numpy()
         for portion, i, places, taken in between:
@@ -83,32 +93,68 @@ def _draw_by_sample(pruner: Scorer, k: int, number: int) -> Optional[Threshold]:
     return found
 
 
-def _draw_each(pruner: Scorer, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
-    storage, selection = pruner.storage, pruner.selection
-    kept = torch.zeros((), dtype=torch.int64, device=storage.portions[0].device)
+def _draw_each(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tensor]:
+    storage = pruner.storage
+    draw = {"tensor": _draw_tensor, "pattern": _draw_pattern, "block": _draw_blocks}[pruner.selection.scope]
     for target, portion in zip(storage.active, storage.portions):
         (score,) = pruner.masked_scores(portion)
-        if selection.scope == "pattern":
-            # The final density is N/M; on the way there the number of zeros per group is rounded down.
-            keep = n_of_m(score, int(sparsity * selection.size[0] + 1e-9), selection.size[0])
-            if pruner.policy == "nested" and pruner.has_mask:
-                keep &= storage.masks.keep(portion)[0]
-        else:
-            if selection.scope == "block":
-                score = pool_blocks(score, selection.size, pruner.config.block_pooling)
-            keep = _above(pruner, score, pruner.threshold(target.name, score, int(sparsity * score.numel())))
-            if selection.scope == "block":
-                keep = expand_blocks(keep, selection.size)
+        keep = draw(pruner, density, target, score, portion)
+        if pruner.nested:
+            keep &= pruner.floor(portion)[0]
         storage.masks.store(portion, [keep])
-        kept = kept + torch.count_nonzero(keep).to(kept.device, non_blocking=True)
+    kept = storage.count_kept()
     return kept, torch.full((), math.nan, device=kept.device)
 
 
-def _above(pruner: Scorer, score: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    keep = score > threshold if pruner.inclusive else score >= threshold
-    if pruner.policy == "nested":
-        keep &= score > -math.inf
+def _draw_tensor(
+    pruner: Scorer, density: float, target: Target, score: torch.Tensor, portion: Portion
+) -> torch.Tensor:
+    left = pruner.storage.left_of(target)
+    if not left:
+        return torch.ones_like(score, dtype=torch.bool)
+    return _above(pruner, score, pruner.threshold(target.name, score, pruner.count_removed(density, left)))
+
+
+def _draw_pattern(
+    pruner: Scorer, density: float, target: Target, score: torch.Tensor, portion: Portion
+) -> torch.Tensor:
+    """The final density is N/M; on the way there the number of zeros per group is rounded down."""
+    size = pruner.selection.size[0]
+    portion.fill_gone([score], -math.inf)  # of each group they are the first to go
+    keep = target.back(n_of_m(target.by_outputs(score), pruner.count_removed(density, size), size))
+    portion.fill_gone([keep], True)
     return keep
+
+
+def _draw_blocks(
+    pruner: Scorer, density: float, target: Target, score: torch.Tensor, portion: Portion
+) -> torch.Tensor:
+    """A block's score is that of its weights that count; blocks without any do not count."""
+    size, pooling = pruner.selection.size, pruner.config.block_pooling
+    may = pruner.floor(portion)[0] if pruner.nested else None
+    if may is not None and pooling == "avg":
+        score.masked_fill_(~may, 0.0)
+    if not portion.gone:
+        pooled = pool_blocks(target.by_outputs(score), size, pooling)
+    else:
+        (there,) = portion.scratch(1)
+        portion.fill_gone([there.fill_(1.0)], 0.0)
+        share = pool_blocks(target.by_outputs(there), size, "avg")
+        portion.fill_gone([score], 0.0 if pooling == "avg" else -math.inf)
+        pooled = pool_blocks(target.by_outputs(score), size, pooling)
+        pooled = (pooled / share if pooling == "avg" else pooled).masked_fill_(share == 0, math.inf)
+    if may is not None:
+        whole = pool_blocks(target.by_outputs(may.to(torch.float32)), size, "max")
+        pooled = pooled.masked_fill(whole == 0, -math.inf)
+    left = pruner.storage.left_of(target, size)
+    if not left:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = pruner.threshold(target.name, pooled, pruner.count_removed(density, left))
+    return target.back(expand_blocks(_above(pruner, pooled, threshold), size))
+
+
+def _above(pruner: Scorer, score: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return score > threshold if pruner.inclusive else score >= threshold
 
 
 class LateNumbers:

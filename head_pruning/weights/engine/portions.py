@@ -23,12 +23,14 @@ class Portion:
         slots: (index of the tensor, first row, rows) of each range.
         values: the ranges of the weights.
         state: kind to the ranges of that state.
+        gone: what of them belongs to heads that are gone: (number of the range, dimension, places along it).
     """
 
     def __init__(self, slots: list[tuple[int, int, int]], shapes: list[torch.Size], scratch: dict) -> None:
         self.slots = slots
         self.values: list[torch.Tensor] = []
         self.state: dict[str, list[torch.Tensor]] = {}
+        self.gone: list[tuple[int, int, torch.Tensor]] = []
         self._shapes, self._scratch = shapes, scratch
         self._views: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
@@ -43,6 +45,11 @@ class Portion:
             tensors[index] if length == tensors[index].shape[0] else tensors[index].narrow(0, start, length)
             for index, start, length in self.slots
         ]
+
+    def fill_gone(self, tensors: Sequence[torch.Tensor], value: float) -> None:
+        """Give tensors of the ranges' shapes a value wherever their weights belong to heads that are gone."""
+        for number, dim, places in self.gone:
+            tensors[number].index_fill_(dim, places, value)
 
     def scratch(self, number: int = 0) -> list[torch.Tensor]:
         """float32 temporaries; the thread's next call with the same ``number``, by any portion, reuses the memory."""
@@ -81,13 +88,18 @@ def sample_portion(values: Sequence[torch.Tensor], state: dict[str, list[torch.T
     every = [*values, *(tensor for tensors in state.values() for tensor in tensors)]
     if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in every):
         return None
-    # An odd stride meets all columns of matrices whose width is a power of two times a small number.
-    stride = (sum(tensor.numel() for tensor in values) // SAMPLE) | 1
+    stride = sample_stride(values)
     views = [tensor.view(-1)[::stride] for tensor in values]
     portion = Portion([], [view.shape for view in views], {})
     portion.values = views
     portion.state = {kind: [tensor.view(-1)[::stride] for tensor in tensors] for kind, tensors in state.items()}
     return portion
+
+
+def sample_stride(values: Sequence[torch.Tensor]) -> int:
+    """How far apart the weights of a sample are."""
+    # An odd stride meets all columns of matrices whose width is a power of two times a small number.
+    return (sum(tensor.numel() for tensor in values) // SAMPLE) | 1
 
 
 def product(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:

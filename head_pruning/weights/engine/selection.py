@@ -12,6 +12,7 @@ import torch
 
 from ...errors import HeadPruningError
 from .portions import Portion, each
+from .targets import Target
 
 _LOW = 16  # bits that the second pass tells apart; the first pass tells the others
 _SIGN = 0x7FFFFFFF
@@ -180,18 +181,27 @@ class Selection:
         """Whether only matrices can be pruned so."""
         return self.scope in ("pattern", "block")
 
-    def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Raise HeadPruningError when the tensor's shape does not divide into patterns or blocks."""
-        sizes = self.size if self.scope == "block" else (1, *self.size)
-        if any(length % size for length, size in zip(tensor.shape[-2:], sizes)):
+    def check(self, target: Target) -> None:
+        """Raise HeadPruningError when a tensor does not divide into patterns or blocks of its outputs and inputs."""
+        if target.layout is None:
             raise HeadPruningError(
-                f"{name} of shape {list(tensor.shape)} does not divide into {'x'.join(map(str, sizes))}; leave it out "
-                "with --weights-exclude or choose another --weight-selection."
+                f"It is not known which dimension of {target.name}, of shape {list(target.parameter.shape)}, holds "
+                f"the inputs that --weight-selection {self} runs along; leave it out with --weights-exclude or choose "
+                "another --weight-selection."
+            )
+        sizes = self.size if self.scope == "block" else (1, *self.size)
+        if any(length % size for length, size in zip(target.by_outputs(target.parameter).shape[-2:], sizes)):
+            raise HeadPruningError(
+                f"{target.name} of shape {list(target.parameter.shape)} does not divide into "
+                f"{'x'.join(map(str, sizes))} (outputs by inputs); leave it out with --weights-exclude or choose "
+                "another --weight-selection."
             )
 
 
 def n_of_m(score: torch.Tensor, prune: int, size: int) -> torch.Tensor:
     """``bool`` like ``score``: all but the ``prune`` lowest of each ``size`` neighbours in the last dimension stay.
+
+    That is the dimension of the inputs, see :meth:`Target.by_outputs`.
 
     Of equal scores the earlier goes first.
     """
@@ -207,11 +217,11 @@ def n_of_m(score: torch.Tensor, prune: int, size: int) -> torch.Tensor:
 
 
 def pool_blocks(score: torch.Tensor, size: tuple[int, ...], pooling: str) -> torch.Tensor:
-    """Mean (``avg``) or largest (``max``) score of each block, shape [rows / size[0], columns / size[1]]."""
-    blocks = score.unflatten(1, (-1, size[1])).unflatten(0, (-1, size[0]))
-    return blocks.mean((1, 3)) if pooling == "avg" else blocks.amax((1, 3))
+    """Mean (``avg``) or largest (``max``) score of each block, shape [..., rows / size[0], columns / size[1]]."""
+    blocks = score.unflatten(-1, (-1, size[1])).unflatten(-3, (-1, size[0]))
+    return blocks.mean((-3, -1)) if pooling == "avg" else blocks.amax((-3, -1))
 
 
 def expand_blocks(keep: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """One value per block as one value per weight."""
-    return keep.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
+    return keep.repeat_interleave(size[0], -2).repeat_interleave(size[1], -1)

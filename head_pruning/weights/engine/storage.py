@@ -10,7 +10,7 @@ import torch
 from ...errors import HeadPruningError
 from ..files import pack_mask, unpack_mask
 from .masks import TINY, BoolMasks, SignMasks
-from .portions import Portion, cut_into_portions, each, sample_portion
+from .portions import Portion, cut_into_portions, each, sample_portion, sample_stride
 from .targets import Target, require_whole
 
 
@@ -27,6 +27,7 @@ class Storage:
         retained: whether pruned weights keep their last value aside, in the state ``original``.
         whole: whether each tensor is one portion.
         sampled: whether a sample of the weights helps to find thresholds.
+        fixes_zeros: whether weights that are zero at the start stay so; the state ``fixed`` is true for the others.
 
     Attributes:
         state: kind to parameter name to that state.
@@ -36,6 +37,7 @@ class Storage:
         masks: what reads and writes the portions' masks.
         sample: a portion of evenly spread weights, where one is wanted and memory allows it.
         thresholds: tensor name to what a method remembers of its threshold.
+        gone: parameter name to (dimension, places along it) of what belongs to heads that are gone.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Storage:
         retained: bool,
         whole: bool,
         sampled: bool,
+        fixes_zeros: bool = False,
     ) -> None:
         self.targets = list(targets)
         self.sizes = {target.name: target.parameter.numel() for target in targets}
@@ -56,7 +59,11 @@ class Storage:
         self.thresholds: dict[str, torch.Tensor] = {}
         self.masks = SignMasks(carrier) if carrier else BoolMasks()
         self.state: dict[str, dict[str, torch.Tensor]] = {}
-        self._kinds = list(dict.fromkeys([*kinds, *(["original"] if retained else []), self.masks.kind]))
+        self.gone: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        self._there: dict[str, dict[int, np.ndarray]] = {}
+        self.fixes_zeros = fixes_zeros
+        more = [*(["original"] if retained else []), *(["fixed"] if fixes_zeros else [])]
+        self._kinds = list(dict.fromkeys([*kinds, *more, self.masks.kind]))
         self._carrier, self._retained, self._whole, self._sampled = carrier, retained, whole, sampled
         self._layout: tuple = ()
         self._tensors: list[torch.Tensor] = []  # the float32 master copies where there are any
@@ -67,6 +74,69 @@ class Storage:
     def number(self) -> int:
         """How many weights the active targets have."""
         return sum(self.sizes[target.name] for target in self.active)
+
+    @property
+    def left(self) -> int:
+        """How many of them do not belong to heads that are gone."""
+        return self.number if not self.gone else sum(self.left_of(target) for target in self.active)
+
+    def left_of(self, target: Target, block: Sequence[int] = ()) -> int:
+        """How many weights of a target do not belong to heads that are gone; or how many blocks of it have such.
+
+        Args:
+            target: one of the targets.
+            block: outputs and inputs of a block; empty: weights.
+        """
+        sizes, there = list(target.parameter.shape), self._there.get(target.name, {})
+        found = 1
+        for dim, size in enumerate(sizes):
+            of = block[target.layout.index(dim)] if block and target.layout and dim in target.layout else 1
+            stay = there.get(dim)
+            found *= size // of if stay is None else int(stay.reshape(-1, of).any(1).sum())
+        return found
+
+    def set_gone(self, slices: Mapping[str, Sequence[tuple[int, torch.Tensor]]]) -> None:
+        """Learn what belongs to heads that are gone: parameter name to (dimension, places along it)."""
+        shapes = {target.name: target.parameter.shape for target in self.targets}
+        self.gone = {name: list(parts) for name, parts in slices.items() if name in shapes}
+        self._there = {}
+        for name, parts in self.gone.items():
+            for dim, places in parts:
+                stay = self._there.setdefault(name, {}).setdefault(dim, np.ones(shapes[name][dim], dtype=bool))
+                stay[places.numpy()] = False
+        self._place_gone()
+
+    def _place_gone(self) -> None:
+        """Cut :attr:`gone` as the portions are."""
+        for portion in self.portions:
+            portion.gone = []
+            for number, (index, start, length) in enumerate(portion.slots):
+                for dim, places in self.gone.get(self.active[index].name, ()):
+                    if dim == 0:
+                        places = places[(places >= start) & (places < start + length)] - start
+                    if places.numel():
+                        portion.gone.append((number, dim, places.to(portion.device, non_blocking=True)))
+        if self.sample is not None:
+            self.sample.gone, stride = [], sample_stride(self._tensors)
+            for number, target in enumerate(self.active):
+                if target.name in self.gone:
+                    places = self.is_gone(target).view(-1)[::stride].nonzero().flatten()
+                    self.sample.gone.append((number, 0, places))
+
+    def is_gone(self, target: Target) -> torch.Tensor:
+        """``bool`` of a target's shape on the CPU: which of its weights belong to heads that are gone."""
+        found = torch.zeros(target.parameter.shape, dtype=torch.bool)
+        for dim, places in self.gone.get(target.name, ()):
+            found.index_fill_(dim, places, True)
+        return found
+
+    def remove_gone(self) -> None:
+        """Prune, in the masks, what belongs to heads that are gone."""
+        for portion in self.portions:
+            if portion.gone:
+                keep = [mask.clone() for mask in self.masks.keep(portion)]
+                portion.fill_gone(keep, False)
+                self.masks.store(portion, keep)
 
     def lay_out(self, master_of: Optional[Callable] = None) -> None:
         """Cut values, states and masks into portions, unless they already are.
@@ -94,6 +164,8 @@ class Storage:
             portion.values = portion.cut(self._tensors)
             portion.state = {kind: portion.cut(tensors) for kind, tensors in state.items()}
         self.sample = sample_portion(self._tensors, state) if self._sampled else None
+        if self.gone:
+            self._place_gone()
 
     def forget_layout(self) -> None:
         """Have the next :meth:`lay_out` start afresh."""
@@ -103,15 +175,16 @@ class Storage:
         """Give all memory back."""
         self.active, self.portions, self.sample, self.state, self.thresholds = [], [], None, {}, {}
         self._layout, self._tensors, self._owners, self._sources = (), [], [], []
+        self.gone, self._there = {}, {}
 
     def _states(self, kind: str) -> list[torch.Tensor]:
         known, found = self.state.setdefault(kind, {}), []
         for target, tensor in zip(self.active, self._tensors):
             old = known.get(target.name)
             if old is None:
-                dtype = {"mask": torch.bool, "original": tensor.dtype}.get(kind, torch.float32)
+                dtype = {"mask": torch.bool, "fixed": torch.bool, "original": tensor.dtype}.get(kind, torch.float32)
                 # Before the first mask every weight stays.
-                start = {"mask": True, self._carrier: TINY}.get(kind, 0.0)
+                start = {"mask": True, "fixed": True, self._carrier: TINY}.get(kind, 0.0)
                 old = torch.full_like(tensor, start, dtype=dtype)
             known[target.name] = old.to(tensor.device)
             found.append(known[target.name])
@@ -139,6 +212,26 @@ class Storage:
         """:meth:`apply` to every portion, side by side."""
         each(self.portions, lambda portion: self.apply(portion, keep_originals=keep_originals))
 
+    def find_zeros(self, master_of: Optional[Callable] = None) -> None:
+        """Learn which weights are zero, once. Raises HeadPruningError when none of a matrix is."""
+        if "fixed" in self.state:
+            return
+        tensors = {t.name: master_of(t.parameter) if master_of else t.parameter for t in self.targets}
+        found = {name: tensor.detach() != 0 for name, tensor in tensors.items()}
+        if all(bool(stay.all()) for stay in found.values() if stay.dim() > 1):  # new biases are zero anyway
+            raise HeadPruningError(
+                "The model has no zeros for --start-from-zeros to keep; start from a pruned model, or leave it out."
+            )
+        self.state["fixed"] = found
+        self.forget_layout()
+
+    def zero_fixed(self) -> None:
+        """Zero what was zero at the start."""
+        for portion in self.portions:
+            for group in (portion.values, portion.cut(self._owners) if self._owners else ()):
+                for tensor, stay in zip(group, portion.state["fixed"]):
+                    tensor.masked_fill_(~stay, 0.0)
+
     def restore_originals(self) -> None:
         """Give the pruned weights the values that were put aside."""
         for portion in self.portions:
@@ -150,16 +243,26 @@ class Storage:
         for portion in self.portions:
             self.masks.apply(portion, portion.cut(gradients))
 
-    def count_kept(self) -> int:
-        """The number of weights that stay; waits for the device."""
-        return sum(int(torch.count_nonzero(keep)) for portion in self.portions for keep in self.masks.keep(portion))
+    def count_kept(self) -> torch.Tensor:
+        """The number of weights that stay, without those of heads that are gone; 0-dimensional, nothing waits."""
+        counts = []
+        for portion in self.portions:
+            keep = self.masks.keep(portion)
+            if portion.gone:
+                keep = [mask.clone() for mask in keep]
+                portion.fill_gone(keep, False)
+            counts += [torch.count_nonzero(mask) for mask in keep]
+        return torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum()
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """Parameter name to ``bool`` mask (true: stays) on the CPU."""
+        """Parameter name to ``bool`` mask (true: stays) on the CPU, without what belongs to heads that are gone."""
         found = {t.name: torch.empty(t.parameter.shape, dtype=torch.bool) for t in self.active}
         for portion in self.portions:
             for (index, start, length), keep in zip(portion.slots, self.masks.keep(portion)):
                 found[self.active[index].name][start : start + length] = keep.cpu()
+        for target in self.active:
+            if target.name in self.gone:
+                found[target.name].masked_fill_(self.is_gone(target), False)
         return found
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -184,7 +287,7 @@ class Storage:
         found: dict[str, torch.Tensor] = {}
         for kind, tensors in self.state.items():
             for name, tensor in tensors.items():
-                found[f"{kind}.{name}"] = pack_mask(tensor) if kind == "mask" else tensor
+                found[f"{kind}.{name}"] = pack_mask(tensor) if kind in ("mask", "fixed") else tensor
         found.update({f"threshold.{name}": tensor for name, tensor in self.thresholds.items()})
         return found
 
@@ -204,7 +307,7 @@ class Storage:
             if kind == "threshold":
                 self.thresholds[name] = tensor.to(device)
                 continue
-            if kind == "mask":
+            if kind in ("mask", "fixed"):
                 tensor = unpack_mask(tensor, shape)
             if tensor.shape != shape:
                 raise HeadPruningError(

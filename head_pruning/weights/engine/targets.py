@@ -1,11 +1,11 @@
-"""Which tensors of a model are pruned: by the unit map's sites, or by patterns of parameter names."""
+"""Which tensors of a model are pruned, by the unit map's sites or by patterns of names, and how they are laid out."""
 
 from __future__ import annotations
 
 import logging
 import re
 from dataclasses import dataclass
-from typing import Iterator, Optional
+from typing import Iterable, Iterator, Optional
 
 import torch
 
@@ -17,10 +17,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """One pruned parameter: its dotted name in the model, and itself."""
+    """One pruned parameter.
+
+    Args:
+        name: its dotted name in the model.
+        parameter: itself.
+        layout: the dimensions of its outputs and of its inputs, which are summed over; None for biases, and where
+            they are not known.
+    """
 
     name: str
     parameter: torch.nn.Parameter
+    layout: Optional[tuple[int, int]] = None
+
+    def by_outputs(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the parameter's shape as a view ``[..., outputs, inputs]``; :meth:`back` is the inverse."""
+        assert self.layout is not None  # as Selection.check makes sure
+        return tensor.movedim(self.layout, (-2, -1))
+
+    def back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor ``[..., outputs, inputs]`` as a view of the parameter's shape."""
+        assert self.layout is not None
+        return tensor.movedim((-2, -1), self.layout)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What of a model is pruned, and what is not.
+
+    Args:
+        chosen: the pruned parameters, in the model's order, each once.
+        left: names and sizes of the matrices that stay dense, but for embeddings.
+        overlooked: those of them that lie in a layer of the unit map, and were neither excluded nor are routers.
+    """
+
+    chosen: list[Target]
+    left: dict[str, int]
+    overlooked: list[str]
 
 
 def weight_targets(
@@ -31,19 +64,31 @@ def weight_targets(
     exclude: Optional[str] = None,
     biases: bool = True,
 ) -> list[Target]:
-    """The parameters to prune, in the model's order, each once.
+    """The parameters to prune; see :func:`find_targets`, whose arguments and errors it has."""
+    return find_targets(model, unit_map, include=include, exclude=exclude, biases=biases).chosen
 
-    Without ``include`` these are the projections of the unit map's sites: query, key, value and output of each
-    attention, both projections of each feed-forward block. On BERT with ``biases`` that is what the published PLATON
-    selects by name (85 017 600 scalars of BERT-base). Weights of normalisations and embeddings are never among them,
-    also not by a pattern, and also not where another module shares them (a tied output layer).
+
+def find_targets(
+    model: torch.nn.Module,
+    unit_map: Optional[UnitMap],
+    *,
+    include: Optional[str] = None,
+    exclude: Optional[str] = None,
+    biases: bool = True,
+) -> Targets:
+    """The parameters to prune, and the matrices that stay dense.
+
+    Without ``include`` these are the weights of the unit map's sites: query, key, value and output of each attention,
+    all projections of each feed-forward block, all tensors of experts. On BERT with ``biases`` that is what the
+    published PLATON selects by name (85 017 600 scalars of BERT-base). Weights of normalisations and embeddings are
+    never among them, also not by a pattern, and also not where another module shares them (a tied output layer).
 
     Args:
         model: the model.
         unit_map: its sites; None where ``include`` is given.
         include: regular expression searched in parameter names; replaces the choice by sites.
         exclude: regular expression of names to leave out.
-        biases: also the biases (one-dimensional parameters) of the chosen modules.
+        biases: also the biases of the chosen modules.
 
     Raises:
         HeadPruningError: nothing is left to prune, a pattern is no regular expression, or a parameter is sharded.
@@ -52,28 +97,61 @@ def weight_targets(
     if wanted is None and unit_map is None:
         raise HeadPruningError("Without a unit map the weights to prune must be named; add --weights-include.")
     protected = {id(parameter) for module in model.modules() if _is_protected(module) for parameter in _own(module)}
-    prefixes = () if unit_map is None or wanted is not None else tuple(f"{name}." for name in _projections(unit_map))
-    chosen, frozen = [], []
+    by_sites = unit_map if wanted is None else None
+    places = () if by_sites is None else tuple(_places(by_sites))
+    layers = () if by_sites is None else tuple(f"{layer}." for layer in by_sites.layers)
+    experts = {name: site.transposed for site in (unit_map.experts if unit_map else ()) for name in site.weights}
+    owners = {id(parameter): module for module in model.modules() for parameter in _own(module)}
+    found, frozen = Targets([], {}, []), []
     for name, parameter in model.named_parameters():
-        if not (wanted.search(name) if wanted is not None else name.startswith(prefixes)):
+        if id(parameter) in protected or not parameter.is_floating_point():
             continue
-        if (unwanted is not None and unwanted.search(name)) or id(parameter) in protected:
+        bias = parameter.dim() < 2 or name.endswith("bias")
+        fits = bool(wanted.search(name)) if wanted is not None else f"{name}.".startswith(places)
+        excluded = unwanted is not None and bool(unwanted.search(name))
+        if fits and not excluded and parameter.requires_grad and (biases or not bias):
+            require_whole(name, parameter)
+            layout = None if bias else _layout(owners[id(parameter)], name, parameter, experts.get(name))
+            found.chosen.append(Target(name, parameter, layout))
             continue
-        if not parameter.is_floating_point() or parameter.dim() < (1 if biases else 2):
-            continue
-        if not parameter.requires_grad:
+        if fits and not excluded and not parameter.requires_grad:
             frozen.append(name)
-            continue
-        require_whole(name, parameter)
-        chosen.append(Target(name, parameter))
+        if not bias:
+            found.left[name] = parameter.numel()
+            router = any("router" in type(module).__name__.lower() for module in _around(model, name))
+            if name.startswith(layers) and not (fits or excluded or router) and parameter.requires_grad:
+                found.overlooked.append(name)
     if frozen:
         logger.warning("%d frozen parameters are not pruned: %s", len(frozen), shortened(frozen))
-    if not chosen:
+    if not found.chosen:
         raise HeadPruningError(
             "No trainable weight is left to prune; correct --weights-include and --weights-exclude, or unfreeze the "
             "model."
         )
-    return chosen
+    return found
+
+
+def _layout(
+    owner: torch.nn.Module, name: str, parameter: torch.Tensor, transposed: Optional[bool]
+) -> Optional[tuple[int, int]]:
+    """The dimensions of a matrix's outputs and inputs; None where they are not known."""
+    if isinstance(owner, torch.nn.modules.conv._ConvNd):
+        return (1, 0) if owner.transposed else (0, 1)
+    if parameter.dim() == 2 and hasattr(owner, "nf"):  # a Conv1D of transformers keeps its weight as [in, out]
+        return 1, 0
+    widths = getattr(owner, "out_features", None), getattr(owner, "in_features", None)
+    if tuple(parameter.shape) == widths:
+        return 0, 1
+    if parameter.dim() == 3:
+        told = getattr(owner, "is_transposed", transposed)
+        return None if told is None else ((2, 1) if told else (1, 2))
+    return None
+
+
+def _around(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
+    """The modules that hold a parameter, but for the model itself."""
+    while name := name.rpartition(".")[0]:
+        yield model.get_submodule(name)
 
 
 def require_whole(name: str, parameter: torch.Tensor) -> None:
@@ -90,6 +168,14 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
+def numbered(names: Iterable[str]) -> str:
+    """Names for a message, those that differ in their numbers alone as one, with ``*`` in place of these."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return ", ".join(group[0] if len(group) == 1 else pattern for pattern, group in groups.items())
+
+
 def name_pattern(text: Optional[str], flag: str) -> Optional[re.Pattern]:
     """The regular expression that ``flag`` gave, if any. Raises HeadPruningError when it is none."""
     try:
@@ -98,11 +184,14 @@ def name_pattern(text: Optional[str], flag: str) -> Optional[re.Pattern]:
         raise HeadPruningError(f"{flag} {text!r} is no regular expression ({error}); correct it.") from error
 
 
-def _projections(unit_map: UnitMap) -> Iterator[str]:
+def _places(unit_map: UnitMap) -> Iterator[str]:
+    """The modules and parameters of the sites, each with a dot behind it."""
     for site in unit_map.attention:
-        yield from (*site.projections, site.out_proj)
+        yield from (f"{name}." for name in (*site.projections, site.out_proj))
     for block in unit_map.feed_forward:
-        yield from (block.in_proj, block.out_proj)
+        yield from (f"{name}." for name in (block.in_proj, *block.gates, block.out_proj))
+    for experts in unit_map.experts:
+        yield from (f"{name}." for name in (*experts.weights, *experts.biases))
 
 
 def _is_protected(module: torch.nn.Module) -> bool:
