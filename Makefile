@@ -63,7 +63,7 @@ docs: $(DOCS)/.set-up
 
 $(DOCS)/.set-up: requirements/docs.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt ruff \
+	$(DOCS)/bin/python $(INSTALL) -r requirements/docs.txt ruff \
 		$(REQUIREMENTS:%=-c %)
 	touch $@
 

@@ -9,9 +9,7 @@ in ``--save-dir``, the mask of each into ``michel_masks/``. A run that was stopp
 round.
 """
 
-from .michel.run import get_parser, main, run
-
-__all__ = ["get_parser", "main", "run"]
+from .michel.run import get_parser, main, run  # noqa: F401
 
 if __name__ == "__main__":
     main()

@@ -26,6 +26,8 @@ class Outputs:
         attentions: ``[B, H, T, S]`` each, the attention probabilities of each site in the order of the unit map.
         masks: one per hidden state, ``bool[B, T]`` that is true at tokens and false at padding, or None where the
             host knows of no padding.
+        attention_masks: one pair per entry of ``attentions``: the masks of what attends and of what is attended to.
+        tokens: the same masks by ``encoder`` and ``decoder``.
         weight: what the mean of a term over the micro-batch must be multiplied with to weigh as much as the task
             loss: 1 where that is a mean itself, the number of tokens where it is a sum over them.
         args: the positional arguments that the model was called with.
@@ -36,6 +38,8 @@ class Outputs:
     hidden_states: tuple[torch.Tensor, ...] = ()
     attentions: tuple[torch.Tensor, ...] = ()
     masks: tuple[Optional[torch.Tensor], ...] = ()
+    attention_masks: tuple[tuple[Optional[torch.Tensor], Optional[torch.Tensor]], ...] = ()
+    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
     weight: "float | torch.Tensor" = 1.0
     args: tuple = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -98,6 +102,7 @@ class _Call:
         self.kwargs: Mapping[str, Any] = {}
         self.layers: dict[str, list[tuple]] = {}
         self.sites: dict[str, list[Any]] = {}
+        self.lost: list[str] = []
 
     def begin(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if self.live:
@@ -108,6 +113,12 @@ class _Call:
         if self.running:
             self.running, self.finished, self.raw = False, True, output
 
+    def check_gradient(self, name: str, module: torch.nn.Module, given: Optional[torch.Tensor]) -> None:
+        """Write down a module that learns but gives no gradient; its parameters are those that it runs with now."""
+        if given is not None and not given.requires_grad and module.training:
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                self.lost.append(name)
+
 
 class _Layer:
     """Writes down what goes into and what comes out of one layer."""
@@ -117,19 +128,22 @@ class _Layer:
 
     def hook(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         if self.call.running:
-            into = next(_tensors([*args, *kwargs.values()]), None)
-            self.call.layers.setdefault(self.name, []).append((into, next(_tensors(output), None)))
+            into, out = next(_tensors([*args, *kwargs.values()]), None), next(_tensors(output), None)
+            self.call.layers.setdefault(self.name, []).append((into, out))
+            self.call.check_gradient(self.name, module, out)
 
 
 class _Site:
     """Writes down what comes out of one attention module."""
 
-    def __init__(self, call: _Call, name: str) -> None:
-        self.call, self.name = call, name
+    def __init__(self, call: _Call, name: str, read: Callable[[Any], Optional[torch.Tensor]]) -> None:
+        self.call, self.name, self.read = call, name, read
 
     def hook(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if self.call.running:
-            self.call.sites.setdefault(self.name, []).append(output)
+            found = self.read(output)
+            self.call.sites.setdefault(self.name, []).append(found)
+            self.call.check_gradient(self.name, module, found)
 
 
 class Recorder:
@@ -196,7 +210,8 @@ class Recorder:
                 handles.append(self._module(name).register_forward_hook(layer.hook, with_kwargs=True))
         if self.attentions:
             for site in self._sites:
-                handles.append(self._module(site.name).register_forward_hook(_Site(call, site.name).hook))
+                hook = _Site(call, site.name, self.read_attention).hook
+                handles.append(self._module(site.name).register_forward_hook(hook))
         handles.append(self.model.register_forward_hook(call.end, with_kwargs=True))
 
     def detach(self) -> None:
@@ -227,13 +242,17 @@ class Recorder:
                 "loss by calling the model that the session is on (not a part of it), between before_update() and "
                 "loss()."
             )
+        tokens = dict(masks or {})
         states, sides = self._hidden_states() if self.hidden else ([], [])
-        attentions = self._attentions() if self.attentions else []
+        attentions, pairs = self._attentions() if self.attentions else ([], [])
+        self._refuse_lost_gradients()
         found = Outputs(
             raw=call.raw,
             hidden_states=tuple(states),
             attentions=tuple(attentions),
-            masks=tuple((masks or {}).get(side) for side in sides),
+            masks=tuple(map(tokens.get, sides)),
+            attention_masks=tuple((tokens.get(query), tokens.get(key)) for query, key in pairs),
+            tokens=tokens,
             args=call.args,
             kwargs=call.kwargs,
         )
@@ -256,28 +275,27 @@ class Recorder:
             for state in [*([runs[0][0]] if first and runs[0][0] is not None else []), *(out for _, out in runs)]:
                 states.append(state.transpose(0, 1) if self.time_first and state.dim() == 3 else state)
                 sides.append(side)
-        self._refuse_lost_gradients(self._layers[-1], states[-1])
         return states, sides
 
-    def _refuse_lost_gradients(self, name: str, given: torch.Tensor) -> None:
-        module = self._module(name)
-        learns = module.training and torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
-        if learns and not given.requires_grad:
+    def _refuse_lost_gradients(self) -> None:
+        if self._call.lost and torch.is_grad_enabled():
             raise HeadPruningError(
-                f"What {name} gave carries no gradient, as under gradient checkpointing of the reentrant kind; choose "
-                "the other one (use_reentrant=False), or switch it off."
+                f"What {self._call.lost[0]} gave carries no gradient, as under gradient checkpointing of the "
+                "reentrant kind; choose the other one (use_reentrant=False), or switch it off."
             )
 
-    def _attentions(self) -> list[torch.Tensor]:
+    def _attentions(self) -> tuple[list[torch.Tensor], list[tuple[str, str]]]:
         found: list[torch.Tensor] = []
+        pairs: list[tuple[str, str]] = []
         for site in self._sites:
-            read = [self.read_attention(output) for output in self._call.sites.get(site.name, [])]
+            read = self._call.sites.get(site.name, [])
             runs = [run for run in read if run is not None]
             if not runs or len(runs) < len(read):
                 raise HeadPruningError(
                     f"{site.name} gave no attention probabilities, which a pruner needs; switch the model to eager "
                     'attention (attn_implementation="eager").'
                 )
-            self._refuse_lost_gradients(site.name, runs[-1])
             found += runs
-        return found
+            side = site.kind.partition("_")[0]
+            pairs += [(side, "encoder" if site.kind.endswith("cross") else side)] * len(runs)
+        return found, pairs

@@ -10,7 +10,7 @@ import torch
 
 from .masks import HeadMask
 from .options import check_types
-from .outputs import Outputs
+from .outputs import Outputs, Recorder
 from .unit_map import UnitMap
 
 
@@ -22,11 +22,20 @@ class SessionView(Protocol):
     pruners: list[Pruner]
     seed: int
     total_steps: Optional[int]
+    steps_per_epoch: Optional[float]
+    load_teacher: Optional[Callable[[str, frozenset], tuple[torch.nn.Module, Optional[UnitMap]]]]
     gates: Any
     master_of: Optional[Callable[[torch.nn.Parameter], torch.Tensor]]
 
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks."""
+
+    @property
+    def needs(self) -> frozenset:
+        """What all pruners of the session need of a model's outputs."""
+
+    def recorder(self, model: torch.nn.Module, unit_map: Optional[UnitMap]) -> Recorder:
+        """What records all of this of another model."""
 
     def head_mask(self) -> Optional[HeadMask]:
         """The heads that would stay if training ended now; None when no pruner prunes heads."""
@@ -58,6 +67,8 @@ class Pruner:
     takes_zeroed_heads = False
     #: Whether the method goes on from a trained model only.
     needs_trained_model = False
+    #: Whether trainable parameters get no gradient in some updates.
+    skips_parameters = False
     #: Whether the method may set in in the middle of a training that did not use it: it has no schedule.
     starts_anywhere = False
     #: The option that says how long the method's schedule takes; None: it has none.

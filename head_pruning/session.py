@@ -83,6 +83,9 @@ class PruningSession:
         time_first: whether the model's layers give ``[T, B, width]`` instead of ``[B, T, width]``.
         read_attention: finds the probabilities ``[B, H, T, S]`` in what an attention module gives; default: its last
             output.
+        steps_per_epoch: updates in one pass over the data if known, for lengths given in epochs.
+        load_teacher: loads another model of the host by its path: ``load_teacher(path, needs)`` gives the model, in
+            evaluation mode and able to give what :attr:`needs` says, and its unit map (None where ``needs`` is empty).
 
     Typical use::
 
@@ -116,12 +119,15 @@ class PruningSession:
         fired_within: int = 1,
         time_first: bool = False,
         read_attention: Callable[[Any], Optional[torch.Tensor]] = last_of,
+        steps_per_epoch: Optional[float] = None,
+        load_teacher: Optional[Callable[[str, frozenset], tuple[nn.Module, Optional[UnitMap]]]] = None,
     ) -> None:
         self.model = model
         self.unit_map = unit_map
         self.pruners = check_pruners(pruners)
         self.seed = seed
-        self.total_steps = total_steps
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.load_teacher = load_teacher
         self.all_reduce = all_reduce
         self.fired_within = fired_within
         self.gated = any(pruner.needs_gates for pruner in self.pruners)
@@ -130,7 +136,8 @@ class PruningSession:
         self.gates = None if unit_map is None else GateBank(model, unit_map)
         needs = needs_of(self.pruners)
         self._changes_loss = self.overrides("loss") or bool(needs)
-        self._recorder = Recorder(model, unit_map, needs, time_first=time_first, read_attention=read_attention)
+        self._time_first, self._read_attention = time_first, read_attention
+        self._recorder = self.recorder(model, unit_map)
         #: For hosts with float32 master copies: leads from a parameter to its copy, with ``.grad`` where it has one.
         self.master_of: Optional[Callable[[nn.Parameter], torch.Tensor]] = None
         self.step = 0
@@ -407,6 +414,21 @@ class PruningSession:
     def steers_host(self) -> bool:
         """Whether a pruner changes the host's learning rate, or has it build its optimizer anew."""
         return any(self.overrides(hook) for hook in ("lr_factor", "phase", "schedule_end"))
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Whether trainable parameters get no gradient in some updates, which data-parallel wrappers must be told."""
+        return any(pruner.skips_parameters for pruner in self.pruners)
+
+    def recorder(self, model: nn.Module, unit_map: Optional[UnitMap]) -> Recorder:
+        """What records of a model, such as a teacher, all that the pruners need; not attached yet."""
+        return Recorder(
+            model,
+            unit_map,
+            needs_of(self.pruners),
+            time_first=self._time_first,
+            read_attention=self._read_attention,
+        )
 
     def weight_masks(self) -> dict[str, torch.Tensor]:
         """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""

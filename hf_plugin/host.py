@@ -212,7 +212,7 @@ def _words(loaded: HostModel) -> str:
     if not isinstance(told, dict) or not isinstance(told.get("weights_kept"), int):
         return ""
     kept, left = told["weights_kept"], told["weights_total"]
-    return f", {WeightCount(kept, left, told['weights_of_dense'] if 'weights_of_dense' in told else left)}"
+    return f", {WeightCount(kept, left, int(told.get('weights_of_dense') or left))}"
 
 
 def _carry_weight_masks(source: Path, folder: Path, loaded: HostModel, mask: HeadMask) -> None:

@@ -181,9 +181,9 @@ def _lines(program: str) -> list[list[str]]:
 
 READ = {
     "fairseq-train", "fairseq-generate", "fairseq-preprocess", "python -m fairseq_plugin.run_michel",
-    "python -m hf_plugin.run_dsp", "python -m hf_plugin.run_squad", "head-pruning", "python -m prepare.glue",
-    "python -m prepare.squad", "python -m prepare.demo_data", "python -m prepare.demo_sentiment",
-    "prepare/prepare-iwslt14.sh",
+    "python -m hf_plugin.run_dsp", "python -m hf_plugin.run_squad", "python -m hf_plugin.run_glue", "head-pruning",
+    "python -m prepare.glue", "python -m prepare.squad", "python -m prepare.demo_data",
+    "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh",
 }  # fmt: skip
 
 
@@ -225,9 +225,18 @@ def test_the_transformers_commands_parse(script):
     for words in _lines(f"python -m hf_plugin.{script}"):
         found = parse([*words, "--use_cpu"], script)
         if script == "run_squad":
-            assert found.weight_method.name == "platon" and found.weight_options["final_threshold"] == 0.1
+            assert found.of("weights").name == "platon" and found.of("weights").config.final_threshold == 0.1
         else:
-            assert found.method.name == "dsp" and found.options["num_of_heads"] == 12
+            assert found.of("heads").name == "dsp" and found.of("heads").config.num_of_heads == 12
+
+
+def test_the_commands_of_distillation_parse():
+    pytest.importorskip("transformers")
+    from hf_plugin.command_line.arguments import parse
+
+    found = [parse([*words, "--use_cpu"], "run_glue") for words in _lines("python -m hf_plugin.run_glue")]
+    named = [[pruner.name for pruner in each.pruners] for each in found]
+    assert named == [[], ["spd_magnitude", "spd"], ["dsp", "logits"]]
 
 
 def test_the_preparing_commands_parse():
@@ -316,7 +325,8 @@ def known_flags():
 
     from fairseq_plugin.run_michel import get_parser
     from head_pruning.cli import build_parser
-    from hf_plugin.command_line.arguments import parse, parse_michel
+    from hf_plugin.command_line.arguments import parse
+    from hf_plugin.command_line.michel import parse_michel
 
     training = options.get_training_parser()
     line = "data --user-dir fairseq_plugin --task translation_head_pruning --arch transformer --optimizer adam"

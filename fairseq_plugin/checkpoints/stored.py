@@ -19,8 +19,7 @@ PREFIX = "head_pruning."
 KEEP = PREFIX + "keep"
 SESSION = PREFIX + "session."
 # fairseq's moving average of weights multiplies every entry of the state dict by a float, except those with
-# "version" in their name; these hold bytes,
-# in a wide type: averaging checkpoints adds them up before it divides.
+# "version" in their name; these hold bytes, in a wide type: averaging checkpoints adds them up before it divides.
 META = PREFIX + "meta.version1"
 RECIPE = PREFIX + "removed.version1"
 #: In ``extra_state``, for weight pruners. Not in the model's state: fairseq averages that, and loads it strictly.

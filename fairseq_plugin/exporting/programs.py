@@ -11,7 +11,7 @@ from types import MethodType
 from typing import Any, Iterator
 
 import torch
-from fairseq.models import BaseFairseqModel, FairseqEncoderDecoderModel
+from fairseq.models import BaseFairseqModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -27,7 +27,7 @@ from head_pruning.inference.programs import (
     write_program,
 )
 
-from .example_batch import example
+from .example_batch import example, positions
 
 OUTPUT = "logits"
 AXES = {
@@ -76,15 +76,14 @@ def _traceable(model: BaseFairseqModel) -> Iterator[None]:
 
 
 def _longest(model: BaseFairseqModel) -> dict[str, int]:
-    """How many tokens the model has positions for, by axis."""
-    if isinstance(model, FairseqEncoderDecoderModel):
-        return dict(zip(("source_length", "target_length"), model.max_positions()))
-    return {"source_length": model.max_positions()}
+    """How many tokens the model has positions for, by axis; axes without a limit are left out."""
+    limits = zip(("source_length", "target_length"), positions(model))
+    return {axis: limit for axis, limit in limits if limit is not None}
 
 
 def _inputs(model: BaseFairseqModel, batch: int, source: int, target: int) -> dict[str, torch.Tensor]:
     longest = _longest(model)
-    lengths = min(source, longest["source_length"]), min(target, longest.get("target_length", target))
+    lengths = min(source, longest.get("source_length", source)), min(target, longest.get("target_length", target))
     return example(model, batch, *lengths, padded=True)
 
 
@@ -96,8 +95,10 @@ def _trace(model: BaseFairseqModel) -> torch.export.ExportedProgram:
         )
     inputs = _inputs(model, *TRACED)
     module = ByName(model, inputs, lambda found: {OUTPUT: found[0]})
-    free = {"batch": torch.export.Dim("batch")}
-    free.update({name: torch.export.Dim(name, max=longest) for name, longest in _longest(model).items()})
+    longest = _longest(model)
+    free = {
+        axis: torch.export.Dim(axis, max=longest.get(axis)) for axis in ("batch", "source_length", "target_length")
+    }
     axes = {name: {number: free[axis] for number, axis in AXES[name].items()} for name in inputs}
     with _traceable(model), torch.no_grad():
         return torch.export.export(module, (), kwargs=inputs, dynamic_shapes=axes, strict=False)

@@ -143,7 +143,7 @@ class WeightPruner(Pruner):
             session.unit_map,
             include=options.weights_include,
             exclude=options.weights_exclude,
-            biases=options.prune_biases and not self.selection.structured,
+            biases=getattr(options, "prune_biases", False) and not self.selection.structured,
             frozen=self.masks_frozen,
         )
         self.targets = self.found.chosen
@@ -475,8 +475,8 @@ POLICIES = ("revive", "nested", "retained")
 
 
 @dataclass
-class WeightConfig:
-    """Options of every weight pruner."""
+class TargetConfig:
+    """Options of every weight pruner: which tensors it prunes."""
 
     weights_include: Optional[str] = field(
         default=None,
@@ -488,6 +488,12 @@ class WeightConfig:
     weights_exclude: Optional[str] = field(
         default=None, metadata={"help": "regular expression of parameters to leave dense"}
     )
+
+
+@dataclass
+class WeightConfig(TargetConfig):
+    """Options of every weight pruner that can prune biases too."""
+
     prune_biases: bool = field(
         default=True, metadata={"help": "prune the biases of the chosen modules too, as the published code does"}
     )

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 _STEPS = ("begin_pruning_step", "end_pruning_step", "policy_begin_step", "policy_end_step")
 
 
-class _Magnitude(WeightPruner):
+class MagnitudeScores(WeightPruner):
+    """Scores weights by their magnitude."""
+
     def scores(self, portion: Portion) -> list[torch.Tensor]:
         scores = portion.scratch()
         for value, x in zip(portion.values, scores):
@@ -32,7 +34,7 @@ class _Magnitude(WeightPruner):
         return scores
 
 
-class MagnitudePruner(_Magnitude, CubicPruner):
+class MagnitudePruner(MagnitudeScores, CubicPruner):
     """Prunes the weights of smallest magnitude on PLATON's schedule."""
 
     name = "magnitude"
@@ -63,7 +65,7 @@ class GradualConfig(MaskConfig):
     )
 
 
-class GradualMagnitudePruner(_Magnitude):
+class GradualMagnitudePruner(MagnitudeScores):
     """Prunes the smallest weights of each tensor, a few more at each mask; pruned ones may come back."""
 
     name = "gradual_magnitude"

@@ -141,6 +141,12 @@ SPELLINGS = (
     Spelling("logging_dir", "the variable TENSORBOARD_LOGGING_DIR", "report_to", _logging_dir, str),
     *(Spelling(name, why) for name, why in {**_IGNORED, **_DEBUGGER}.items()),
 )
+GLUE_SPELLINGS = (
+    Spelling("do_lower_case", "the tokenizer that lies with the model knows"),
+    Spelling("model_type", "the model's configuration says what it is"),
+    Spelling("eval_all_checkpoints", "see --eval_strategy, which scores each of them in time"),
+    _renamed("eval_step", "logging_steps"),
+)
 SQUAD_SPELLINGS = (
     Spelling("output_root_folder", "everything is written into --output_dir"),
     Spelling("verbose_logging", "answers are cut out of the text by their place in it, so no search can go wrong"),

@@ -8,7 +8,7 @@ from head_pruning.options import underscored
 from head_pruning.registry import KINDS, methods
 
 from .fields import DataArguments, GlueArguments, SquadArguments, complete_squad
-from .old_flags import SPELLINGS, SQUAD_SPELLINGS, Spelling
+from .old_flags import GLUE_SPELLINGS, SPELLINGS, SQUAD_SPELLINGS, Spelling
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ SCRIPTS = {
         Script(
             "run_glue",
             "Fine-tune on a GLUE task: dense, or with the pruning method that --pruner names or the options imply.",
+            spellings=(*SPELLINGS, *GLUE_SPELLINGS),
         ),
         Script(
             "run_squad",

@@ -3,7 +3,7 @@
 import copy
 import logging
 import pickle
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 import transformers
@@ -69,7 +69,7 @@ def check_twin(auto: Any, config: Any, fits: Callable[[nn.Module], Any]) -> None
         logging.disable(before)
 
 
-def load_model(auto: Any, name: str, **options: Any) -> tuple[Any, Optional[int]]:
+def load_model(auto: Any, name: str, learners: Sequence[str] = (), **options: Any) -> tuple[Any, Optional[int]]:
     """A model in float32, and how many outputs its stored head has where the configuration wants another number.
 
     The layer of such a head that gives the outputs is initialised anew, with torch's random numbers.
@@ -77,10 +77,12 @@ def load_model(auto: Any, name: str, **options: Any) -> tuple[Any, Optional[int]
     Args:
         auto: a class with ``from_pretrained``, such as ``AutoModelForSequenceClassification``.
         name: the model's folder or hub name.
+        learners: names of distillers that learn from the model itself, which so must have been trained as a whole.
         options: for ``from_pretrained``.
 
     Raises:
-        HeadPruningError: the weights are damaged, or others than the head's do not fit the configuration.
+        HeadPruningError: the weights are damaged, others than the head's do not fit the configuration, or parts are
+            new that ``learners`` would learn from.
     """
     try:
         # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
@@ -99,6 +101,12 @@ def load_model(auto: Any, name: str, **options: Any) -> tuple[Any, Optional[int]
             )
         outputs = stored[0]
     _check_outputs(model, name)
+    new = sorted({*report["missing_keys"], *(tensor for tensor, *_ in report["mismatched_keys"])})
+    if new and learners:
+        raise HeadPruningError(
+            f"{' and '.join(learners)} would learn from {name} itself, whose {new[0]} was never trained; fine-tune it "
+            "on the task first and start from the outcome, or give --teacher_path."
+        )
     return model, outputs
 
 

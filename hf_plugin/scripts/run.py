@@ -123,6 +123,11 @@ class TaskRun:
             raise HeadPruningError("There is nothing to do; add --do_train, --do_eval or --do_predict.")
         self.results: dict[str, float] = {}
 
+    @property
+    def learners(self) -> list[str]:
+        """The names of distillers that learn from the model as it is loaded."""
+        return [p.name for p in self.arguments.pruners if p.kind == "distils" and p.needs_trained_model]
+
     def _checkpoint(self) -> Optional[Checkpoint]:
         """The checkpoint to go on from, if there is one."""
         training = self.arguments.training
@@ -167,9 +172,13 @@ class TaskRun:
                 path.unlink()
 
     def fits(self, twin: nn.Module) -> None:
-        """Raise HeadPruningError if the pruners' options do not fit models like ``twin``, which is left as it is."""
-        if self.arguments.pruners:
-            pruners = [type(each)(copy.deepcopy(each.config)) for each in self.arguments.pruners]
+        """Raise HeadPruningError if the pruners' options do not fit models like ``twin``, which is left as it is.
+
+        Distillers, which would load a teacher, are left out.
+        """
+        cutting = [each for each in self.arguments.pruners if each.kind in ("heads", "units", "weights")]
+        if cutting:
+            pruners = [type(each)(copy.deepcopy(each.config)) for each in cutting]
             open_session(twin, pruners, seed=self.arguments.training.seed).detach()
 
     def build_trainer(self, **options: Any) -> Trainer:
@@ -283,7 +292,7 @@ class TaskRun:
         """What tells of pruned weights, or of a dense model."""
         if self.arguments.of("weights") is not None:
             self._save_weight_masks()
-        if not self.arguments.pruners:
+        elif self.head_mask is None:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             with atomic_path(self.out / "README.md") as temporary:
                 temporary.write_text(dense_card(model, self._final_scores(), self.dataset), encoding="utf-8")

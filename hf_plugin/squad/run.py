@@ -3,7 +3,7 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 from datasets import Dataset
@@ -33,13 +33,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_pieces(
-    model_args: ModelArguments, data: SquadArguments, fits: Optional[Callable[[nn.Module], Any]] = None
+    model_args: ModelArguments,
+    data: SquadArguments,
+    learners: Sequence[str] = (),
+    fits: Optional[Callable[[nn.Module], Any]] = None,
 ) -> tuple[Any, Any]:
     """The tokenizer and the question answering model.
 
     Args:
         model_args: the model's and the tokenizer's names.
         data: the data's options.
+        learners: see :func:`hf_plugin.scripts.models.load_model`.
         fits: raises HeadPruningError for what cannot be done to a model like the one it is given; called, with one
             without weights, before the weights are loaded.
 
@@ -59,7 +63,7 @@ def load_pieces(
         tokenizer = load_tokenizer(model_args)
         if fits is not None:
             check_twin(AutoModelForQuestionAnswering, config, fits)
-        model, outputs = load_model(AutoModelForQuestionAnswering, name, config=config, **hub)
+        model, outputs = load_model(AutoModelForQuestionAnswering, name, learners, config=config, **hub)
         if outputs is not None:
             raise HeadPruningError(
                 f"{name} has {outputs} outputs, but SQuAD needs a start and an end; give another model."
@@ -117,8 +121,9 @@ class SquadRun(TaskRun):
         self.version: SquadVersion = VERSIONS["2.0" if data.version_2_with_negative else "1.1"]
         self.dataset = f"SQuAD v{self.version.number}"
         most = {"train": data.max_train_samples, "validation": data.max_eval_samples}
-        rows = {split: first_examples(self._rows(split), most[split]) for split in SPLITS if split in self.splits}
-        tokenizer, model = load_pieces(arguments.model, data, self.fits)
+        with training.main_process_first(desc="reading"):
+            rows = {split: first_examples(self._rows(split), most[split]) for split in SPLITS if split in self.splits}
+        tokenizer, model = load_pieces(arguments.model, data, self.learners, self.fits)
         self.rows: Any = rows.get("validation")
         self.windows: Any = None
         train = None

@@ -28,7 +28,16 @@ from .checkpoints import (
     write_tensor_state,
 )
 from .weights import refuse_sharded_weights, save_weight_masks_and_report
-from .wrapping import build_anew, refuse_steering, wrap, wrap_building, wrap_evaluation, wrap_loss
+from .wrapping import (
+    allow_skipped_parameters,
+    build_anew,
+    refuse_steering,
+    wrap,
+    wrap_building,
+    wrap_counting,
+    wrap_evaluation,
+    wrap_loss,
+)
 
 # What a loss scale falls below only if every update overflows; where fairseq stops too.
 _MIN_SCALE = 1e-4
@@ -97,6 +106,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         trainer.callback_handler.callbacks.insert(0, self)
         wrap(trainer, "train", self._train)
         changes = getattr(trainer, "model_init", None) is not None  # then sessions to come may be of another kind
+        wrap_counting(trainer, lambda: self.session)
         wrap_evaluation(trainer, lambda: self.session)
         if changes or self.session.changes_loss:
             wrap_loss(trainer, lambda: self.session)
@@ -118,6 +128,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 getattr(trainer, "is_fsdp_enabled", False), getattr(trainer, "is_deepspeed_enabled", False)
             )
         refuse_steering(trainer, self.session)
+        allow_skipped_parameters(trainer, self.session)
 
     def _train(self, original: Callable, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Read and check the checkpoint that is to be resumed, once, before the Trainer loads anything of it."""

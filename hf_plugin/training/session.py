@@ -1,5 +1,6 @@
 """Opening a pruning session on a transformers model."""
 
+import functools
 from typing import Any, Optional, Sequence
 
 from torch import nn
@@ -12,7 +13,8 @@ from ..heads.masking import masked_heads
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
 from ..saving.notices import watch_session
-from .attention import switch_to_eager
+from .attention import ask_for_probabilities, switch_to_eager
+from .teachers import load_teacher
 
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
@@ -57,10 +59,15 @@ def open_session(
             "Heads of the model are masked by mask_heads; call restore_heads(model) before a session is opened on it, "
             "or remove them with prune_heads."
         )
-    session = PruningSession(model, unit_map, pruners, seed=seed, **options).attach()
+    options.setdefault("load_teacher", functools.partial(load_teacher, model))
+    session = PruningSession(model, unit_map, pruners, seed=seed, **options)
+    # Before pruners are attached, so that copies of the model compute their attention so too.
+    if needs & {ATTENTIONS, EAGER_ATTENTION}:
+        session.on_detach(switch_to_eager(model))
+        if ATTENTIONS in needs and unit_map is not None:
+            session.on_detach(ask_for_probabilities(model, unit_map))
     try:
-        if needs & {ATTENTIONS, EAGER_ATTENTION}:
-            session.on_detach(switch_to_eager(model))
+        session.attach()
         if session.freezes_model:
             session.freeze()  # HeadPruningCallback never steps what is left
         watch_session(model, session)

@@ -56,7 +56,9 @@ def save_weight_masks_and_report(
     Raises:
         HeadPruningError: there is no mask yet.
     """
-    pruners, mask, masks = session.of_kind("weights"), session.head_mask(), session.weight_masks()
+    mask, masks = session.head_mask(), session.weight_masks()
+    # Where heads went too, the report of these names all methods already.
+    pruners = session.pruners if mask is None else session.of_kind("weights")
     method = "+".join(pruner.name for pruner in pruners)
     options = options_of(pruners)
     with contextlib.nullcontext() if mask is None or is_adapted(model) else zeroed_heads(model, mask):

@@ -1,9 +1,11 @@
 """What a session changes about a Trainer: its loss, its evaluations, and how it builds its optimizer."""
 
 import functools
+import math
 from typing import Any, Callable, Mapping
 
 import torch
+from transformers.trainer_utils import has_length
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
 
@@ -42,9 +44,10 @@ def wrap_loss(trainer: Any, current: Current) -> None:
             return original(model, inputs, return_outputs=return_outputs, **options)
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs  # label smoothing takes the labels out
         loss, outputs = original(model, inputs, return_outputs=True, **options)
-        masks = token_masks(session.unit_map, given) if session.needs and session.unit_map else None
+        masks = None if session.unit_map is None else token_masks(session.unit_map, given)
         weight = mean_weight(trainer, options.get("num_items_in_batch"))
-        loss = session.loss(loss, given, outputs, masks=masks, weight=weight)
+        with trainer.accelerator.autocast():  # what a pruner calls computes as the model did
+            loss = session.loss(loss, given, outputs, masks=masks, weight=weight)
         return (loss, outputs) if return_outputs else loss
 
     wrap(trainer, "compute_loss", compute_loss)
@@ -86,11 +89,40 @@ def wrap_building(trainer: Any, current: Current, before: Callable[[], int]) -> 
             return original(num_training_steps, *args, **options)
         session.total_steps = num_training_steps
         begin, end = session.schedule_span(before())
-        last = num_training_steps if end is None else min(end, num_training_steps)
+        last = num_training_steps if end is None else end
         return original(last - begin, *args, **options)
 
     wrap(trainer, "create_optimizer", create_optimizer)
     wrap(trainer, "create_scheduler", create_scheduler)
+
+
+def wrap_counting(trainer: Any, current: Current) -> None:
+    """Tell the session of the updates in an epoch, as soon as the Trainer has its batches."""
+
+    def get_train_dataloader(original: Callable, *args: Any, **options: Any) -> Any:
+        batches = original(*args, **options)
+        if has_length(batches):
+            current().steps_per_epoch = max(1, math.ceil(len(batches) / trainer.args.gradient_accumulation_steps))
+        return batches
+
+    wrap(trainer, "get_train_dataloader", get_train_dataloader)
+
+
+def allow_skipped_parameters(trainer: Any, session: PruningSession) -> None:
+    """Have the data-parallel wrapper put up with parameters that have no gradient in some updates.
+
+    Raises:
+        HeadPruningError: it was told not to.
+    """
+    if not session.skips_parameters:
+        return
+    if trainer.args.ddp_find_unused_parameters is False:
+        names = " and ".join(pruner.name for pruner in session.pruners if pruner.skips_parameters)
+        raise HeadPruningError(
+            f"In some updates {names} trains some of the parameters only, which DDP must look for; drop "
+            "--ddp_find_unused_parameters False."
+        )
+    trainer.args.ddp_find_unused_parameters = True
 
 
 def build_anew(trainer: Any) -> None:

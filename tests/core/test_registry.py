@@ -136,7 +136,7 @@ class Rounding(Pruner):
 @pytest.fixture
 def more_kinds(own_registry):
     """Two distillers and a quantizer, with one option in common."""
-    for name, pruner in (("logits", Teaching), ("states", Teaching), ("int8", Rounding)):
+    for name, pruner in (("answers", Teaching), ("states", Teaching), ("int8", Rounding)):
         more = {name: (float, field(default=1.0, metadata={"help": "an option of its own"}))}
         both = {"softness": (float, field(default=2.0, metadata={"help": "how soft the targets are"}))}
         register_pruner(name=name, config=config(**more, **(both if pruner is Teaching else {})), pruner=pruner)
@@ -144,8 +144,8 @@ def more_kinds(own_registry):
 
 @pytest.mark.parametrize("options, names", [
     ({"weight_pruner": "Platon", "beta1": 0.5, "pruner": "ste", "num_of_heads": 3}, ["ste", "platon"]),
-    ({"num_of_heads": 3, "distill": "states, logits", "softness": 3.0}, ["dsp", "states", "logits"]),
-    ({"quantizer": "int8", "weight_pruner": "lock", "distill": "logits"}, ["lock", "logits", "int8"]),
+    ({"num_of_heads": 3, "distill": "states, answers", "softness": 3.0}, ["dsp", "states", "answers"]),
+    ({"quantizer": "int8", "weight_pruner": "lock", "distill": "answers"}, ["lock", "answers", "int8"]),
     ({"pruner": None, "beta1": None, "use_ste": False}, []),  # switched off
 ])  # fmt: skip
 def test_a_run_has_methods_of_every_kind(more_kinds, options, names):
@@ -154,18 +154,18 @@ def test_a_run_has_methods_of_every_kind(more_kinds, options, names):
 
 @pytest.mark.parametrize("options, sentence", [
     ({"states": 2.0}, "--states belongs to states, but no distiller is chosen; drop it or add --distill states."),
-    ({"distill": "logits", "states": 2.0},
-     "--states belongs to states, but the distiller is logits; drop it or choose --distill states."),
-    ({"softness": 1.0}, "--softness belongs to logits, states, but no distiller is chosen; drop it or add --distill "
-     "logits."),
+    ({"distill": "answers", "states": 2.0},
+     "--states belongs to states, but the distiller is answers; drop it or choose --distill states."),
+    ({"softness": 1.0}, "--softness belongs to answers, states, but no distiller is chosen; drop it or add --distill "
+     "answers."),
     ({"beta1": 0.5}, "--beta1 belongs to platon, sensitivity, but no pruner of weights is chosen; drop it or add "
      "--weight-pruner platon."),
     ({"prune_biases": False}, "--prune-biases belongs to gradual_magnitude, lock, magnitude, movement, platon, "
      "random_weights, sensitivity, but no pruner of weights is chosen; drop it or add --weight-pruner platon."),
-    ({"quantizer": "int8,logits"}, "logits is none of the methods that quantize; choose it with --distill logits."),
+    ({"quantizer": "int8,answers"}, "answers is none of the methods that quantize; choose it with --distill answers."),
     ({"weight_pruner": "lock,platon"}, "--weight-pruner platon and lock both prune weights, of which a run takes one; "
      "choose one of them."),
-    ({"distill": "int4"}, "There is no distiller int4; choose one of logits, states."),
+    ({"distill": "int4"}, "There is no distiller int4; choose one of answers, logits, spd, states."),
 ])  # fmt: skip
 def test_what_is_not_chosen_is_refused_with_one_sentence(more_kinds, options, sentence):
     with pytest.raises(HeadPruningError) as refused:

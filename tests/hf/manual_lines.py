@@ -20,6 +20,25 @@ PIPELINED_DSP = shlex.split(f"""--data_dir data/MNLI/ --model_name_or_path outpu
 MICHEL = shlex.split("""--data_dir data/MNLI/ --model_name_or_path output/ --task_name MNLI --output_dir michel_output/
     --cache_dir cache/ --tokenizer_name bert-base-uncased --exact_pruning --num_of_heads 12""")
 
+_SPD = """--do_train --do_eval --data_dir data/{task}/ --max_seq_length 128 --per_gpu_train_batch_size 32
+    --per_gpu_eval_batch_size 32 --evaluate_during_training --overwrite_output_dir"""
+
+
+def spd_teacher(task: str) -> list[str]:
+    """Fine-tuning of the teacher."""
+    return shlex.split(f"""--model_name_or_path bert-base-uncased --task_name {task} {_SPD.format(task=task)}
+        --learning_rate 3e-5 --num_train_epochs 4.0 --output_dir teacher/{task} --logging_steps 400
+        --logging_dir teacher/{task} --save_steps 10000""")
+
+
+def spd(task: str) -> list[str]:
+    """Sparse progressive distillation."""
+    return shlex.split(f"""--model_name_or_path teacher/{task} --task_name {task} {_SPD.format(task=task)}
+        --do_lower_case --learning_rate 6.4e-4 --save_steps 50 --num_prune_epochs 30 --num_train_epochs 60
+        --sparsity 0.9 --output_dir spd/{task} --replacing_rate 0.8 --steps_for_replacing 0
+        --scheduler_type linear""")
+
+
 _PLATON = shlex.split("""--pruner_name PLATON --initial_threshold 1 --final_threshold 0.10 --warmup_steps 5400
     --initial_warmup 1 --final_warmup 5 --beta1 0.85 --beta2 0.950 --deltaT 10 --num_train_epochs 10 --seed 9
     --learning_rate 3e-5 --per_gpu_train_batch_size 16 --per_gpu_eval_batch_size 256 --do_train --do_eval

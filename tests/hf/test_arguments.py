@@ -453,6 +453,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
         *(f"pruner {name}" for name in sorted(methods())),
         "options of several pruners of weights",
         *pruners_of_weights(),
+        *("options of several distillers", *(f"distiller {name}" for name in sorted(methods("distils")))),
         "old spellings",
     ]
     text = dict(zip(titles, groups.values()))

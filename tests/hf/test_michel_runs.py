@@ -179,7 +179,7 @@ def test_a_run_cut_off_while_it_saves_its_model_saves_it_afterwards(here, monkey
     folder.mkdir()
     (folder / "all_results.json").write_text("{}")  # of an evaluation, say
     with monkeypatch.context() as patch:
-        patch.setattr(f"hf_plugin.run_michel.{last}", None)
+        patch.setattr(f"hf_plugin.glue.michel.{last}", None)
         with pytest.raises(TypeError):
             michel(folder.name)
     assert not (folder / "all_results.json").exists()

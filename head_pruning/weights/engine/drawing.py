@@ -165,28 +165,27 @@ class LateNumbers:
         last: what :meth:`read` gives before anything has arrived.
     """
 
-    def __init__(self, device: torch.device, last: tuple[float, float] = (math.nan, math.nan)) -> None:
+    def __init__(self, device: torch.device, last: tuple[float, ...] = (math.nan, math.nan)) -> None:
         self.last, self.device = last, device
         self._cuda = device.type == "cuda"
-        self._host = torch.empty(2, dtype=torch.float64, pin_memory=self._cuda)
+        self._host = torch.empty(len(last), dtype=torch.float64, pin_memory=self._cuda)
         self._event: Optional[torch.cuda.Event] = None
 
-    def write(self, threshold: torch.Tensor, kept: torch.Tensor) -> None:
-        """Send two 0-dimensional tensors on their way."""
+    def write(self, *numbers: torch.Tensor) -> None:
+        """Send as many 0-dimensional tensors as ``last`` has numbers on their way."""
         self.read()
-        self._host.copy_(torch.stack([threshold.double(), kept.double()]), non_blocking=True)
+        self._host.copy_(torch.stack([number.double() for number in numbers]), non_blocking=True)
         if self._cuda:
             self._event = torch.cuda.Event()
             self._event.record()
         else:
             self.last = self._arrived()
 
-    def read(self) -> tuple[float, float]:
-        """The threshold and the number of kept weights."""
+    def read(self) -> tuple[float, ...]:
+        """The numbers, such as the threshold and the number of kept weights."""
         if self._event is not None and self._event.query():
             self.last, self._event = self._arrived(), None
         return self.last
 
-    def _arrived(self) -> tuple[float, float]:
-        threshold, kept = self._host.tolist()
-        return threshold, kept
+    def _arrived(self) -> tuple[float, ...]:
+        return tuple(self._host.tolist())

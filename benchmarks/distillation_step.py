@@ -1,0 +1,319 @@
+"""What a step of SPD costs: ``python -m benchmarks.distillation_step [--json] [--results]``.
+
+Sparse progressive distillation of a BERT of the base's shape with random weights, beside the least that any
+distillation must do: the student's forward and backward pass and the teacher's forward pass. Both in one process, in
+turns, without an optimizer; each step of SPD is divided by the mean of the floor just before and just after it, and
+the ratio is the median over the rounds, with its quartiles beside it. Attention is computed openly in both. At a
+replacing rate of 1 every layer is the student's and has gradients, which is the dearest; at 0.8 one layer in five is
+the teacher's and has none.
+
+Memory is the peak of a process of its own after two updates with AdamW, less what it held before there was a model:
+ours, and the straightforward way with deep copies (a student and a teacher of two stacks of layers each, gradients for
+all parameters), as the published code has it. Encoders are counted by the parameters that are alive.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from head_pruning import PruningSession
+from head_pruning.files import atomic_path, write_json
+from head_pruning.report import text_table
+from hf_plugin import open_session, pruner
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# What the cost depends on: option to default and meaning.
+SIZES = {
+    "layers": (12, "layers of the model"),
+    "hidden": (768, "width of the model"),
+    "batch": (8, "examples"),
+    "length": (128, "tokens of each"),
+}
+RATES = (1.0, 0.8)
+UPDATES = 1000  # of the schedule; the steps measured are in its first phase, where masks move
+
+
+def model(options: argparse.Namespace) -> BertForSequenceClassification:
+    """A BERT without dropout, in training."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        num_hidden_layers=options.layers,
+        hidden_size=options.hidden,
+        num_attention_heads=options.hidden // 64 or 1,
+        intermediate_size=4 * options.hidden,
+        attn_implementation="eager",
+        num_labels=2,
+    )
+    return BertForSequenceClassification(config).to(options.device).train()
+
+
+def batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Random tokens; a quarter of each second example is padding."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, 30000, (options.batch, options.length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[::2, -(options.length // 4) :] = 0
+    labels = torch.arange(options.batch) % 2
+    given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: value.to(options.device) for name, value in given.items()}
+
+
+def spd(student: nn.Module, rate: float) -> PruningSession:
+    """SPD with its masks on the student, whose rate stays."""
+    options = {"replacing_rate": rate, "published_schedule": True}
+    masks = pruner("spd_magnitude", sparsity=0.9, mask_frequency=10)
+    return open_session(student, [masks, pruner("spd", **options)], total_steps=UPDATES)
+
+
+class Contest:
+    """A student with SPD on it, and the floor on the same models."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.student, self.batch = options, model(options), batch(options)
+        self.session = spd(self.student, 1.0)
+        self.spd = self.session.pruners[1]
+        self.teacher, self.step = self.spd.teacher.model, 20
+
+    def floor(self) -> None:
+        """The student's two passes, the teacher's one."""
+        self.session.before_update(self.step)
+        self.session._recorder.live = False
+        self.spd.grafts.set(np.ones(self.options.layers, dtype=bool))
+        with torch.no_grad():
+            self.teacher(**self.batch)
+        self.student(**self.batch).loss.backward()
+        self.student.zero_grad()
+
+    def ours(self, rate: float) -> None:
+        """One update of SPD but for the optimizer."""
+        self.spd.rate = rate
+        self.session.before_update(self.step)
+        tokens = {"encoder": self.batch["attention_mask"].bool()}
+        self.session.loss(self.student(**self.batch).loss, self.batch, masks=tokens).backward()
+        self.session.after_backward()
+        self.session.before_step()
+        self.session.after_step()
+        self.student.zero_grad()
+        self.step += 1
+
+    def time(self, action: Callable[[], Any]) -> float:
+        """Milliseconds."""
+        if self.options.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if self.options.device == "cuda":
+            torch.cuda.synchronize()
+        return 1000.0 * (time.perf_counter() - start)
+
+
+def measure(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds of the floor, and of SPD by its rate; ratios by ``ratio RATE``."""
+    contest = Contest(options)
+    found: dict[str, list[float]] = {"floor": []}
+    contest.floor()
+    contest.ours(1.0)
+    for _ in range(options.rounds):
+        for rate in RATES:
+            before = contest.time(contest.floor)
+            taken = contest.time(functools.partial(contest.ours, rate))
+            after = contest.time(contest.floor)
+            found["floor"] += [before, after]
+            found.setdefault(f"SPD at {rate:g}", []).append(taken)
+            found.setdefault(f"ratio {rate:g}", []).append(2.0 * taken / (before + after))
+    return found
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Copies(nn.Module):
+    """A student and a teacher of two stacks each, as deep copies, with gradients for all of the student."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__()
+        self.student = model(options)
+        self.predecessor = copy.deepcopy(self.student.bert.encoder.layer)
+        self.teacher = copy.deepcopy(self.student).eval()
+        self.teacher_spare = copy.deepcopy(self.teacher.bert.encoder.layer)
+        self.generator = np.random.default_rng(1)
+
+    def step(self, given: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """One update."""
+        stack = self.student.bert.encoder.layer
+        drawn = self.generator.random(len(stack)) < RATES[1]
+        own = list(stack)
+        for i, mine in enumerate(drawn):
+            stack[i] = own[i] if mine else self.predecessor[i]
+        mine, ours = _with_states(self.student, given)
+        with torch.no_grad():
+            theirs, targets = _with_states(self.teacher, given)
+        loss = sum(nn.functional.mse_loss(a, b) for a, b in zip(ours, targets))
+        loss = loss - (theirs.logits.softmax(-1) * mine.logits.log_softmax(-1)).mean()
+        loss.backward()
+        optimizer.step()
+        self.zero_grad(set_to_none=False)  # as in the published code: gradients are held
+        for i, layer in enumerate(own):
+            stack[i] = layer
+
+
+def _with_states(which: nn.Module, given: dict[str, torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
+    """What a model gives, and what comes out of its layers."""
+    states: list[torch.Tensor] = []
+
+    def note(layer: nn.Module, args: tuple, output: Any) -> None:
+        states.append(output if torch.is_tensor(output) else output[0])
+
+    hooks = [layer.register_forward_hook(note) for layer in which.bert.encoder.layer]
+    output = which(**given)
+    for hook in hooks:
+        hook.remove()
+    return output, states
+
+
+def memory(kind: str, options: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of two updates in MiB, and how many encoders the live parameters make."""
+    before, given = _held(options), batch(options)
+    if kind == "copies":
+        whole = Copies(options)
+        student = whole.student
+        optimizer = torch.optim.AdamW(student.bert.encoder.layer.parameters(), lr=1e-5)
+        for _ in range(2):
+            whole.step(given, optimizer)
+    else:
+        student = model(options)
+        session = spd(student, RATES[1])
+        optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
+        tokens = {"encoder": given["attention_mask"].bool()}
+        for step in range(2):
+            session.before_update(step)
+            session.loss(student(**given).loss, given, masks=tokens).backward()
+            session.after_backward()
+            session.before_step(optimizer)
+            optimizer.step()
+            session.after_step()
+            optimizer.zero_grad()
+    peak = _held(options, peak=True) - before
+    encoder = sum(p.numel() for p in student.bert.encoder.parameters())
+    inside = {p.shape for p in student.bert.encoder.parameters()}
+    live = {p.data_ptr(): p for p in gc.get_objects() if isinstance(p, nn.Parameter) and p.shape in inside}
+    outside = [p for n, p in student.named_parameters() if ".encoder." not in n and p.shape in inside]
+    number = sum(p.numel() for p in live.values())
+    copies_outside = sum(p.numel() for p in outside) * (2 if kind == "copies" else 1)
+    return {"peak_mib": round(peak, 1), "encoders": round((number - copies_outside) / encoder, 3)}
+
+
+def _held(options: argparse.Namespace, peak: bool = False) -> float:
+    """MiB that the process holds, or held at its peak."""
+    if options.device == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    words = Path("/proc/self/status").read_text().split()
+    return float(words[words.index("VmHWM:" if peak else "VmRSS:") + 1]) / 1024
+
+
+def in_a_process(kind: str, options: argparse.Namespace) -> dict[str, float]:
+    """:func:`memory` in a process of its own."""
+    sizes = [word for name in (*SIZES, "threads", "device") for word in (f"--{name}", str(getattr(options, name)))]
+    command = [sys.executable, "-m", "benchmarks.distillation_step", "--memory", kind, *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parents[1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def summary(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    times = measure(options)
+    ours, copies = in_a_process("ours", options), in_a_process("copies", options)
+    return {
+        "spd_step_over_floor": round(float(np.median(times["ratio 1"])), 4),
+        "spd_step_over_floor_at_0.8": round(float(np.median(times["ratio 0.8"])), 4),
+        "encoders_resident": ours["encoders"],
+        "encoders_resident_copies": copies["encoders"],
+        "peak_mib": ours["peak_mib"],
+        "peak_mib_copies": copies["peak_mib"],
+        "quartiles": {f"{r:g}": np.quantile(times[f"ratio {r:g}"], (0.25, 0.75)).round(4).tolist() for r in RATES},
+        "ms": {name: round(min(values), 1) for name, values in times.items() if not name.startswith("ratio")},
+        **{name: getattr(options, name) for name in ("threads", "rounds", "device", *SIZES)},
+    }
+
+
+def table(outcome: dict[str, Any]) -> str:
+    """The outcome for people."""
+    rows = [
+        ("floor", f"{outcome['ms']['floor']:.0f}", "1", ""),
+        *(
+            (f"SPD at {r:g}", f"{outcome['ms'][f'SPD at {r:g}']:.0f}", f"{outcome[key]:.3f}", "{} {}".format(*q))
+            for r, key, q in zip(
+                RATES,
+                ("spd_step_over_floor", "spd_step_over_floor_at_0.8"),
+                (outcome["quartiles"][f"{r:g}"] for r in RATES),
+            )
+        ),
+    ]
+    memory_rows = [
+        ("ours", f"{outcome['encoders_resident']:g}", f"{outcome['peak_mib']:.0f}"),
+        ("deep copies", f"{outcome['encoders_resident_copies']:g}", f"{outcome['peak_mib_copies']:.0f}"),
+    ]
+    return "\n\n".join(
+        [
+            text_table(("step", "ms", "of the floor", "25 % and 75 %"), rows),
+            text_table(("", "encoders", "peak MiB"), memory_rows),
+        ]
+    )
+
+
+def write_results(outcome: dict[str, Any]) -> None:
+    """``benchmarks/results/distillation_step.md`` and ``.json``."""
+    write_json(RESULTS / "distillation_step.json", outcome)
+    title, about = __doc__.strip().split("\n\n", 1)
+    sizes = ", ".join(f"{name} {outcome[name]}" for name in (*SIZES, "threads", "rounds"))
+    lines = (
+        f"# {title.split(':')[0]}",
+        f"`python -m benchmarks.distillation_step --results`\n\n{about}",
+        f"{sizes}; {outcome['device']}, torch {torch.__version__}.",
+        f"```\n{table(outcome)}\n```",
+    )
+    with atomic_path(RESULTS / "distillation_step.md") as temporary:
+        Path(temporary).write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Print the table, or with ``--json`` one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--results", action="store_true", help="write benchmarks/results/distillation_step.{md,json}")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: %(default)s)")
+    parser.add_argument("--memory", choices=("ours", "copies"), help="measure the memory of one of them only")
+    for name, (value, words) in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{words} (default: %(default)s)")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        print(json.dumps(memory(options.memory, options)))
+        return
+    outcome = summary(options)
+    if options.results:
+        write_results(outcome)
+    print(json.dumps(outcome) if options.json else table(outcome))
+
+
+if __name__ == "__main__":
+    main()

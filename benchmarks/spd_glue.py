@@ -1,0 +1,177 @@
+"""Score of sparse students of a fine-tuned encoder: SPD, its parts, and pruning with and without a teacher.
+
+    python -m benchmarks.spd_glue MODEL GLUE --work DIR [--jobs 2]
+
+MODEL is a folder with a BERT-like encoder (that of ``python -m prepare.demo_sentiment``), GLUE holds CoLA/, MRPC/,
+SST-2/ and MNLI/ in GLUE's TSV layout. It is fine-tuned first; every method then starts from the outcome, which is also
+the teacher, and trains as many epochs. A cell that has been measured is never run again (its result lies in the work
+folder); the tables and the plots are written anew after each.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+from pathlib import Path
+
+from benchmarks.cells import run_cells
+from benchmarks.glue import ROOT, Bench, Cell, Task, shown
+from benchmarks.weights_glue import SCHEDULE
+from benchmarks.weights_glue import TRAINING as PLATONS
+from head_pruning.files import atomic_path, write_json
+from head_pruning.report.plots import plot_scores
+from head_pruning.report.tables import markdown_table
+
+SPARSITIES = (0.9, 0.8)
+# In float32: not every processor is faster in bfloat16.
+TRAINING = PLATONS.replace(" --bf16", "")
+TASKS = {
+    "CoLA": Task("CoLA", "matthews_correlation", 8),
+    "MRPC": Task("MRPC", "accuracy", 8, length=128),
+    "SST-2": Task("SST-2", "accuracy", 4, samples=16000),
+    "MNLI": Task("MNLI", "accuracy", 3, samples=40000, length=128),
+}
+#: Of the dense model, which is trained as in the other benchmarks.
+DENSE_EPOCHS = {"CoLA": 4, "MRPC": 3, "SST-2": 1, "MNLI": 1}
+# SPD's learning rate is that of its recipe; that of the other methods has not been tuned, see RATES.
+RATES = {"SPD": "6.4e-4", "SPD without grafting": "6.4e-4"}
+RATE = "3e-4"
+# The masks of SPD grow in the first half of training.
+MASKS = "--sparsity {sparsity} --num_prune_epochs {half}"
+# Stands for the folder of the dense model.
+TEACHER = "TEACHER"
+LOGITS = "--distill logits --distill_temperature 2 --teacher_path {teacher}"
+PLATON = f"--pruner_name platon --final_threshold {{density}} {SCHEDULE} --beta1 0.85 --beta2 0.95"
+METHODS = {
+    "SPD": f"{MASKS} --replacing_rate 0.8 --scheduler_type linear",
+    "SPD without grafting": f"{MASKS} --replacing_rate 1.0 --scheduler_type linear",
+    "magnitude + distillation": f"{MASKS} {LOGITS}",
+    "magnitude": MASKS,
+    "PLATON": PLATON,
+    "PLATON + distillation": f"{PLATON} {LOGITS}",
+}
+SEEDS = {"CoLA": (1, 2, 3), "MRPC": (1, 2, 3), "SST-2": (1,), "MNLI": (1,)}
+
+
+def cells(rate: "str | None" = None) -> list[Cell]:
+    """All cells, most important first; ``keep`` is the density in percent."""
+    found = []
+    for seed in (1, 2, 3):
+        for task, seeds in SEEDS.items():
+            if seed in seeds:
+                found.append(Cell(task, "dense", None, seed))
+                found += [cell_at(task, method, s, seed, rate) for s in SPARSITIES for method in METHODS]
+    return found
+
+
+def cell_at(task: str, method: str, sparsity: float, seed: int, rate: "str | None" = None) -> Cell:
+    """One student; it starts from the dense model of its seed."""
+    density, half = round(1 - sparsity, 6), TASKS[task].epochs / 2
+    options = METHODS[method].format(sparsity=sparsity, density=density, half=half, teacher=TEACHER)
+    words = [*options.split(), "--learning_rate", rate or RATES.get(method, RATE)]
+    name = f"{method} at {rate}" if rate else method
+    return Cell(task, name, round(100 * (1 - sparsity)), seed, "run_glue", tuple(words), pipelined=True)
+
+
+class SpdBench(Bench):
+    """Runs cells in a work folder."""
+
+    tasks = TASKS
+
+    def train(self, cell: Cell) -> dict:
+        """Train and score on the validation set."""
+        task, dense = TASKS[cell.task], cell.method == "dense"
+        teacher = self.work / "runs" / cell.dense.name
+        options = tuple(str(teacher) if word == TEACHER else word for word in cell.options)
+        epochs = DENSE_EPOCHS[cell.task] if dense else task.epochs
+        start = self.model if dense else teacher
+        out = self.fine_tune(dataclasses.replace(cell, options=options), start, epochs, TRAINING)
+        results = json.loads((out / "all_results.json").read_text())
+        density = 1.0
+        if not dense:
+            density = json.loads((out / "pruning.json").read_text())["weights"]["density"]
+            (out / "model.safetensors").unlink()
+        sets = [f"eval_{task.metric}", f"eval_mm_{task.metric}"]  # MNLI has two
+        score = statistics.mean(results[name] for name in sets if name in results)
+        return {
+            "task": cell.task,
+            "method": cell.method,
+            "percent": cell.keep or 100,
+            "density": density,
+            "seed": cell.seed,
+            "score": 100.0 * score,
+        }
+
+
+def write_results(rows: list[dict], folder: Path, command: str) -> None:
+    """Write the JSON, the tables and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "spd_glue.json", {"command": command, "rows": rows})
+    parts = ["# Sparse students of a fine-tuned teacher", "", f"`{command}`", "", *_about(), ""]
+    for task in TASKS.values():
+        table: dict[str, dict[int, list[float]]] = {}
+        for row in rows:
+            if row["task"] == task.name:
+                table.setdefault(row["method"], {}).setdefault(row["percent"], []).append(row["score"])
+        dense = table.pop("dense", {}).get(100)
+        if not table:
+            continue
+        percents = [round(100 * (1 - sparsity)) for sparsity in SPARSITIES]
+        body = [(method, *(shown(line[p]) if p in line else "" for p in percents)) for method, line in table.items()]
+        title = f"{task.name}, {task.metric} x 100" + (f"; teacher {shown(dense)}" if dense else "")
+        heads = ("method", *(f"{p} % of the weights" for p in percents))
+        parts += [f"## {title}", "", markdown_table(heads, body), ""]
+        if dense:
+            plot_scores(
+                {m: [(p, statistics.mean(v)) for p, v in line.items()] for m, line in table.items()},
+                folder / f"spd_glue-{task.name}.png",
+                dense=("teacher", statistics.mean(dense)),
+                score=f"{task.name} {task.metric} x 100",
+                total=100,
+                spread={m: [(p, min(v), max(v)) for p, v in line.items() if len(v) > 1] for m, line in table.items()},
+                unit="% of the weights",
+            )
+    with atomic_path(folder / "spd_glue.md") as temporary:
+        temporary.write_text("\n".join(parts).rstrip() + "\n")
+
+
+def _about() -> list[str]:
+    epochs = ", ".join(f"{task.epochs:g} on {name}" for name, task in TASKS.items())
+    rates = ", ".join(f"{rate} for {method}" for method, rate in RATES.items())
+    return [
+        f"Every student starts from its teacher and trains as many epochs as the others ({epochs}); learning rates: "
+        f"{rates}, {RATE} for the others. Of several seeds the mean and the range."
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder with the pretrained encoder")
+    parser.add_argument("glue", type=Path, help="folder with the tasks' folders")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, logs and single results")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    parser.add_argument("--threads", type=int, default=1, help="threads per cell")
+    parser.add_argument("--only", help="regular expression on cell names")
+    parser.add_argument("--rate", help="another learning rate of all students, to find out what serves them best")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the tables go")
+    options = parser.parse_args()
+
+    bench = SpdBench(options.model.resolve(), options.glue.resolve(), options.work.resolve(), options.threads)
+    everything = cells(options.rate)
+    order = [c for c in everything if bench.result(c).exists() or not options.only or re.search(options.only, c.name)]
+    command = "python -m benchmarks.spd_glue MODEL GLUE --work DIR"
+    run_cells(
+        order,
+        bench.run,
+        jobs=options.jobs,
+        ready=lambda cell: cell.after is None or bench.result(cell.after).exists(),
+        score="score",
+        kept="percent",
+        write=lambda rows: write_results(rows, options.results, command),
+    )
+
+
+if __name__ == "__main__":
+    main()

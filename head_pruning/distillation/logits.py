@@ -1,0 +1,62 @@
+"""Distillation beside any other method: the task loss plus what the student lacks of its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..options import require
+from ..outputs import Outputs
+from ..registry import methods, register_pruner
+from .base import TERMS, DistillConfig, Distiller, compared
+from .losses import divergence, mean_square
+
+
+@dataclass
+class LogitsConfig(DistillConfig):
+    """Options of plain distillation."""
+
+    distill_temperature: float = field(
+        default=2.0, metadata={"help": "temperature of the logits in --distill logits, above 0"}
+    )
+    distill_task: float = field(default=1.0, metadata={"help": "weight of the task loss beside --distill logits"})
+
+
+class LogitsDistiller(Distiller):
+    """Adds what the teacher's logits say, and its hidden states and attentions if asked to, to the task loss.
+
+    ``distill_task * task + distill_logits * T**2 * KL + distill_hidden * MSE + distill_attention * MSE`` (Hinton et
+    al. 2015; the form of the PruneOFA recipes). Several logits, as for spans of text, count in equal parts; one output
+    per example (regression) is compared by its squared difference.
+    """
+
+    name = "logits"
+
+    def check_options(self) -> None:
+        super().check_options()
+        require(self.config, "distill_temperature", lambda value: value > 0, "above 0")
+        require(self.config, "distill_task", lambda value: value >= 0, "a weight, 0 or more")
+
+    def compare_logits(self, mine: Outputs, theirs: Outputs, task: torch.Tensor) -> torch.Tensor:
+        terms = []
+        for ours, target, tokens in compared(mine, theirs):
+            if ours.shape[-1] == 1:
+                terms.append(mean_square(ours, target, None))
+            else:
+                terms.append(divergence(ours, target, self.config.distill_temperature, tokens))
+        return torch.stack(terms).mean()
+
+    def objective(self, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        return self.config.distill_task * loss + total
+
+
+def _asked_for(options: Any) -> bool:
+    """Whether a weight was given, and no distiller is meant that brings such terms itself."""
+    given = any(getattr(options, f"distill_{term}") is not None for term in TERMS)
+    others = [method for method in methods("distils").values() if method.name != LogitsDistiller.name]
+    return given and not any(method.selected_by(options) for method in others)
+
+
+register_pruner(name="logits", config=LogitsConfig, pruner=LogitsDistiller, selected_by=_asked_for, recommended=True)

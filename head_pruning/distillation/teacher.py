@@ -1,0 +1,174 @@
+"""The frozen model that a distiller compares with: asked once per micro-batch, and no part of the student."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from typing import Iterable, Optional
+
+import numpy as np
+import torch
+
+from ..errors import HeadPruningError
+from ..outputs import Outputs
+from ..pruner import SessionView
+from ..unit_map import UnitMap
+
+#: What ``--teacher_dtype`` takes.
+DTYPES = ("float32", "bfloat16", "float16")
+# Two sums of the same numbers in float64 differ by less than this share of the sum of their absolute values.
+_SAME = 1e-9
+
+_open: "weakref.WeakKeyDictionary[SessionView, dict[tuple, Teacher]]" = weakref.WeakKeyDictionary()
+
+
+class Teacher:
+    """A frozen model in evaluation mode, read as its student is.
+
+    It is held by the distillers, not by the student: so no state dict, optimizer, data-parallel wrapper or copy of the
+    student has it. It follows the student to another device, and, unless it was given a type of its own, to another
+    type of numbers.
+
+    Args:
+        model: the model; it is frozen and set to evaluation.
+        unit_map: its layers and sites; None where only its logits are looked at.
+        session: the student's.
+        dtype: the type of its numbers; None: that of the student.
+
+    Attributes:
+        shared: ids of the student's parameters that are the teacher's too, and so must not be trained.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        unit_map: Optional[UnitMap],
+        session: SessionView,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        self.model, self.unit_map, self.dtype = model.eval().requires_grad_(False), unit_map, dtype
+        self.shared: set[int] = set()
+        self.users = 0
+        self._student = session.model
+        self._recorder = session.recorder(model, unit_map)
+        self._recorder.attach()
+        self._recorder.live = False
+        self._follow()
+        self._asked: Optional[weakref.ref] = None
+        self._answer: Optional[Outputs] = None
+
+    def __call__(self, outputs: Outputs) -> Outputs:
+        """What it gives for the student's micro-batch, without gradients. Asked again it does not compute again, and
+        what it gave is forgotten with ``outputs``.
+        """
+        if self._answer is None or self._asked is None or self._asked() is not outputs:
+            self._follow()
+            self._recorder.live = True
+            try:
+                with torch.no_grad():
+                    raw = outputs.call(self.model)
+                self._answer = dataclasses.replace(self._recorder.take(outputs.tokens), raw=raw, args=(), kwargs={})
+            finally:
+                self._recorder.live = False
+            self._asked = weakref.ref(outputs, self._forget)
+        return self._answer
+
+    def _forget(self, _: object) -> None:
+        self._answer = None
+
+    def _follow(self) -> None:
+        mine, theirs = _first(self.model), _first(self._student)
+        dtype = self.dtype or theirs.dtype
+        if (mine.device, mine.dtype) != (theirs.device, dtype):
+            # Parameters that are the student's as well have gone there with it.
+            self.model.to(device=theirs.device, dtype=dtype)
+
+    def share(self, student: torch.nn.Module, names: Iterable[str]) -> None:
+        """Keep one copy of the named parameters wherever the student's equal the teacher's; see :attr:`shared`."""
+        theirs = dict(self.model.named_parameters())
+        mine = dict(student.named_parameters())
+        for name in names:
+            if name in theirs and _equal(mine[name], theirs[name]):
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._parameters[leaf] = mine[name]
+                self.shared.add(id(mine[name]))
+
+    def fingerprint(self) -> np.ndarray:
+        """Sums that tell it from another teacher; :meth:`check_same` compares them."""
+        values = [p.detach() for p in self.model.parameters()]
+        sums = [(float(p.sum(dtype=torch.float64)), float(p.abs().sum(dtype=torch.float64))) for p in values]
+        return np.array([sum(each[0] for each in sums), sum(each[1] for each in sums), float(len(sums))])
+
+    @staticmethod
+    def check_same(mine: np.ndarray, stored: np.ndarray) -> None:
+        """Raise HeadPruningError where a checkpoint's fingerprint is of another teacher."""
+        if mine[2] != stored[2] or abs(mine[0] - stored[0]) + abs(mine[1] - stored[1]) > _SAME * stored[1]:
+            raise HeadPruningError(
+                "The checkpoint was distilled from another teacher than this run's; load the model that the run was "
+                "started from, before the checkpoint is loaded into it, or give the same --teacher_path."
+            )
+
+    def close(self) -> None:
+        """Take the hooks off and let go of the model."""
+        self._recorder.detach()
+        self._answer = self._asked = None
+
+
+def open_teacher(
+    session: SessionView, path: Optional[str], dtype: Optional[str], shared: Iterable[str] = ()
+) -> Teacher:
+    """The teacher of a session: distillers that ask for the same one get the same one.
+
+    Args:
+        session: the student's.
+        path: of the checkpoint that the host loads; None: the student as it is now.
+        dtype: one of :data:`DTYPES`; None: the student's.
+        shared: names of the student's parameters that will not be trained: the teacher uses them too where they are
+            equal, so that memory holds them once.
+
+    Raises:
+        HeadPruningError: the host cannot load the teacher, or cannot load any.
+    """
+    known = _open.setdefault(session, {})
+    if (path, dtype) not in known:
+        kind = getattr(torch, dtype) if dtype else None
+        student = session.model
+        if path is not None:
+            if session.load_teacher is None:
+                raise HeadPruningError(
+                    "--teacher_path is loaded by the host, which this session has none of; give the session "
+                    "load_teacher=, or leave the path out to learn from the model as it is now."
+                )
+            model, unit_map = session.load_teacher(path, session.needs)
+        elif kind in (None, _first(student).dtype):
+            own = dict(student.named_parameters())
+            model, unit_map = copy.deepcopy(student, {id(own[name]): own[name] for name in shared}), session.unit_map
+        else:
+            model, unit_map = copy.deepcopy(student), session.unit_map
+        teacher = Teacher(model, unit_map, session, kind)
+        teacher.share(student, shared)
+        known[path, dtype] = teacher
+    known[path, dtype].users += 1
+    return known[path, dtype]
+
+
+def close_teacher(session: SessionView, teacher: Teacher) -> None:
+    """A distiller needs the teacher no more; with the last of them it is closed."""
+    teacher.users -= 1
+    if teacher.users == 0:
+        known = _open.get(session, {})
+        for key in [key for key, found in known.items() if found is teacher]:
+            del known[key]
+        teacher.close()
+
+
+def _first(model: torch.nn.Module) -> torch.nn.Parameter:
+    """A parameter that tells where a model is, and in which type of numbers."""
+    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _equal(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    if mine is theirs:
+        return True
+    return mine.shape == theirs.shape and mine.dtype == theirs.dtype and bool(torch.equal(mine.cpu(), theirs.cpu()))
