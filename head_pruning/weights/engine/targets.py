@@ -132,8 +132,8 @@ def find_targets(
     if not found.chosen and adapters and wanted is None:
         raise HeadPruningError(
             "No trainable weight is left to prune: the model's own weights are frozen under adapters; merge the "
-            "adapters into it first (merge_and_unload), or prune their matrices by name (--weights-include lora_), "
-            "whose zeros make no weight of the model zero."
+            "adapters into it and unfreeze it first (merge_and_unload, requires_grad_), or prune their matrices by "
+            "name (--weights-include lora_), whose zeros make no weight of the model zero."
         )
     if kept_frozen:
         logger.warning("%d frozen parameters are not pruned: %s", len(kept_frozen), shortened(kept_frozen))
