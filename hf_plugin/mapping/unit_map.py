@@ -222,16 +222,17 @@ def _parts(module: nn.Module) -> tuple[str, list[str]]:
     inside = [name for name, child in module.named_modules() if name and features(child) is not None]
     called_out = [name for name in inside if re.match(r"o(_|$)|.*out", name.rpartition(".")[2])]
     out = (called_out or inside or ["OUT_PROJ"])[-1]
-    return out, [name for name in inside if name != out] or ["QUERY", "KEY", "VALUE"]
+    return out, [name for name in inside if name != out]
 
 
 def _line(tree: Tree, name: str) -> str:
     layer = tree.host_layer(name)
     out, others = _parts(tree.modules[name])
-    projections = "".join(f'"{name}.{other}", ' for other in others)
+    listed = "".join(f'"{name}.{other}", ' for other in others).rstrip()
+    projections = f", projections=({listed})" if listed else ""
     return (
         f'    AttentionSite(name="{name}", kind="{tree.kind(name, layer)}", layer="{layer}", heads=HEADS, '
-        f'head_dim=HEAD_DIM, out_proj="{name}.{out}", projections=({projections.rstrip()})),'
+        f'head_dim=HEAD_DIM, out_proj="{name}.{out}"{projections}),'
     )
 
 
