@@ -38,8 +38,8 @@ def resolve_steps(value: float, total_steps: Optional[int], flag: str) -> int:
         return int(value)
     if not total_steps:
         raise HeadPruningError(
-            f"{flag} {value} is a fraction of training, whose length is not known here; give updates instead, "
-            "or limit training by updates or epochs."
+            f"{flag} {value} is a fraction of training, whose length is not known here; give updates instead, limit "
+            "training by updates or epochs, or set session.total_steps before the first update of a loop of your own."
         )
     return max(1, round(value * total_steps))
 

@@ -82,6 +82,11 @@ def plain_plan(model: nn.Module, site: AttentionSite) -> SitePlan:
     Raises:
         HeadPruningError: a projection's width is not that of so many heads.
     """
+    if not site.projections:
+        raise HeadPruningError(
+            f"{site.name} names no projections, in whose rows the heads lie; name those of query, key and value in "
+            "its AttentionSite (projections=)."
+        )
     tensors = columns_of(model, site.out_proj, ((1, site.head_dim),))
     for name in site.projections:
         module: Any = model.get_submodule(name)

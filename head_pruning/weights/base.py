@@ -42,6 +42,8 @@ class WeightPruner(Pruner):
     kind = "weights"
     #: Whether parameters without a gradient cannot be scored.
     needs_gradient = False
+    #: Whether parameters that are not trained are masked, too.
+    masks_frozen = False
     #: Whether scores may be negative.
     signed = False
     #: Whether the k-th smallest score itself is pruned (k zeros) or only what lies below it (k - 1 zeros).
@@ -142,6 +144,7 @@ class WeightPruner(Pruner):
             include=options.weights_include,
             exclude=options.weights_exclude,
             biases=getattr(options, "prune_biases", False) and not self.selection.structured,
+            frozen=self.masks_frozen,
         )
         self.targets = self.found.chosen
         if self.selection.structured:

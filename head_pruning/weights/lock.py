@@ -18,10 +18,13 @@ class LockConfig(WeightConfig):
 
 
 class LockPruner(WeightPruner):
-    """Keeps the zeros that the model has at the first update; tensors without zeros are left alone."""
+    """Keeps the zeros that the model has at the first update; tensors without zeros are left alone.
+
+    Frozen weights, such as those under adapters, have zeros too, which stay by themselves, and count.
+    """
 
     name = "lock"
-    needs_trained_model = starts_anywhere = True
+    needs_trained_model = starts_anywhere = masks_frozen = True
 
     def plan(self) -> None:
         if self.has_mask:

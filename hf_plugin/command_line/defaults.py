@@ -6,6 +6,8 @@ from typing import Any, Mapping
 from head_pruning import HeadPruningError, Pruner, build_pruner
 from head_pruning.registry import get_method
 
+from .mistakes import as_arguments
+
 
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of the method ``name``: those in ``options``, and the BERT scripts' defaults for the others.
@@ -34,4 +36,7 @@ def pruner(name: str, **options: Any) -> Pruner:
     Raises:
         HeadPruningError: no such method, it has no such option, or options contradict each other.
     """
-    return build_pruner(get_method(name), SimpleNamespace(**complete_options(name, options)))
+    try:
+        return build_pruner(get_method(name), SimpleNamespace(**complete_options(name, options)))
+    except HeadPruningError as error:
+        raise HeadPruningError(as_arguments(str(error))) from error

@@ -29,5 +29,14 @@ def main(run: Callable[[], None]) -> None:
 
 def with_underscores(sentence: str) -> str:
     """The pruners' options in ``sentence`` as these scripts spell them: ``--num_of_heads``, not ``--num-of-heads``."""
-    ours = {dashed(name): underscored(name) for name in option_fields()}
+    return _spelt(sentence, underscored)
+
+
+def as_arguments(sentence: str) -> str:
+    """The pruners' options in ``sentence`` as a call in Python has them: ``num_of_heads``."""
+    return _spelt(sentence, str)
+
+
+def _spelt(sentence: str, spelling: Callable[[str], str]) -> str:
+    ours = {dashed(name): spelling(name) for name in option_fields()}
     return re.sub(r"(?<![\w-])--[\w-]+", lambda found: ours.get(found[0], found[0]), sentence)

@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 from head_pruning import HeadPruningError
 
 from .hub import hub_split, load_hub
-from .reading import read_split, split_path
+from .reading import check_tsv, read_split, split_path
 from .tasks import HUB_REPOSITORY, TASKS, GlueTask, Split, find_task, plain_name
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,19 @@ class TaskData:
     validation: dict[str, Dataset] = field(default_factory=dict)
     test: dict[str, Dataset] = field(default_factory=dict)
     ids: dict[str, list[int]] = field(default_factory=dict)
+
+
+def check_files(task: GlueTask, data_dir: "str | Path", splits: Sequence[str]) -> None:
+    """Look at the first lines of the files of ``splits`` in a folder in GLUE's layout: before a model is loaded.
+
+    Raises:
+        HeadPruningError: the folder or a file is another task's, a file is missing or has no rows.
+    """
+    _check_folder(task, data_dir)
+    groups = {"train": (task.train,), "validation": task.validation, "test": task.test}
+    for kind in splits:
+        for split in groups[kind]:
+            check_tsv(split_path(task, split, data_dir), task, split.labelled)
 
 
 def load_task(

@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.files import write_json
 from head_pruning.importance import pruning_rounds
+from head_pruning.importance.michel import round_sizes
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
 from head_pruning.report.tables import head_table, text_table
 
@@ -27,6 +28,7 @@ from ..scripts import logs
 from ..scripts.output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from ..scripts.run import first_examples
 from . import compute_metrics, find_task, load_task
+from .features import check_files
 from .metrics import find_metric
 from .run import load_pieces
 
@@ -52,7 +54,11 @@ class MichelRun:
         refuse_masked_start(arguments.model_name_or_path)
         self.out = open_folder(arguments.output_dir, arguments.model_name_or_path, arguments.overwrite_output_dir)
         set_seed(arguments.seed)
-        tokenizer, self.model, self.task = load_pieces(arguments, task)
+        if arguments.data_dir is not None:
+            check_files(task, arguments.data_dir, ("train", "validation"))
+        tokenizer, self.model, self.task = load_pieces(
+            arguments, task, fits=lambda twin: round_sizes(unit_map(twin), arguments.num_of_heads)
+        )
         self.unit_map = unit_map(self.model)
         self.data = load_task(
             self.task,

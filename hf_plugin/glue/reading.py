@@ -42,6 +42,17 @@ def split_path(task: GlueTask, split: Split, data_dir: "str | Path") -> Path:
     )
 
 
+def check_tsv(path: "str | Path", task: GlueTask, labelled: bool = True) -> None:
+    """Look at the first two lines of a file that :func:`read_tsv` is to read; errors are its own."""
+    lines = _lines(Path(path))
+    first = next(lines, None)
+    if first is None:
+        raise _no_rows(Path(path))
+    layout = _layout(Path(path), task, labelled, first[1].split("\t"))
+    if layout.header and next(lines, None) is None:
+        raise _no_rows(Path(path))
+
+
 def read_tsv(path: "str | Path", task: GlueTask, labelled: bool = True) -> Dataset:
     """Read a file in GLUE's layout: UTF-8, columns parted by tabs and named in the first line, no quoting.
 

@@ -1,23 +1,29 @@
 """One GLUE run: fine-tune, prune or both; evaluate, predict, and save what came out."""
 
 import logging
-from typing import Any, Sequence
+from typing import Any, Callable, Optional, Sequence
 
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from head_pruning import HeadPruningError
 
 from ..command_line.arguments import Arguments
 from ..command_line.fields import GlueArguments, ModelArguments
-from ..scripts.models import give_padding, load_model, load_tokenizer
+from ..scripts.models import check_twin, give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
 from . import GlueTask, TaskData, compute_metrics, find_task, load_task, write_predictions
+from .features import check_files
 
 logger = logging.getLogger(__name__)
 
 
 def load_pieces(
-    model_args: ModelArguments, task: GlueTask, training: bool = False, learners: Sequence[str] = ()
+    model_args: ModelArguments,
+    task: GlueTask,
+    training: bool = False,
+    learners: Sequence[str] = (),
+    fits: Optional[Callable[[nn.Module], Any]] = None,
 ) -> tuple[Any, Any, GlueTask]:
     """The tokenizer and the classifier for a GLUE task, and the task with its classes in the classifier's order.
 
@@ -27,6 +33,8 @@ def load_pieces(
         training: the classifier will be trained, so the outputs of one that learnt a task with another number of
             classes (MNLI before RTE) may start anew.
         learners: see :func:`hf_plugin.scripts.models.load_model`.
+        fits: raises HeadPruningError for what cannot be done to a model like the one it is given; called, with one
+            without weights, before the weights are loaded.
 
     Raises:
         HeadPruningError: the model or its tokenizer cannot be loaded or does not fit the task, or cannot pad.
@@ -40,6 +48,8 @@ def load_pieces(
             config.id2label, config.label2id = task.id2label, task.label2id
         config.problem_type = "regression" if task.regression else "single_label_classification"
         tokenizer = load_tokenizer(model_args)
+        if fits is not None:
+            check_twin(AutoModelForSequenceClassification, config, fits)
         model, outputs = load_model(AutoModelForSequenceClassification, name, learners, config=config, **hub)
     if outputs is not None:
         differs = f"{name} has {outputs} outputs but {task.folder} needs {task.num_labels}"
@@ -62,7 +72,11 @@ class GlueRun(TaskRun):
         super().__init__(arguments)
         data, training = _data(arguments), arguments.training
         task = find_task(data.task_name)
-        tokenizer, model, self.task = load_pieces(arguments.model, task, training.do_train, self.learners)
+        if data.data_dir is not None:
+            check_files(task, data.data_dir, self.splits)
+        tokenizer, model, self.task = load_pieces(
+            arguments.model, task, training.do_train, self.learners, fits=self.fits
+        )
         self.dataset, self.main_metric = f"GLUE {self.task.folder}", self.task.main_metric
         with training.main_process_first(desc="tokenising"):
             self.data: TaskData = load_task(

@@ -53,6 +53,11 @@ def core_of(site: AttentionSite) -> str:
 
 
 def _plan(model: nn.Module, site: AttentionSite) -> SitePlan:
+    if not site.projections:
+        raise _Refused(
+            "it names no projections, in whose rows the heads lie; name those of query, key and value in its "
+            "AttentionSite (projections=)"
+        )
     name = core_of(site)
     core = model.get_submodule(name)
     forward = read_forward(type(core))

@@ -50,6 +50,7 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
     """
     tree = Tree(model)
     keep = _keep(tree, ignore)
+    sites = [_with_projections(tree, site) for site in sites]
     for site in sites:
         _check_site(tree, site)
     by_hand = [site.name for site in sites]
@@ -111,6 +112,18 @@ def _nested(name: str, other: str) -> bool:
     return name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.")
 
 
+def _with_projections(tree: Tree, site: AttentionSite) -> AttentionSite:
+    """A site given by hand, with the projections of its module's layout where it names none."""
+    module = tree.modules.get(site.name)
+    if site.projections or module is None:
+        return site
+    for parts in filter(None, (find_parts(module, layout) for layout in LAYOUTS)):
+        names = {role: tree.name_of(module.get_submodule(part)) for role, part in parts.items()}
+        if names.pop("out") == site.out_proj:
+            return dataclasses.replace(site, projections=tuple(names.values()))
+    return site
+
+
 def _check_site(tree: Tree, site: AttentionSite) -> None:
     for name in (site.name, site.layer, site.out_proj, *site.projections):
         if name not in tree.modules:
@@ -150,13 +163,15 @@ def _site(tree: Tree, name: str, parts: dict[str, nn.Module]) -> "AttentionSite 
         return Unmapped(name, f"its norm {norm} may sit between the heads and the output projection")
     names = {role: tree.name_of(part) for role, part in parts.items()}
     holders = dict.fromkeys([name, *(part.rpartition(".")[0] for part in names.values())])
+    layer = tree.host_layer(name)
+    kind = tree.kind(name, layer)
+    modules, half = [tree.modules[holder] for holder in holders], kind.partition("_")[0]
     try:
-        heads, head_dim = count_heads([tree.modules[holder] for holder in holders], tree.config_of(name), parts)
+        heads, head_dim = count_heads(modules, tree.config_of(name), parts, half)
     except ValueError as error:
         return Unmapped(name, str(error))
-    layer = tree.host_layer(name)
     out_proj = names.pop("out")
-    return AttentionSite(name, tree.kind(name, layer), layer, heads, head_dim, out_proj, tuple(names.values()))
+    return AttentionSite(name, kind, layer, heads, head_dim, out_proj, tuple(names.values()))
 
 
 def _norm_before_out(tree: Tree, name: str) -> Optional[str]:
@@ -199,18 +214,25 @@ class Unmapped:
     reason: str
 
 
-def _out_proj(module: nn.Module) -> str:
-    """The best guess: the last projection that is called so, or the last one."""
+def _parts(module: nn.Module) -> tuple[str, list[str]]:
+    """The best guess of the output projection, the last that is called so or the last one, and of the others."""
+    known = next(filter(None, (find_parts(module, layout) for layout in LAYOUTS)), None)
+    if known is not None:
+        return known["out"], [part for role, part in known.items() if role != "out"]
     inside = [name for name, child in module.named_modules() if name and features(child) is not None]
     called_out = [name for name in inside if re.match(r"o(_|$)|.*out", name.rpartition(".")[2])]
-    return (called_out or inside or ["OUT_PROJ"])[-1]
+    out = (called_out or inside or ["OUT_PROJ"])[-1]
+    return out, [name for name in inside if name != out]
 
 
 def _line(tree: Tree, name: str) -> str:
     layer = tree.host_layer(name)
+    out, others = _parts(tree.modules[name])
+    listed = "".join(f'"{name}.{other}", ' for other in others).rstrip()
+    projections = f", projections=({listed})" if listed else ""
     return (
         f'    AttentionSite(name="{name}", kind="{tree.kind(name, layer)}", layer="{layer}", heads=HEADS, '
-        f'head_dim=HEAD_DIM, out_proj="{name}.{_out_proj(tree.modules[name])}"),'
+        f'head_dim=HEAD_DIM, out_proj="{name}.{out}"{projections}),'
     )
 
 
@@ -224,8 +246,8 @@ def raise_unmapped(tree: Tree, unmapped: Sequence[Unmapped]) -> NoReturn:
     raise HeadPruningError(
         f"The attention module {first.name} ({type(tree.modules[first.name]).__name__}){more} cannot be mapped: "
         f"{first.reason}; describe it with the lines below (HEADS * HEAD_DIM is the width of what its output "
-        "projection out_proj reads) and pass them as sites=, or leave it out with ignore=, a regular expression of "
-        "module names.\n\n"
+        "projection out_proj reads; projections are those of query, key and value) and pass them as sites=, or leave "
+        "it out with ignore=, a regular expression of module names.\n\n"
         "from head_pruning import AttentionSite\n"
         "sites = [\n" + "\n".join(lines) + "\n]\n"
         "unit_map(model, sites=sites)"

@@ -1,8 +1,9 @@
 """Loading a run's tokenizer and model; what is missing, damaged or does not fit is said in one sentence."""
 
+import copy
 import logging
 import pickle
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 import transformers
@@ -43,6 +44,29 @@ def load_tokenizer(model_args: ModelArguments, **options: Any) -> Any:
             f"folder or the hub name of one."
         )
     return tokenizer
+
+
+def check_twin(auto: Any, config: Any, fits: Callable[[nn.Module], Any]) -> None:
+    """Try what is to be done to a model on one without weights, before its weights are loaded.
+
+    Args:
+        auto: a class with ``from_config``, such as ``AutoModelForSequenceClassification``.
+        config: the model's configuration.
+        fits: called with the model, on the meta device; raises HeadPruningError for what does not fit it. What it logs
+            is not shown: the same is done to the model itself later.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with torch.device("meta"):
+            twin = auto.from_config(copy.deepcopy(config))
+        fits(twin)
+    except HeadPruningError:
+        raise
+    except (NotImplementedError, RuntimeError):  # it computes with values while it is built; checked later, then
+        return
+    finally:
+        logging.disable(before)
 
 
 def load_model(auto: Any, name: str, learners: Sequence[str] = (), **options: Any) -> tuple[Any, Optional[int]]:

@@ -1,6 +1,7 @@
 """What the runs of all tasks share: resume, train with or without a pruner, report, save."""
 
 import contextlib
+import copy
 import logging
 import math
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from datasets import Dataset
+from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, set_seed
 
@@ -23,6 +25,7 @@ from ..saving.folders import describe_pruned, save_pruned
 from ..training.callback import refuse_broken
 from ..training.checkpoints import Checkpoint, check_resumable, last_checkpoint
 from ..training.optimizers import check_resumed, trainer_options
+from ..training.session import open_session
 from ..training.trainer import HeadPruningTrainer
 from ..training.weights import save_weight_masks_and_report
 from .logs import set_up
@@ -167,6 +170,16 @@ class TaskRun:
         for pattern in ("mask[0-9]*.safetensors", "*_results.json", "trainer_state.json"):
             for path in self.out.glob(pattern):
                 path.unlink()
+
+    def fits(self, twin: nn.Module) -> None:
+        """Raise HeadPruningError if the pruners' options do not fit models like ``twin``, which is left as it is.
+
+        Distillers, which would load a teacher, are left out.
+        """
+        cutting = [each for each in self.arguments.pruners if each.kind in ("heads", "units", "weights")]
+        if cutting:
+            pruners = [type(each)(copy.deepcopy(each.config)) for each in cutting]
+            open_session(twin, pruners, seed=self.arguments.training.seed).detach()
 
     def build_trainer(self, **options: Any) -> Trainer:
         """The Trainer with ``options``, and with the pruners if some were chosen."""

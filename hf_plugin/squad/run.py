@@ -3,11 +3,12 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 from datasets import Dataset
 from tokenizers import normalizers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -20,7 +21,7 @@ from head_pruning import HeadPruningError
 from ..command_line.arguments import Arguments
 from ..command_line.fields import ModelArguments, SquadArguments
 from ..saving.notices import quiet_saving
-from ..scripts.models import give_padding, load_model, load_tokenizer
+from ..scripts.models import check_twin, give_padding, load_model, load_tokenizer
 from ..scripts.run import TaskRun, first_examples, loading, start
 from ..training.checkpoints import whole_checkpoints
 from .answers import find_answers
@@ -31,8 +32,20 @@ from .reading import SPLITS, VERSIONS, SquadVersion, from_squad_hub, hub_table, 
 logger = logging.getLogger(__name__)
 
 
-def load_pieces(model_args: ModelArguments, data: SquadArguments, learners: Sequence[str] = ()) -> tuple[Any, Any]:
+def load_pieces(
+    model_args: ModelArguments,
+    data: SquadArguments,
+    learners: Sequence[str] = (),
+    fits: Optional[Callable[[nn.Module], Any]] = None,
+) -> tuple[Any, Any]:
     """The tokenizer and the question answering model.
+
+    Args:
+        model_args: the model's and the tokenizer's names.
+        data: the data's options.
+        learners: see :func:`hf_plugin.scripts.models.load_model`.
+        fits: raises HeadPruningError for what cannot be done to a model like the one it is given; called, with one
+            without weights, before the weights are loaded.
 
     Raises:
         HeadPruningError: the model or its tokenizer cannot be loaded, it is not of the type that was asked for, or it
@@ -48,6 +61,8 @@ def load_pieces(model_args: ModelArguments, data: SquadArguments, learners: Sequ
             )
         config.num_labels = 2  # a classifier's folder may say another number; the outputs here are start and end
         tokenizer = load_tokenizer(model_args)
+        if fits is not None:
+            check_twin(AutoModelForQuestionAnswering, config, fits)
         model, outputs = load_model(AutoModelForQuestionAnswering, name, learners, config=config, **hub)
         if outputs is not None:
             raise HeadPruningError(
@@ -105,16 +120,17 @@ class SquadRun(TaskRun):
             )
         self.version: SquadVersion = VERSIONS["2.0" if data.version_2_with_negative else "1.1"]
         self.dataset = f"SQuAD v{self.version.number}"
-        tokenizer, model = load_pieces(arguments.model, data, self.learners)
-        self.rows: Any = None
+        most = {"train": data.max_train_samples, "validation": data.max_eval_samples}
+        with training.main_process_first(desc="reading"):
+            rows = {split: first_examples(self._rows(split), most[split]) for split in SPLITS if split in self.splits}
+        tokenizer, model = load_pieces(arguments.model, data, self.learners, self.fits)
+        self.rows: Any = rows.get("validation")
         self.windows: Any = None
         train = None
         with training.main_process_first(desc="tokenising"):
-            if "train" in self.splits:
-                rows = first_examples(self._rows("train"), data.max_train_samples)
-                train = self._windows(rows, tokenizer, "train")
-            if "validation" in self.splits:
-                self.rows = first_examples(self._rows("validation"), data.max_eval_samples)
+            if "train" in rows:
+                train = self._windows(rows["train"], tokenizer, "train")
+            if self.rows is not None:
                 self.windows = self._windows(self.rows, tokenizer, "validation")
         #: Ending of the names of the files that the next evaluation writes; None: the step, and without n-best lists.
         self._name: Optional[str] = None

@@ -102,23 +102,33 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             HeadPruningError: weights are to be pruned but the Trainer shards them, or a pruner asks for what this
                 Trainer cannot do.
         """
+        self._check_trainer(trainer)
+        trainer.callback_handler.callbacks.insert(0, self)
+        wrap(trainer, "train", self._train)
+        changes = getattr(trainer, "model_init", None) is not None  # then sessions to come may be of another kind
+        wrap_counting(trainer, lambda: self.session)
+        wrap_evaluation(trainer, lambda: self.session)
+        if changes or self.session.changes_loss:
+            wrap_loss(trainer, lambda: self.session)
+        if changes or self.session.steers_host:
+            wrap_building(trainer, lambda: self.session, self._before_building)
+        if not getattr(trainer, "saves_outcome", False):
+            wrap(trainer, "save_model", self._save_model)
+        self._trainer = trainer
+        return self
+
+    def change_session(self, session: PruningSession) -> None:
+        """Drive another session, on a new model of the same Trainer; errors are those of :meth:`add_to`."""
+        self.session = session
+        self._check_trainer(self._trainer)
+
+    def _check_trainer(self, trainer: Any) -> None:
         if self.session.of_kind("weights"):
             refuse_sharded_weights(
                 getattr(trainer, "is_fsdp_enabled", False), getattr(trainer, "is_deepspeed_enabled", False)
             )
         refuse_steering(trainer, self.session)
-        trainer.callback_handler.callbacks.insert(0, self)
-        wrap(trainer, "train", self._train)
         allow_skipped_parameters(trainer, self.session)
-        wrap_counting(trainer, self.session)
-        wrap_evaluation(trainer, self.session)
-        wrap_loss(trainer, self.session)
-        if self.session.steers_host:
-            wrap_building(trainer, self.session, self._before_building)
-        if not getattr(trainer, "saves_outcome", False):
-            wrap(trainer, "save_model", self._save_model)
-        self._trainer = trainer
-        return self
 
     def _train(self, original: Callable, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Read and check the checkpoint that is to be resumed, once, before the Trainer loads anything of it."""
@@ -238,7 +248,10 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Learn the length of training, restore a resumed run, refuse what cannot work."""
         if not any(module is self.session.model for module in model.modules()):
-            raise HeadPruningError("The gates are on another model than the Trainer's; open the session on its model.")
+            raise HeadPruningError(
+                "The gates are on another model than the Trainer's; open the session on its model (for a model_init, "
+                "HeadPruningTrainer opens one on each model)."
+            )
         self.session.total_steps = state.max_steps
         for notice in notices_on(self.session.model):
             notice.in_checkpoints = True  # on_save() sees to it

@@ -1,7 +1,8 @@
 """A Trainer that prunes heads and weights while it trains."""
 
+import copy
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, Union, cast
 
 from torch import nn
 from transformers import Trainer
@@ -24,17 +25,27 @@ class HeadPruningTrainer(Trainer):
         trainer.train()
         trainer.save_model("pruned")      # an ordinary folder: loads without this package
 
+    With a ``model_init`` every model that it makes gets a session of its own, so ``hyperparameter_search`` works; what
+    the pruners are may depend on the trial, as the model may::
+
+        HeadPruningTrainer(
+            model_init=build, args=args, train_dataset=train,
+            pruners=lambda trial: [pruner("dsp", num_of_heads=trial.suggest_int("heads", 4, 24) if trial else 12)],
+        )
+
     ``pruner("platon", final_threshold=0.1, warmup_steps=0.1, ...)`` prunes weights, alone or beside a pruner of heads.
 
     Args:
-        pruners: the methods, see :func:`hf_plugin.pruner`.
+        model: the model; None with a ``model_init``.
+        pruners: the methods, see :func:`hf_plugin.pruner`; with a ``model_init`` also a function that makes them of
+            the trial (None where there is none).
         session: an open session on ``model`` instead of ``pruners``.
         unit_map: the model's sites; default: found by :func:`hf_plugin.unit_map`.
         mask_steps: see :class:`HeadPruningCallback`.
 
     Raises:
-        HeadPruningError: neither or both of ``pruners`` and ``session``, a ``model_init``, a model that cannot be
-            mapped, or weights to be pruned under FSDP or DeepSpeed.
+        HeadPruningError: neither or both of ``pruners`` and ``session``, a ``model_init`` and a session, a model that
+            cannot be mapped, or weights to be pruned under FSDP or DeepSpeed.
     """
 
     #: Whether :meth:`save_model` writes the pruned model by itself.
@@ -45,28 +56,57 @@ class HeadPruningTrainer(Trainer):
         model: Optional[nn.Module] = None,
         args: Any = None,
         *more: Any,
-        pruners: Sequence[Pruner] = (),
+        pruners: Union[Sequence[Pruner], Callable[[Any], Sequence[Pruner]]] = (),
         session: Optional[PruningSession] = None,
         unit_map: Optional[UnitMap] = None,
         mask_steps: int = 0,
         **options: Any,
     ) -> None:
-        if model is None or options.get("model_init") is not None:
-            raise HeadPruningError("Give the model itself; gates are put on it before the Trainer is built.")
         if bool(pruners) == (session is not None):
             raise HeadPruningError("Give either pruners or a session.")
-        if session is None:
-            session = open_session(model, pruners, unit_map=unit_map, seed=getattr(args, "seed", 42))
-        self.session = session
+        if model is None and (options.get("model_init") is None or session is not None):
+            raise HeadPruningError(
+                "Give the model and its pruners or session, or a model_init and pruners: then every model that it "
+                "makes gets a session of its own."
+            )
+        self._pruning: Optional[HeadPruningCallback] = None
+        self._pruners, self._unit_map, self._seed = pruners, unit_map, getattr(args, "seed", 42)
+        self.session = cast(PruningSession, session)
         try:
-            if session.of_kind("weights"):
+            if model is not None and session is None:
+                self.session = self._open(model, pruners(None) if callable(pruners) else pruners)
+            if session is not None and session.of_kind("weights"):
                 refuse_sharded_weights(getattr(args, "fsdp", None), getattr(args, "deepspeed", None))
             super().__init__(model, args, *more, **options)
-            self._pruning = HeadPruningCallback(session, mask_steps=mask_steps).add_to(self)
+            self._pruning = HeadPruningCallback(self.session, mask_steps=mask_steps).add_to(self)
         except BaseException:
-            if pruners:
-                session.detach()  # the model is as it was, for another try
+            if pruners and self.session is not None:
+                self.session.detach()  # the model is as it was, for another try
             raise
+
+    def _open(self, model: nn.Module, pruners: Sequence[Pruner]) -> PruningSession:
+        seed = getattr(getattr(self, "args", None), "seed", self._seed)
+        return open_session(model, pruners, unit_map=self._unit_map, seed=seed)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As the base class, and open a session on the new model; that of the model before is detached."""
+        model = super().call_model_init(trial)
+        if self.session is not None:
+            self.session.detach()
+        made = self._pruners
+        fresh = made(trial) if callable(made) else [type(each)(copy.deepcopy(each.config)) for each in made]
+        self.session = self._open(model, fresh)
+        if self._pruning is None:  # the base class is being built
+            if self.session.of_kind("weights"):
+                refuse_sharded_weights(self.args.fsdp, self.args.deepspeed)
+        else:
+            self.optimizer = self.lr_scheduler = None  # those of the model before
+            self._pruning.change_session(self.session)
+        return model
+
+    @property
+    def _callback(self) -> HeadPruningCallback:
+        return cast(HeadPruningCallback, self._pruning)
 
     @property
     def head_mask(self) -> Optional[HeadMask]:
@@ -79,12 +119,12 @@ class HeadPruningTrainer(Trainer):
         Checkpoints keep all weights, and what pruners know of them.
         """
         if not (_internal_call and output_dir is not None):
-            self._pruning.save_outcome(self, output_dir, super().save_model)
+            self._callback.save_outcome(self, output_dir, super().save_model)
             return
         refuse_broken(self.session.model, self.state.global_step)  # before older checkpoints make room for this one
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:  # its trainer_state.json comes last
-            self._pruning.save_tensors(output_dir, self.state.global_step)
+            self._callback.save_tensors(output_dir, self.state.global_step)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Leave the card that :meth:`save_model` wrote, as ``push_to_hub`` does without it."""

@@ -21,21 +21,26 @@ def wrap(trainer: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(trainer, name, wrapped)
 
 
-def wrap_evaluation(trainer: Any, session: PruningSession) -> None:
+# The session of the model that is trained now: a Trainer with a ``model_init`` gets another with every model.
+Current = Callable[[], PruningSession]
+
+
+def wrap_evaluation(trainer: Any, current: Current) -> None:
     """Evaluate with the masks on: between two masks the weights of some pruners are all there."""
 
     def evaluation_loop(original: Callable, *args: Any, **options: Any) -> Any:
-        with session.evaluating():
+        with current().evaluating():
             return original(*args, **options)
 
     wrap(trainer, "evaluation_loop", evaluation_loop)
 
 
-def wrap_loss(trainer: Any, session: PruningSession) -> None:
+def wrap_loss(trainer: Any, current: Current) -> None:
     """Train on the session's objective; the loss of evaluations stays the task's."""
 
     def compute_loss(original: Callable, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
-        if not model.training:
+        session = current()
+        if not model.training or not session.changes_loss:
             return original(model, inputs, return_outputs=return_outputs, **options)
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs  # label smoothing takes the labels out
         loss, outputs = original(model, inputs, return_outputs=True, **options)
@@ -45,8 +50,7 @@ def wrap_loss(trainer: Any, session: PruningSession) -> None:
             loss = session.loss(loss, given, outputs, masks=masks, weight=weight)
         return (loss, outputs) if return_outputs else loss
 
-    if session.changes_loss:
-        wrap(trainer, "compute_loss", compute_loss)
+    wrap(trainer, "compute_loss", compute_loss)
 
 
 def mean_weight(trainer: Any, items: Any) -> float:
@@ -71,14 +75,18 @@ def token_masks(unit_map: UnitMap, inputs: Any) -> dict[str, torch.Tensor]:
     return {side: mask.bool() for side, mask in found.items() if torch.is_tensor(mask) and mask.dim() == 2}
 
 
-def wrap_building(trainer: Any, session: PruningSession, before: Callable[[], int]) -> None:
+def wrap_building(trainer: Any, current: Current, before: Callable[[], int]) -> None:
     """Build optimizers for the phase that ``before()``'s update is in, and their schedules over that phase."""
 
     def create_optimizer(original: Callable, *args: Any, **options: Any) -> Any:
-        before()
+        if current().steers_host:
+            before()
         return original(*args, **options)
 
     def create_scheduler(original: Callable, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        session = current()
+        if not session.steers_host:
+            return original(num_training_steps, *args, **options)
         session.total_steps = num_training_steps
         begin, end = session.schedule_span(before())
         last = num_training_steps if end is None else end
@@ -88,13 +96,13 @@ def wrap_building(trainer: Any, session: PruningSession, before: Callable[[], in
     wrap(trainer, "create_scheduler", create_scheduler)
 
 
-def wrap_counting(trainer: Any, session: PruningSession) -> None:
+def wrap_counting(trainer: Any, current: Current) -> None:
     """Tell the session of the updates in an epoch, as soon as the Trainer has its batches."""
 
     def get_train_dataloader(original: Callable, *args: Any, **options: Any) -> Any:
         batches = original(*args, **options)
         if has_length(batches):
-            session.steps_per_epoch = max(1, math.ceil(len(batches) / trainer.args.gradient_accumulation_steps))
+            current().steps_per_epoch = max(1, math.ceil(len(batches) / trainer.args.gradient_accumulation_steps))
         return batches
 
     wrap(trainer, "get_train_dataloader", get_train_dataloader)

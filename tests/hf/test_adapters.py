@@ -174,3 +174,69 @@ def test_what_cannot_be_loaded_or_merged_is_refused(trained, tmp_path):
     assert hasattr(model, "peft_config")
     with pytest.raises(HeadPruningError, match="call merge_and_unload first .* or hf_plugin.merge_and_cut"):
         hf_plugin.prune_heads(model, {0: [1]})
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+def sparse(share: float = 0.5):
+    model = tiny_bert(initializer_range=0.3)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.bert.encoder.parameters():
+            if parameter.dim() == 2:
+                parameter[torch.rand_like(parameter) < share] = 0
+    return model
+
+
+def train(model, folder, *pruners, **options):
+    trainer = HeadPruningTrainer(
+        model=model,
+        args=arguments(folder / "run", **{"max_steps": 4, "learning_rate": 1e-2, **options}),
+        train_dataset=sentences(16),
+        data_collator=collate,
+        pruners=list(pruners),
+    )
+    trainer.train()
+    return trainer
+
+
+def test_lock_keeps_the_zeros_under_adapters(tmp_path):
+    sparse().save_pretrained(tmp_path / "base")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(target_modules=["query"], r=2, task_type=TaskType.SEQ_CLS))
+    zeros = {name: value == 0 for name, value in model.named_parameters() if value.dim() == 2 and ".layer." in name}
+    zeros = {name: zero for name, zero in zeros.items() if "lora_" not in name}
+    trainer = train(model, tmp_path, pruner("lock"))
+    masks = trainer.session.weight_masks()
+    assert {name for name in masks if not name.endswith("bias")} == set(zeros)
+    assert all(torch.equal(~masks[name], zero) for name, zero in zeros.items())
+    trained = [value for name, value in model.named_parameters() if "lora_B" in name]
+    assert trained and all(value.any() for value in trained)  # B starts at zero, which is no pruning
+    trainer.save_model(str(tmp_path / "adapter"))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card and "`hf_plugin.merge_pruned`" in card
+    trainer.session.detach()
+    model.eval()
+    loaded = load_pruned_peft(tmp_path / "adapter")
+    close(outputs(loaded), outputs(model))
+    merged = merge_pruned(loaded)
+    for name, zero in zeros.items():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert torch.equal(merged.get_parameter(name) == 0, zero)
+
+
+@pytest.mark.parametrize("name", ["platon", "magnitude", "movement"])
+def test_weights_under_adapters_are_not_pruned_unnoticed(tmp_path, caplog, name):
+    options = {"final_threshold": 0.5, "warmup_steps": 2, "initial_warmup": 0, "final_warmup": 1}
+    model = adapted(tiny_bert())
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(HeadPruningError, match="frozen under adapters; merge the adapters into it and unfreeze"):
+        open_session(model, [pruner(name, **options)])
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    caplog.set_level("WARNING")
+    trainer = train(model, tmp_path, pruner(name, weights_include="lora_", **options))
+    tensors = sum("lora_" in each for each, _ in model.named_parameters())
+    assert f"{tensors} of {tensors} pruned tensors are of adapters" in caplog.text
+    assert all(".lora_" in each for each in trainer.session.weight_masks())
+    open_session(adapted(tiny_bert()).merge_and_unload().requires_grad_(True), [pruner(name, **options)]).detach()

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.masks import full_mask
+from hf_plugin import head_importance
 from hf_plugin.command_line.arguments import parse
 from hf_plugin.command_line.michel import parse_michel
+from hf_plugin.glue.michel import MichelRun
 from hf_plugin.glue.michel import run as run_michel
 from hf_plugin.glue.run import GlueRun, run
 from tests.hf.glue_files import FOLDERS
@@ -103,7 +107,8 @@ def test_pipelined_dsp(here, dense):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_michel(here, dense, capsys, exact):
-    line = [word for word in MICHEL if exact or word != "--exact_pruning"]
+    # Examples on their own: then it does not matter which of them come together in a batch.
+    line = [word for word in [*MICHEL, "--per_example"] if exact or word != "--exact_pruning"]
     folder = f"michel_{exact}"
     rounds = run_michel(parse_michel([*line, "--output_dir", folder, "--no_cuda"]))
     assert [entry["heads"] for entry in rounds] == [24, 12, 0]
@@ -115,7 +120,16 @@ def test_michel(here, dense, capsys, exact):
     importance = [np.array(entry["importance"]) for entry in rounds[1:]]
     mask = HeadMask.load(here / folder / "michel_masks" / "heads12.safetensors")
     assert set(np.argsort(importance[0])[12:]) == set(np.flatnonzero(mask.keep))
-    assert np.array_equal(*importance) != exact
+    # Measured by itself under the mask before each round, or under that of all heads where one measurement does.
+    michel = MichelRun(parse_michel([*line, "--output_dir", f"{folder}_again", "--no_cuda"]))
+    loader = DataLoader(michel.data.train, batch_size=7, collate_fn=michel.collator)
+    whole, left = (
+        head_importance(michel.model, loader, mask=each, per_example=True, progress=False)
+        for each in (full_mask(mask.unit_map), mask)
+    )
+    np.testing.assert_allclose(importance[0], whole, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(importance[1], left if exact else whole, rtol=0, atol=2e-5)
+    assert np.abs(left - whole).max() > 2e-3  # so that one could not pass for the other
     table = capsys.readouterr().out
     assert "heads kept" in table and len([row for row in table.splitlines() if row[:2].strip().isdigit()]) == 3
     # A second call has nothing left to do and says the same.

@@ -259,7 +259,7 @@ class GateBank:
             sites = [site for site in self.unit_map.attention if site.name in silent]
             lines = [
                 f'    AttentionSite("{site.name}", "{site.kind}", "{site.layer}", heads={site.heads}, '
-                f'head_dim={site.head_dim}, out_proj="{site.out_proj}"),'
+                f'head_dim={site.head_dim}, out_proj="{site.out_proj}", projections={site.projections!r}),'
                 for site in sites[:4]
             ]
             raise UnfiredSiteError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from typing import Iterable, Iterator, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 import torch
 
@@ -75,6 +75,7 @@ def find_targets(
     include: Optional[str] = None,
     exclude: Optional[str] = None,
     biases: bool = True,
+    frozen: bool = False,
 ) -> Targets:
     """The parameters to prune, and the matrices that stay dense.
 
@@ -82,6 +83,7 @@ def find_targets(
     all projections of each feed-forward block, all tensors of experts. On BERT with ``biases`` that is what the
     published PLATON selects by name (85 017 600 scalars of BERT-base). Weights of normalisations and embeddings are
     never among them, also not by a pattern, and also not where another module shares them (a tied output layer).
+    Matrices of adapters are among them by a pattern alone: their zeros make no weight of the model zero.
 
     Args:
         model: the model.
@@ -89,6 +91,7 @@ def find_targets(
         include: regular expression searched in parameter names; replaces the choice by sites.
         exclude: regular expression of names to leave out.
         biases: also the biases of the chosen modules.
+        frozen: also those that are not trained.
 
     Raises:
         HeadPruningError: nothing is left to prune, a pattern is no regular expression, or a parameter is sharded.
@@ -102,32 +105,59 @@ def find_targets(
     layers = () if by_sites is None else tuple(f"{layer}." for layer in by_sites.layers)
     experts = {name: site.transposed for site in (unit_map.experts if unit_map else ()) for name in site.weights}
     owners = {id(parameter): module for module in model.modules() for parameter in _own(module)}
-    found, frozen = Targets([], {}, []), []
+    adapters = _of_adapters(model)
+    found, kept_frozen, adapted = Targets([], {}, []), [], 0
     for name, parameter in model.named_parameters():
         if id(parameter) in protected or not parameter.is_floating_point():
+            continue
+        if id(parameter) in adapters and wanted is None:
             continue
         bias = parameter.dim() < 2 or name.endswith("bias")
         fits = bool(wanted.search(name)) if wanted is not None else f"{name}.".startswith(places)
         excluded = unwanted is not None and bool(unwanted.search(name))
-        if fits and not excluded and parameter.requires_grad and (biases or not bias):
+        trained = parameter.requires_grad or frozen
+        if fits and not excluded and trained and (biases or not bias):
             require_whole(name, parameter)
             layout = None if bias else _layout(owners[id(parameter)], name, parameter, experts.get(name))
             found.chosen.append(Target(name, parameter, layout))
+            adapted += id(parameter) in adapters
             continue
-        if fits and not excluded and not parameter.requires_grad:
-            frozen.append(name)
+        if fits and not excluded and not trained:
+            kept_frozen.append(name)
         if not bias:
             found.left[name] = parameter.numel()
             router = any("router" in type(module).__name__.lower() for module in _around(model, name))
             if name.startswith(layers) and not (fits or excluded or router) and parameter.requires_grad:
                 found.overlooked.append(name)
-    if frozen:
-        logger.warning("%d frozen parameters are not pruned: %s", len(frozen), shortened(frozen))
+    if not found.chosen and adapters and wanted is None:
+        raise HeadPruningError(
+            "No trainable weight is left to prune: the model's own weights are frozen under adapters; merge the "
+            "adapters into it and unfreeze it first (merge_and_unload, requires_grad_), or prune their matrices by "
+            "name (--weights-include lora_), whose zeros make no weight of the model zero."
+        )
+    if kept_frozen:
+        logger.warning("%d frozen parameters are not pruned: %s", len(kept_frozen), shortened(kept_frozen))
+    if adapted:
+        logger.warning(
+            "%d of %d pruned tensors are of adapters: their zeros make no weight of the model zero",
+            adapted,
+            len(found.chosen),
+        )
     if not found.chosen:
         raise HeadPruningError(
             "No trainable weight is left to prune; correct --weights-include and --weights-exclude, or unfreeze the "
             "model."
         )
+    return found
+
+
+def _of_adapters(model: torch.nn.Module) -> set[int]:
+    """The parameters that adapters of PEFT have beside the layers that they are on."""
+    found: set[int] = set()
+    for module in model.modules():
+        base_layer: Any = getattr(module, "get_base_layer", None)
+        if base_layer is not None:
+            found |= {id(each) for each in module.parameters()} - {id(each) for each in base_layer().parameters()}
     return found
 
 
