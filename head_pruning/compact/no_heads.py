@@ -66,13 +66,13 @@ class NoHeads(nn.Module):
     _no_heads: Mapping[str, Any]
     _no_heads_class: Any
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return vars(self).get("_no_heads_class", NoHeads)
 
     @__class__.setter
-    def __class__(self, value: type) -> None:
-        object.__dict__["__class__"].__set__(self, value)  # a host may have a class of its own for it
+    def __class__(self, kind: type) -> None:  # a host has a class of its own for it
+        object.__dict__["__class__"].__set__(self, kind)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return bare, (), vars(self)  # pickle would look for an object of the class that it pretends to be

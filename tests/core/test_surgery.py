@@ -72,6 +72,23 @@ def test_uneven_and_emptied_sites_equal_the_mask(model, units):
     assert untouched not in recipe["sites"]
 
 
+class Silent(nn.Module):
+    """A host's own attention without heads."""
+
+    def forward(self, x: torch.Tensor, *_) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(x), None
+
+
+def test_a_host_puts_a_class_of_its_own_in_the_place_of_an_emptied_site(model, units):
+    def adapt(cut: nn.Module) -> None:
+        cut.get_submodule(units.attention[1].name).__class__ = Silent
+
+    remove_heads(model, dataclasses.replace(units, adapt=adapt), some(units))
+    emptied = model.get_submodule(units.attention[1].name)
+    assert type(emptied) is Silent and isinstance(copy.deepcopy(emptied), Silent)
+    assert not isinstance(emptied, NoHeads)
+
+
 def test_a_recipe_shapes_a_fresh_model_also_on_the_meta_device(model, units):
     fresh = copy.deepcopy(model)
     recipe = remove_heads(model, units, some(units))
