@@ -4,9 +4,10 @@ In each update every layer is the student's with a probability, the replacing ra
 rises to 1; meanwhile the student's weights are pruned (:mod:`head_pruning.weights.spd_magnitude`).
 """
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch
@@ -294,9 +295,19 @@ class SpdPruner(Distiller):
         self._plan()
         return {"replacing_rate": self._rate(self.step), **super().metrics()}
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside the block the student stands alone, also where it is in training mode."""
+        self.grafts.set(np.ones_like(self.drawn))
+        try:
+            yield
+        finally:
+            self.grafts.set(self.drawn)
+
     def harden(self) -> None:
         """From now on the student stands alone in training too."""
-        self.grafts.set(np.ones_like(self.drawn))
+        self.drawn = np.ones_like(self.drawn)
+        self.grafts.set(self.drawn)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
