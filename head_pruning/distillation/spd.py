@@ -298,11 +298,14 @@ class SpdPruner(Distiller):
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside the block the student stands alone, also where it is in training mode."""
-        self.grafts.set(np.ones_like(self.drawn))
+        grafts = self._grafts  # None once it is detached: then the student stands alone anyway
+        if grafts is not None:
+            grafts.set(np.ones_like(self.drawn))
         try:
             yield
         finally:
-            self.grafts.set(self.drawn)
+            if grafts is not None:
+                grafts.set(self.drawn)
 
     def harden(self) -> None:
         """From now on the student stands alone in training too."""
