@@ -6,9 +6,10 @@ rises to 1; meanwhile the student's weights are pruned (:mod:`head_pruning.weigh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch
@@ -296,9 +297,22 @@ class SpdPruner(Distiller):
         self._plan()
         return {"replacing_rate": self._rate(self.step), **super().metrics()}
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside the block the student stands alone, also where it is in training mode."""
+        grafts = self._grafts  # None once it is detached: then the student stands alone anyway
+        if grafts is not None:
+            grafts.set(np.ones_like(self.drawn))
+        try:
+            yield
+        finally:
+            if grafts is not None:
+                grafts.set(self.drawn)
+
     def harden(self) -> None:
         """From now on the student stands alone in training too."""
-        self.grafts.set(np.ones_like(self.drawn))
+        self.drawn = np.ones_like(self.drawn)
+        self.grafts.set(self.drawn)
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -146,11 +146,11 @@ def open_teacher(
             model, unit_map = copy.deepcopy(student, {id(own[name]): own[name] for name in shared}), session.unit_map
         else:
             model, unit_map = copy.deepcopy(student), session.unit_map
-        teacher = Teacher(model, unit_map, session, kind)
-        teacher.share(student, shared)
-        known[path, dtype] = teacher
-    known[path, dtype].users += 1
-    return known[path, dtype]
+        known[path, dtype] = Teacher(model, unit_map, session, kind)
+    teacher = known[path, dtype]
+    teacher.share(session.model, shared)
+    teacher.users += 1
+    return teacher
 
 
 def close_teacher(session: SessionView, teacher: Teacher) -> None:

@@ -256,6 +256,9 @@ def test_a_graft_computes_the_teachers_layer_and_only_in_training(drawn):
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == own
     assert torch.equal(model.eval()(batch(0)[0]), alone)
     model.train()
+    with session.evaluating():
+        assert torch.equal(model(batch(0)[0]), alone)
+    assert torch.equal(model(batch(0)[0]), mixed(batch(0)[0]))
     update(model, session, 0)
     for number, mine in enumerate(drawn):
         grads = [p.grad for p in model.layers[number].parameters()]
@@ -356,6 +359,19 @@ def test_what_lies_outside_of_the_layers_is_held_once_and_frozen():
     session.detach()
     # Another teacher has another head, so the student's own learns.
     session = open_session(model, build("spd", teacher_path="other"), load_teacher=other())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("names", [("spd", "logits"), ("logits", "spd")])
+def test_spd_beside_plain_distillation_shares_its_teacher(names):
+    model = make()
+    pruners = [build(name) for name in names]
+    session = open_session(model, *pruners)
+    assert pruners[0].teacher is pruners[1].teacher
+    assert [p.requires_grad for n, p in model.named_parameters() if not n.startswith("layers.")] == [False] * 3
+    session.before_update(0)
+    session.loss(task_loss(model, 0)).backward()
+    session.detach()
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -262,6 +262,23 @@ def test_gradient_checkpointing_and_accumulation_train_the_same(tmp_path):
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+def test_the_teacher_computes_in_the_precision_of_its_student(tmp_path):
+    model, seen = tiny_bert(), set()
+    trainer = HeadPruningTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=2, bf16=True),
+        pruners=[pruner("spd")],
+        train_dataset=sentences(16),
+        data_collator=collate,
+    )
+    teacher = trainer.session.pruners[0].teacher.model
+    for which in (model, teacher):
+        dense = which.bert.encoder.layer[0].output.dense
+        dense.register_forward_hook(lambda module, args, output, which=which: seen.add((which is model, output.dtype)))
+    trainer.train()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
 def test_in_somebodys_own_trainer(tmp_path):
     from transformers import Trainer
 
