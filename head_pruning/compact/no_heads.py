@@ -66,7 +66,7 @@ class NoHeads(nn.Module):
     _no_heads: Mapping[str, Any]
     _no_heads_class: Any
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         return vars(self).get("_no_heads_class", NoHeads)
 
