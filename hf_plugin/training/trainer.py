@@ -75,7 +75,7 @@ class HeadPruningTrainer(Trainer):
         try:
             if model is not None and session is None:
                 self.session = self._open(model, pruners(None) if callable(pruners) else pruners)
-            if session is not None and session.of_kind("weights"):
+            if self.session is not None and self.session.of_kind("weights"):
                 refuse_sharded_weights(getattr(args, "fsdp", None), getattr(args, "deepspeed", None))
             super().__init__(model, args, *more, **options)
             self._pruning = HeadPruningCallback(self.session, mask_steps=mask_steps).add_to(self)

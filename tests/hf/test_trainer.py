@@ -436,8 +436,8 @@ class TestRefusals:
     def test_bad_arguments(self, tmp_path):
         with pytest.raises(HeadPruningError, match="either pruners or a session"):
             HeadPruningTrainer(model=tiny_bert(), args=arguments(tmp_path))
-        with pytest.raises(HeadPruningError, match="Give the model itself"):
-            HeadPruningTrainer(model_init=tiny_bert, args=arguments(tmp_path), pruners=[pruner("ste")])
+        with pytest.raises(HeadPruningError, match="Give the model and its pruners or session, or a model_init"):
+            HeadPruningTrainer(args=arguments(tmp_path), pruners=[pruner("ste")])
         with pytest.raises(HeadPruningError, match="9"):
             trainer_of(tmp_path, options={**DSP, "num_of_heads": 9})
         with pytest.raises(HeadPruningError, match="no option keep"):
