@@ -38,7 +38,7 @@ DEFECTS = {
         "fairseq/test_resume.py:test_half_precision_run_goes_on",
     ],
     "gates are in every model, also where nothing is pruned": [
-        "core/test_session.py:test_attach_and_detach_leave_the_model_bit_for_bit",
+        "core/test_methods.py:test_attach_and_detach_leave_the_model_bit_for_bit",
         "core/test_session.py:test_logits_never_reach_the_hosts_optimizer",
     ],
     "the logged loss has the penalty in it": [

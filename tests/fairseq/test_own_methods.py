@@ -1,5 +1,6 @@
 """Methods that a user-dir registers, on fairseq's command line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,10 @@ def whole(translation, tmp_path_factory) -> Path:
 def test_one_of_each_kind_in_one_run(whole):
     masks, tensors = load_weight_masks(whole / "masks.safetensors"), weights_of(whole / "checkpoint_last.pt")
     assert mask_beside(whole / "checkpoint_last.pt").kept == 7
-    assert sum(int(keep.sum()) for keep in masks.values()) / sum(keep.numel() for keep in masks.values()) == (
-        pytest.approx(0.25, abs=1e-3)
-    )
+    told = json.loads((whole / "pruning.json").read_text())["weights"]
+    assert sum(int(keep.sum()) for keep in masks.values()) == told["weights_kept"]
+    assert sum(keep.numel() for keep in masks.values()) == told["weights_of_dense"] > told["weights_total"]
+    assert told["weights_kept"] / told["weights_total"] == pytest.approx(0.25, abs=1e-3)
     assert all(not tensors[name][~keep].any() for name, keep in masks.items())
 
 
