@@ -67,6 +67,15 @@ def test_uneven_and_emptied_sites_equal_the_mask(model, units):
     assert heads_left(model) == mask and recipe_of(model) == recipe == json.loads(json.dumps(recipe))
     empty = model.get_submodule(units.attention[1].name)
     assert isinstance(empty, NoHeads) and empty.q is None and empty.out.weight.shape == (12, 0)
+    assert isinstance(empty, type(model.encoder[0])) and type(empty) is NoHeads
+
+    class Another(NoHeads):
+        pass
+
+    empty.__class__ = Another  # as a host with a class of its own does
+    assert type(empty) is Another
+    empty.__class__ = NoHeads
+    assert type(copy.deepcopy(empty)) is NoHeads
     assert (empty.out.in_features, empty.out.out_features) == (0, 12)
     untouched = units.attention[2].name
     assert untouched not in recipe["sites"]
