@@ -66,7 +66,6 @@ class NoHeads(nn.Module):
     _no_heads: Mapping[str, Any]
     _no_heads_class: Any
 
-<<<<<<< HEAD
     @property
     def __class__(self) -> type:
         return vars(self).get("_no_heads_class", NoHeads)
@@ -74,15 +73,6 @@ class NoHeads(nn.Module):
     @__class__.setter
     def __class__(self, kind: type) -> None:  # a host has a class of its own for it
         object.__dict__["__class__"].__set__(self, kind)
-=======
-    def _class_before(self) -> type:
-        return vars(self).get("_no_heads_class", NoHeads)
-
-    def _become(self, kind: type) -> None:
-        object.__dict__["__class__"].__set__(self, kind)  # hosts may have a class of their own for it
-
-    __class__ = property(_class_before, _become)
->>>>>>> hffaults
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return bare, (), vars(self)  # pickle would look for an object of the class that it pretends to be
