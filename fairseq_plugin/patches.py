@@ -24,7 +24,7 @@ from head_pruning import HeadPruningError
 from head_pruning.surgery.remaining import recipe_of
 
 from .checkpoints.keeper import StateKeeper, check_weights, keeper_of, refuse_late_start
-from .checkpoints.reports import write_beside
+from .checkpoints.reports import reported, write_beside
 from .checkpoints.stored import KEY, META, PruningState, peek, refuse_cut_off, split_state
 from .checkpoints.weights import finish
 from .masters import carry_over
@@ -51,6 +51,7 @@ def install() -> None:
     _replace(distributed_utils, "_broadcast_object_slow", read_configurations)
     _replace(checkpoint_utils, "load_checkpoint_to_cpu", refuse_damaged_files)
     _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
+    _replace(checkpoint_utils, "load_checkpoint", report_what_is_over)
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
     _replace(Trainer, "load_checkpoint", load_pruned_training)
     _replace(Trainer, "state_dict", state_with_weights)
@@ -61,6 +62,7 @@ def install() -> None:
         if hasattr(module, "should_stop_early") and hasattr(module, "validate"):
             _replace(module, "validate", validate_masked)
             _replace(module, "should_stop_early", stop_at_target)
+            _replace(module, "train", stop_at_end)
 
 
 def _replace(owner: Any, name: str, patch: Callable) -> None:
@@ -223,6 +225,25 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     if not cfg.no_save and trainer.data_parallel_rank == 0:
         write_beside(cfg.save_dir, trainer, log_heads=last or epoch_itr.end_of_epoch())
     return saved
+
+
+def report_what_is_over(original, cfg, trainer, **options):
+    """A run that was killed behind its last checkpoint has left no reports on it."""
+    loaded, session = original(cfg, trainer, **options), getattr(trainer.task, "session", None)
+    updates = trainer.get_num_updates()
+    if session is not None and updates >= (session.total_steps or math.inf):
+        if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
+            write_beside(cfg.save_dir, trainer, log_heads=True)
+    return loaded
+
+
+def stop_at_end(original, cfg, trainer, task, epoch_itr):
+    """A run that is resumed at its end stays as it is; fairseq would train one update more before it looks."""
+    updates, hours = trainer.get_num_updates(), trainer.cumulative_training_time() / 3600
+    if updates >= (cfg.optimization.max_update or math.inf) or 0 < cfg.optimization.stop_time_hours < hours:
+        logger.info("training was over after %d updates; nothing is trained", updates)
+        return [None], True
+    return original(cfg, trainer, task, epoch_itr)
 
 
 def validate_masked(original, cfg, trainer, task, *args, **kwargs):

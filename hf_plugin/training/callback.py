@@ -35,6 +35,7 @@ from .wrapping import (
     wrap,
     wrap_building,
     wrap_counting,
+    wrap_end,
     wrap_evaluation,
     wrap_loss,
 )
@@ -105,6 +106,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._check_trainer(trainer)
         trainer.callback_handler.callbacks.insert(0, self)
         wrap(trainer, "train", self._train)
+        wrap_end(trainer, lambda: 0 if self._resumed is None else self._resumed.step)
         changes = getattr(trainer, "model_init", None) is not None  # then sessions to come may be of another kind
         wrap_counting(trainer, lambda: self.session)
         wrap_evaluation(trainer, lambda: self.session)
