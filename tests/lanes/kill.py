@@ -3,8 +3,8 @@
     python -m tests.lanes.kill --host transformers --host fairseq --kills 50
 
 Every run prunes heads (DSP) and weights (PLATON) and is a child forked from a process that has imported its host. A
-third of the moments is drawn over the time of the run, a third over its updates, a third over the changes in its output
-folder while checkpoints are written. Rows that are in the results already are not done again.
+third of the moments is drawn over the time of the run, a third over its updates, a third over the changes in its
+output folder while checkpoints are written. Rows that are in the results already are not done again.
 """
 
 import argparse
@@ -46,16 +46,26 @@ class Host:
         raise NotImplementedError
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+# How long something took; and what a Trainer tells of the updates since it was resumed, not of the run.
+_TIMES = ("runtime", "per_second")
+_OF_THE_CALL = ("train_loss", "num_train_epochs")
 
 
 def _timeless(value: Any) -> Any:
-    """Without the entries that say how long something took."""
-    timed = ("_runtime", "_per_second", "runtime", "wall", "seconds")
     if isinstance(value, dict):
-        return {key: _timeless(each) for key, each in value.items() if not key.endswith(timed)}
+        left = (key for key in value if not key.endswith(_TIMES) and key not in _OF_THE_CALL)
+        return {key: _timeless(value[key]) for key in left}
     return [_timeless(each) for each in value] if isinstance(value, list) else value
+
+
+def _content(path: Path) -> Any:
+    """What a file says, without times."""
+    if path.suffix == ".json":
+        return _timeless(json.loads(path.read_text(encoding="utf-8")))
+    if path.suffix == ".md":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if not any(f"{name} |" in line for name in _TIMES)]
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -68,23 +78,19 @@ def _temporary(path: Path) -> bool:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """The temporary files of the killed run that are still there, without what is random in their names."""
-    found = [p.relative_to(folder) for p in folder.rglob("*") if _temporary(p.relative_to(folder))]
-    return sorted(
-        {
-            re.sub(r"(?<=[.-])[a-z0-9_]{8}(?=\.|$)", "*", p.parts[0] if "saving" in p.parts[0] else str(p))
-            for p in found
-        }
-    )
+    """The temporary files and folders of the killed run that are still there, without what is random in their names."""
+    found = (path.relative_to(folder) for path in folder.rglob("*"))
+    tops = {next(p for p in (*list(each.parents)[::-1], each) if _temporary(p)) for each in found if _temporary(each)}
+    return sorted({re.sub(r"(?<=[.-])[a-z0-9_]{8}(?=\.|$)", "*", str(top)) for top in tops})
 
 
 class Transformers(Host):
     """hf_plugin.run_dsp on a tiny BERT."""
 
     name = "transformers"
-    LINE = """--pruner_name PLATON --final_threshold 0.2 --warmup_steps 2 --initial_warmup 1 --final_warmup 2 --deltaT 3
-        --beta2 0.9 --annealing --cooldown_steps 10 --initial_temperature 1 --final_temperature 1e-4 --max_steps 16
-        --save_steps 4 --save_total_limit 2 --logging_steps 2 --output_dir out""".split()
+    LINE = """--pruner_name PLATON --final_threshold 0.2 --warmup_steps 2 --initial_warmup 1 --final_warmup 2
+        --deltaT 3 --beta2 0.9 --annealing --cooldown_steps 10 --initial_temperature 1 --final_temperature 1e-4
+        --max_steps 16 --save_steps 4 --save_total_limit 2 --logging_steps 2 --output_dir out""".split()
 
     def prepare(self, place):
         import torch._dynamo  # noqa: F401  (what a first optimizer imports)
@@ -110,14 +116,7 @@ class Transformers(Host):
         main()
 
     def content(self, folder):
-        found: dict[str, Any] = {}
-        for path in _files(folder / "out"):
-            name = str(path.relative_to(folder / "out"))
-            if path.suffix == ".json":
-                found[name] = _timeless(json.loads(path.read_text(encoding="utf-8")))
-            else:
-                found[name] = _digest(path)
-        return found
+        return {str(path.relative_to(folder / "out")): _content(path) for path in _files(folder / "out")}
 
 
 class Fairseq(Host):
@@ -171,10 +170,8 @@ class Fairseq(Host):
                     "best": extra.get("best"),
                     "loss": extra["val_loss"],
                 }
-            elif path.suffix == ".json":
-                found[name] = _timeless(json.loads(path.read_text(encoding="utf-8")))
             else:
-                found[name] = _digest(path)
+                found[name] = _content(path)
         return found
 
 
