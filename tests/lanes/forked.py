@@ -7,8 +7,6 @@ import traceback
 from pathlib import Path
 from typing import Callable
 
-NICE = 10
-
 
 class Child:
     """``work()`` in a forked process, with its output in ``log``; it ends with 0, or 1 after an exception."""
@@ -37,7 +35,6 @@ def _run(work: Callable[[], object], log: Path) -> int:
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    os.nice(NICE)
     code = 0
     try:
         work()

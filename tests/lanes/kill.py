@@ -78,7 +78,7 @@ def _temporary(path: Path) -> bool:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """The temporary files and folders of the killed run that are still there, without what is random in their names."""
+    """The temporary files and folders of the killed run that are there, without what is random in their names."""
     found = (path.relative_to(folder) for path in folder.rglob("*"))
     tops = {next(p for p in (*list(each.parents)[::-1], each) if _temporary(p)) for each in found if _temporary(each)}
     return sorted({re.sub(r"(?<=[.-])[a-z0-9_]{8}(?=\.|$)", "*", str(top)) for top in tops})
@@ -124,8 +124,8 @@ class Fairseq(Host):
 
     name = "fairseq"
     LINE = """--weight-pruner platon --initial-threshold 1 --final-threshold 0.2 --warmup-steps 2 --initial-warmup 1
-        --final-warmup 2 --beta1 0.85 --beta2 0.95 --deltaT 3 --cooldown-steps 10 --save-interval-updates 4
-        --keep-interval-updates 2 --validate-interval-updates 4"""
+        --final-warmup 2 --beta1 0.85 --beta2 0.95 --deltaT 3 --cooldown-steps 10 --save-interval-updates 6
+        --keep-interval-updates 1 --validate-interval-updates 6"""
 
     def prepare(self, place):
         import fairseq.trainer  # noqa: F401
@@ -206,11 +206,11 @@ class Trial:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
 
-    def start(self) -> Child:
-        """Start the run, or resume it."""
+    def start(self, last: Optional[int] = None) -> Child:
+        """Start the run, or resume it; it kills itself at moment ``last``."""
 
         def work() -> None:
-            watch(self.log, self.folder / "out")
+            watch(self.log, self.folder / "out", last)
             self.host.run(self.place, self.folder)
 
         return Child(work, self.folder / f"output-{len(list(self.folder.glob('output-*')))}")
@@ -224,8 +224,10 @@ class Trial:
             raise RuntimeError(f"the run in {self.folder} ended with {code}:\n{last[-3000:]}")
         return time.monotonic() - began
 
-    def kill_at(self, moment: int, delay: float) -> bool:
-        """Kill the run ``delay`` seconds after its moment number ``moment``; False if it had ended before."""
+    def kill_at(self, moment: int, delay: Optional[float]) -> bool:
+        """Kill the run ``delay`` seconds after its moment number ``moment`` (None: at once); False if it had ended."""
+        if delay is None:
+            return self.start(moment).wait() < 0
         child, deadline = self.start(), time.monotonic() + LIMIT
         while count(self.log) <= moment and not child.ended() and time.monotonic() < deadline:
             time.sleep(0.0005)
@@ -237,8 +239,8 @@ class Trial:
 DRAWN = ("any time", "an update", "a checkpoint is written")
 
 
-def plan(number: int, whole: list[tuple[float, str]]) -> tuple[int, float]:
-    """Moment and delay of one kill."""
+def plan(number: int, whole: list[tuple[float, str]]) -> tuple[int, Optional[float]]:
+    """Moment and delay of one kill; what is written must meet it at once."""
     draw, drawn = random.Random(f"{SEED} {number}"), DRAWN[number % len(DRAWN)]
     gaps = [then[0] - now[0] for now, then in zip(whole, whole[1:])]
     updates = [i for i, (_, what) in enumerate(whole[:-1]) if what.startswith("update")]
@@ -247,7 +249,7 @@ def plan(number: int, whole: list[tuple[float, str]]) -> tuple[int, float]:
     elif drawn == "an update":
         moment = draw.choice(updates)
     else:
-        moment = draw.choice([i for i in range(len(gaps)) if "checkpoint" in whole[i][1] and i not in updates])
+        return draw.choice([i for i in range(len(gaps)) if "checkpoint" in whole[i][1] and i not in updates]), None
     return moment, draw.random() * gaps[moment]
 
 
@@ -259,7 +261,7 @@ def kill_once(host: Host, place: Path, number: int) -> dict[str, Any]:
     moment, delay = plan(number, times)
     for again in range(TRIES):
         trial.begin()
-        if trial.kill_at(moment, delay / 2**again):
+        if trial.kill_at(moment, delay and delay / 2**again):
             break
     else:
         raise RuntimeError(f"{host.name} {number}: ended {TRIES} times before it was killed")

@@ -1,9 +1,12 @@
 """The moments of a run at which it may be killed: each update, and each change in its output folder."""
 
+import itertools
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Optional
 
 from head_pruning import PruningSession
 
@@ -12,13 +15,17 @@ from head_pruning import PruningSession
 _CHANGES = {"open": 0, "os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.rmdir": 0, "shutil.rmtree": 0}
 
 
-def watch(log: Path, folder: Path) -> None:
-    """From now on append a line to ``log`` at each moment of this process."""
+def watch(log: Path, folder: Path, last: Optional[int] = None) -> None:
+    """From now on append a line to ``log`` at each moment of this process; kill -9 it at number ``last``, from 0."""
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     root = os.path.abspath(folder)
 
+    seen = itertools.count()
+
     def note(moment: str) -> None:
         os.write(handle, f"{time.monotonic():.6f}\t{moment}\n".encode())
+        if next(seen) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def changed(event: str, arguments: tuple) -> None:
         if event not in _CHANGES or not isinstance(arguments[_CHANGES[event]], (str, os.PathLike)):
