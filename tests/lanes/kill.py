@@ -4,7 +4,8 @@
 
 Every run prunes heads (DSP) and weights (PLATON) and is a child forked from a process that has imported its host. A
 third of the moments is drawn over the time of the run, a third over its updates, a third over the changes in its
-output folder while checkpoints are written. Rows that are in the results already are not done again.
+output folder while checkpoints are written. A call goes on where one before it was ended: its work folder has what was
+done.
 """
 
 import argparse
@@ -112,7 +113,8 @@ class Transformers(Host):
             if not (folder / name).exists():
                 (folder / name).symlink_to(place / name)
         os.chdir(folder)
-        sys.argv = ["run_dsp", *JOINT_DSP, *TINY, *self.LINE]
+        line = [word for word in JOINT_DSP if word != "--do_eval"]
+        sys.argv = ["run_dsp", *line, *TINY, *self.LINE]
         main()
 
     def content(self, folder):
@@ -124,8 +126,8 @@ class Fairseq(Host):
 
     name = "fairseq"
     LINE = """--weight-pruner platon --initial-threshold 1 --final-threshold 0.2 --warmup-steps 2 --initial-warmup 1
-        --final-warmup 2 --beta1 0.85 --beta2 0.95 --deltaT 3 --cooldown-steps 10 --save-interval-updates 6
-        --keep-interval-updates 1 --validate-interval-updates 6"""
+        --final-warmup 2 --beta1 0.85 --beta2 0.95 --deltaT 3 --cooldown-steps 8 --save-interval-updates 4
+        --keep-interval-updates 1 --validate-interval-updates 8"""
 
     def prepare(self, place):
         import fairseq.trainer  # noqa: F401
@@ -144,7 +146,7 @@ class Fairseq(Host):
         from tests.fairseq.command_lines import DSP, Translation
 
         logging.getLogger().handlers.clear()  # importing fairseq has set one; the command sets its own
-        line = Translation(place / "data-bin").train("out", DSP, self.LINE, updates=16)
+        line = Translation(place / "data-bin").train("out", DSP, self.LINE, updates=10)
         line.remove("--disable-validation")
         os.chdir(folder)
         sys.argv = ["fairseq-train", *(str(word) for word in line)]
@@ -276,10 +278,12 @@ def kill_once(host: Host, place: Path, number: int) -> dict[str, Any]:
         trial.finish()
     except RuntimeError as error:
         return {**row, "equal": False, "differs": [str(error)[-500:]]}
-    found = differences(host.content(whole.folder), host.content(trial.folder))
+    mine, theirs = host.content(trial.folder), host.content(whole.folder)
+    more = {name.partition("/")[0] for name in mine.keys() - theirs.keys()}  # a checkpoint that was to be removed
+    found = differences(theirs, {name: value for name, value in mine.items() if name in theirs})
     resumed = moments(trial.log)[len(happened) :]
     row["resumed at"] = next((int(what.split()[1]) for _, what in resumed if what.startswith("update")), None)
-    row |= {"equal": not found, "differs": found[:20], "leftovers": leftovers(trial.folder / "out")}
+    row |= {"equal": not found, "differs": found[:20], "leftovers": [*leftovers(trial.folder / "out"), *sorted(more)]}
     if not found:
         shutil.rmtree(trial.folder)
     return row
@@ -309,9 +313,9 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def serve(name: str, work: Path, kills: int, results: Path) -> None:
-    """All kills of one host that are not in the results yet."""
-    file = results / f"kill-{name}.jsonl"
+def serve(name: str, work: Path, kills: int) -> None:
+    """All kills of one host that were not done yet."""
+    file = work / f"{name}.jsonl"
     done = {row["number"] for row in _read(file)}
     if set(range(kills)) <= done:
         return
@@ -337,15 +341,15 @@ def main(line: Optional[list[str]] = None) -> int:
     parser.add_argument("--host", action="append", choices=list(HOSTS), help="default: both")
     parser.add_argument("--kills", type=int, default=50, help="per host")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "head-pruning-kill", help="folder")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     options = parser.parse_args(line)
     options.results.mkdir(parents=True, exist_ok=True)
     for name in options.host or HOSTS:
         # A process of its own, so that one host's imports do not disturb the other's.
         log = options.work / f"{name}.log"
-        if Child(lambda name=name: serve(name, options.work, options.kills, options.results), log).wait() != 0:
+        if Child(lambda name=name: serve(name, options.work, options.kills), log).wait() != 0:
             raise SystemExit(f"{name} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
-    rows = {name: _read(options.results / f"kill-{name}.jsonl") for name in HOSTS}
+    rows = {name: _read(options.work / f"{name}.jsonl") for name in HOSTS}
     (options.results / "kill.md").write_text(table(rows), encoding="utf-8")
     return sum(not row["equal"] for found in rows.values() for row in found)
 

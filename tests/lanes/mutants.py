@@ -4,8 +4,8 @@
 
 Every mutant is one change of one line, made by cosmic-ray's operators, in a copy of the repository without recorded
 numbers beside it. The test files that hold its module run in a child forked from a process that has imported torch and
-the hosts; a mutant that they do not notice meets all tests of the group. Mutants that are in the results already are
-not tried again. Survivors need a reason in ``survivors.json``.
+the hosts. A call goes on where one before it was ended: its work folder has what was done. Survivors need a reason in
+``survivors.json``.
 """
 
 import argparse
@@ -57,11 +57,11 @@ FAIRSEQ = {
         *("fairseq/test_restore.py", "fairseq/test_loading.py", "fairseq/test_weights.py", "fairseq/test_resume.py"),
     ],
 }
-# By group: the map, what the server imports, and the tests that a mutant meets at last.
-GROUPS: dict[str, tuple[dict[str, list[str]], list[str], list[str]]] = {
-    "core": (CORE, ["torch", "torch._dynamo", "hypothesis"], ["core"]),
-    "hf": (HF, ["torch._dynamo", "transformers.trainer", "transformers.models.bert.modeling_bert"], []),
-    "fairseq": (FAIRSEQ, ["torch._dynamo", "fairseq.trainer", "fairseq.sequence_generator", "hydra.experimental"], []),
+# By group: the map, and what the server imports.
+GROUPS: dict[str, tuple[dict[str, list[str]], list[str]]] = {
+    "core": (CORE, ["torch._dynamo"]),
+    "hf": (HF, ["torch._dynamo", "transformers.trainer", "transformers.models.bert.modeling_bert"]),
+    "fairseq": (FAIRSEQ, ["torch._dynamo", "fairseq.trainer", "fairseq.sequence_generator", "hydra.experimental"]),
 }
 
 
@@ -91,7 +91,7 @@ def copy_tree(target: Path) -> None:
 
 
 def run_tests(tree: Path, files: list[str], log: Path) -> str:
-    """``survived`` if all tests pass, else what noticed: the first failing test, ``an error`` or ``the time``."""
+    """``survived`` if all tests pass, else what noticed: the first failing test, an error, or the time."""
 
     def work() -> None:
         os.chdir(tree)
@@ -104,7 +104,8 @@ def run_tests(tree: Path, files: list[str], log: Path) -> str:
         import pytest
 
         there = [f"tests/{name}" for name in files if (tree / "tests" / name).exists()]
-        raise SystemExit(int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", *there])))
+        options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--hypothesis-profile", "mutants"]
+        raise SystemExit(int(pytest.main([*options, *there])))
 
     child, deadline = Child(work, log), time.monotonic() + LIMIT
     while not child.ended():
@@ -120,22 +121,26 @@ def run_tests(tree: Path, files: list[str], log: Path) -> str:
     return failed[0].split(" - ")[0].partition(" ")[2] if failed else f"an error ({code})"
 
 
-def serve(group: str, work: Path, count: int, results: Path) -> None:
-    """Try the mutants of a group that are not in the results yet."""
+def serve(group: str, work: Path, count: int) -> None:
+    """Try the mutants of a group that were not tried yet."""
     import importlib
 
-    names, imports, last = GROUPS[group]
+    import hypothesis
+
+    names, imports = GROUPS[group]
     mutants = [mutant for mutant in chosen(work, count) if mutant["module"] in modules(names)]
-    file = results / f"mutants-{group}.jsonl"
+    file = work / f"{group}.jsonl"
     done = {row["key"] for row in _read(file)}
     left = [mutant for mutant in mutants if mutant["key"] not in done]
     if not left:
         return
     for name in imports:
         importlib.import_module(name)
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # nobody reads the smallest example
+    hypothesis.settings.register_profile("mutants", deadline=None, derandomize=True, max_examples=60, phases=phases)
     tree = work / f"tree-{group}"
     copy_tree(tree)
-    every = sorted({name for mutant in mutants for name in tests_of(names, mutant["module"])} | set(last))
+    every = sorted({name for mutant in mutants for name in tests_of(names, mutant["module"])})
     noticed = run_tests(tree, every, work / f"{group}-unchanged.log")
     if noticed != "survived":
         raise RuntimeError(f"the tests do not pass without a mutant: {noticed}")
@@ -145,8 +150,6 @@ def serve(group: str, work: Path, count: int, results: Path) -> None:
         place.write_text(mutant["source"], encoding="utf-8")
         try:
             verdict = run_tests(tree, tests_of(names, mutant["module"]), work / f"{group}.log")
-            if verdict == "survived" and last:
-                verdict = run_tests(tree, last, work / f"{group}.log")
         finally:
             place.write_text(original, encoding="utf-8")
         row = {name: value for name, value in mutant.items() if name != "source"}
@@ -203,23 +206,23 @@ def main(line: Optional[list[str]] = None) -> int:
     parser.add_argument("--count", type=int, default=240, help="mutants in all")
     parser.add_argument("--again", action="store_true", help="try survivors without a reason once more")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "head-pruning-mutants")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page")
     options = parser.parse_args(line)
     for folder in (options.work, options.results):
         folder.mkdir(parents=True, exist_ok=True)
     reasons = json.loads((RESULTS / "survivors.json").read_text(encoding="utf-8"))
     drawn = {mutant["key"] for mutant in chosen(options.work, options.count)}
     for name in GROUPS:
-        file = options.results / f"mutants-{name}.jsonl"
+        file = options.work / f"{name}.jsonl"
         keep = [row for row in _read(file) if row["key"] in drawn]
         if options.again:
             keep = [row for row in keep if row["verdict"] != "survived" or row["key"] in reasons]
         file.write_text("".join(json.dumps(row) + "\n" for row in keep), encoding="utf-8")
     for name in options.group or GROUPS:
         log = options.work / f"{name}-server.log"
-        if Child(lambda name=name: serve(name, options.work, options.count, options.results), log).wait() != 0:
+        if Child(lambda name=name: serve(name, options.work, options.count), log).wait() != 0:
             raise SystemExit(f"{name} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
-    rows = [row for name in GROUPS for row in _read(options.results / f"mutants-{name}.jsonl")]
+    rows = [row for name in GROUPS for row in _read(options.work / f"{name}.jsonl")]
     (options.results / "mutants.md").write_text(page(rows, reasons), encoding="utf-8")
     bare = [row for row in rows if row["verdict"] == "survived" and row["key"] not in reasons]
     return int(len(bare) > 0.05 * len(rows))
