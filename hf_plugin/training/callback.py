@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
+from head_pruning.finite import all_finite
 from head_pruning.weights import save_weight_masks
 
 from ..saving.folders import save_pruned
@@ -50,10 +51,7 @@ _BROKEN = (
 
 def refuse_broken(model: nn.Module, step: int) -> None:
     """Raise HeadPruningError if a trained weight is NaN or infinite: losses are seen only where they are logged."""
-    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in trained]
-    sums = [tensor.sum(dtype=torch.float32) for tensor in local if tensor.numel()]
-    if sums and not torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all():
+    if not all_finite(model):
         raise HeadPruningError(_BROKEN.format(step=step))
 
 
