@@ -47,8 +47,8 @@ _BETWEEN_RANKS = [
 # What fairseq says of them, with one rank, with a loss scaler, and with several ranks.
 _NOT_FINITE = re.compile(r"Nan/Inf|Minimum loss scale|= +-?(nan|inf)")
 _BROKEN = (
-    "The loss or its gradient is not finite after {} updates; lower --lr, clip with --clip-norm, or go on from the last "
-    "checkpoint with bf16 in place of fp16."
+    "The loss or its gradient is not finite after {} updates; lower --lr, clip with --clip-norm, or go on from the "
+    "last checkpoint with bf16 in place of fp16."
 )
 _validated_at_target = True
 

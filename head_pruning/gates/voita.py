@@ -111,8 +111,8 @@ class VoitaPruner(HeadGatePruner):
         if not (self._told or (self.logits > 0.0).any() or self.keep().any()):
             self._told = True
             logger.warning(
-                "all heads are closed after %d updates, and no attention is left; lower --l0-penalty, or keep some heads "
-                "with --num-of-heads, --min-heads-per-layer or --min-heads-per-kind",
+                "all heads are closed after %d updates, and no attention is left; lower --l0-penalty, or keep some "
+                "heads with --num-of-heads, --min-heads-per-layer or --min-heads-per-kind",
                 step + 1,
             )
 

@@ -521,7 +521,7 @@ def test_after_the_annealing_the_model_trains_with_the_heads_it_keeps(toy):
 
 @pytest.mark.parametrize("bert", [False, True])
 def test_the_number_of_heads_alone_gives_a_schedule_that_chooses(toy, bert):
-    """Some heads matter twenty times as much as the others; the loss asks for what the model gives with all of them."""
+    """Some heads matter twenty times as much as others; the loss asks for what the model gives with all of them."""
     method, given, batch = methods()["dsp"], {"num_of_heads": 5, "joint_pruning": True}, toy.batch(0)[:2]
     options = method.pruner.bert_options(given) if bert else given
 
