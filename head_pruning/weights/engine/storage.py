@@ -292,7 +292,7 @@ class Storage:
         return found
 
     def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restore :meth:`tensor_state`. Raises HeadPruningError when it is of other tensors, or lacks some."""
+        """Restore :meth:`tensor_state`. Raises HeadPruningError when it is of other tensors."""
         parameters = {target.name: target.parameter for target in self.targets}
         self.state, self.thresholds = {}, {}
         self.forget_layout()
@@ -316,10 +316,3 @@ class Storage:
                 )
             like = torch.empty_like(parameters[name], dtype=tensor.dtype)  # its strides
             self.state.setdefault(kind, {})[name] = like.copy_(tensor)
-        lacking = [
-            f"{kind}.{t.name}" for kind in self._kinds for t in self.active if t.name not in self.state.get(kind, {})
-        ]
-        if lacking:
-            raise HeadPruningError(
-                f"The checkpoint's pruning state lacks {lacking[0]}; it is damaged, use the checkpoint before it."
-            )
