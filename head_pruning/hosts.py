@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .files import MASKS_FILE, read_safetensors
+from .files import MASKS_FILE, read_metadata
 from .masks import HeadMask, full_mask
 from .surgery.remaining import heads_left, mask_of_original, recipe_of
 from .surgery.removal import remove_heads
@@ -164,7 +164,7 @@ def holds_heads(path: "str | Path") -> bool:
     Raises:
         HeadPruningError: the file is missing or damaged.
     """
-    _, metadata = read_safetensors(path)
+    _, metadata = read_metadata(path)
     return "unit_map" in metadata or "weight_shapes" not in metadata
 
 

@@ -8,6 +8,7 @@ from typing import Optional
 
 import numpy as np
 
+from ..compact.shapes import STEP, Whole
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
@@ -49,6 +50,7 @@ class DSPPruner(HeadGatePruner):
     name = "dsp"
     bert_defaults = {**HeadGatePruner.bert_defaults, "initial_temperature": 1000.0, "cooldown_steps": 25000}
     schedule_option = "cooldown_steps"
+    state_shapes = {**HeadGatePruner.state_shapes, "schedule": (Whole(), STEP)}
 
     def check_options(self) -> None:
         self.require_count()

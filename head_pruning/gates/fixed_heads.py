@@ -8,6 +8,7 @@ from typing import Optional
 
 import numpy as np
 
+from ..compact.shapes import FLAG
 from ..errors import HeadPruningError
 from ..masks import HeadMask
 from ..old_masks import read_old_mask
@@ -30,6 +31,7 @@ class FixedPruner(HeadPruner):
 
     inherits = False
     starts_anywhere = True
+    state_shapes = {"kept": [FLAG]}
 
     def chosen(self) -> np.ndarray:
         """``bool[N]``: the heads that stay."""
