@@ -12,27 +12,36 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Optional
 
 import numpy as np
 import omegaconf
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import BaseFairseqModel
+from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 
 from head_pruning import HeadPruningError
 from head_pruning.finite import all_finite
 from head_pruning.surgery.remaining import recipe_of
 
-from .checkpoints.keeper import StateKeeper, check_weights, keeper_of, refuse_late_start
+from .checkpoints.keeper import (
+    StateKeeper,
+    check_weights,
+    keep_heads,
+    keeper_of,
+    refuse_late_start,
+    warn_of_alignments,
+)
 from .checkpoints.reports import reported, write_beside
-from .checkpoints.stored import KEY, META, PruningState, peek, refuse_cut_off, split_state
-from .checkpoints.weights import finish
+from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state
+from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
-from .options import refuse_other_options, second_flags
+from .options import pruners_to_decode, refuse_other_options, second_flags
 from .schedules import restart_schedule
 
 logger = logging.getLogger(__name__)
@@ -51,6 +60,7 @@ _BROKEN = (
     "last checkpoint with bf16 in place of fp16."
 )
 _validated_at_target = True
+_decoding = False
 
 
 def install() -> None:
@@ -58,7 +68,10 @@ def install() -> None:
     allow_safe_globals()
     _replace(sys, "excepthook", print_sentence)
     _replace(distributed_utils, "_broadcast_object_slow", read_configurations)
-    _replace(checkpoint_utils, "load_checkpoint_to_cpu", refuse_damaged_files)
+    _replace(options, "add_dataset_args", decode_all_sentences)
+    _replace(options, "parse_args_and_arch", find_task)
+    _replace(checkpoint_utils, "load_checkpoint_to_cpu", read_checkpoint)
+    _replace(checkpoint_utils, "load_model_ensemble_and_task", load_to_decode)
     _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
     _replace(checkpoint_utils, "load_checkpoint", report_what_is_over)
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
@@ -126,16 +139,65 @@ def print_sentence(original, kind, error, traceback) -> None:
         print(f"error: {sentence}", file=sys.stderr)
 
 
+def decode_all_sentences(original, parser, train=False, gen=False):
+    """What decodes or scores a test set leaves none of its sentences out, unless it is told to."""
+    group = original(parser, train, gen)
+    if gen:  # fairseq's default is 8, and it drops a last batch that is no multiple of it
+        parser.set_defaults(required_batch_size_multiple=1)
+    return group
+
+
+def find_task(original, parser, input_args=None, *args, **kwargs):
+    """fairseq-validate, which has no task of its own, takes that of the checkpoint."""
+    if "--task" in parser._option_string_actions and parser.get_default("task") is None:
+        parser.set_defaults(task=_stored_task(input_args))
+    return original(parser, input_args, *args, **kwargs)
+
+
+def _stored_task(input_args) -> str:
+    """The task of the checkpoint that ``--path`` names, if it tells one; else that of fairseq's other commands."""
+    line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    line.add_argument("--path")
+    state = peek(line.parse_known_args(input_args)[0].path or "")
+    task = getattr(state.get("args"), "task", None) or ((state.get("cfg") or {}).get("task") or {}).get("_name")
+    return task if task in TASK_REGISTRY else "translation"
+
+
 def read_configurations(original, *args, **kwargs):
     """Ranks read what rank 0 sends them."""
     with torch.serialization.safe_globals(_BETWEEN_RANKS):
         return original(*args, **kwargs)
 
 
-def refuse_damaged_files(original, path, *args, **kwargs):
-    """A checkpoint that ends too early is named."""
-    refuse_cut_off(path)
-    return original(path, *args, **kwargs)
+def read_checkpoint(original, path, *args, **kwargs):
+    """Files that are damaged are named; what does not train on gets weights that are masked, as they are exported."""
+    with reading(path):
+        state = original(path, *args, **kwargs)
+        PruningState.of(state)
+        if _decoding:
+            mask_weights(state)
+    return state
+
+
+def load_to_decode(original, filenames, arg_overrides=None, task=None, *args, **kwargs):
+    """Whatever runs stored models masks their weights, and takes no option of pruning but a mask for dense ones."""
+    global _decoding
+    typed = task.options if getattr(task, "decodes", False) else SimpleNamespace(**(arg_overrides or {}))
+    pruners = pruners_to_decode(typed)
+    before, _decoding = _decoding, True
+    try:
+        models, cfg, task = original(filenames, arg_overrides, task, *args, **kwargs)
+    except OSError as error:
+        if "Model file not found" not in str(error):
+            raise
+        raise HeadPruningError(f"{error}; check --path.") from error
+    finally:
+        _decoding = before
+    for model in models:
+        if pruners:
+            keep_heads(model, pruners)
+        warn_of_alignments(model)
+    return models, cfg, task
 
 
 def load_pruned_model(original, self, state_dict, *args, **kwargs):
@@ -173,6 +235,8 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     if session is not None and not reset and (META in stored.heads or stored.weights):
         refuse_other_options(str(filename), (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
     check_weights(session, stored, reset=reset, prunes=hasattr(type(task), "session"))
+    if session is not None and not reset:
+        stored.weight_masks(checkpoint.get("model") or {})  # which are those of its weights
     if stored.recipe is not None and stored.recipe != recipe_of(model):
         getattr(task, "cut_for_checkpoint", take_shape)(model, stored.recipe)
         self.reinitialize()
@@ -194,7 +258,10 @@ def state_with_weights(original, self):
     state, keeper = original(self), keeper_of(self.get_model())
     of_weights = {} if keeper is None else keeper.of_weights(resumable=not self.cfg.checkpoint.no_save_optimizer_state)
     if of_weights:
-        state["extra_state"][KEY] = of_weights
+        saved = [state["model"], *filter(None, [state["extra_state"].get("ema")])]
+        names = list(of_weights["masks"])
+        norms = zip(*(norms_of([weights[name] for name in names]) for weights in saved))
+        state["extra_state"][KEY] = {**of_weights, "norms": dict(zip(names, map(list, norms)))}
     return state
 
 
