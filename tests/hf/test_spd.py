@@ -184,7 +184,16 @@ def test_distillation_beside_another_method(place, monkeypatch, method):
     words = "--task_name RTE --data_dir data/RTE --do_train --do_eval --max_steps 12 --learning_rate 1e-3 --use_cpu"
     words += " --per_device_train_batch_size 4 --disable_tqdm True --overwrite_output_dir --save_strategy no"
     words += f" --model_name_or_path bert-base-uncased --output_dir beside-{method} --distill logits"
-    words += " --teacher_path teacher/RTE --distill_temperature 2 --distill_hidden 0.5"
+    words += " --distill_temperature 2 --distill_hidden 0.5"
+    if method == "platon":  # its teacher is on the hub, and has been fetched before
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        fetched = place / "hub" / "models--someone--teacher"
+        shutil.copytree(place / "teacher" / "RTE", fetched / "snapshots" / "0123")
+        (fetched / "refs").mkdir()
+        (fetched / "refs" / "main").write_text("0123")
+        words += " --teacher_path someone/teacher --cache_dir hub"
+    else:
+        words += " --teacher_path teacher/RTE"
     if method == "dsp":
         words += " --pruner dsp --num_of_heads 7 --joint_pruning --annealing --cooldown_steps 0.5"
     else:
@@ -278,6 +287,33 @@ def test_the_teacher_computes_in_the_precision_of_its_student(tmp_path):
         dense.register_forward_hook(lambda module, args, output, which=which: seen.add((which is model, output.dtype)))
     trainer.train()
     assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_optimizer_of_the_second_phase(tmp_path, published):
+    """It begins anew; the published code's goes on, and so it does where the run is resumed."""
+
+    def train(**options):
+        trainer = HeadPruningTrainer(
+            model=tiny_bert(),
+            args=arguments(tmp_path, max_steps=12, save_strategy="steps", save_steps=8),
+            pruners=[pruner("spd", replacing_rate=1.0, published_schedule=published, num_prune_epochs=1.0)],
+            train_dataset=sentences(16),
+            data_collator=collate,
+        )
+        trainer.train(**options)
+        return trainer
+
+    whole = train()
+    second = whole.session.pruners[0].second
+    assert second == 4
+    steps = {int(state["step"]) for state in whole.optimizer.state.values()}
+    assert steps == {12 if published else 12 - second}
+    rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
+    assert rates[second] == rates[0] > rates[second - 1]
+    again = train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    for one, two in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(one, two)
 
 
 def test_in_somebodys_own_trainer(tmp_path):
