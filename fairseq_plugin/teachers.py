@@ -38,7 +38,6 @@ def load_teacher(
         HeadPruningError: it cannot be loaded, has other dictionaries, gives no logits, or hidden states that cannot be
             compared with the student's.
     """
-    load_checkpoint(path)  # says what is wrong with the file
     own = copy.copy(task)  # a task keeps what it makes of the last model that it built, such as a generator
     own.state = StatefulContainer()
     try:
@@ -46,6 +45,7 @@ def load_teacher(
     except HeadPruningError:
         raise
     except Exception as error:  # of fairseq, which raises whatever comes
+        load_checkpoint(path)  # says what is wrong with the file itself
         raise HeadPruningError(
             f"The teacher {path} cannot be loaded ({one_line(error):.300}); give --teacher-path a model that was "
             "trained on data with the same dictionaries."
