@@ -166,7 +166,7 @@ def test_both_manual_lines_on_every_task(place, task, monkeypatch):
     assert not any("teacher" in name for name, _ in model.named_parameters())
 
 
-@pytest.mark.skipif(OLDEST, reason="transformers 5.0 saves LayerNorms under names that it does not know when it resumes")
+@pytest.mark.skipif(OLDEST, reason="transformers 5.0 saves LayerNorms under names that it cannot resume from")
 def test_a_killed_run_ends_bit_equal(place, monkeypatch):
     monkeypatch.chdir(place)
     teacher = [*spd_teacher("RTE"), "--max_steps", "4", "--use_cpu", "--disable_tqdm", "True"]
