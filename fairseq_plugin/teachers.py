@@ -79,7 +79,7 @@ def load_teacher(
 
 def _widths(model: nn.Module, sites: UnitMap) -> set[int]:
     """What attention modules add to the hidden states is as wide as they."""
-    return {model.get_submodule(site.out_proj).weight.shape[0] for site in sites.attention}
+    return {model.get_parameter(f"{site.out_proj}.weight").shape[0] for site in sites.attention}
 
 
 def _listed(widths: set[int]) -> str:

@@ -89,8 +89,7 @@ class HeadPruningTrainer(Trainer):
 
     def _open(self, model: nn.Module, pruners: Sequence[Pruner]) -> PruningSession:
         seed = getattr(getattr(self, "args", None), "seed", self._seed)
-        options = {"unit_map": self._unit_map, "teacher_options": self._teacher_options}
-        return open_session(model, pruners, seed=seed, **options)
+        return open_session(model, pruners, unit_map=self._unit_map, seed=seed, teacher_options=self._teacher_options)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the base class, and open a session on the new model; that of the model before is detached."""
