@@ -289,12 +289,15 @@ def build_for_phase(original, self):
 
 
 def begin_phase(original, self, *args, **kwargs):
-    """Where a phase begins the trainer builds its optimizer, and its learning-rate schedule, anew."""
+    """Where a phase begins the trainer builds its learning-rate schedule, and mostly its optimizer, anew."""
     session, step = getattr(self.task, "session", None), self.get_num_updates()
     if session is not None and session.enter_phase(step):
         old, self.head_pruning_built_for = self.optimizer, step
-        self.reinitialize()
-        carry_over(old, self.optimizer)
+        if session.keeps_optimizer:
+            restart_schedule(self, *session.schedule_span(step))
+        else:
+            self.reinitialize()
+            carry_over(old, self.optimizer)
         self.lr_step_update()
     return original(self, *args, **kwargs)
 

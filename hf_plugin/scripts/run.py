@@ -193,7 +193,8 @@ class TaskRun:
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
-        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps)
+        hub = {name: value for name, value in arguments.model.hub_options().items() if name != "revision"}
+        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub)
         trainer.in_order = self.in_order
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())

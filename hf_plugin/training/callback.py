@@ -301,7 +301,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                     "not be averaged over the processes (DDP); train with one process, or freeze no parameters."
                 )
             self._step, self._in_phase = state.global_step, True
-            build_anew(self._trainer)
+            build_anew(self._trainer, keeps_optimizer=self.session.keeps_optimizer)
             self._in_phase = False
             self._rest(self._trainer.optimizer)
         self.session.before_update(state.global_step)
