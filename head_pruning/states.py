@@ -1,4 +1,4 @@
-"""What comes out of a checkpoint's pruning state: finite numbers in their range, or a sentence that says what is not."""
+"""What comes out of a checkpoint's pruning state: finite numbers in their range, or a sentence on what is not."""
 
 from __future__ import annotations
 

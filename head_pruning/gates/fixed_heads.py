@@ -100,8 +100,8 @@ class GivenConfig:
     head_mask_file: Optional[str] = field(
         default=None,
         metadata={
-            "help": "train with the heads of this mask from the start: masks.safetensors of another run, or a mask of "
-            "the published code (mask4.pt)",
+            "help": "train, or decode a dense model (fairseq), with the heads of this mask: masks.safetensors of "
+            "another run, or a mask of the published code (mask4.pt)",
             "by_content": True,
         },
     )
@@ -112,6 +112,7 @@ class GivenPruner(FixedPruner):
 
     name = "given"
     takes_zeroed_heads = True
+    needs_training = False
 
     def check_options(self) -> None:
         if self.config.head_mask_file is None:

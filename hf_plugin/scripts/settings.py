@@ -72,7 +72,7 @@ def check_same_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> 
         theirs = conform(stored, {"attributes": {"settings": dict}})["attributes"]["settings"]
     except ValueError as error:
         raise HeadPruningError(
-            f"The settings in {checkpoint.folder} are damaged ({one_line(error):.200}); resume from another checkpoint."
+            f"The settings in {checkpoint.folder} are damaged ({one_line(error):.200}); resume from another one."
         ) from error
     # The pruner first: where it differs, so do all its options.
     names = sorted({*theirs, *settings}, key=lambda name: name not in ("task_name", *choosers()))

@@ -190,8 +190,8 @@ def old_configurations(folder: Path, rng: random.Random) -> Readings:
 
 WORDS = """
 --model_name_or_path bert --task_name mrpc --output_dir out --do_train --num_of_heads 12 --pruner dsp platon
---final_threshold 0.1 --pruning_lr 0.5 --joint_pruning --annealing --cooldown_steps 100 --seed 1 -1 0 1e400 nan inf True
-false --no_cuda --fp16 --max_steps 5 --learning_rate --l0_penalty 0.1 --use_ste --warmup_steps --target_sparsity 0.5
+--final_threshold 0.1 --pruning_lr 0.5 --joint_pruning --annealing --cooldown_steps 100 --seed 1 -1 0 1e400 nan inf
+True false --no_cuda --fp16 --max_steps 5 --learning_rate --l0_penalty 0.1 --use_ste --warmup_steps --target_sparsity 0.5
 --weights_include ( --weight_selection 2:4 64:1x1 --lr_scheduler_kwargs {"a":1} [[
 """.split()
 WORDS += ["", "--", "-x", "--=", "x" * 5000, "\x00", "--num_of_heads=", "--per_gpu_train_batch_size", "--mask_policy"]
@@ -222,7 +222,8 @@ def flags(folder: Path, rng: random.Random) -> Readings:
             for file in files:
                 file.write_text(text, encoding="latin-1", errors="replace")
             words = [str(rng.choice(files)), *(words if rng.random() < 0.3 else [])]
-        yield lambda words=words, script=rng.choice(scripts): read(words, script)
+        script = rng.choice(scripts)
+        yield lambda words=words, script=script: read(words, script)
 
 
 HF: dict[str, Any] = {

@@ -1,11 +1,10 @@
-"""What an input did: refused in one sentence, or taken; nothing run, nothing written elsewhere, no memory asked for."""
+"""What an input did: refused in one sentence, or taken; nothing run, nothing written elsewhere, little memory."""
 
 import contextlib
 import os
 import resource
 import sys
 import time
-import tracemalloc  # noqa: F401  (imported here, so that no target imports it while it is watched)
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
