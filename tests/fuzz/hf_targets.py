@@ -191,7 +191,8 @@ def old_configurations(folder: Path, rng: random.Random) -> Readings:
 WORDS = """
 --model_name_or_path bert --task_name mrpc --output_dir out --do_train --num_of_heads 12 --pruner dsp platon
 --final_threshold 0.1 --pruning_lr 0.5 --joint_pruning --annealing --cooldown_steps 100 --seed 1 -1 0 1e400 nan inf
-True false --no_cuda --fp16 --max_steps 5 --learning_rate --l0_penalty 0.1 --use_ste --warmup_steps --target_sparsity 0.5
+True false --no_cuda --fp16 --max_steps 5 --learning_rate --l0_penalty 0.1 --use_ste --warmup_steps 0.5
+--target_sparsity
 --weights_include ( --weight_selection 2:4 64:1x1 --lr_scheduler_kwargs {"a":1} [[
 """.split()
 WORDS += ["", "--", "-x", "--=", "x" * 5000, "\x00", "--num_of_heads=", "--per_gpu_train_batch_size", "--mask_policy"]

@@ -17,19 +17,17 @@ from .watch import Outcome, bounded_memory, try_input
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def targets(hosts: bool = True) -> dict:
+def targets() -> dict:
     """All kinds of inputs by name."""
     from .core_targets import CORE
-
-    if not hosts:
-        return dict(CORE)
+    from .fairseq_targets import FAIRSEQ
     from .hf_targets import HF
 
-    return {**CORE, **HF}
+    return {**CORE, **HF, **FAIRSEQ}
 
 
 def fuzz(kind: str, target, count: int, seed: int) -> Outcome:
-    """Read ``count`` damaged inputs of one kind; each run with the same seed reads the same ones."""
+    """Read ``count`` damaged inputs of one kind, the same ones for the same seed."""
     outcome, rng = Outcome(kind), random.Random(f"{seed} {kind}")
     with tempfile.TemporaryDirectory() as folder:
         inputs = target(Path(folder), rng)
