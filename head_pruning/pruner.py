@@ -78,7 +78,7 @@ class Pruner:
     needs_training = True
     #: The option that says how long the method's schedule takes; None: it has none.
     schedule_option: Optional[str] = None
-    #: What entries of :meth:`state_dict` must be, by name (:mod:`head_pruning.compact.shapes`); others: finite numbers.
+    #: What entries of :meth:`state_dict` must be, by name (:mod:`head_pruning.compact.shapes`); others: finite.
     state_shapes: Mapping[str, Any] = {}
 
     def __init__(self, config: Any) -> None:

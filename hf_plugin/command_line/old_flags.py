@@ -1,7 +1,6 @@
 """Spellings of transformers 3 and 4 that version 5 no longer has, and of the published scripts: read as today's."""
 
 import argparse
-import json
 import os
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence
@@ -9,6 +8,7 @@ from typing import Any, Callable, Optional, Sequence
 from transformers.hf_argparser import string_to_bool
 
 from head_pruning import HeadPruningError
+from head_pruning.files import parse_json
 
 from .parser import FlagParser
 
@@ -53,7 +53,7 @@ def _entry(name: str, target: str, kind: Callable[[str], Any], key: Optional[str
     def apply(given: dict[str, Any], value: Any) -> None:
         held = given.get(target) or {}
         try:
-            held = json.loads(held) if isinstance(held, str) else held
+            held = parse_json(held, dict) if isinstance(held, str) else held
         except ValueError:
             raise HeadPruningError(f"--{name} is an entry of --{target} {held}; write it into that file.") from None
         given[target] = {**held, key: value}
