@@ -9,7 +9,9 @@ import contextlib
 import functools
 import logging
 import math
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Optional
 
@@ -23,6 +25,7 @@ from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 
 from head_pruning import HeadPruningError
+from head_pruning.finite import all_finite
 from head_pruning.surgery.remaining import recipe_of
 
 from .checkpoints.keeper import (
@@ -33,7 +36,7 @@ from .checkpoints.keeper import (
     refuse_late_start,
     warn_of_alignments,
 )
-from .checkpoints.reports import write_beside
+from .checkpoints.reports import reported, write_beside
 from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state
 from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
@@ -50,6 +53,12 @@ _BETWEEN_RANKS = [
     *(omegaconf.base.ContainerMetadata, omegaconf.base.Metadata),
     distributed_utils._TensorPlaceholder,
 ]
+# What fairseq says of them, with one rank, with a loss scaler, and with several ranks.
+_NOT_FINITE = re.compile(r"Nan/Inf|Minimum loss scale|= +-?(nan|inf)")
+_BROKEN = (
+    "The loss or its gradient is not finite after {} updates; lower --lr, clip with --clip-norm, or go on from the "
+    "last checkpoint with bf16 in place of fp16."
+)
 _validated_at_target = True
 _decoding = False
 
@@ -64,9 +73,11 @@ def install() -> None:
     _replace(checkpoint_utils, "load_checkpoint_to_cpu", read_checkpoint)
     _replace(checkpoint_utils, "load_model_ensemble_and_task", load_to_decode)
     _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
+    _replace(checkpoint_utils, "load_checkpoint", report_what_is_over)
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
     _replace(Trainer, "load_checkpoint", load_pruned_training)
     _replace(Trainer, "state_dict", state_with_weights)
+    _replace(Trainer, "save_checkpoint", end_without_crash_file)
     _replace(Trainer, "_build_optimizer", build_for_phase)
     _replace(Trainer, "train_step", begin_phase)
     for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
@@ -74,6 +85,7 @@ def install() -> None:
         if hasattr(module, "should_stop_early") and hasattr(module, "validate"):
             _replace(module, "validate", validate_masked)
             _replace(module, "should_stop_early", stop_at_target)
+            _replace(module, "train", stop_at_end)
 
 
 def _replace(owner: Any, name: str, patch: Callable) -> None:
@@ -253,6 +265,18 @@ def state_with_weights(original, self):
     return state
 
 
+def end_without_crash_file(original, self, filename, extra_state):
+    """Losses that are not finite, and mistakes of a user, end training with a sentence, not with a crash.pt."""
+    error = sys.exc_info()[1]
+    if getattr(self.task, "session", None) is None or error is None or Path(filename).name != "crash.pt":
+        return original(self, filename, extra_state)
+    if sentence_of(error) is not None:
+        return None  # fairseq raises it again
+    if isinstance(error, FloatingPointError) and _NOT_FINITE.search(str(error)):
+        raise HeadPruningError(_BROKEN.format(self.get_num_updates())) from error
+    return original(self, filename, extra_state)
+
+
 def build_for_phase(original, self):
     """Pruners that train in phases settle what is trained before the trainer builds its optimizer for it."""
     session = getattr(self.task, "session", None)
@@ -265,12 +289,15 @@ def build_for_phase(original, self):
 
 
 def begin_phase(original, self, *args, **kwargs):
-    """Where a phase begins the trainer builds its optimizer, and its learning-rate schedule, anew."""
+    """Where a phase begins the trainer builds its learning-rate schedule, and mostly its optimizer, anew."""
     session, step = getattr(self.task, "session", None), self.get_num_updates()
     if session is not None and session.enter_phase(step):
         old, self.head_pruning_built_for = self.optimizer, step
-        self.reinitialize()
-        carry_over(old, self.optimizer)
+        if session.keeps_optimizer:
+            restart_schedule(self, *session.schedule_span(step))
+        else:
+            self.reinitialize()
+            carry_over(old, self.optimizer)
         self.lr_step_update()
     return original(self, *args, **kwargs)
 
@@ -283,6 +310,8 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     if val_loss is not None and not session.at_target():
         logger.info("not a candidate for checkpoint_best: pruning has not reached its target yet")
         val_loss = None
+    if not all_finite(trainer.get_model()):  # before older checkpoints make room for this one
+        raise HeadPruningError(_BROKEN.format(trainer.get_num_updates()))
     last = trainer.get_num_updates() >= (session.total_steps or math.inf)
     if last:
         finish(session)
@@ -290,6 +319,25 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     if not cfg.no_save and trainer.data_parallel_rank == 0:
         write_beside(cfg.save_dir, trainer, log_heads=last or epoch_itr.end_of_epoch())
     return saved
+
+
+def report_what_is_over(original, cfg, trainer, **options):
+    """A run that was killed behind its last checkpoint has left no reports on it."""
+    loaded, session = original(cfg, trainer, **options), getattr(trainer.task, "session", None)
+    updates = trainer.get_num_updates()
+    if session is not None and updates >= (session.total_steps or math.inf):
+        if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
+            write_beside(cfg.save_dir, trainer, log_heads=True)
+    return loaded
+
+
+def stop_at_end(original, cfg, trainer, task, epoch_itr):
+    """A run that is resumed at its end stays as it is; fairseq would train one update more before it looks."""
+    updates, hours = trainer.get_num_updates(), trainer.cumulative_training_time() / 3600
+    if updates >= (cfg.optimization.max_update or math.inf) or 0 < cfg.optimization.stop_time_hours < hours:
+        logger.info("training was over after %d updates; nothing is trained", updates)
+        return [None], True
+    return original(cfg, trainer, task, epoch_itr)
 
 
 def validate_masked(original, cfg, trainer, task, *args, **kwargs):

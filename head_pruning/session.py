@@ -88,6 +88,8 @@ class PruningSession:
         steps_per_epoch: updates in one pass over the data if known, for lengths given in epochs.
         load_teacher: loads another model of the host by its path: ``load_teacher(path, needs)`` gives the model, in
             evaluation mode and able to give what :attr:`needs` says, and its unit map (None where ``needs`` is empty).
+        weights_come_later: whether the host loads the model's trained weights after :meth:`attach`, so that a copy of
+            the model as it is then teaches nothing.
 
     Typical use::
 
@@ -123,13 +125,14 @@ class PruningSession:
         read_attention: Callable[[Any], Optional[torch.Tensor]] = last_of,
         steps_per_epoch: Optional[float] = None,
         load_teacher: Optional[Callable[[str, frozenset], tuple[nn.Module, Optional[UnitMap]]]] = None,
+        weights_come_later: bool = False,
     ) -> None:
         self.model = model
         self.unit_map = unit_map
         self.pruners = check_pruners(pruners)
         self.seed = seed
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.load_teacher = load_teacher
+        self.load_teacher, self.weights_come_later = load_teacher, weights_come_later
         self.all_reduce = all_reduce
         self.fired_within = fired_within
         self.gated = any(pruner.needs_gates for pruner in self.pruners)
@@ -196,9 +199,9 @@ class PruningSession:
     def enter_phase(self, step: int) -> bool:
         """Whether update ``step`` is of another phase than the one entered last (at first: 0); pruners are told.
 
-        The host must then build its optimizer, of the parameters that are trainable now, and its learning-rate
-        schedule anew; :meth:`schedule_span` says over which updates that runs. A resumed run enters the phase of its
-        last update before it builds the optimizer whose state it loads.
+        The host must then build its optimizer (unless :attr:`keeps_optimizer`), of the parameters that are trainable
+        now, and its learning-rate schedule anew; :meth:`schedule_span` says over which updates that runs. A resumed
+        run enters the phase of its last update before it builds the optimizer whose state it loads.
         """
         entered = False
         for place, pruner in enumerate(self.pruners):
@@ -416,6 +419,12 @@ class PruningSession:
     def steers_host(self) -> bool:
         """Whether a pruner changes the host's learning rate, or has it build its optimizer anew."""
         return any(self.overrides(hook) for hook in ("lr_factor", "phase", "schedule_end"))
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether the host's optimizer goes on, with its averages, where a phase begins."""
+        phased = [pruner for pruner in self.pruners if type(pruner).phase is not Pruner.phase]
+        return bool(phased) and all(pruner.keeps_optimizer for pruner in phased)
 
     @property
     def skips_parameters(self) -> bool:

@@ -238,9 +238,9 @@ def check_weights(session: Optional[PruningSession], stored: PruningState, *, re
     theirs, mine = stored.weight_pruners(), _names(others_of(session))
     if theirs and theirs != mine and prunes and not reset:
         raise HeadPruningError(
-            f"The checkpoint's weights were pruned with {', '.join(theirs)}, this run uses "
-            f"{', '.join(mine) or 'no weight pruner'}; resume with the same --weight-pruner, or add --reset-optimizer "
-            "to start anew from its weights."
+            f"The checkpoint was trained with {', '.join(theirs)}, this run uses "
+            f"{', '.join(mine) or 'no such method'}; resume with the same options (--weight-pruner, --distill), or "
+            "add --reset-optimizer to start anew from its weights."
         )
     if stored.weights.get("masks") and not mine:
         logger.warning(

@@ -55,13 +55,14 @@ class UnfusedAttention:
         self._before, self._handles = [], []
 
 
-def give_probabilities(model: nn.Module) -> Callable[[], None]:
-    """Have every attention module, in training, give the probabilities of each head; returns what undoes it.
+def give_probabilities(model: nn.Module, *, in_evaluation: bool = False) -> Callable[[], None]:
+    """Have every attention module, in training (or always), give the probabilities of each head.
 
-    fairseq's own path has them anyway; see :class:`UnfusedAttention`.
+    fairseq's own path has them anyway; see :class:`UnfusedAttention`. Returns what undoes it.
     """
     modules = [module for module in model.modules() if isinstance(module, MultiheadAttention)]
-    handles = [module.register_forward_pre_hook(_ask_for_weights, with_kwargs=True) for module in modules]
+    ask = _ask_for_weights if in_evaluation else _ask_in_training
+    handles = [module.register_forward_pre_hook(ask, with_kwargs=True) for module in modules]
 
     def undo() -> None:
         for handle in handles:
@@ -72,7 +73,12 @@ def give_probabilities(model: nn.Module) -> Callable[[], None]:
 
 def _ask_for_weights(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, Mapping[str, Any]]:
     """Forward pre-hook."""
-    return args, {**kwargs, "need_weights": True, "need_head_weights": True} if module.training else kwargs
+    return args, {**kwargs, "need_weights": True, "need_head_weights": True}
+
+
+def _ask_in_training(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, Mapping[str, Any]]:
+    """Forward pre-hook."""
+    return _ask_for_weights(module, args, kwargs) if module.training else (args, kwargs)
 
 
 def probabilities(output: Any) -> Optional[torch.Tensor]:

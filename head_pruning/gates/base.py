@@ -245,11 +245,6 @@ class HeadGatePruner(HeadPruner):
         self.adam = GateAdam(self.logits.size, self.adam.betas, weight_decay=self.adam.weight_decay)
         self.clipped_steps = self.skipped_steps = 0
 
-    def scale_gradient(self, factor: float) -> None:
-        """Scale the collected gradient: for runs that clip one norm over model and gates."""
-        if self.gradient is not None:
-            self.gradient *= factor
-
     def _set_evaluation(self) -> None:
         self.session.gates.set_evaluation(self.evaluation_gates())
 

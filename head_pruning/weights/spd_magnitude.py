@@ -38,7 +38,7 @@ class PhaseConfig:
         default=False,
         metadata={
             "help": "as the published code: the replacing rate may never reach 1, the last mask may be missed, the "
-            "learning rate of each phase falls to 0 in 30 epochs"
+            "learning rate of each phase falls to 0 in 30 epochs, the optimizer keeps its averages in the second"
         },
     )
 

@@ -417,7 +417,7 @@ def test_bad_options(translation, tmp_path, options, words):
     [
         ("--weight-pruner lock", "no checkpoint was loaded"),
         (f"{PLATON} --restore-file HERE", "pruned with movement, this run uses platon"),
-        (f"{DSP} --restore-file HERE", "this run uses no weight pruner"),
+        (f"{DSP} --restore-file HERE", "this run uses no such method"),
     ],
 )
 def test_refused(runner, translation, platon, tmp_path, options, words):
