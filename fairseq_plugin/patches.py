@@ -37,7 +37,7 @@ from .checkpoints.keeper import (
     warn_of_alignments,
 )
 from .checkpoints.reports import reported, write_beside
-from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state
+from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state, stored_task
 from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
@@ -150,17 +150,11 @@ def decode_all_sentences(original, parser, train=False, gen=False):
 def find_task(original, parser, input_args=None, *args, **kwargs):
     """fairseq-validate, which has no task of its own, takes that of the checkpoint."""
     if "--task" in parser._option_string_actions and parser.get_default("task") is None:
-        parser.set_defaults(task=_stored_task(input_args))
+        line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        line.add_argument("--path")
+        task = stored_task(peek(line.parse_known_args(input_args)[0].path or ""))
+        parser.set_defaults(task=task if task in TASK_REGISTRY else "translation")
     return original(parser, input_args, *args, **kwargs)
-
-
-def _stored_task(input_args) -> str:
-    """The task of the checkpoint that ``--path`` names, if it tells one; else that of fairseq's other commands."""
-    line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    line.add_argument("--path")
-    state = peek(line.parse_known_args(input_args)[0].path or "")
-    task = getattr(state.get("args"), "task", None) or ((state.get("cfg") or {}).get("task") or {}).get("_name")
-    return task if task in TASK_REGISTRY else "translation"
 
 
 def read_configurations(original, *args, **kwargs):

@@ -232,9 +232,18 @@ def reading(path: "str | Path") -> Iterator[None]:
 def peek(path: "str | Path") -> dict[str, Any]:
     """A checkpoint file, its tensors still on the disk; empty when it is no file that could be read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # whoever loads the file says what is wrong with it
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def stored_task(state: Mapping[str, Any]) -> Optional[str]:
+    """The name of the task of a checkpoint, old ones too; None where it tells none."""
+    part = (state.get("cfg") or {}).get("task") if isinstance(state.get("cfg"), Mapping) else None
+    old = getattr(state.get("args"), "task", None)
+    name = old or (part.get("_name") if isinstance(part, Mapping) else getattr(part, "_name", None))
+    return name if isinstance(name, str) else None
 
 
 def refuse_damage(path: "str | Path") -> None:
