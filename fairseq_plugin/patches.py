@@ -227,7 +227,8 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     reset = keeper.reset_optimizer if keeper is not None else bool(args[0] if args else kwargs.get("reset_optimizer"))
     session = getattr(task, "session", None)
     if session is not None and not reset and (META in stored.heads or stored.weights):
-        refuse_other_options(str(filename), (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
+        names = stored.description()["pruners"] if META in stored.heads else stored.weight_pruners()
+        refuse_other_options(str(filename), names, (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
     check_weights(session, stored, reset=reset, prunes=hasattr(type(task), "session"))
     if session is not None and not reset:
         stored.weight_masks(checkpoint.get("model") or {})  # which are those of its weights
