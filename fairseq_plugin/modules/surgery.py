@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from head_pruning import AttentionSite, HeadPruningError
+from head_pruning.compact import check_recipe
 from head_pruning.compact.recipe import apply_recipe
+from head_pruning.files import parse_json
 from head_pruning.surgery.plans import SitePlan
 from head_pruning.surgery.remaining import recipe_of
 
@@ -201,7 +203,4 @@ def encode(recipe: Mapping[str, Any]) -> torch.Tensor:
 
 def decode(tensor: torch.Tensor) -> dict:
     """What :func:`encode` was given. Raises ValueError when it is damaged."""
-    recipe = json.loads(bytes(tensor.tolist()).decode())
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("sites"), dict):
-        raise ValueError("no recipe")
-    return recipe
+    return dict(check_recipe(parse_json(bytes(tensor.tolist()), dict)))

@@ -416,7 +416,7 @@ def test_bad_options(translation, tmp_path, options, words):
     "options, words",
     [
         ("--weight-pruner lock", "no checkpoint was loaded"),
-        (f"{PLATON} --restore-file HERE", "pruned with movement, this run uses platon"),
+        (f"{PLATON} --restore-file HERE", "trained with movement, this run uses platon"),
         (f"{DSP} --restore-file HERE", "this run uses no such method"),
     ],
 )
