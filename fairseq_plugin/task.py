@@ -43,6 +43,8 @@ class HeadPruningMixin(_Task):
     """Drives a pruning session from fairseq's trainer."""
 
     session: Optional[PruningSession] = None
+    #: Whether a command that runs a stored model was given this task's options, which a checkpoint has of its own run.
+    decodes = False
     _evaluating = False
     _denominator: float
     _micro_batches: int
@@ -51,6 +53,13 @@ class HeadPruningMixin(_Task):
     def add_args(cls, parser: Any) -> None:
         """As the base task; flags that a scheduler or optimizer has too are left to it."""
         patches.share_second_flags(super().add_args, parser)
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **kwargs: Any):
+        """As the base task."""
+        task = super().setup_task(cfg, **kwargs)
+        task.decodes = not kwargs.get("from_checkpoint")  # until it builds a model to train
+        return task
 
     @property
     def options(self) -> Any:
@@ -63,6 +72,7 @@ class HeadPruningMixin(_Task):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False):
         """Build the model and, in training, put the gates on."""
+        self.decodes = self.decodes and from_checkpoint
         pruners = [] if from_checkpoint else self.pruners()  # a stored model brings its mask
         for pruner in pruners:
             pruner.check_options()

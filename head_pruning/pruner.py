@@ -74,8 +74,12 @@ class Pruner:
     keeps_optimizer = False
     #: Whether the method may set in in the middle of a training that did not use it: it has no schedule.
     starts_anywhere = False
+    #: Whether it takes a training to know the outcome; False: a stored model can be run with it at once.
+    needs_training = True
     #: The option that says how long the method's schedule takes; None: it has none.
     schedule_option: Optional[str] = None
+    #: What entries of :meth:`state_dict` must be, by name (:mod:`head_pruning.compact.shapes`); others: finite numbers.
+    state_shapes: Mapping[str, Any] = {}
 
     def __init__(self, config: Any) -> None:
         check_types(config)

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import HeadPruningError
+from .compact.shapes import Whole
+from .errors import HeadPruningError, one_line
 from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
 from .outputs import NEEDS, Recorder, last_of
 from .pruner import Pruner
 from .registry import KINDS
+from .states import check_tensors, checked_entry
 from .surgery.zeros import HeadWeights
 from .unit_map import UnitMap
 
@@ -544,23 +546,40 @@ class PruningSession:
         return state
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restore :meth:`state_dict`. Raises HeadPruningError when it is of other pruners or another model."""
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            HeadPruningError: it is of other pruners or another model, or has numbers that cannot be. Nothing is taken
+                of it then, unless only a pruner itself could tell.
+        """
         if "step" not in state:
             raise HeadPruningError("The checkpoint's pruning state has no step; it is damaged or of another version.")
-        self.step = int(state["step"][0])
+        step = checked_entry("step", state["step"], (Whole(),))
+        theirs: list[dict[str, np.ndarray]] = []
         for pruner in self.pruners:
-            prefix = f"{pruner.name}."
-            mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+            shapes, mine = pruner.state_shapes, _of(pruner, state)
             if not mine and pruner.state_dict():
                 raise HeadPruningError(
                     f"The checkpoint has no state of the pruner {pruner.name}; resume with the pruner that the run "
                     "was started with, or start from the model alone."
                 )
+            theirs.append(
+                {key: checked_entry(f"{pruner.name}.{key}", value, shapes.get(key)) for key, value in mine.items()}
+            )
+        self.step = int(step[0])
+        for pruner, mine in zip(self.pruners, theirs):
             try:
                 pruner.load_state_dict(mine)
+            except HeadPruningError:
+                raise
             except KeyError as error:
                 raise HeadPruningError(
                     f"The checkpoint's state of {pruner.name} lacks {error}; it is damaged or of another version."
+                ) from error
+            except (IndexError, TypeError, ValueError) as error:
+                raise HeadPruningError(
+                    f"The checkpoint's state of {pruner.name} is damaged or of another model ({one_line(error)}); "
+                    "resume from another checkpoint."
                 ) from error
 
     def tensor_state(self) -> dict[str, torch.Tensor]:
@@ -574,11 +593,9 @@ class PruningSession:
 
     def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore :meth:`tensor_state`, after :meth:`load_state_dict`. Raises HeadPruningError if it does not fit."""
+        check_tensors(state)
         for pruner in self.pruners:
-            prefix = f"{pruner.name}."
-            pruner.load_tensor_state(
-                {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            )
+            pruner.load_tensor_state(_of(pruner, state))
 
     def reset_optimizer(self) -> None:
         """Forget the moments of the pruners' own optimizers."""
@@ -594,3 +611,9 @@ class PruningSession:
                 "unit_map": None if self.unit_map is None else self.unit_map.to_dict(),
             }
         )
+
+
+def _of(pruner: Pruner, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a session's state is a pruner's, by its own names."""
+    prefix = f"{pruner.name}."
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

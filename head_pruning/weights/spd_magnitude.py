@@ -10,6 +10,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from ..compact.shapes import STEP
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
@@ -97,6 +98,7 @@ class SpdMagnitudePruner(MagnitudeScores):
     name = "spd_magnitude"
     default_selection, default_policy = "tensor", "nested"
     schedule_option = "num_prune_epochs"
+    state_shapes = {**MagnitudeScores.state_shapes, "schedule": (STEP,)}
 
     def check_options(self) -> None:
         super().check_options()

@@ -28,6 +28,7 @@ from ..training.optimizers import check_resumed, trainer_options
 from ..training.session import open_session
 from ..training.trainer import HeadPruningTrainer
 from ..training.weights import save_weight_masks_and_report
+from ..training.wrapping import wrap_end
 from .logs import set_up
 from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from .settings import RunSettings, check_same_settings, settings_of
@@ -188,6 +189,7 @@ class TaskRun:
         options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
         if not arguments.pruners:
             trainer = _DenseTrainer(**options)
+            wrap_end(trainer, lambda: 0 if self.resume is None else self.resume.step)
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0

@@ -21,6 +21,21 @@ def wrap(trainer: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(trainer, name, wrapped)
 
 
+def wrap_end(trainer: Any, resumed: Callable[[], int]) -> None:
+    """Leave a run as it is that is resumed at its end: where that lies inside an epoch, one update more is trained.
+
+    Args:
+        trainer: whose ``train`` it is about.
+        resumed: tells the number of updates in the checkpoint that is resumed; 0: none is.
+    """
+
+    def values(original: Callable, *args: Any, **options: Any) -> Any:
+        epochs, per_epoch, *others, updates = original(*args, **options)
+        return (epochs if resumed() < updates else resumed() // per_epoch, per_epoch, *others, updates)
+
+    wrap(trainer, "set_initial_training_values", values)
+
+
 # The session of the model that is trained now: a Trainer with a ``model_init`` gets another with every model.
 Current = Callable[[], PruningSession]
 
