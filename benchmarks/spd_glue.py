@@ -152,10 +152,10 @@ def write_results(rows: list[dict], folder: Path, command: str) -> None:
 
 
 def _about(tasks: "set[str]") -> str:
-    measured = [task for name, task in TASKS.items() if name in tasks]
     sizes = "; ".join(
-        f"{task.name}: {task.epochs:g} epochs (its teacher: {DENSE_EPOCHS[task.name]}) of {task.samples or 'all'} examples"
-        for task in measured
+        f"{name}: {task.epochs:g} epochs (its teacher: {DENSE_EPOCHS[name]}) of {task.samples or 'all'} examples"
+        for name, task in TASKS.items()
+        if name in tasks
     )
     rates = ", ".join(f"{rate} for {method}" for method, rate in RATES.items())
     return (
