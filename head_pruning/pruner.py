@@ -85,6 +85,11 @@ class Pruner:
         """Whether head gates must be on the model."""
         return self.kind == "heads"
 
+    @property
+    def units(self) -> str:
+        """What is gated, where gates are needed: one of :data:`head_pruning.unit_map.NUMBERED`."""
+        return getattr(self.config, "prune_units", "heads")
+
     @classmethod
     def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that were set, and what the published BERT scripts make of others.

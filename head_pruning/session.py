@@ -130,9 +130,12 @@ class PruningSession:
         self.load_teacher = load_teacher
         self.all_reduce = all_reduce
         self.fired_within = fired_within
-        self.gated = any(pruner.needs_gates for pruner in self.pruners)
+        gating = [pruner for pruner in self.pruners if pruner.needs_gates]
+        self.gated = bool(gating)
         if self.gated and unit_map is None:
             raise HeadPruningError("Pruners of heads need the model's unit map; pass it to the session.")
+        if gating and unit_map is not None:
+            self.unit_map = unit_map = unit_map.numbering(gating[0].units).told()
         self.gates = None if unit_map is None else GateBank(model, unit_map)
         needs = needs_of(self.pruners)
         self._changes_loss = self.overrides("loss") or bool(needs)

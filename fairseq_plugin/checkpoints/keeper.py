@@ -113,7 +113,8 @@ class StateKeeper:
         if not stored.heads:
             return
         description = stored.description()
-        description["unit_map"].check_same_heads(unit_map(self.model), "The pruned checkpoint")
+        theirs = description["unit_map"]
+        theirs.check_same_heads(unit_map(self.model).numbering(theirs.units), "The pruned checkpoint")
         if self.session is None:
             return
         if KEEP in stored.heads and not self._heads:
@@ -241,7 +242,7 @@ def refuse_late_start(session: PruningSession, file: str, stored: PruningState) 
 
 def attach_mask(model: BaseFairseqModel, mask: HeadMask) -> GateBank:
     """Gate a model, whose attention is unfused, with a fixed mask, in training and in evaluation."""
-    gates = GateBank(model, unit_map(model))
+    gates = GateBank(model, unit_map(model).numbering(mask.unit_map.units))
     gates.attach()
     gates.set_fixed(mask.keep)
     return gates
@@ -265,7 +266,7 @@ def remove_heads(model: BaseFairseqModel, mask: Optional[HeadMask] = None) -> di
         raise HeadPruningError("A pruning session is on the model; detach it before its heads are cut out.")
     if mask is None:
         mask = PruningState(keeper.stored if keeper is not None else {}).head_mask()
-    unit_map(model).check_same_heads(mask.unit_map, "The head mask")
+    unit_map(model).numbering(mask.unit_map.units).check_same_heads(mask.unit_map, "The head mask")
     if keeper is not None:
         keeper.let_go()
     recipe = cut_out(model, unit_map(model), mask)

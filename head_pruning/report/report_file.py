@@ -7,6 +7,8 @@ import numpy as np
 import safetensors
 import torch
 
+from ..masks import HeadMask
+
 
 def run_report(
     *,
@@ -41,6 +43,12 @@ def run_report(
             **(versions or {}),
         },
     }
+
+
+def counts_told(mask: HeadMask) -> dict[str, int]:
+    """``heads_kept`` and ``heads_total``, and the same of units where they are numbered."""
+    of = mask.counts().items()
+    return {f"{name}_{what}": count for name, pair in of for what, count in zip(("kept", "total"), pair)}
 
 
 def zeros_in_all(parameters: int, nonzero: int) -> dict[str, Any]:

@@ -201,9 +201,10 @@ def fitted(model: PreTrainedModel, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
     known = [*recipe["sites"], *(site["name"] for site in recipe["unit_map"]["attention"])]
+    holders = {block["name"]: block["out_proj"] for block in recipe["unit_map"]["feed_forward"]}
     here: list[str] = []
     for rename in (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix)):
-        here = [name for name in known if rename(name) in modules]
+        here = [name for name in known if rename(holders.get(name, name)) in modules]
         if here:
             break
     there = {rename(name): site for name, site in recipe["sites"].items() if name in here}
@@ -212,7 +213,11 @@ def fitted(model: PreTrainedModel, recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"there is no module {lacking[0]}")
     sites = {name: _renamed_site(site, rename) for name, site in there.items()}
     units = {
-        kind: [_renamed_unit(unit, rename) for unit in listed if rename(unit["out_proj"]) in modules]
+        kind: [
+            rename(unit) if isinstance(unit, str) else _renamed_unit(unit, rename)
+            for unit in listed
+            if rename(unit if isinstance(unit, str) else unit.get("out_proj", unit["name"])) in modules
+        ]
         for kind, listed in recipe["unit_map"].items()
     }
     return {**recipe, "sites": sites, "unit_map": units}
@@ -229,8 +234,9 @@ def _renamed_unit(unit: Mapping[str, Any], rename: Callable[[str], str]) -> dict
     names: dict[str, Any] = {
         field: rename(unit[field]) for field in ("name", "layer", "in_proj", "out_proj") if field in unit
     }
-    if "projections" in unit:
-        names["projections"] = [rename(name) for name in unit["projections"]]
+    for field in ("projections", "gates", "weights", "biases"):
+        if field in unit:
+            names[field] = [rename(name) for name in unit[field]]
     return {**unit, **names}
 
 
