@@ -30,6 +30,9 @@ class SessionView(Protocol):
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks."""
 
+    def summed(self, gradients: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """The same on the device, counts behind the gradients; nothing is waited for."""
+
     @property
     def needs(self) -> frozenset:
         """What all pruners of the session need of a model's outputs."""

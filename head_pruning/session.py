@@ -519,13 +519,17 @@ class PruningSession:
         """What the objective adds to the loss of each micro-batch."""
         return sum(pruner.penalty() for pruner in self.pruners)
 
+    def summed(self, gradients: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """Gradients, and counts behind them, summed over the ranks in float64; the device is not waited for."""
+        behind = torch.from_numpy(counts.astype(np.float64)).to(gradients.device, non_blocking=True)
+        flat = torch.cat([gradients.double(), behind])
+        if self.all_reduce is not None:
+            self.all_reduce(flat)
+        return flat
+
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks and bring them to the host as float64: the one sync of an update."""
-        if self.all_reduce is None:
-            return gradients.double().cpu().numpy(), counts
-        flat = torch.cat([gradients.double(), torch.from_numpy(counts.astype(np.float64)).to(gradients.device)])
-        self.all_reduce(flat)
-        summed = flat.cpu().numpy()
+        summed = self.summed(gradients, counts).cpu().numpy()
         return summed[: gradients.numel()], summed[gradients.numel() :]
 
     # -- state ---------------------------------------------------------------------------------------------------

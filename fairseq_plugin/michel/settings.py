@@ -57,6 +57,8 @@ def settings(cfg: DictConfig, args: Any, score_at: Iterable[int]) -> dict[str, A
         found |= _changed(cfg.scoring, scoring, _names(scoring))
     if cfg.scoring._name != REGISTRIES["scoring"]["default"]:
         found["scoring"] = cfg.scoring._name
+    if args.prune_units != "heads":
+        found["prune_units"] = args.prune_units
     if score_at and args.score_beam != SCORE_BEAM:
         found["score_beam"] = args.score_beam
     return found
@@ -74,7 +76,15 @@ def _changed(cfg: DictConfig, config: type, names: Iterable[str]) -> dict[str, A
 
 def flags() -> dict[str, str]:
     """How the command line spells the settings of any run."""
-    names = ["remove_bpe", "importance_sentences", "score_sentences", "score_at", "score_beam", "train_subset"]
+    names = [
+        "remove_bpe",
+        "importance_sentences",
+        "score_sentences",
+        "score_at",
+        "score_beam",
+        "train_subset",
+        "prune_units",
+    ]
     for config in (GenerationConfig, *REGISTRIES["scoring"]["dataclass_registry"].values()):
         names += _names(config)
     return {name: _flag(name) for name in names} | _SPELLED
