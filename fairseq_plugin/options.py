@@ -55,12 +55,39 @@ def build_pruners(options: Any) -> list[Pruner]:
     Raises:
         HeadPruningError: as :func:`head_pruning.choose_methods`.
     """
+    chosen = choose_methods(_given(options), line=CommandLine(_flag))
+    values = {name: _value(options, option) for name, option in option_fields().items()}
+    return [build_pruner(method, SimpleNamespace(**values)) for method in chosen]
+
+
+def _given(options: Any) -> dict[str, Any]:
+    """The options of the registry, and those that name methods, that were set."""
     known = option_fields()
     values = {name: _value(options, option) for name, option in known.items()}
     given = {name: value for name, value in values.items() if value != known[name].default}
     named = {kind.flag: getattr(options, kind.flag, None) for kind in KINDS.values()}
-    chosen = choose_methods({**given, **named}, line=CommandLine(_flag))
-    return [build_pruner(method, SimpleNamespace(**values)) for method in chosen]
+    return {**given, **{name: value for name, value in named.items() if value is not None}}
+
+
+def pruners_to_decode(options: Any) -> list[Pruner]:
+    """The pruners under which a command that does not train runs a stored model; empty where none is asked for.
+
+    Raises:
+        HeadPruningError: an option was set that takes a training.
+    """
+    given = _given(options)
+    try:
+        pruners = build_pruners(options)
+    except HeadPruningError:  # half of what a method needs
+        pruners = []
+    if given and (not pruners or any(pruner.needs_training for pruner in pruners)):
+        raise HeadPruningError(
+            f"{' and '.join(map(_flag, given))} takes a training, and this command runs a stored model, with the mask "
+            "that is in its checkpoint; leave it out, or give the mask of a dense model with --head-mask-file."
+        )
+    for pruner in pruners:
+        pruner.check_options()
+    return pruners
 
 
 def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> None:

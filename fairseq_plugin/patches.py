@@ -9,27 +9,39 @@ import contextlib
 import functools
 import logging
 import math
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Optional
 
 import numpy as np
 import omegaconf
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import BaseFairseqModel
+from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 
 from head_pruning import HeadPruningError
+from head_pruning.finite import all_finite
 from head_pruning.surgery.remaining import recipe_of
 
-from .checkpoints.keeper import StateKeeper, check_weights, keeper_of, refuse_late_start
-from .checkpoints.reports import write_beside
-from .checkpoints.stored import KEY, META, PruningState, peek, refuse_cut_off, split_state
-from .checkpoints.weights import finish
+from .checkpoints.keeper import (
+    StateKeeper,
+    check_weights,
+    keep_heads,
+    keeper_of,
+    refuse_late_start,
+    warn_of_alignments,
+)
+from .checkpoints.reports import reported, write_beside
+from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state
+from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
-from .options import refuse_other_options, second_flags
+from .options import pruners_to_decode, refuse_other_options, second_flags
 from .schedules import restart_schedule
 
 logger = logging.getLogger(__name__)
@@ -41,7 +53,14 @@ _BETWEEN_RANKS = [
     *(omegaconf.base.ContainerMetadata, omegaconf.base.Metadata),
     distributed_utils._TensorPlaceholder,
 ]
+# What fairseq says of them, with one rank, with a loss scaler, and with several ranks.
+_NOT_FINITE = re.compile(r"Nan/Inf|Minimum loss scale|= +-?(nan|inf)")
+_BROKEN = (
+    "The loss or its gradient is not finite after {} updates; lower --lr, clip with --clip-norm, or go on from the "
+    "last checkpoint with bf16 in place of fp16."
+)
 _validated_at_target = True
+_decoding = False
 
 
 def install() -> None:
@@ -49,11 +68,16 @@ def install() -> None:
     allow_safe_globals()
     _replace(sys, "excepthook", print_sentence)
     _replace(distributed_utils, "_broadcast_object_slow", read_configurations)
-    _replace(checkpoint_utils, "load_checkpoint_to_cpu", refuse_damaged_files)
+    _replace(options, "add_dataset_args", decode_all_sentences)
+    _replace(options, "parse_args_and_arch", find_task)
+    _replace(checkpoint_utils, "load_checkpoint_to_cpu", read_checkpoint)
+    _replace(checkpoint_utils, "load_model_ensemble_and_task", load_to_decode)
     _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
+    _replace(checkpoint_utils, "load_checkpoint", report_what_is_over)
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
     _replace(Trainer, "load_checkpoint", load_pruned_training)
     _replace(Trainer, "state_dict", state_with_weights)
+    _replace(Trainer, "save_checkpoint", end_without_crash_file)
     _replace(Trainer, "_build_optimizer", build_for_phase)
     _replace(Trainer, "train_step", begin_phase)
     for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
@@ -61,6 +85,7 @@ def install() -> None:
         if hasattr(module, "should_stop_early") and hasattr(module, "validate"):
             _replace(module, "validate", validate_masked)
             _replace(module, "should_stop_early", stop_at_target)
+            _replace(module, "train", stop_at_end)
 
 
 def _replace(owner: Any, name: str, patch: Callable) -> None:
@@ -114,16 +139,65 @@ def print_sentence(original, kind, error, traceback) -> None:
         print(f"error: {sentence}", file=sys.stderr)
 
 
+def decode_all_sentences(original, parser, train=False, gen=False):
+    """What decodes or scores a test set leaves none of its sentences out, unless it is told to."""
+    group = original(parser, train, gen)
+    if gen:  # fairseq's default is 8, and it drops a last batch that is no multiple of it
+        parser.set_defaults(required_batch_size_multiple=1)
+    return group
+
+
+def find_task(original, parser, input_args=None, *args, **kwargs):
+    """fairseq-validate, which has no task of its own, takes that of the checkpoint."""
+    if "--task" in parser._option_string_actions and parser.get_default("task") is None:
+        parser.set_defaults(task=_stored_task(input_args))
+    return original(parser, input_args, *args, **kwargs)
+
+
+def _stored_task(input_args) -> str:
+    """The task of the checkpoint that ``--path`` names, if it tells one; else that of fairseq's other commands."""
+    line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    line.add_argument("--path")
+    state = peek(line.parse_known_args(input_args)[0].path or "")
+    task = getattr(state.get("args"), "task", None) or ((state.get("cfg") or {}).get("task") or {}).get("_name")
+    return task if task in TASK_REGISTRY else "translation"
+
+
 def read_configurations(original, *args, **kwargs):
     """Ranks read what rank 0 sends them."""
     with torch.serialization.safe_globals(_BETWEEN_RANKS):
         return original(*args, **kwargs)
 
 
-def refuse_damaged_files(original, path, *args, **kwargs):
-    """A checkpoint that ends too early is named."""
-    refuse_cut_off(path)
-    return original(path, *args, **kwargs)
+def read_checkpoint(original, path, *args, **kwargs):
+    """Files that are damaged are named; what does not train on gets weights that are masked, as they are exported."""
+    with reading(path):
+        state = original(path, *args, **kwargs)
+        PruningState.of(state)
+        if _decoding:
+            mask_weights(state)
+    return state
+
+
+def load_to_decode(original, filenames, arg_overrides=None, task=None, *args, **kwargs):
+    """Whatever runs stored models masks their weights, and takes no option of pruning but a mask for dense ones."""
+    global _decoding
+    typed = task.options if getattr(task, "decodes", False) else SimpleNamespace(**(arg_overrides or {}))
+    pruners = pruners_to_decode(typed)
+    before, _decoding = _decoding, True
+    try:
+        models, cfg, task = original(filenames, arg_overrides, task, *args, **kwargs)
+    except OSError as error:
+        if "Model file not found" not in str(error):
+            raise
+        raise HeadPruningError(f"{error}; check --path.") from error
+    finally:
+        _decoding = before
+    for model in models:
+        if pruners:
+            keep_heads(model, pruners)
+        warn_of_alignments(model)
+    return models, cfg, task
 
 
 def load_pruned_model(original, self, state_dict, *args, **kwargs):
@@ -161,6 +235,8 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     if session is not None and not reset and (META in stored.heads or stored.weights):
         refuse_other_options(str(filename), (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
     check_weights(session, stored, reset=reset, prunes=hasattr(type(task), "session"))
+    if session is not None and not reset:
+        stored.weight_masks(checkpoint.get("model") or {})  # which are those of its weights
     if stored.recipe is not None and stored.recipe != recipe_of(model):
         getattr(task, "cut_for_checkpoint", take_shape)(model, stored.recipe)
         self.reinitialize()
@@ -182,8 +258,23 @@ def state_with_weights(original, self):
     state, keeper = original(self), keeper_of(self.get_model())
     of_weights = {} if keeper is None else keeper.of_weights(resumable=not self.cfg.checkpoint.no_save_optimizer_state)
     if of_weights:
-        state["extra_state"][KEY] = of_weights
+        saved = [state["model"], *filter(None, [state["extra_state"].get("ema")])]
+        names = list(of_weights["masks"])
+        norms = zip(*(norms_of([weights[name] for name in names]) for weights in saved))
+        state["extra_state"][KEY] = {**of_weights, "norms": dict(zip(names, map(list, norms)))}
     return state
+
+
+def end_without_crash_file(original, self, filename, extra_state):
+    """Losses that are not finite, and mistakes of a user, end training with a sentence, not with a crash.pt."""
+    error = sys.exc_info()[1]
+    if getattr(self.task, "session", None) is None or error is None or Path(filename).name != "crash.pt":
+        return original(self, filename, extra_state)
+    if sentence_of(error) is not None:
+        return None  # fairseq raises it again
+    if isinstance(error, FloatingPointError) and _NOT_FINITE.search(str(error)):
+        raise HeadPruningError(_BROKEN.format(self.get_num_updates())) from error
+    return original(self, filename, extra_state)
 
 
 def build_for_phase(original, self):
@@ -198,12 +289,15 @@ def build_for_phase(original, self):
 
 
 def begin_phase(original, self, *args, **kwargs):
-    """Where a phase begins the trainer builds its optimizer, and its learning-rate schedule, anew."""
+    """Where a phase begins the trainer builds its learning-rate schedule, and mostly its optimizer, anew."""
     session, step = getattr(self.task, "session", None), self.get_num_updates()
     if session is not None and session.enter_phase(step):
         old, self.head_pruning_built_for = self.optimizer, step
-        self.reinitialize()
-        carry_over(old, self.optimizer)
+        if session.keeps_optimizer:
+            restart_schedule(self, *session.schedule_span(step))
+        else:
+            self.reinitialize()
+            carry_over(old, self.optimizer)
         self.lr_step_update()
     return original(self, *args, **kwargs)
 
@@ -216,6 +310,8 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     if val_loss is not None and not session.at_target():
         logger.info("not a candidate for checkpoint_best: pruning has not reached its target yet")
         val_loss = None
+    if not all_finite(trainer.get_model()):  # before older checkpoints make room for this one
+        raise HeadPruningError(_BROKEN.format(trainer.get_num_updates()))
     last = trainer.get_num_updates() >= (session.total_steps or math.inf)
     if last:
         finish(session)
@@ -223,6 +319,25 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     if not cfg.no_save and trainer.data_parallel_rank == 0:
         write_beside(cfg.save_dir, trainer, log_heads=last or epoch_itr.end_of_epoch())
     return saved
+
+
+def report_what_is_over(original, cfg, trainer, **options):
+    """A run that was killed behind its last checkpoint has left no reports on it."""
+    loaded, session = original(cfg, trainer, **options), getattr(trainer.task, "session", None)
+    updates = trainer.get_num_updates()
+    if session is not None and updates >= (session.total_steps or math.inf):
+        if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
+            write_beside(cfg.save_dir, trainer, log_heads=True)
+    return loaded
+
+
+def stop_at_end(original, cfg, trainer, task, epoch_itr):
+    """A run that is resumed at its end stays as it is; fairseq would train one update more before it looks."""
+    updates, hours = trainer.get_num_updates(), trainer.cumulative_training_time() / 3600
+    if updates >= (cfg.optimization.max_update or math.inf) or 0 < cfg.optimization.stop_time_hours < hours:
+        logger.info("training was over after %d updates; nothing is trained", updates)
+        return [None], True
+    return original(cfg, trainer, task, epoch_itr)
 
 
 def validate_masked(original, cfg, trainer, task, *args, **kwargs):

@@ -1,6 +1,7 @@
 """Tasks that prune while they train: any task of fairseq plus one mixin."""
 
 import contextlib
+import functools
 import logging
 import math
 from pathlib import Path
@@ -25,6 +26,7 @@ from .masters import master_of, unscale
 from .modules.surgery import take_shape
 from .options import build_pruners, pruning_config
 from .session import open_session
+from .teachers import load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class HeadPruningMixin(_Task):
     """Drives a pruning session from fairseq's trainer."""
 
     session: Optional[PruningSession] = None
+    #: Whether a command that runs a stored model was given this task's options, which a checkpoint has of its own run.
+    decodes = False
     _evaluating = False
     _denominator: float
     _micro_batches: int
@@ -49,6 +53,13 @@ class HeadPruningMixin(_Task):
     def add_args(cls, parser: Any) -> None:
         """As the base task; flags that a scheduler or optimizer has too are left to it."""
         patches.share_second_flags(super().add_args, parser)
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **kwargs: Any):
+        """As the base task."""
+        task = super().setup_task(cfg, **kwargs)
+        task.decodes = not kwargs.get("from_checkpoint")  # until it builds a model to train
+        return task
 
     @property
     def options(self) -> Any:
@@ -61,6 +72,7 @@ class HeadPruningMixin(_Task):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False):
         """Build the model and, in training, put the gates on."""
+        self.decodes = self.decodes and from_checkpoint
         pruners = [] if from_checkpoint else self.pruners()  # a stored model brings its mask
         for pruner in pruners:
             pruner.check_options()
@@ -75,6 +87,8 @@ class HeadPruningMixin(_Task):
             pruners,
             seed=self.options.seed,
             all_reduce=_all_reduce if _ranks() > 1 else None,
+            load_teacher=functools.partial(load_teacher, self, model),
+            weights_come_later=True,
         )
         refuse_hosts(self.session, self.options)
         self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
@@ -113,8 +127,8 @@ class HeadPruningMixin(_Task):
                 # With --reset-optimizer fairseq goes on counting epochs but starts counting updates anew.
                 done = kwargs.get("epoch", 1) - 1 if self._keeper.reset_optimizer else 0
                 self._epochs = max(1, self.options.max_epoch - done) if self.options.max_epoch else math.inf
-            frequency = list(self.options.update_freq)[-1]
-            by_epoch = self._epochs * math.ceil(len(iterator) / frequency)
+            epoch = math.ceil(len(iterator) / list(self.options.update_freq)[-1])
+            by_epoch, self.session.steps_per_epoch = self._epochs * epoch, epoch
             total = min(self.options.max_update or math.inf, by_epoch)
             self.session.total_steps = None if math.isinf(total) else int(total)
         return iterator
@@ -168,7 +182,9 @@ class HeadPruningMixin(_Task):
         def objective(model, sample):
             loss, sample_size, log = criterion(model, sample)
             if session.changes_loss:
-                loss = session.loss(loss, sample, masks=self.token_masks(sample), weight=sample_size)
+                # With --sentence-avg the loss is a sum over tokens all the same.
+                terms = sample["ntokens"] if getattr(criterion, "sentence_avg", False) else sample_size
+                loss = session.loss(loss, sample, masks=self.token_masks(sample), weight=terms)
             return loss, sample_size, log
 
         loss, sample_size, log = super().train_step(
@@ -238,7 +254,7 @@ class HeadPruningMixin(_Task):
         self.session.after_step()
         for name, value in self.session.metrics().items():
             if math.isfinite(value):  # a mask's numbers arrive from the device a little later
-                metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 1))
+                metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 4))
 
 
 def _ranks() -> int:

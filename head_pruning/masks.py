@@ -10,8 +10,8 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
 
-from .errors import HeadPruningError
-from .files import atomic_path, read_safetensors, write_safetensors
+from .errors import HeadPruningError, one_line
+from .files import atomic_path, parse_json, read_safetensors, write_safetensors
 from .unit_map import FeedForwardSite, UnitMap, alike
 
 
@@ -111,11 +111,13 @@ class HeadMask:
         if "weight_shapes" in metadata and "unit_map" not in metadata:
             raise HeadPruningError(f"{path} holds masks of weights but no head mask: its run pruned no heads.")
         try:
-            unit_map = UnitMap.from_dict(json.loads(metadata["unit_map"]))
+            unit_map = UnitMap.from_dict(parse_json(metadata["unit_map"]))
             keep = [tensors[f"heads.{site.name}"].reshape(site.heads) for site in unit_map.sites]
-        except (KeyError, TypeError, ValueError) as error:
-            raise HeadPruningError(f"{path} is not a head mask ({error!r}); write one with HeadMask.save.") from error
-        return cls(unit_map, np.concatenate(keep))
+            return cls(unit_map, np.concatenate(keep))
+        except (KeyError, ValueError) as error:
+            raise HeadPruningError(
+                f"{path} is not a head mask ({one_line(error)}); write one with HeadMask.save."
+            ) from error
 
     def __str__(self) -> str:
         kept = (f"{name}: {' '.join(map(str, heads)) or 'none'}" for name, heads in self.kept_heads().items())

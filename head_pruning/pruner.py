@@ -24,6 +24,7 @@ class SessionView(Protocol):
     total_steps: Optional[int]
     steps_per_epoch: Optional[float]
     load_teacher: Optional[Callable[[str, frozenset], tuple[torch.nn.Module, Optional[UnitMap]]]]
+    weights_come_later: bool
     gates: Any
     master_of: Optional[Callable[[torch.nn.Parameter], torch.Tensor]]
 
@@ -72,10 +73,16 @@ class Pruner:
     needs_trained_model = False
     #: Whether trainable parameters get no gradient in some updates.
     skips_parameters = False
+    #: Whether a new phase goes on with the host's optimizer, and only the learning-rate schedule begins anew.
+    keeps_optimizer = False
     #: Whether the method may set in in the middle of a training that did not use it: it has no schedule.
     starts_anywhere = False
+    #: Whether it takes a training to know the outcome; False: a stored model can be run with it at once.
+    needs_training = True
     #: The option that says how long the method's schedule takes; None: it has none.
     schedule_option: Optional[str] = None
+    #: What entries of :meth:`state_dict` must be, by name (:mod:`head_pruning.compact.shapes`); others: finite numbers.
+    state_shapes: Mapping[str, Any] = {}
 
     def __init__(self, config: Any) -> None:
         check_types(config)

@@ -9,6 +9,8 @@ from typing import Any, Callable, ClassVar, Iterator, Mapping, Optional, Sequenc
 
 import numpy as np
 
+from .compact.checks import MAX_HEADS, UNIT_MAP
+from .compact.shapes import conform
 from .errors import HeadPruningError
 
 logger = logging.getLogger(__name__)
@@ -134,6 +136,8 @@ class UnitMap:
             raise HeadPruningError(f"The unit map names {', '.join(twice)} twice; list each attention module once.")
         if self.units not in NUMBERED:
             raise HeadPruningError(f"A unit map cannot number {self.units!r}; give one of {', '.join(NUMBERED)}.")
+        if sum(site.heads for site in self.attention) > MAX_HEADS:
+            raise HeadPruningError(f"The unit map has {self.num_heads} heads, more than any model; correct its sites.")
         object.__setattr__(self, "layers", tuple(self.layers) or self._layers_of_sites())
 
     def _layers_of_sites(self) -> tuple[str, ...]:
@@ -221,7 +225,8 @@ class UnitMap:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "UnitMap":
-        """Rebuild a map from :meth:`to_dict`."""
+        """Rebuild a map from :meth:`to_dict`. Raises ValueError, naming the place, when it is none."""
+        conform(data, UNIT_MAP, "the unit map")
         attention = _sites(AttentionSite, data["attention"])
         feed_forward = _sites(FeedForwardSite, data["feed_forward"])
         experts = _sites(ExpertSite, data.get("experts", ()))
@@ -251,7 +256,8 @@ def _sites(kind: type, entries: Sequence[Mapping]) -> tuple:
     def frozen(value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
-    return tuple(kind(**{name: frozen(value) for name, value in dict(entry).items()}) for entry in entries)
+    names = {each.name for each in dataclasses.fields(kind)}  # those of a later version are left out
+    return tuple(kind(**{name: frozen(value) for name, value in entry.items() if name in names}) for entry in entries)
 
 
 def alike(mine: Sequence[tuple[str, int]], theirs: Sequence[tuple[str, int]]) -> bool:

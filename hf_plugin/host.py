@@ -21,12 +21,12 @@ from transformers.utils import logging
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE
-from head_pruning.hosts import HostModel, cut_out, holds_heads
+from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats
 from head_pruning.report.weights import WeightCount, count_weights, sum_counts, write_weight_artifacts
 from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
 from head_pruning.surgery.zeros import removed_counts, zeroed_heads
-from head_pruning.weights import load_weight_masks, save_compressed
+from head_pruning.weights import load_weight_masks
 
 from .compact.model_classes import take_recipe
 from .mapping.head_plans import plan_site
@@ -283,17 +283,6 @@ def _describe_cut_weights(folder: Path, loaded: HostModel, before: Mapping[str, 
     return f", {sum_counts(counts)}"
 
 
-def _export_compressed(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
-    if target.is_dir():
-        raise HeadPruningError(f"{target} is a folder; name a file to write the tensors to.")
-    loaded = load(source, mask)
-    with contextlib.nullcontext() if loaded.mask is None else zeroed_heads(loaded.model, loaded.mask):
-        save_compressed(target, loaded.model.state_dict())
-    dense = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    share = target.stat().st_size / dense
-    return f"{target}: {share:.1%} of the model's {dense:,} bytes; head_pruning.weights.load_compressed reads it"
-
-
 exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
     "masked": export_masked,
     "compact": export_compact,
@@ -302,5 +291,5 @@ exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
         lambda loaded, target: export_onnx(loaded.model, loaded.example, target),
         lambda loaded, target: export_program(loaded.model, loaded.example, target),
     ),
-    "compressed": _export_compressed,
+    **compressed_format(load),
 }

@@ -73,13 +73,25 @@ def _write_weights(
         )
 
 
+def reported(save_dir: str, session: PruningSession, updates: int) -> bool:
+    """Whether :func:`write_beside` has written all it has to say of the checkpoint of update ``updates``."""
+    report = _report(Path(save_dir))
+    whole = bool(session.weight_masks()) == ("weights" in report)
+    return whole and any(entry["updates"] == updates for entry in report.get("history", []))
+
+
 def _history(save_dir: Path, updates: int) -> list[dict]:
     """The entries that earlier saves left, up to the one that training went on from."""
+    return [entry for entry in _report(save_dir).get("history", []) if entry["updates"] < updates]
+
+
+def _report(save_dir: Path) -> dict:
+    """What an earlier save left; empty where nothing is, or something else."""
     try:
-        entries = json.loads((save_dir / REPORT_FILE).read_text(encoding="utf-8"))["history"]
-        return [entry for entry in entries if entry["updates"] < updates]
+        report = json.loads((save_dir / REPORT_FILE).read_text(encoding="utf-8"))
+        return report if all("updates" in entry for entry in report["history"]) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return {}
 
 
 def _parameters(model: torch.nn.Module, mask: HeadMask) -> tuple[int, int]:

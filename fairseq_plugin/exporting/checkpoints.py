@@ -3,10 +3,12 @@
 Pruned weights are zero in both.
 """
 
+import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
+import numpy as np
 import torch
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from torch import nn
@@ -39,6 +41,21 @@ def plain_config(cfg: dict) -> None:
     criterion = cfg.get("criterion")
     if isinstance(criterion, dict) and str(criterion.get("_name", "")).endswith(TASK_SUFFIX):
         criterion["_name"] = criterion["_name"][: -len(TASK_SUFFIX)]
+
+
+def without_classes(value: Any) -> Any:
+    """What a checkpoint says besides its tensors, as torch loads it without being told of any class.
+
+    torch 2.6 and later refuse argparse's Namespace, in which fairseq-train stores the options of the model; fairseq
+    reads a dictionary as well.
+    """
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: without_classes(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_classes, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def cut_heads(weights: dict, mask: HeadMask, before: Optional[dict]) -> tuple[dict, dict]:
@@ -119,7 +136,7 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     check_file(Path(target), ".pt")
     state = load_checkpoint(source)
     stored = PruningState.of(state)
-    masks, before = stored.weight_masks(), stored.recipe
+    masks, before = stored.weight_masks(state["model"]), stored.recipe
     if before is not None and not compact:
         raise HeadPruningError(f"{source} is compact, the heads are gone; export the checkpoint it was made from.")
     if before is not None and mask is None and KEEP not in stored.heads:
@@ -156,6 +173,8 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     sizes.append(parameters(written))
     before_heads = {name: keep.numel() for name, keep in masks.items()}
     counts = count_weights(masks, written, removed=removed, dense=before_heads)
+    for part in ("cfg", "extra_state", "optimizer_history", "task_state"):
+        state[part] = without_classes(state.get(part))
     with atomic_path(target) as temporary:
         torch.save(state, temporary)
     return _Exported(mask, (sizes[0], sizes[1]), sum_counts(counts))

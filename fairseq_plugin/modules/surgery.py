@@ -19,7 +19,7 @@ from head_pruning.surgery.plans import SitePlan, unit_plan
 from head_pruning.surgery.remaining import recipe_of
 from head_pruning.unit_map import Site
 
-from .attention import additive
+from .attention import additive, uniform_weights
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -115,12 +115,8 @@ class NoHeads(MultiheadAttention):
             output = bias.expand(*query.shape[:2], -1)
         if not (need_weights or need_head_weights) or key is None:
             return output, None
-        length, batch = query.shape[:2]
-        weights = query.new_ones(batch, key.shape[0])
-        if key_padding_mask is not None:
-            weights.masked_fill_(key_padding_mask.to(torch.bool), 0)
-        weights = (weights / weights.sum(1, keepdim=True)).unsqueeze(1).repeat(1, length, 1)
-        return output, weights.unsqueeze(0) if need_head_weights else weights
+        weights = uniform_weights(query, (query.shape[1], query.shape[0], key.shape[0]), key_padding_mask)
+        return output, weights if need_head_weights else weights[0]
 
     def reorder_incremental_state(self, incremental_state: Optional[dict], new_order: torch.Tensor) -> Optional[dict]:
         """Nothing was kept."""

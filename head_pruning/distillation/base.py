@@ -26,7 +26,10 @@ class DistillConfig:
 
     teacher_path: Optional[str] = field(
         default=None,
-        metadata={"help": "model to learn from; default: the model to train as it is before training"},
+        metadata={
+            "help": "model to learn from; default: the model to train as it is before training",
+            "by_content": True,
+        },
     )
     teacher_dtype: Optional[str] = field(
         default=None,
@@ -118,6 +121,9 @@ class Distiller(Pruner):
         super().attach(session)
         self._numbers = self._fingerprint = None
         self._teacher = self.open_teacher(session)
+        maps = (session.unit_map, self._teacher.unit_map)
+        if self.needs and self.config.distill_layers is None and maps[0] is not None and maps[1] is not None:
+            layer_pairs_of(None, maps[0].layers, maps[1].layers, session, self._teacher)  # told before training
 
     def open_teacher(self, session: SessionView) -> Teacher:
         """The teacher of the options."""

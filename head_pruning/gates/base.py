@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Optional
 
 import numpy as np
 
+from ..compact.shapes import FLAG, Number, Whole
 from ..errors import HeadPruningError
 from ..masks import HeadMask, full_mask
 from ..options import require
@@ -135,6 +137,15 @@ class HeadGatePruner(HeadPruner):
     """
 
     bert_defaults = {"pruning_lr": 0.5, "gate_adam_beta2": 0.999}
+    # Without clipping, gradients of the relaxation and their squares may be as large as numbers are.
+    state_shapes = {
+        "logits": [Number()],
+        "counts": (Whole(), Whole()),
+        "final": [FLAG],
+        "adam.first": [Number(-math.inf, math.inf)],
+        "adam.second": [Number(0, math.inf)],
+        "adam.steps": (Whole(),),
+    }
 
     def __init__(self, config: HeadGateConfig) -> None:
         super().__init__(config)
@@ -252,11 +263,6 @@ class HeadGatePruner(HeadPruner):
         self.adam = GateAdam(self.logits.size, self.adam.betas, weight_decay=self.adam.weight_decay)
         self.clipped_steps = self.skipped_steps = 0
 
-    def scale_gradient(self, factor: float) -> None:
-        """Scale the collected gradient: for runs that clip one norm over model and gates."""
-        if self.gradient is not None:
-            self.gradient *= factor
-
     def _set_evaluation(self) -> None:
         self.session.gates.set_evaluation(self.evaluation_gates())
 
@@ -296,7 +302,7 @@ class HeadGatePruner(HeadPruner):
             )
         self.logits = np.array(state["logits"], dtype=np.float64)
         self.clipped_steps, self.skipped_steps = (int(count) for count in state["counts"])
-        self.final = state["final"].astype(bool) if state["final"].size else None
+        self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
         self.adam.load_state_dict(
             {name[len("adam.") :]: value for name, value in state.items() if name.startswith("adam.")}
         )

@@ -9,6 +9,7 @@ from typing import Optional
 
 import numpy as np
 
+from ..compact.shapes import FLAG
 from ..errors import HeadPruningError
 from ..masks import HeadMask
 from ..old_masks import read_old_mask
@@ -31,6 +32,7 @@ class FixedPruner(HeadPruner):
 
     inherits = False
     starts_anywhere = True
+    state_shapes = {"kept": [FLAG]}
 
     def chosen(self) -> np.ndarray:
         """``bool[N]``: the heads that stay."""
@@ -99,8 +101,8 @@ class GivenConfig:
     head_mask_file: Optional[str] = field(
         default=None,
         metadata={
-            "help": "train with the heads of this mask from the start: masks.safetensors of another run, or a mask of "
-            "the published code (mask4.pt)",
+            "help": "train, or decode a dense model (fairseq), with the heads of this mask: masks.safetensors of "
+            "another run, or a mask of the published code (mask4.pt)",
             "by_content": True,
         },
     )
@@ -111,6 +113,7 @@ class GivenPruner(FixedPruner):
 
     name = "given"
     takes_zeroed_heads = True
+    needs_training = False
 
     @functools.cached_property
     def units(self) -> str:

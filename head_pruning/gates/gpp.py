@@ -13,8 +13,9 @@ from typing import Any, Iterator, Mapping, Optional
 import numpy as np
 import torch
 
+from ..compact.shapes import FLAG, Number, Rest, Whole
 from ..errors import HeadPruningError
-from ..masks import full_mask
+from ..masks import HeadMask, full_mask
 from ..options import require
 from ..pruner import SessionView
 from ..registry import register_pruner
@@ -98,6 +99,12 @@ class GppPruner(HeadPruner):
     """
 
     name = "gpp"
+    state_shapes = {
+        "z": [Number(0, 1)],
+        "steps_above_0": [Whole()],
+        "place": (Whole(), Number(0, 1), Rest(Whole())),
+        "final": [FLAG],
+    }
 
     @property
     def target(self) -> float:
@@ -279,7 +286,8 @@ class GppPruner(HeadPruner):
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        if state["z"].size != self.z.size:
+        sizes = {state[name].size for name in ("z", "steps_above_0")} | ({state["learnt"].size} - {0})
+        if sizes != {self.z.size}:
             what = "heads" if self.units == "heads" else "heads and units"
             raise HeadPruningError(
                 f"The checkpoint has indicators of {state['z'].size} {what} but the model has {self.z.size}; resume "
@@ -290,7 +298,7 @@ class GppPruner(HeadPruner):
         self.step, self._settled = int(step), [int(value) for value in settled]
         learnt = torch.from_numpy(np.array(state["learnt"], dtype=np.float64))
         self._total = learnt.to(self.session.gates.gradients.device) if learnt.numel() else None
-        self.final = state["final"].astype(bool) if state["final"].size else None
+        self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
         if self.final is None:
             self.session.gates.set_evaluation(self.z)
         else:

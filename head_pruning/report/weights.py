@@ -198,7 +198,7 @@ def write_weight_artifacts(
     else:
         sparsity = zeros_in_all(weights["parameters"], weights["nonzero_parameters"])
         report = run_report(method=method, options=options, sparsity=sparsity, history=history, versions=versions)
-    write_json(known, {**report, "weights": weights})
     with atomic_path(folder / "weight_density.txt") as temporary:
         temporary.write_text(density_table(masks, counts) + "\n", encoding="utf-8")
     plot_densities(counts, folder / DENSITY_PICTURE)
+    write_json(known, {**report, "weights": weights})  # last: where it is, all is

@@ -6,6 +6,7 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import nn
 
+from ..compact.recipe import get_tensor as get_tensor
 from ..errors import HeadPruningError
 from ..unit_map import FeedForwardSite, Site, UnitMap
 
@@ -134,9 +135,3 @@ def plain_plan(model: nn.Module, site: Site) -> SitePlan:
             )
         tensors += rows_of(model, name, ((1, wide // site.heads),))
     return SitePlan(tuple(tensors))
-
-
-def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer of this dotted name."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)

@@ -29,6 +29,7 @@ from ..training.optimizers import check_resumed, trainer_options
 from ..training.session import open_session
 from ..training.trainer import HeadPruningTrainer
 from ..training.weights import save_weight_masks_and_report
+from ..training.wrapping import wrap_end
 from .logs import set_up
 from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from .settings import RunSettings, check_same_settings, settings_of
@@ -189,10 +190,12 @@ class TaskRun:
         options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
         if not arguments.pruners:
             trainer = _DenseTrainer(**options)
+            wrap_end(trainer, lambda: 0 if self.resume is None else self.resume.step)
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
-        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps)
+        hub = {name: value for name, value in arguments.model.hub_options().items() if name != "revision"}
+        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub)
         trainer.in_order = self.in_order
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
+from head_pruning.finite import all_finite
 from head_pruning.weights import save_weight_masks
 
 from ..saving.folders import save_pruned
@@ -35,6 +36,7 @@ from .wrapping import (
     wrap,
     wrap_building,
     wrap_counting,
+    wrap_end,
     wrap_evaluation,
     wrap_loss,
 )
@@ -49,10 +51,7 @@ _BROKEN = (
 
 def refuse_broken(model: nn.Module, step: int) -> None:
     """Raise HeadPruningError if a trained weight is NaN or infinite: losses are seen only where they are logged."""
-    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in trained]
-    sums = [tensor.sum(dtype=torch.float32) for tensor in local if tensor.numel()]
-    if sums and not torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all():
+    if not all_finite(model):
         raise HeadPruningError(_BROKEN.format(step=step))
 
 
@@ -105,6 +104,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._check_trainer(trainer)
         trainer.callback_handler.callbacks.insert(0, self)
         wrap(trainer, "train", self._train)
+        wrap_end(trainer, lambda: 0 if self._resumed is None else self._resumed.step)
         changes = getattr(trainer, "model_init", None) is not None  # then sessions to come may be of another kind
         wrap_counting(trainer, lambda: self.session)
         wrap_evaluation(trainer, lambda: self.session)
@@ -301,7 +301,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                     "not be averaged over the processes (DDP); train with one process, or freeze no parameters."
                 )
             self._step, self._in_phase = state.global_step, True
-            build_anew(self._trainer)
+            build_anew(self._trainer, keeps_optimizer=self.session.keeps_optimizer)
             self._in_phase = False
             self._rest(self._trainer.optimizer)
         self.session.before_update(state.global_step)

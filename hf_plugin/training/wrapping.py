@@ -21,6 +21,21 @@ def wrap(trainer: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(trainer, name, wrapped)
 
 
+def wrap_end(trainer: Any, resumed: Callable[[], int]) -> None:
+    """Leave a run as it is that is resumed at its end: where that lies inside an epoch, one update more is trained.
+
+    Args:
+        trainer: whose ``train`` it is about.
+        resumed: tells the number of updates in the checkpoint that is resumed; 0: none is.
+    """
+
+    def values(original: Callable, *args: Any, **options: Any) -> Any:
+        epochs, per_epoch, *others, updates = original(*args, **options)
+        return (epochs if resumed() < updates else resumed() // per_epoch, per_epoch, *others, updates)
+
+    wrap(trainer, "set_initial_training_values", values)
+
+
 # The session of the model that is trained now: a Trainer with a ``model_init`` gets another with every model.
 Current = Callable[[], PruningSession]
 
@@ -125,14 +140,18 @@ def allow_skipped_parameters(trainer: Any, session: PruningSession) -> None:
     trainer.args.ddp_find_unused_parameters = True
 
 
-def build_anew(trainer: Any) -> None:
-    """Give a Trainer that is training a new optimizer and learning-rate schedule, made as its first ones were."""
+def build_anew(trainer: Any, *, keeps_optimizer: bool) -> None:
+    """Give a Trainer that is training a new learning-rate schedule and, unless ``keeps_optimizer``, a new optimizer,
+    made as its first ones were.
+    """
     accelerator, old = trainer.accelerator, trainer.optimizer
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.create_optimizer()
-    trainer.optimizer = accelerator.prepare(trainer.optimizer)
-    # accelerate unscales the gradients of every optimizer that it knows: those of the old one would be twice.
-    accelerator._optimizers[:] = [known for known in accelerator._optimizers if known is not old]
+    trainer.lr_scheduler = None
+    if not keeps_optimizer:
+        trainer.optimizer = None
+        trainer.create_optimizer()
+        trainer.optimizer = accelerator.prepare(trainer.optimizer)
+        # accelerate unscales the gradients of every optimizer that it knows: those of the old one would be twice.
+        accelerator._optimizers[:] = [known for known in accelerator._optimizers if known is not old]
     trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
     trainer.callback_handler.optimizer, trainer.callback_handler.lr_scheduler = trainer.optimizer, trainer.lr_scheduler
 

@@ -97,6 +97,21 @@ def test_the_optimizer_of_the_second_phase(translation, tmp_path, options):
     trainer.task.watch.__exit__(*sys.exc_info())
 
 
+def test_a_phase_that_goes_on_with_the_optimizer(translation, tmp_path):
+    """Its averages stay; the learning-rate schedule begins anew all the same."""
+    utils.import_user_module(Namespace(user_dir=PROBING))
+    task = f"--user-dir {PROBING} --task translation_probing"
+    trainer, epochs = in_process(translation.train(tmp_path / "run", DSP, task))
+    probe, samples = trainer.task.probe, iter(epochs.next_epoch_itr(shuffle=False))
+    probe.keeps_optimizer = True
+    for _ in range(UPDATES - 1):
+        trainer.train_step([next(samples)])
+    steps = {state["step"] for state in trainer.optimizer.optimizer.state.values()}
+    assert steps == {UPDATES - 1} and "enter_phase 1" in probe.seen
+    np.testing.assert_allclose(probe.rates, rates(lambda step: step / 4)[:-1], rtol=1e-9)
+    trainer.task.watch.__exit__(*sys.exc_info())
+
+
 def test_an_overflow_ends_in_a_skipped_update(translation, tmp_path):
     utils.import_user_module(Namespace(user_dir=PROBING))
     half = "--dropout 0 --fp16 --fp16-no-flatten-grads --fp16-init-scale 2097152 --fp16-scale-tolerance 0"

@@ -13,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 from fairseq import options, scoring
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_plugin.michel import run as run_michel
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.masks import full_mask
 from tests.fairseq.command_lines import HEADS
-from tests.fairseq.runner import ROOT
+from tests.fairseq.runner import PLUGIN, ROOT
 from tests.fairseq.test_host import LANGUAGE, untrained  # noqa: F401  (a fixture)
 
 # The manual's line; what follows it is appended.
 MANUAL = """-s de -t en -a transformer_iwslt_de_en --restore-file {checkpoint}
     --optimizer adam --adam-betas '(0.9,0.98)'
     --reset-optimizer --batch-size 32 --beam 5 --remove-bpe --num-of-heads 4 --exact-pruning"""
+
+
+TASK = f"--user-dir {PLUGIN} --task translation_head_pruning"
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +73,16 @@ def test_the_manuals_command_prunes_round_by_round(data, dense, tmp_path):
     for r in rounds[:-1]:
         mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{r['heads']}.safetensors")
         assert mask.kept == r["heads"] and mask.kept_heads() == r["kept_heads_by_site"]
-    # Exact pruning measures anew: the ranking is not that of the first round throughout.
-    assert rounds[1]["importance"] != rounds[2]["importance"]
+    # Exact pruning measures anew, with the heads gone that are gone: another batching would not tell so.
+    line = _command(data, dense, tmp_path, "--max-len-b", "10")[3:]
+    args = options.parse_args_and_arch(run_michel.get_parser(), input_args=line)
+    run = run_michel.MichelRun(convert_namespace_to_omegaconf(args), args)
+    for before, after in zip(rounds[:3], rounds[1:]):
+        mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{before['heads']}.safetensors")
+        np.testing.assert_allclose(after["importance"], run.importance(mask), atol=1e-4)
+    everything = run.importance(full_mask(run.unit_map))
+    assert np.abs(rounds[2]["importance"] - everything).max() > 1e-2
+    assert [r["sentences"] for r in rounds] == [10] * len(rounds) and "BLEU of 10 sentences" in done.stdout
 
 
 def test_a_killed_run_goes_on_to_the_same_rounds(data, dense, tmp_path):
@@ -177,9 +190,11 @@ def test_bad_input_ends_with_one_sentence(data, dense, tmp_path, change, words):
         ("--subset 0", "--subset is 0"),
         ("--beam 0", "--beam is 0; give 1 or more."),
         ("--score-at 1 --score-beam 0", "--score-beam is 0"),
+        (f"{TASK} --l0-penalty 5", "--l0-penalty takes a training"),
+        (f"{TASK} --head-mask-file masks.safetensors", "There is no file masks.safetensors"),
     ],
 )
-def test_impossible_counts_are_refused_before_anything_is_loaded(data, tmp_path, change, words):
+def test_impossible_options_are_refused_before_anything_is_loaded(data, tmp_path, change, words):
     with pytest.raises(HeadPruningError, match=words):
         _quick(data, tmp_path / "nothing.pt", tmp_path, *change.split())
 
@@ -244,6 +259,7 @@ def test_a_scorer_whose_package_is_missing_is_refused_with_one_sentence(data, de
         ("--scoring sacrebleu", "--scoring was not set and is now sacrebleu"),
         ("--scoring sacrebleu --sacrebleu-lowercase", "--sacrebleu-lowercase was not set and is now True"),
         ("--score-beam 3", "--score-beam was not set and is now 3"),
+        ("--required-batch-size-multiple 8", "--required-batch-size-multiple was not set and is now 8"),
         ("--train-subset valid", "--train-subset was not set and is now valid"),
         ("--fp16", "--fp16 was not set and is now True"),
     ],
@@ -284,7 +300,7 @@ def old_rounds(data, dense, tmp_path_factory):
 
 def test_a_truncated_checkpoint_is_refused_with_one_sentence(data, dense, tmp_path):
     (tmp_path / "cut.pt").write_bytes(dense.read_bytes()[:20000])
-    with pytest.raises(HeadPruningError, match="cut.pt is damaged or no fairseq checkpoint"):
+    with pytest.raises(HeadPruningError, match="cut.pt is damaged .it ends too early"):
         _quick(data, tmp_path / "cut.pt", tmp_path)
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(HeadPruningError, match="no fairseq checkpoint: it has no model in it"):

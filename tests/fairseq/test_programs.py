@@ -10,11 +10,10 @@ import torch
 from fairseq.models.transformer import TransformerModel
 
 from fairseq_plugin import host, remove_heads
-from fairseq_plugin.checkpoints.keeper import attach_mask
+from fairseq_plugin.checkpoints.keeper import StateKeeper, keeper_of
 from fairseq_plugin.exporting import programs
 from fairseq_plugin.exporting.checkpoints import export_compact
 from fairseq_plugin.exporting.example_batch import example
-from fairseq_plugin.modules.attention import UnfusedAttention
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.cli import main
 from head_pruning.weights import pack_mask
@@ -49,8 +48,7 @@ def _model(path):
     """What fairseq computes: the model of a checkpoint with its gates, none of whose heads is cut out here."""
     loaded = host.load(path)
     if loaded.mask is not None:
-        UnfusedAttention(loaded.model).attach()
-        attach_mask(loaded.model, loaded.mask)
+        (keeper_of(loaded.model) or StateKeeper(loaded.model)).hold(loaded.mask)
     return loaded.model
 
 

@@ -46,6 +46,22 @@ def test_killed_run_goes_on(runner, translation, tmp_path):
     same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "killed" / "checkpoint_last.pt")
 
 
+def test_finished_run_is_left_as_it_is(runner, translation, tmp_path):
+    line = translation.train(tmp_path / "run", DSP, "--save-interval-updates 4", updates=8)
+    runner.run("train", line)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for name in ("masks.safetensors", "pruning.json"):  # as if it had been killed behind its last checkpoint
+        (tmp_path / "run" / name).unlink()
+    runner.run("train", line)
+    report = json.loads((tmp_path / "run" / "pruning.json").read_text())
+    assert report["history"][-1]["updates"] == 8 and report["heads_kept"] == 4
+    rewritten = (tmp_path / "run" / "pruning.json").read_bytes()
+    done = runner.run("train", line)
+    assert "training was over after 8 updates" in done.out
+    again = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert again == {**files, "pruning.json": rewritten}
+
+
 def test_pipelined_run_goes_on(runner, translation, tmp_path):
     runner.run("train", translation.train(tmp_path / "dense", task="translation"))
     start = f"{PIPELINED} --finetune-from-model {tmp_path / 'dense' / 'checkpoint_last.pt'} --cooldown-steps 20"

@@ -17,10 +17,9 @@ from fairseq.modules import MultiheadAttention
 from fairseq.sequence_generator import SequenceGenerator
 
 from fairseq_plugin import remove_heads
-from fairseq_plugin.checkpoints.keeper import attach_mask
+from fairseq_plugin.checkpoints.keeper import StateKeeper
 from fairseq_plugin.exporting.checkpoints import export_compact, export_masked
 from fairseq_plugin.host import load
-from fairseq_plugin.modules.attention import UnfusedAttention
 from fairseq_plugin.modules.surgery import CompactAttention, NoHeads, decode
 from fairseq_plugin.modules.unit_map import unit_map
 from head_pruning import HeadMask, HeadPruningError, surgery
@@ -82,18 +81,17 @@ def uneven_mask(model, seed=0) -> HeadMask:
 def masked_and_compact(model, mask):
     """A copy with gates, a copy with fewer heads."""
     masked, compact = copy.deepcopy(model), copy.deepcopy(model)
-    UnfusedAttention(masked).attach()
-    attach_mask(masked, mask)
+    StateKeeper(masked).hold(mask)
     remove_heads(compact, mask)
     return masked, compact
 
 
 def outputs(value) -> list:
-    """All tensors of a nest of outputs, but for attention weights: they are averages over the heads that there are."""
+    """All tensors of a nest of outputs, attention weights too: they are averages over the heads that stay."""
     if isinstance(value, torch.Tensor):
         return [value.double()] if value.is_floating_point() else []
     if isinstance(value, dict):
-        value = [value[key] for key in sorted(value) if key != "attn"]
+        value = [value[key] for key in sorted(value)]
     return [tensor for item in value for tensor in outputs(item)] if isinstance(value, (list, tuple)) else []
 
 
@@ -112,8 +110,7 @@ def test_compact_equals_masked(build, one_dictionary):  # noqa: F811
     mask = uneven_mask(model)
     compact = copy.deepcopy(model)
     surgery.remove_heads(compact, unit_map(compact), mask)
-    UnfusedAttention(model).attach()
-    attach_mask(model, mask)
+    StateKeeper(model).hold(mask)
     expected = run(model, inputs)
     torch.testing.assert_close(run(compact, inputs), expected, atol=1e-5, rtol=0)
     assert (dense - expected).abs().max() > 1e-3

@@ -14,7 +14,7 @@ from head_pruning.cli import main
 from head_pruning.schedules import cubic_density
 from head_pruning.weights import load_weight_masks
 from tests.fairseq import test_other_tasks
-from tests.fairseq.checkpoints import read, same, same_training_state, session_of, weights_of
+from tests.fairseq.checkpoints import read, same, same_training_state, session_of, weights_of, zeroed_by_hand
 from tests.fairseq.command_lines import DSP, PIPELINED, decoded
 from tests.fairseq.in_process import in_process
 from tests.fairseq.runner import PLUGIN, Runner, logged
@@ -125,6 +125,7 @@ def test_plain_fairseq_decodes_checkpoint_and_export(platon, translation, runner
     between = shutil.copy(folder / "checkpoint_1_9.pt", tmp_path / "between.pt")
     state = read(between)
     state["model"]["encoder.layers.0.fc1.weight"] += 1.0
+    del state["extra_state"]["head_pruning"]["norms"]  # which would tell
     torch.save(state, between)
     masked(between, exported, None)
     assert nonzero(pruned_of(exported)) == sum(
@@ -133,20 +134,21 @@ def test_plain_fairseq_decodes_checkpoint_and_export(platon, translation, runner
 
 
 def test_validation_sees_masked_weights(runner, translation, platon, tmp_path):
-    # Update 7 is between two masks: the export of its checkpoint must score what the log says.
+    # Update 7 is between two masks: its checkpoint, and its export, must score what the log says.
     often = "--save-interval-updates 7 --validate-interval-updates 7"
     done = runner.run("train", validated(translation.train(tmp_path / "run", PLATON, often, updates=UPDATES)))
     checkpoint = tmp_path / "run" / "checkpoint_1_7.pt"
     assert nonzero(pruned_of(checkpoint)) == PRUNED
     masked(checkpoint, tmp_path / "masked.pt", None)
     losses = {}
-    for name, path in (("dense", checkpoint), ("masked", tmp_path / "masked.pt")):
+    dense = zeroed_by_hand(checkpoint, tmp_path / "dense.pt")
+    for name, path in (("pruned", checkpoint), ("masked", tmp_path / "masked.pt"), ("dense", dense)):
         line = translation.generate(path)
         options = "--valid-subset valid --max-tokens 90 --log-format json --task translation --cpu --num-workers 0"
         words = [translation.data, *line[line.index("--user-dir") :][:2], "--path", path, *options.split()]
         again = runner.run("validate", [*words, "--required-batch-size-multiple", "1"]).out
         losses[name] = logged(again, "valid_loss")[-1]
-    assert logged(done.out, "valid_loss")[0] == losses["masked"] != losses["dense"]
+    assert logged(done.out, "valid_loss")[0] == losses["pruned"] == losses["masked"] != losses["dense"]
     # Validation leaves no trace in training.
     same(pruned_of(tmp_path / "run" / "checkpoint_last.pt"), pruned_of(platon[0] / "checkpoint_last.pt"))
 
@@ -415,7 +417,7 @@ def test_bad_options(translation, tmp_path, options, words):
     [
         ("--weight-pruner lock", "no checkpoint was loaded"),
         (f"{PLATON} --restore-file HERE", "pruned with movement, this run uses platon"),
-        (f"{DSP} --restore-file HERE", "this run uses no weight pruner"),
+        (f"{DSP} --restore-file HERE", "this run uses no such method"),
     ],
 )
 def test_refused(runner, translation, platon, tmp_path, options, words):

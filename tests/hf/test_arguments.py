@@ -101,9 +101,13 @@ def test_defaults_are_those_of_the_published_scripts():
     assert {name: getattr(training, name) for name in expected} == expected
     assert training.eval_strategy.value == "no" and training.save_strategy.value == "steps"
     options = options_of(parse(line("--num_of_heads 3"), "run_dsp"))
-    expected = {"pruning_lr": 0.5, "initial_temperature": 1000, "final_temperature": 1e-8, "cooldown_steps": 25000}
-    expected |= {"annealing": False, "joint_pruning": False}
+    expected = {"pruning_lr": 0.5, "initial_temperature": 10, "final_temperature": 1e-4, "cooldown_steps": 0.6}
+    expected |= {"annealing": True, "joint_pruning": False}  # ours: the published script would choose at random
     assert {name: options[name] for name in expected} == expected
+    expected |= {"initial_temperature": 1000, "final_temperature": 1e-8, "cooldown_steps": 25000}
+    for asked, annealing in (("--annealing", True), ("--final_temperature 1e-8", False)):
+        options = options_of(parse(line(f"--num_of_heads 3 {asked}"), "run_dsp"))
+        assert {name: options[name] for name in expected} == {**expected, "annealing": annealing}
     voita = options_of(parse(line(""), "run_voita"))
     assert (voita["l0_penalty"], voita["pruning_lr"], voita["l0_pipelined"]) == (0.5, 0.1, True)
     michel = parse_michel(NEEDED)
@@ -460,8 +464,8 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
     assert "--num_of_heads N number of heads to keep" in text["options of several pruners"]
     assert "(Adam) [dsp, ste, voita] (default: 0.5 (dsp, ste), 0.1 (voita))" in text["options of several pruners"]
     assert "attention layer [dsp, random, ste, voita] (default: 0)" in text["options of several pruners"]
-    assert "--cooldown_steps X" in text["pruner dsp"] and "(default: 25000)" in text["pruner dsp"]
-    assert "--initial_temperature X temperature at the first update (default: 1000.0)" in text["pruner dsp"]
+    assert "--cooldown_steps X" in text["pruner dsp"] and "in the BERT scripts 25000" in text["pruner dsp"]
+    assert "--initial_temperature X temperature at the first update; default with" in text["pruner dsp"]
     assert "--l0_penalty X" in text["pruner voita"] and "--use_ste" in text["pruner ste"]
     assert "--model_name_or_path VALUE folder or hub name of the model to start from (required)" in text["model"]
     assert "--per_gpu_train_batch_size" in text["old spellings"] and "--learning_rate X" in text["training"]

@@ -203,6 +203,15 @@ class TestResume:
             trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
         assert last_checkpoint(tmp_path).folder.name == "checkpoint-1"
 
+    def test_finished_run_is_left_as_it_is(self, tmp_path):
+        training = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}  # of 8 in the epoch
+        whole = trainer_of(tmp_path, **training)
+        whole.train()
+        state, again = weights(whole.model), trainer_of(tmp_path, model=tiny_bert(seed=1), **training)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 6
+        assert same(state, weights(again.model)) and same_session(whole.session, again.session)
+
     def test_nothing_of_save_only_model_is_resumed(self, tmp_path):
         trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True).train()
         with pytest.raises(HeadPruningError, match="checkpoint-2 lacks optimizer.pt .--save_only_model"):
