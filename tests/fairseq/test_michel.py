@@ -317,3 +317,12 @@ def test_other_data_are_refused_with_one_sentence(data, dense, tmp_path):
         words.write("more 1\n")
     with pytest.raises(HeadPruningError, match="do not fit the dictionaries in .*encoder.embed_tokens.weight"):
         _quick(tmp_path, dense, tmp_path)
+
+
+def test_units_are_removed_by_their_importance(data, dense, tmp_path):
+    line = _command(data, dense, tmp_path, *shlex.split(QUICK), "--prune-units", "ffn", "--num-of-heads", "60")[3:]
+    rounds = run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))
+    mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{rounds[1]['heads']}.safetensors")
+    assert mask.unit_map.units == "ffn" and mask.keep.size - mask.kept == 60
+    importance = np.array(rounds[1]["importance"])
+    assert (importance[mask.keep].min() >= importance[~mask.keep].max()) and importance.max() == 1.0
