@@ -84,6 +84,7 @@ def test_the_manuals_command_prunes_round_by_round(data, dense, tmp_path):
     assert [r["sentences"] for r in rounds] == [10] * len(rounds) and "BLEU of 10 sentences" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_rounds(data, dense, tmp_path):
     options = ("--max-len-b", "5", "--beam", "1")
     assert _run(_command(data, dense, tmp_path / "whole", *options)).returncode == 0

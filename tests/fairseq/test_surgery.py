@@ -336,6 +336,7 @@ def test_the_command_exports_a_compact_checkpoint(runner, runs, tmp_path):
     assert counts == [sum(parameter.numel() for parameter in model.parameters()) for model in models]
 
 
+@pytest.mark.slow
 def test_generate_and_its_options(runner, translation, runs):
     (masked, compact), _ = runs
     for options in ("--beam 5 --lenpen 0.6 --nbest 2", "--print-alignment", "--sampling --nbest 2 --seed 3"):
@@ -343,6 +344,7 @@ def test_generate_and_its_options(runner, translation, runs):
         same_decoding(ours, theirs)
 
 
+@pytest.mark.slow
 def test_ensembles(runner, translation, runs, tmp_path):
     (masked, compact), (other_masked, other_compact) = runs
     dense = tmp_path / "dense.pt"
@@ -389,6 +391,7 @@ def test_plain_fairseq_refuses_it(runner, translation, runs, tmp_path):
     assert done.code == 1 and "size mismatch" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["--restore-file {} --reset-dataloader", "--finetune-from-model {}"])
 def test_plain_training_goes_on_compact(runner, translation, runs, tmp_path, start):
     masked, compact = runs[0]
@@ -406,6 +409,7 @@ def test_plain_training_goes_on_compact(runner, translation, runs, tmp_path, sta
     assert sentences(runner, translation.generate(after))
 
 
+@pytest.mark.slow
 def test_pruning_again(runner, translation, runs, tmp_path):
     masked, compact = runs[0]
     options = f"--num-of-heads 2 --joint-pruning --pruning-lr 0.2 --finetune-from-model {compact}"
@@ -425,6 +429,7 @@ def test_pruning_again(runner, translation, runs, tmp_path):
     assert all(set(site["kept"]) <= set(first[name]) for name, site in recipe.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", DSP.replace("--num-of-heads 4", "--num-of-heads 2")], ids=["plain", "dsp"])
 def test_two_ranks_go_on_from_a_compact_checkpoint(runner, translation, runs, tmp_path, options):
     task = "translation_head_pruning" if options else "translation"
@@ -437,6 +442,7 @@ def test_two_ranks_go_on_from_a_compact_checkpoint(runner, translation, runs, tm
         np.testing.assert_allclose(value, one[name], atol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_averaged_checkpoints_load(runner, translation, runs, tmp_path):
     """As fairseq's average_checkpoints.py does it: tensors are added up, then divided."""
     masked, compact = runs[0]
