@@ -53,8 +53,7 @@ def test_a_schedule_that_ends_ends_with_its_phase(run):
 
 
 @pytest.mark.parametrize(
-    "stop",
-    [pytest.param(SECOND - 1, marks=pytest.mark.slow), SECOND, pytest.param(SECOND + 1, marks=pytest.mark.slow)],
+    "stop", [SECOND, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (SECOND - 1, SECOND + 1))]
 )
 def test_resumed_in_either_phase(run, tmp_path, stop):
     _, whole, _ = run("whole")

@@ -9,6 +9,7 @@ from tests.fairseq.checkpoints import logits_of, read, same_training_state, sess
 from tests.fairseq.command_lines import DSP, PIPELINED, VOITA
 
 STOP, END = 9, 26  # in the first and in the second epoch
+STE = "--num-of-heads 4 --pruning-lr 0.2 --joint-pruning --use-ste"
 LATE = 23  # in the second epoch too: its batches must be those of a run that came from the first
 
 
@@ -17,9 +18,7 @@ LATE = 23  # in the second epoch too: its batches must be those of a run that ca
     [
         pytest.param(f"{DSP} --cooldown-steps 24", LATE, id="dsp"),
         pytest.param(VOITA, STOP, id="voita", marks=pytest.mark.slow),
-        pytest.param(
-            "--num-of-heads 4 --pruning-lr 0.2 --joint-pruning --use-ste", LATE, id="ste", marks=pytest.mark.slow
-        ),
+        pytest.param(STE, LATE, id="ste", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_run_goes_on(runner, translation, tmp_path, options, stop):

@@ -34,6 +34,7 @@ def test_json_is_one_object_with_the_promised_keys(run):
     assert low <= results["dsp"] <= high
 
 
+@pytest.mark.slow
 def test_table_has_a_line_per_contestant(run):
     lines = run()
     names = ["no gates", *METHODS, "no gates, pass", "importance", "importance per example"]
