@@ -279,6 +279,10 @@ def table(outcome: dict[str, Any]) -> str:
     )
 
 
+def _command(outcome: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {outcome[name]}" for name in ("threads", "rounds", "device"))
+
+
 def write_results(outcome: dict[str, Any]) -> None:
     """``benchmarks/results/distillation_step.md`` and ``.json``."""
     write_json(RESULTS / "distillation_step.json", outcome)
@@ -286,7 +290,7 @@ def write_results(outcome: dict[str, Any]) -> None:
     sizes = ", ".join(f"{name} {outcome[name]}" for name in (*SIZES, "threads", "rounds"))
     lines = (
         f"# {title.split(':')[0]}",
-        f"`python -m benchmarks.distillation_step --results`\n\n{about}",
+        f"`python -m benchmarks.distillation_step --results {_command(outcome)}`\n\n{about}",
         f"{sizes}; {outcome['device']}, torch {torch.__version__}.",
         f"```\n{table(outcome)}\n```",
     )

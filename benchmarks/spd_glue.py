@@ -3,9 +3,9 @@
     python -m benchmarks.spd_glue MODEL GLUE --work DIR [--jobs 2]
 
 MODEL is a folder with a BERT-like encoder (that of ``python -m prepare.demo_sentiment``), GLUE holds CoLA/, MRPC/,
-SST-2/ and MNLI/ in GLUE's TSV layout. It is fine-tuned first; every method then starts from the outcome, which is also
-the teacher, and trains as many epochs. A cell that has been measured is never run again (its result lies in the work
-folder); the tables and the plots are written anew after each.
+SST-2/ and MNLI/ in GLUE's TSV layout. It is fine-tuned first, once for each task; every method then starts from the
+outcome, which is also the teacher, and trains as many epochs. A cell that has been measured is never run again (its
+result lies in the work folder); the tables and the plots are written anew after each.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def write_results(rows: list[dict], folder: Path, command: str) -> None:
     """Write the JSON, the tables and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "spd_glue.json", {"command": command, "rows": rows})
-    parts = ["# Sparse students of a fine-tuned teacher", "", f"`{command}`", "", *_about(), ""]
+    about = _about({row["task"] for row in rows})
+    parts = ["# Sparse students of a fine-tuned teacher", "", f"`{command}`", "", about, ""]
     for task in TASKS.values():
         table: dict[str, dict[int, list[float]]] = {}
         for row in rows:
@@ -150,13 +151,17 @@ def write_results(rows: list[dict], folder: Path, command: str) -> None:
         temporary.write_text("\n".join(parts).rstrip() + "\n")
 
 
-def _about() -> list[str]:
-    epochs = ", ".join(f"{task.epochs:g} on {name}" for name, task in TASKS.items())
+def _about(tasks: "set[str]") -> str:
+    sizes = "; ".join(
+        f"{name}: {task.epochs:g} epochs (its teacher: {DENSE_EPOCHS[name]}) of {task.samples or 'all'} examples"
+        for name, task in TASKS.items()
+        if name in tasks
+    )
     rates = ", ".join(f"{rate} for {method}" for method, rate in RATES.items())
-    return [
-        f"Every student starts from its teacher and trains as many epochs as the others ({epochs}); learning rates: "
-        f"{rates}, {RATE} for the others. Of several seeds the mean and the range."
-    ]
+    return (
+        f"{sizes}. Batches of 16; learning rates: {rates}, {RATE} for the others, {DENSE_RATE} for teachers. Every "
+        "student starts from the teacher of its task. Of several seeds the mean and the range."
+    )
 
 
 def main() -> None:

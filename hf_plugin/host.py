@@ -76,10 +76,11 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     sites = unit_map(model) if cut is None else dataclasses.replace(sites_left(cut), planner=plan_site)
     if mask is None:
         mask = _own_mask(path / MASKS_FILE)
-        if mask is not None and cut is not None and not mask.fits(sites):
+        if mask is not None and cut is not None and not mask.fits(sites.numbering(mask.unit_map.units)):
             mask = None  # of the original: it tells what is cut out already
     if mask is not None:
-        mask = mask.fitted(sites)
+        sites = sites if sites.units == mask.unit_map.units else sites.numbering("both")
+        mask = mask.numbering(sites.units).fitted(sites)
     weights = _told_of_weights(path, model, mask)
     return HostModel(model, sites, mask, functools.partial(example_inputs, model), weights, longest(model))
 
@@ -210,7 +211,7 @@ def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -
     with _whole_folder(target, source) as folder, _quiet():
         save_pruned(loaded.model, mask, folder, **_history(source))
         _carry_weight_masks(source, folder, loaded, mask)
-    return f"{target}: {mask.kept} of {mask.keep.size} heads{_words(loaded)}, the others are zero"
+    return f"{target}: {mask.words}{_words(loaded)}, the others are zero"
 
 
 def _words(loaded: HostModel) -> str:

@@ -105,7 +105,7 @@ class RoundsReport:
         """The heads that an entry keeps."""
         unit_map = unit_map or self.unit_map
         kept = {site: set(heads) for site, heads in entry["kept_heads_by_site"].items()}
-        keep = [head in kept[site.name] for site in unit_map.attention for head in range(site.heads)]
+        keep = [head in kept[site.name] for site in unit_map.sites for head in range(site.heads)]
         return HeadMask(unit_map, np.array(keep))
 
     def add(self, result: PruningRound, **more: Any) -> dict:

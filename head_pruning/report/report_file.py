@@ -10,6 +10,7 @@ import torch
 
 from ..compact.shapes import Number, Whole
 from ..files import read_json
+from ..masks import HeadMask
 
 _COUNTS = {str: Whole()}
 _WEIGHTS = {
@@ -75,6 +76,12 @@ def run_report(
             **(versions or {}),
         },
     }
+
+
+def counts_told(mask: HeadMask) -> dict[str, int]:
+    """``heads_kept`` and ``heads_total``, and the same of units where they are numbered."""
+    of = mask.counts().items()
+    return {f"{name}_{what}": count for name, pair in of for what, count in zip(("kept", "total"), pair)}
 
 
 def zeros_in_all(parameters: int, nonzero: int) -> dict[str, Any]:
