@@ -35,8 +35,8 @@ class DSPConfig(HeadGateConfig):
     annealing: bool = field(
         default=False,
         metadata={
-            "help": "anneal the temperature of the Gumbel soft top-K; without it, where no temperature is named either, it "
-            "falls from 10 to 1e-4 in the first 0.6 of training"
+            "help": "anneal the temperature of the Gumbel soft top-K; without it, where no temperature is named either, "
+            "it falls from 10 to 1e-4 in the first 0.6 of training"
         },
     )
     initial_temperature: Optional[float] = field(

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, read_json
 from head_pruning.gates.engine.bank import refuse_gates
 from head_pruning.hosts import holds_heads
@@ -56,10 +57,18 @@ def load_pruned_peft(
             "PeftModel.from_pretrained."
         )
     mask = HeadMask.load(folder / MASKS_FILE) if holds_heads(folder / MASKS_FILE) else None
-    if model is None:
-        adapted = _auto_class(folder).from_pretrained(str(folder), is_trainable=is_trainable, **options)
-    else:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, **options)
+    try:
+        if model is None:
+            adapted = _auto_class(folder).from_pretrained(str(folder), is_trainable=is_trainable, **options)
+        else:
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, **options)
+    except HeadPruningError:
+        raise
+    except Exception as error:  # PEFT, transformers and torch each have errors of their own
+        raise HeadPruningError(
+            f"The adapter in {folder} cannot be loaded ({one_line(error):.300}); copy it again, or give the model "
+            "that it was made for."
+        ) from error
     adapted.eval()
     if mask is not None:
         sites = unit_map(adapted)

@@ -184,7 +184,9 @@ def old_configurations(folder: Path, rng: random.Random) -> Readings:
     while True:
         pruned: Any = {"0": [1, 2], "1": [0]}
         pruned = damaged_value(rng, pruned) if rng.random() < 0.9 else pruned
-        (folder / "config.json").write_text(as_json({**config, "pruned_heads": pruned}))
+        (folder / "config.json").write_text(
+            as_json({**config, "architectures": [type(model).__name__], "pruned_heads": pruned})
+        )
         yield lambda: load_pruned_v4(folder)
 
 
