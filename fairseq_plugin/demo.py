@@ -6,7 +6,6 @@ with the baselines, decodes all of them with ``fairseq-generate``, and shows BLE
 
 import argparse
 import concurrent.futures
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Optional
 from tqdm import tqdm
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.files import MASKS_FILE, write_json
+from head_pruning.files import MASKS_FILE, read_json, write_json
 from head_pruning.inference.environment import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
@@ -125,7 +124,7 @@ class Demo:
             *("--total-num-update", str(updates), "--max-update", str(updates), "--save-dir", str(save), *options),
         ]
         mark = save / "finished.json"
-        if not mark.exists() or json.loads(mark.read_text(encoding="utf-8")) != arguments:
+        if not mark.exists() or read_json(mark) != arguments:
             shutil.rmtree(save, ignore_errors=True)
             with tqdm(total=updates, desc=f"train {name}", unit="update", position=position, leave=False) as bar:
                 self.command(name, arguments, threads, bar)
@@ -178,7 +177,7 @@ class Demo:
             ],
             max(1, self.cores // 2),
         )
-        rounds = json.loads((folder / "michel_rounds.json").read_text(encoding="utf-8"))["rounds"]
+        rounds = read_json(folder / "michel_rounds.json")["rounds"]
         entry = next(r for r in rounds if r["heads"] == self.keep)
         mask = HeadMask.load(folder / "michel_masks" / f"heads{self.keep}.safetensors")
         return {

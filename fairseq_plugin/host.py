@@ -65,6 +65,7 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     model.eval()
     sites = unit_map(model)
     if mask is not None:
+        sites = sites.numbering(mask.unit_map.units)
         sites.check_same_heads(mask.unit_map, "The head mask")
     told = None
     if masks:

@@ -37,7 +37,7 @@ from .checkpoints.keeper import (
     warn_of_alignments,
 )
 from .checkpoints.reports import reported, write_beside
-from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state
+from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state, stored_task
 from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
@@ -150,17 +150,11 @@ def decode_all_sentences(original, parser, train=False, gen=False):
 def find_task(original, parser, input_args=None, *args, **kwargs):
     """fairseq-validate, which has no task of its own, takes that of the checkpoint."""
     if "--task" in parser._option_string_actions and parser.get_default("task") is None:
-        parser.set_defaults(task=_stored_task(input_args))
+        line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        line.add_argument("--path")
+        task = stored_task(peek(line.parse_known_args(input_args)[0].path or ""))
+        parser.set_defaults(task=task if task in TASK_REGISTRY else "translation")
     return original(parser, input_args, *args, **kwargs)
-
-
-def _stored_task(input_args) -> str:
-    """The task of the checkpoint that ``--path`` names, if it tells one; else that of fairseq's other commands."""
-    line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    line.add_argument("--path")
-    state = peek(line.parse_known_args(input_args)[0].path or "")
-    task = getattr(state.get("args"), "task", None) or ((state.get("cfg") or {}).get("task") or {}).get("_name")
-    return task if task in TASK_REGISTRY else "translation"
 
 
 def read_configurations(original, *args, **kwargs):
@@ -233,7 +227,8 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     reset = keeper.reset_optimizer if keeper is not None else bool(args[0] if args else kwargs.get("reset_optimizer"))
     session = getattr(task, "session", None)
     if session is not None and not reset and (META in stored.heads or stored.weights):
-        refuse_other_options(str(filename), (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
+        names = stored.description()["pruners"] if META in stored.heads else stored.weight_pruners()
+        refuse_other_options(str(filename), names, (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
     check_weights(session, stored, reset=reset, prunes=hasattr(type(task), "session"))
     if session is not None and not reset:
         stored.weight_masks(checkpoint.get("model") or {})  # which are those of its weights

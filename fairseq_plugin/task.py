@@ -199,7 +199,7 @@ class HeadPruningMixin(_Task):
         """``bool[B, T]`` of the tokens of a batch that are no padding, by ``encoder`` and ``decoder``."""
         pad, tokens = self.target_dictionary.pad(), sample["net_input"].get("src_tokens")
         assert self.session is not None and self.session.unit_map is not None
-        sides = {kind.partition("_")[0] for kind in self.session.unit_map.kinds()}
+        sides = {kind.partition("_")[0] for kind in self.session.unit_map.numbering("heads").kinds()}
         target = sample.get("target") if len(sides) == 2 else tokens
         found = {"encoder": tokens, "decoder": target}
         return {side: found[side].ne(pad) for side in sides if torch.is_tensor(found[side])}

@@ -10,7 +10,7 @@ class UnfiredSiteError(HeadPruningError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says, for a sentence of ours: on one line, never empty.
+    """What an error of a library says, for a sentence of ours: on one line, never empty, nor longer than a paragraph.
 
     What torch says of a file with code advises to run it; that is not passed on.
     """
@@ -18,5 +18,5 @@ def one_line(error: BaseException) -> str:
     if "weights_only" in text or "Weights only load failed" in text:
         return "it is damaged or holds code, of which nothing was run"
     if type(error) is KeyError:
-        return f"there is no {text}"
-    return text or repr(error)
+        return f"there is no {text:.100}"
+    return text[:600] or repr(error)

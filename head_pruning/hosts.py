@@ -109,7 +109,7 @@ def cut_out(loaded: HostModel) -> str:
     if loaded.mask is not None and not loaded.mask.keep.all():
         remove_heads(loaded.model, loaded.unit_map, loaded.mask)
     left = heads_left(loaded.model)
-    return "all heads" if left is None else f"{left.kept} of {left.keep.size} heads"
+    return "all heads" if left is None else left.words
 
 
 def compressed_format(load: Callable[[Path, Optional[HeadMask]], HostModel]) -> dict[str, Callable]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 from typing import Any, Iterator
@@ -29,9 +30,11 @@ def load_pickled(path: "str | Path", *, cure: str = "copy it again") -> Any:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _check_archive(path)
-        else:  # its storages are made as large as it says before they are read
-            _check_sizes(torch.load(path, map_location="meta", weights_only=True), path.stat().st_size)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:  # of a file Python gets as much memory as it is asked to read, and torch as much as a storage claims
+            data = path.read_bytes()
+            _check_sizes(torch.load(io.BytesIO(data), map_location="meta", weights_only=True), len(data))
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         _check_sizes(found, path.stat().st_size)
     except Exception as error:  # each part of torch's reader has errors of its own for what is damaged
         raise HeadPruningError(f"{path} is damaged or of another kind ({one_line(error):.200}); {cure}.") from error

@@ -31,6 +31,9 @@ class SessionView(Protocol):
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks."""
 
+    def summed(self, gradients: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """The same on the device, counts behind the gradients; nothing is waited for."""
+
     @property
     def needs(self) -> frozenset:
         """What all pruners of the session need of a model's outputs."""
@@ -78,7 +81,7 @@ class Pruner:
     needs_training = True
     #: The option that says how long the method's schedule takes; None: it has none.
     schedule_option: Optional[str] = None
-    #: What entries of :meth:`state_dict` must be, by name (:mod:`head_pruning.compact.shapes`); others: finite numbers.
+    #: What entries of :meth:`state_dict` must be, by name (:mod:`head_pruning.compact.shapes`); others: finite.
     state_shapes: Mapping[str, Any] = {}
 
     def __init__(self, config: Any) -> None:
@@ -91,6 +94,11 @@ class Pruner:
     def needs_gates(self) -> bool:
         """Whether head gates must be on the model."""
         return self.kind == "heads"
+
+    @property
+    def units(self) -> str:
+        """What is gated, where gates are needed: one of :data:`head_pruning.unit_map.NUMBERED`."""
+        return getattr(self.config, "prune_units", "heads")
 
     @classmethod
     def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,9 +135,12 @@ class PruningSession:
         self.load_teacher, self.weights_come_later = load_teacher, weights_come_later
         self.all_reduce = all_reduce
         self.fired_within = fired_within
-        self.gated = any(pruner.needs_gates for pruner in self.pruners)
+        gating = [pruner for pruner in self.pruners if pruner.needs_gates]
+        self.gated = bool(gating)
         if self.gated and unit_map is None:
             raise HeadPruningError("Pruners of heads need the model's unit map; pass it to the session.")
+        if gating and unit_map is not None:
+            self.unit_map = unit_map = unit_map.numbering(gating[0].units).told()
         self.gates = None if unit_map is None else GateBank(model, unit_map)
         needs = needs_of(self.pruners)
         self._changes_loss = self.overrides("loss") or bool(needs)
@@ -527,13 +530,17 @@ class PruningSession:
         """What the objective adds to the loss of each micro-batch."""
         return sum(pruner.penalty() for pruner in self.pruners)
 
+    def summed(self, gradients: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """Gradients, and counts behind them, summed over the ranks in float64; the device is not waited for."""
+        behind = torch.from_numpy(counts.astype(np.float64)).to(gradients.device, non_blocking=True)
+        flat = torch.cat([gradients.double(), behind])
+        if self.all_reduce is not None:
+            self.all_reduce(flat)
+        return flat
+
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks and bring them to the host as float64: the one sync of an update."""
-        if self.all_reduce is None:
-            return gradients.double().cpu().numpy(), counts
-        flat = torch.cat([gradients.double(), torch.from_numpy(counts.astype(np.float64)).to(gradients.device)])
-        self.all_reduce(flat)
-        summed = flat.cpu().numpy()
+        summed = self.summed(gradients, counts).cpu().numpy()
         return summed[: gradients.numel()], summed[gradients.numel() :]
 
     # -- state ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What comes out of a checkpoint's pruning state: finite numbers in their range, or a sentence that says what is not."""
+"""What comes out of a checkpoint's pruning state: finite numbers in their range, or a sentence on what is not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def checked_entry(name: str, value: Any, shape: Any = None) -> np.ndarray:
     try:
         array = np.asarray(value, dtype=np.float64)
         if shape is not None:
-            conform(array.tolist(), shape, "it")
+            if array.ndim != 1:
+                raise ValueError(f"it has the shape {list(array.shape)}")
+            conform([int(x) if x.is_integer() else x for x in array.tolist()], shape, "it")
         elif not (np.abs(array) <= LARGEST).all():
             raise ValueError(f"it has numbers that are not finite, or above {LARGEST:g}")
     except (TypeError, ValueError, OverflowError) as error:
@@ -42,6 +44,8 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_complex():
             reason = "it is no plain tensor"
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            reason = f"it claims the shape {list(tensor.shape)} without the numbers"
         elif tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor.detach())
             if low >= -LARGEST and high <= LARGEST or not (tensor.dim() or low.isnan()):

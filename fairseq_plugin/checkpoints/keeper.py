@@ -116,7 +116,8 @@ class StateKeeper:
         if not stored.heads:
             return
         description = stored.description()
-        description["unit_map"].check_same_heads(unit_map(self.model), "The pruned checkpoint")
+        theirs = description["unit_map"]
+        theirs.check_same_heads(unit_map(self.model).numbering(theirs.units), "The pruned checkpoint")
         if self.session is None:
             return
         if KEEP in stored.heads and not self._heads:
@@ -192,11 +193,11 @@ class StateKeeper:
 
     def hold(self, mask: HeadMask) -> None:
         """Gate the model, which has no gates, with a fixed mask, in training and in evaluation."""
-        self.gates = GateBank(self.model, unit_map(self.model))
+        self.gates = GateBank(self.model, unit_map(self.model).numbering(mask.unit_map.units))
         self.gates.attach()
         self.gates.set_fixed(mask.keep)
         self.unfused.attach()
-        self.shown.attach(mask)
+        self.shown.attach(mask.numbering("heads"))
 
 
 def _state_of(session: PruningSession, owners: Collection[str]) -> dict[str, torch.Tensor]:
@@ -311,7 +312,7 @@ def remove_heads(model: BaseFairseqModel, mask: Optional[HeadMask] = None) -> di
         raise HeadPruningError("A pruning session is on the model; detach it before its heads are cut out.")
     if mask is None:
         mask = PruningState(keeper.stored if keeper is not None else {}).head_mask()
-    unit_map(model).check_same_heads(mask.unit_map, "The head mask")
+    unit_map(model).numbering(mask.unit_map.units).check_same_heads(mask.unit_map, "The head mask")
     if keeper is not None:
         keeper.let_go()
     recipe = cut_out(model, unit_map(model), mask)

@@ -1,7 +1,6 @@
 """What a checkpoint of fairseq keeps of a pruning run, and how it is read: nothing in it is unpickled."""
 
 import contextlib
-import json
 import math
 import pickle
 import re
@@ -15,6 +14,7 @@ import torch
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
 from head_pruning.errors import one_line
+from head_pruning.files import parse_json
 from head_pruning.session import STATE_VERSION
 from head_pruning.weights import unpack_mask
 
@@ -55,10 +55,12 @@ class PruningState:
     def of(cls, checkpoint: Mapping[str, Any]) -> "PruningState":
         """That of a whole checkpoint, or of ``{"model": state dict}``. Raises HeadPruningError when it is damaged."""
         heads = split_state(checkpoint.get("model") or {})[1]
+        for name, value in heads.items():
+            _refuse_claims(name, value)
         recipe = heads.pop(RECIPE, None)
         try:
             recipe = None if recipe is None else decode(recipe)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise HeadPruningError(DAMAGED) from error
         state = cls(heads, recipe, (checkpoint.get("extra_state") or {}).get(KEY) or {})
         state._check()
@@ -75,12 +77,11 @@ class PruningState:
         masks, shapes, session, tensors, _ = parts
         if masks.keys() != shapes.keys():
             raise damaged(f"it lacks the mask, or its shape, of {', '.join(sorted(masks.keys() ^ shapes.keys())[:3])}")
-        for name, value in [*self.heads.items(), *masks.items(), *session.items(), *tensors.items()]:
-            if not torch.is_tensor(value):
-                raise damaged(f"{name} is no tensor")
-        for name, value in [*self.heads.items(), *session.items()]:
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise damaged(f"{name} has numbers that are not finite")
+        for name, value in [*masks.items(), *session.items(), *tensors.items()]:
+            _refuse_claims(name, value)
+        for name, value in [*self.heads.items(), *session.items()]:  # whoever goes on from them looks at the rest
+            if bool(value.isnan().any()):
+                raise damaged(f"{name} has numbers that are none")
         keep = self.heads.get(KEEP)
         if keep is not None and not bool(((keep >= -0.001) & (keep <= 1.001)).all()):  # averages lie in between
             raise damaged("its head mask has entries other than 0 and 1")
@@ -92,7 +93,7 @@ class PruningState:
             HeadPruningError: there is none, or it is damaged.
         """
         try:
-            description = json.loads(bytes(self.heads[META].tolist()).decode())
+            description = parse_json(bytes(self.heads[META].tolist()), dict)
             if description["version"] != STATE_VERSION:
                 raise ValueError("another version")
             return {"pruners": list(description["pruners"]), "unit_map": UnitMap.from_dict(description["unit_map"])}
@@ -156,6 +157,12 @@ class PruningState:
     def weight_pruners(self) -> list[str]:
         """The registered names of the pruners of weights."""
         return list(self.weights.get("pruners", ()))
+
+
+def _refuse_claims(name: str, value: Any) -> None:
+    """Raise HeadPruningError unless an entry is a tensor that has memory for all of its numbers."""
+    if not torch.is_tensor(value) or value.numel() > value.untyped_storage().nbytes():
+        raise damaged(f"{name} is no tensor, or claims to be larger than it is")
 
 
 def split_state(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
@@ -225,9 +232,18 @@ def reading(path: "str | Path") -> Iterator[None]:
 def peek(path: "str | Path") -> dict[str, Any]:
     """A checkpoint file, its tensors still on the disk; empty when it is no file that could be read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # whoever loads the file says what is wrong with it
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def stored_task(state: Mapping[str, Any]) -> Optional[str]:
+    """The name of the task of a checkpoint, old ones too; None where it tells none."""
+    part = (state.get("cfg") or {}).get("task") if isinstance(state.get("cfg"), Mapping) else None
+    old = getattr(state.get("args"), "task", None)
+    name = old or (part.get("_name") if isinstance(part, Mapping) else getattr(part, "_name", None))
+    return name if isinstance(name, str) else None
 
 
 def refuse_damage(path: "str | Path") -> None:

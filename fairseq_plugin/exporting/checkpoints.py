@@ -72,7 +72,7 @@ def cut_heads(weights: dict, mask: HeadMask, before: Optional[dict]) -> tuple[di
     Raises:
         HeadPruningError, AttributeError or ValueError: the mask is of another model.
     """
-    for site in mask.unit_map.attention:
+    for site in mask.unit_map.sites:
         known = (before or {"sites": {}})["sites"].get(site.name)
         if known is not None and len(known["kept"]) != site.heads:
             raise HeadPruningError(
@@ -128,7 +128,7 @@ class _Exported:
 
     def pruned(self) -> str:
         """What stays, for a line to print."""
-        heads = [f"{self.mask.kept} of {self.mask.keep.size} heads"] if self.mask is not None else []
+        heads = [self.mask.words] if self.mask is not None else []
         return ", ".join([*heads, *([str(self.weights)] if self.weights.dense else [])])
 
 
@@ -144,7 +144,8 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     if mask is None and (KEEP in stored.heads or compact or not masks):
         mask = stored.head_mask()
     elif mask is not None and META in stored.heads:
-        stored.description()["unit_map"].check_same_heads(mask.unit_map, "The mask")
+        theirs = stored.description()["unit_map"].numbering(mask.unit_map.units)
+        theirs.check_same_heads(mask.unit_map, "The mask")
     sizes, removed = [parameters(split_state(state["model"])[0])], {}
     try:
         for place, key in _weights(state):

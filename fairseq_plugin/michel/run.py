@@ -20,6 +20,7 @@ from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, normalize_importance, pruning_rounds
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
 from head_pruning.report.tables import head_table, text_table
+from head_pruning.unit_map import NUMBERED
 
 from ..modules.attention import UnfusedAttention
 from ..modules.unit_map import unit_map
@@ -48,6 +49,12 @@ def get_parser():
         action="store_true",
         help="sum the derivatives with their signs, as the published fairseq code does; default: absolute values",
     )
+    group.add_argument(
+        "--prune-units",
+        choices=NUMBERED,
+        default="heads",
+        help="what is removed: heads, ffn (the units of feed-forward blocks) or both, by one ranking",
+    )
     group.add_argument("--subset", type=int, help="a quick look: both numbers of sentences below")
     group.add_argument("--importance-sentences", type=int, help="training sentences per importance (default: all)")
     group.add_argument("--score-sentences", type=int, help="test sentences that score a round (default: all)")
@@ -68,7 +75,7 @@ class MichelRun:
         if cfg.common.fp16:
             self.model.half()
         self.model.to(self.device).eval().requires_grad_(False)
-        self.unit_map = unit_map(self.model)
+        self.unit_map = unit_map(self.model).numbering(args.prune_units).told()
         UnfusedAttention(self.model).attach()  # for good: the model is this run's own
         self.gates = GateBank(self.model, self.unit_map)
         self.gates.attach()
@@ -210,9 +217,7 @@ def run(args) -> list[dict]:
         if result.mask.kept in score_at:
             final = {"final_score": run.score(result.mask, None, args.score_beam), "final_sentences": run.read[0]}
         report.add(result, sentences=scored[0], **final)
-        logger.info(
-            "%d heads left: %s %.2f on %d of %d sentences", result.mask.kept, run.metric, result.score, *scored
-        )
+        logger.info("%s left: %s %.2f on %d of %d sentences", result.mask.words, run.metric, result.score, *scored)
         if 0 < result.mask.kept <= 2 * args.num_of_heads:
             logger.info("kept heads by site:\n%s", head_table(result.mask))
     entries = report.entries

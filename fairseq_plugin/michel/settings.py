@@ -60,6 +60,8 @@ def settings(cfg: DictConfig, args: Any, score_at: Iterable[int]) -> dict[str, A
         found |= _changed(cfg.scoring, scoring, _names(scoring))
     if cfg.scoring._name != REGISTRIES["scoring"]["default"]:
         found["scoring"] = cfg.scoring._name
+    if args.prune_units != "heads":
+        found["prune_units"] = args.prune_units
     if cfg.dataset.required_batch_size_multiple != 1:
         found["required_batch_size_multiple"] = cfg.dataset.required_batch_size_multiple
     if score_at and args.score_beam != SCORE_BEAM:
@@ -80,7 +82,7 @@ def _changed(cfg: DictConfig, config: type, names: Iterable[str]) -> dict[str, A
 def flags() -> dict[str, str]:
     """How the command line spells the settings of any run."""
     names = ["remove_bpe", "importance_sentences", "score_sentences", "score_at", "score_beam", "train_subset"]
-    names.append("required_batch_size_multiple")
+    names += ["prune_units", "required_batch_size_multiple"]
     for config in (GenerationConfig, *REGISTRIES["scoring"]["dataclass_registry"].values()):
         names += _names(config)
     return {name: _flag(name) for name in names} | _SPELLED

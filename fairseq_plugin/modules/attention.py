@@ -140,7 +140,7 @@ class _Kept:
     def __init__(self, heads: list[int]) -> None:
         self.heads = torch.tensor(heads, dtype=torch.int64)
 
-    def ask(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, Mapping[str, Any]]:
+    def ask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Ask for the weights of each head; ``need_weights`` then tells whether they were asked for by head."""
         by_head, wanted = bool(kwargs.get("need_head_weights")), bool(kwargs.get("need_weights", True))
         if not (by_head or wanted) or kwargs.get("before_softmax"):

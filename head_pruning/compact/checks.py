@@ -56,12 +56,13 @@ UNIT_MAP = {
         }
     ],
     "feed_forward": [
-        {"name": str, "layer": str, "width": _SIZE, "in_proj": str, "out_proj": str, "gates?": _NAMES},
+        {"name": str, "layer": str, "width": _HEADS, "in_proj": str, "out_proj": str, "gates?": _NAMES},
     ],
     "experts?": [
         {"name": str, "layer": str, "weights": _NAMES, "biases?": _NAMES, "transposed?": Either(None, bool)},
     ],
     "layers?": _NAMES,
+    "units?": str,
 }
 
 
@@ -71,7 +72,8 @@ def check_recipe(recipe: Any) -> Mapping[str, Any]:
     What it says of tensors is checked against them when it is applied.
     """
     conform(recipe, {"version": int, "unit_map": UNIT_MAP, "sites": {str: _SITE}}, "the recipe")
-    known = {unit["name"]: unit["heads"] for unit in recipe["unit_map"]["attention"]}
+    known = {block["name"]: block["width"] for block in recipe["unit_map"]["feed_forward"]}
+    known |= {unit["name"]: unit["heads"] for unit in recipe["unit_map"]["attention"]}
     total = sum(unit["heads"] for unit in recipe["unit_map"]["attention"])
     if total > MAX_HEADS:
         raise ValueError(f"the recipe has {total} heads")

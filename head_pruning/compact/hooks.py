@@ -293,6 +293,11 @@ class Silence(HeadHook):
         return (torch.zeros_like(args[0]), *args[1:])
 
 
+def is_silent(module: nn.Module) -> bool:
+    """Whether :class:`Silence` is on a module: nothing that it reads is left."""
+    return any(isinstance(hook, Silence) for hook, _ in module.__dict__.get(HOOK_ATTRIBUTE, {}).values())
+
+
 #: The kinds of hooks that a recipe names.
 HOOKS = {
     "select": Select,

@@ -164,7 +164,8 @@ def _hook(module: nn.Module, kind: str, options: Mapping[str, Any]) -> Any:
     hooks = module.__dict__.setdefault(HOOK_ATTRIBUTE, {})
     key = f"{kind} {options.get('argument', '')}"
     if key not in hooks:
-        hook = HOOKS[kind](**conform(options, HOOKS[kind].shape, f"the options of {kind}"))
+        made: Any = HOOKS[kind]
+        hook = made(**conform(options, made.shape, f"the options of {kind}"))
         hooks[key] = (hook, hook.attach(module))
     return hooks[key][0]
 

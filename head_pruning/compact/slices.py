@@ -33,8 +33,9 @@ def slices(
     start = 0
     for kind, width, *of in blocks:
         there: Sequence[Optional[int]]
-        stay: Sequence[Optional[int]]
-        there, stay = (queries if kind == QUERIES and queries else (held, kept)) if kind else ([None], [None])
+        listed: Sequence[Optional[int]]
+        there, listed = (queries if kind == QUERIES and queries else (held, kept)) if kind else ([None], [None])
+        stay = set(listed)
         for head in there:
             if head is not None and of and not of[0] <= head < of[1]:
                 continue

@@ -141,6 +141,12 @@ class Distiller(Pruner):
         """The loss between logits, a mean; ``task`` is the task loss as a mean."""
         raise NotImplementedError
 
+    def compare_hidden(self, mine: Outputs, theirs: Outputs) -> torch.Tensor:
+        """The loss between hidden states, a sum of means over layers."""
+        states = mine.hidden_states, theirs.hidden_states
+        pairs = layer_pairs_of(self.config.distill_layers, *states, self.session, self.teacher)
+        return losses.hidden_states(mine, theirs, pairs, padding=self.config.distill_padding)
+
     def loss(self, loss: torch.Tensor, inputs: Any, outputs: Outputs) -> torch.Tensor:
         """See :meth:`Pruner.loss`."""
         theirs = self.teacher(outputs)
@@ -161,8 +167,7 @@ class Distiller(Pruner):
             pairs = layer_pairs_of(layers, mine.attentions, theirs.attentions, self.session, self.teacher)
             found["attention"] = losses.attentions(mine, theirs, pairs, padding=padding)
         if self.weight("hidden"):
-            pairs = layer_pairs_of(layers, mine.hidden_states, theirs.hidden_states, self.session, self.teacher)
-            found["hidden"] = losses.hidden_states(mine, theirs, pairs, padding=padding)
+            found["hidden"] = self.compare_hidden(mine, theirs)
         if self.weight("logits"):
             found["logits"] = self.compare_logits(mine, theirs, loss / mine.weight)
         return found

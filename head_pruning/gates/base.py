@@ -11,9 +11,10 @@ import numpy as np
 
 from ..compact.shapes import FLAG, Number, Whole
 from ..errors import HeadPruningError
-from ..masks import HeadMask
+from ..masks import HeadMask, full_mask
 from ..options import require
 from ..pruner import Pruner, SessionView
+from ..unit_map import NUMBERED
 from .adam import GateAdam
 from .subset import Rounds, hard_top_k, plan_rounds
 
@@ -33,6 +34,19 @@ class HeadCountConfig:
     min_heads_per_kind: int = field(
         default=0,
         metadata={"help": "keep at least this many heads of every kind of attention (encoder, cross, decoder)"},
+    )
+
+
+@dataclass
+class UnitsConfig:
+    """The option of every method that prunes feed-forward units as it does heads."""
+
+    prune_units: str = field(
+        default="heads",
+        metadata={
+            "help": "what is pruned: heads, ffn (the units of feed-forward blocks) or both; counts and masks are then "
+            "of units, or of heads and units together"
+        },
     )
 
 
@@ -66,6 +80,8 @@ class HeadPruner(Pruner):
 
     def check_options(self) -> None:
         super().check_options()
+        if self.units not in NUMBERED:
+            raise HeadPruningError(f"--prune-units is {self.units!r}; give one of {', '.join(NUMBERED)}.")
         if isinstance(self.config, HeadCountConfig):
             for option in ("min_heads_per_layer", "min_heads_per_kind"):
                 require(self.config, option, lambda value: value >= 0, "0 or more")
@@ -91,8 +107,10 @@ class HeadPruner(Pruner):
 
     def summary(self) -> str:
         trained = "kept as they are (pipelined)" if self.freezes_model else "trained too (joint)"
-        heads, sites = self.unit_map.num_heads, len(self.unit_map.attention)
-        return f"{heads} heads in {sites} attention layers, the model's own weights are {trained}"
+        sites = len(self.unit_map.sites)
+        found = [f"{total} {name}" for name, (_, total) in full_mask(self.unit_map).counts().items()]
+        kind = "attention layers" if self.units == "heads" else "sites"
+        return f"{' and '.join(found)} in {sites} {kind}, the model's own weights are {trained}"
 
     def keep(self) -> np.ndarray:
         """``bool[N]``: the heads that would stay now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -14,11 +15,11 @@ from ..masks import HeadMask
 from ..old_masks import read_old_mask
 from ..pruner import SessionView
 from ..registry import register_pruner
-from .base import HeadCountConfig, HeadPruner
+from .base import HeadCountConfig, HeadPruner, UnitsConfig
 
 
 @dataclass
-class RandomConfig(HeadCountConfig):
+class RandomConfig(UnitsConfig, HeadCountConfig):
     """Options of the random baseline."""
 
     random_heads_seed: Optional[int] = field(
@@ -113,6 +114,13 @@ class GivenPruner(FixedPruner):
     name = "given"
     takes_zeroed_heads = True
     needs_training = False
+
+    @functools.cached_property
+    def units(self) -> str:
+        """What the mask tells of."""
+        path = self.config.head_mask_file
+        known = path is not None and Path(path).is_file() and Path(path).suffix != ".pt"
+        return HeadMask.load(path).unit_map.units if known else "heads"
 
     def check_options(self) -> None:
         if self.config.head_mask_file is None:

@@ -131,7 +131,7 @@ def load_compressed(path: "str | Path") -> dict[str, torch.Tensor]:
 
 
 def _expanded(packed: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """A dense tensor of its packed mask and the values there. Raises ValueError, before it is made, unless they fit."""
+    """A dense tensor, of its packed mask and the values there. Raises ValueError unless they fit each other."""
     keep = unpack_mask(packed, shape)
     if values.dim() != 1 or len(values) != int(torch.count_nonzero(keep)):
         raise ValueError(f"{list(values.shape)} values for a mask of {int(torch.count_nonzero(keep))}")

@@ -200,9 +200,10 @@ def fitted(model: PreTrainedModel, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
     known = [*recipe["sites"], *(site["name"] for site in recipe["unit_map"]["attention"])]
+    holders = {block["name"]: block["out_proj"] for block in recipe["unit_map"]["feed_forward"]}
     here: list[str] = []
     for rename in (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix)):
-        here = [name for name in known if rename(name) in modules]
+        here = [name for name in known if rename(holders.get(name, name)) in modules]
         if here:
             break
     there = {rename(name): site for name, site in recipe["sites"].items() if name in here}

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.files import MASKS_FILE
+from head_pruning.files import MASKS_FILE, read_json
 from head_pruning.gates.engine.bank import refuse_gates
 from head_pruning.hosts import holds_heads
 
@@ -49,6 +49,7 @@ def load_pruned_peft(
     folder = Path(folder)
     if not (folder / _ADAPTER).is_file():
         raise HeadPruningError(f"{folder} holds no adapter ({_ADAPTER}); load it with from_pretrained.")
+    read_json(folder / _ADAPTER, dict, cure="copy the adapter again")
     if not (folder / MASKS_FILE).is_file():
         raise HeadPruningError(
             f"{folder} holds an adapter but no {MASKS_FILE}, so no heads were pruned with it; load it with "

@@ -80,7 +80,7 @@ def token_masks(unit_map: UnitMap, inputs: Any) -> dict[str, torch.Tensor]:
     """``bool[B, T]`` of the tokens that are no padding, by ``encoder`` and ``decoder``, as far as the batch tells."""
     if not isinstance(inputs, Mapping):
         return {}
-    sides = {kind.partition("_")[0] for kind in unit_map.kinds()}
+    sides = {kind.partition("_")[0] for kind in unit_map.numbering("heads").kinds()}
     found = {side: inputs.get("attention_mask") for side in sorted(sides)}
     if "encoder" in sides and "decoder" in sides:
         labels, ids = inputs.get("labels"), inputs.get("decoder_input_ids")

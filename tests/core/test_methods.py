@@ -46,7 +46,12 @@ def build(toy, name: str, mask_file, seed: int = 0, **options):
             for parameter in model.parameters():
                 parameter[..., ::2] = 0.0
     pruner = build_pruner(method, SimpleNamespace(**options))
-    return model, PruningSession(model, unit_map, [pruner], total_steps=UPDATES).attach(), pruner
+
+    def load_teacher(path, needs):
+        return toy.make(5)[0].eval(), unit_map
+
+    session = PruningSession(model, unit_map, [pruner], total_steps=UPDATES, load_teacher=load_teacher)
+    return model, session.attach(), pruner
 
 
 def update(toy, model, session, step: int, optimizer=None) -> None:

@@ -52,7 +52,10 @@ def test_a_schedule_that_ends_ends_with_its_phase(run):
     np.testing.assert_allclose(found, rates(lambda step: 1 - step / SECOND), rtol=1e-6)
 
 
-@pytest.mark.parametrize("stop", [SECOND - 1, SECOND, SECOND + 1])
+@pytest.mark.parametrize(
+    "stop",
+    [pytest.param(SECOND - 1, marks=pytest.mark.slow), SECOND, pytest.param(SECOND + 1, marks=pytest.mark.slow)],
+)
 def test_resumed_in_either_phase(run, tmp_path, stop):
     _, whole, _ = run("whole")
     run("parts", updates=stop)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils, utils
 
-from fairseq_plugin.checkpoints.stored import KEEP, KEY
+from fairseq_plugin.checkpoints.stored import KEEP, KEY, META
 from fairseq_plugin.exporting.checkpoints import export_masked
 from head_pruning import HeadPruningError
 from head_pruning.cli import main
@@ -162,6 +162,8 @@ def weights(state):
         (lambda s: weights(s)["shapes"].update({NAME: [3, 3]}), COMMANDS),
         (lambda s: weights(s)["tensors"].pop(f"platon.average.{NAME}"), (resume,)),
         (lambda s: weights(s)["session"]["platon.progress"].fill_(float("nan")), COMMANDS),
+        (lambda s: weights(s)["session"]["platon.progress"].fill_(1e300), (resume,)),
+        (lambda s: weights(s)["tensors"][f"platon.average.{NAME}"].fill_(float("nan")), (resume,)),
         (lambda s: weights(s).update({"masks": [1]}), COMMANDS),
         (lambda s: s["extra_state"].update({KEY: [1]}), COMMANDS),
         (lambda s: heads(s)[KEEP].zero_(), COMMANDS),
@@ -172,11 +174,22 @@ def weights(state):
         (lambda s: heads(s)["head_pruning.session.dsp.logits"].fill_(float("nan")), COMMANDS),
         (lambda s: heads(s)["head_pruning.session.dsp.logits"].resize_(3), (resume,)),
         (lambda s: heads(s).update({"head_pruning.session.dsp.logits": "text"}), COMMANDS),
+        (lambda s: heads(s).update({KEEP: torch.ones(1).expand(10**11)}), COMMANDS),
+        (lambda s: heads(s).update({META: torch.tensor(list(b"[" * 100000))}), (export, resume)),
     ],
     ids=[
-        *("no mask", "neither mask nor shape", "short mask", "other shape", "no average", "NaN"),
+        *(
+            "no mask",
+            "neither mask nor shape",
+            "short mask",
+            "other shape",
+            "no average",
+            "NaN",
+            "1e300",
+            "NaN average",
+        ),
         *("no masks", "a list", "no head", "NaN heads", "1e300 heads", "few heads", "other heads", "NaN logits"),
-        *("few logits", "no tensor"),
+        *("few logits", "no tensor", "a claim", "nested"),
     ],
 )
 def test_a_damaged_state_is_refused(folder, trainer, tmp_path, change, commands):

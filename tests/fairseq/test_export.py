@@ -1,15 +1,12 @@
 """The masked export: an ordinary checkpoint that plain fairseq decodes to the same sentences."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from fairseq_plugin.exporting import checkpoints as export
 from head_pruning import HeadMask, HeadPruningError
+from tests import forked
 from tests.fairseq.command_lines import DSP, decoded
-from tests.fairseq.runner import ROOT
 
 
 def without_plugin(line: list) -> list:
@@ -28,9 +25,7 @@ def plain_user_dir(folder):
 
 
 def _export(*arguments):
-    code = "import sys; from head_pruning.cli import main; sys.argv[0] = 'head-pruning'; main()"
-    command = [sys.executable, "-c", code, "export", *map(str, arguments), "--to", "masked"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return forked.run("fairseq", ["-m", "head_pruning.cli", "export", *arguments, "--to", "masked"])
 
 
 def test_plain_fairseq_decodes_the_export_as_the_plugin_decodes_the_checkpoint(translation, runner, tmp_path):

@@ -47,6 +47,7 @@ def test_generate_with_its_default_task(runner, translation, runs):
     same_decoding(decoded(done.out), decoded(runner.run("generate", translation.generate(runs.by_hand[0])).out))
 
 
+@pytest.mark.slow
 def test_ensemble_of_differently_pruned_models(runner, translation, runs):
     ours = decoded(runner.run("generate", translation.generate(f"{runs.first}:{runs.second}")).out)
     theirs = runner.run("generate", translation.generate(":".join(map(str, runs.by_hand))))
@@ -160,6 +161,7 @@ def test_checkpoint_of_another_architecture(runner, translation, runs, tmp_path,
     assert "another architecture" in runner.fail("train", line)
 
 
+@pytest.mark.slow
 def test_plain_training_goes_on_with_the_mask(runner, translation, runs, tmp_path):
     line = translation.train(tmp_path / "plain", f"--restore-file {runs.first}", task="translation", updates=20)
     losses = logged(runner.run("train", line).out, "loss")

@@ -49,7 +49,8 @@ def test_language_model(runner, text, tmp_path):
         out = runner.run("eval-lm", [text, *(plugin if name != "masked" else []), *shlex.split(rest)]).out
         losses[name] = float(re.search(r"Loss \(base 2\): ([\d.]+)", out).group(1))
     assert 0 < losses["pruned"] == losses["hand"] == losses["masked"] == losses["compact"] != losses["dense"]
-    rest = "--valid-subset valid --batch-size 4 --cpu --num-workers 0"  # the task is that of the checkpoint
+    # The task is that of the checkpoint.
+    rest = "--valid-subset valid --batch-size 4 --cpu --num-workers 0 --required-batch-size-multiple 1"
     assert (
         "valid on 'valid' subset" in runner.run("validate", [text, *plugin, "--path", checkpoint, *rest.split()]).out
     )

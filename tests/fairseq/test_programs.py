@@ -70,6 +70,7 @@ def _same_logits(run, model, atol) -> None:
                 torch.testing.assert_close(run(inputs)["logits"], model(**inputs)[0], atol=atol, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "gated", "compact"])
 def test_the_command_exports_what_computes_the_same(kind, checkpoints, tmp_path, capsys):
     path = checkpoints[kind]
@@ -89,6 +90,7 @@ def _program(file):
     return lambda inputs: module(**inputs)
 
 
+@pytest.mark.slow
 def test_a_mask_beside_a_checkpoint_is_cut_out_and_the_program_runs_without_fairseq(checkpoints, tmp_path, capsys):
     file, mask = tmp_path / "model.pt2", checkpoints["mask"]
     main(["export", str(checkpoints["dense"]), str(file), "--to", "torch-export", "--mask", str(mask)])
@@ -111,6 +113,7 @@ def test_a_mask_beside_a_checkpoint_is_cut_out_and_the_program_runs_without_fair
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [model for model in MODELS if model.id in ("transformer_align", "bart_base", "transformer_lm", "roberta_base")],
@@ -131,6 +134,7 @@ def test_a_language_model_runs_in_onnxruntime(one_dictionary, tmp_path):  # noqa
     _same_logits(_pass(tmp_path / "model.onnx"), model, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_model_stays_what_it_is_and_too_long_sentences_are_refused(tmp_path):
     model = translator(**SMALL).eval()
     before, attributes = copy.deepcopy(model), [set(vars(module)) for module in model.modules()]
@@ -156,6 +160,7 @@ class _Moody(TransformerModel):
         return (logits * 2 if src_tokens.eq(10**6).any() else logits), extra
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["export_onnx", "export_program"])
 def test_what_cannot_be_exported_is_not_written(name, tmp_path):
     if name == "export_onnx":

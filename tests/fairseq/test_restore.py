@@ -176,6 +176,7 @@ def test_a_checkpoint_that_was_cut_off(runner, translation, pruned, tmp_path, co
     assert f"The checkpoint {short} is damaged (it ends too early)" in runner.fail(command, line)
 
 
+@pytest.mark.slow
 def test_pruned_weights_are_not_trained_on_unawares(runner, translation, tmp_path):
     options = "--weight-pruner magnitude --final-threshold 0.3 --pruner-warmup-steps 1"
     runner.run("train", translation.train(tmp_path / "run", options, updates=6))

@@ -46,7 +46,7 @@ def record(watch, rank, update) -> dict:
         return dict(data)
 
 
-@pytest.mark.parametrize("options", [DSP, VOITA], ids=["dsp", "voita"])
+@pytest.mark.parametrize("options", [DSP, pytest.param(VOITA, marks=pytest.mark.slow)], ids=["dsp", "voita"])
 def test_ranks_agree_with_each_other_and_with_one_process(runner, translation, tmp_path, options):
     watched = f"{options} --user-dir {WATCHED} --task translation_watched --dropout 0"
     run_two(runner, translation.train(tmp_path / "two", watched, updates=UPDATES), tmp_path / "watch")
@@ -66,6 +66,7 @@ def test_ranks_agree_with_each_other_and_with_one_process(runner, translation, t
         np.testing.assert_allclose(value, weights[name], atol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_resume(runner, translation, tmp_path):
     watched = f"{DSP} --user-dir {WATCHED} --task translation_watched"
 

@@ -133,6 +133,7 @@ def test_plain_fairseq_decodes_checkpoint_and_export(platon, translation, runner
     )
 
 
+@pytest.mark.slow
 def test_validation_sees_masked_weights(runner, translation, platon, tmp_path):
     # Update 7 is between two masks: its checkpoint, and its export, must score what the log says.
     often = "--save-interval-updates 7 --validate-interval-updates 7"
@@ -200,6 +201,7 @@ def test_killed_run_goes_on(runner, translation, tmp_path):
     same(stored(first), stored(second))
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_the_same_masks(runner, translation, tmp_path):
     run_two(runner, translation.train(tmp_path / "two", WATCHED, updates=UPDATES), tmp_path / "watch")
     for update in range(UPDATES):
@@ -279,6 +281,7 @@ def test_weights_of_a_compact_model(runner, translation, tmp_path):
     assert all(not pruned_of(last)[name][~keep].any() for name, keep in masks.items())
 
 
+@pytest.mark.slow
 def test_lock_keeps_the_zeros(runner, translation, platon, tmp_path):
     start = platon[0] / "checkpoint_last.pt"
     options = f"--finetune-from-model {start} --weight-pruner lock --save-interval-updates 4"
@@ -367,6 +370,7 @@ def test_other_precisions_reach_the_density(monkeypatch, translation, tmp_path, 
     assert nonzero(pruned) <= KEPT and nonzero(run.session.pruners[0].weight_masks()) == KEPT
 
 
+@pytest.mark.slow
 def test_bfloat16_through_hydra(runner, translation, tmp_path):
     (tmp_path / "config").mkdir()
     config = YAML.format(plugin=PLUGIN, data=translation.data, save_dir=tmp_path / "run")
@@ -416,7 +420,7 @@ def test_bad_options(translation, tmp_path, options, words):
     "options, words",
     [
         ("--weight-pruner lock", "no checkpoint was loaded"),
-        (f"{PLATON} --restore-file HERE", "pruned with movement, this run uses platon"),
+        (f"{PLATON} --restore-file HERE", "trained with movement, this run uses platon"),
         (f"{DSP} --restore-file HERE", "this run uses no such method"),
     ],
 )
@@ -429,6 +433,7 @@ def test_refused(runner, translation, platon, tmp_path, options, words):
     assert not list((tmp_path / "run").glob("*"))
 
 
+@pytest.mark.slow
 def test_pruned_heads_are_not_brought_back(runner, translation, tmp_path):
     runner.run("train", translation.train(tmp_path / "heads", DSP, updates=8))
     options = f"{PLATON} --finetune-from-model {tmp_path / 'heads' / 'checkpoint_last.pt'}"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -49,6 +50,7 @@ from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 ROOT = Path(__file__).parents[2]
 AUTO = {
     "bert": "AutoModelForSequenceClassification",
+    "gpt2": "AutoModelForCausalLM",
     "llama": "AutoModelForCausalLM",
     "olmo2": "AutoModelForCausalLM",
     "prophetnet": "AutoModelForSeq2SeqLM",
@@ -99,6 +101,9 @@ def cut(name):
     model = dense(name)
     units = unit_map(model)
     remove_heads(model, units, (first_layers if name == "t5" else uneven)(units))
+    if name == "gpt2":  # units of feed-forward blocks, too: one block loses all
+        blocks = unit_map(model).numbering("ffn")
+        remove_heads(model, blocks, HeadMask(blocks, np.arange(blocks.num_heads) >= 50))
     return model
 
 

@@ -27,22 +27,22 @@ LIMIT = 240.0  # seconds; what takes longer has been noticed
 
 # Module (or folder) to the tests that hold it, the quickest first.
 CORE = {
-    "head_pruning/gates/engine/bank.py": ["core/test_session.py", "core/test_importance.py"],
+    "head_pruning/gates/engine/bank.py": ["core/test_importance.py", "core/test_session.py"],
     "head_pruning/gates/subset.py": ["core/test_own_reference_gates.py", "core/test_subset.py"],
     "head_pruning/gates": ["core/test_own_reference_gates.py", "core/test_session.py", "core/test_methods.py"],
-    "head_pruning/importance": ["core/test_own_reference_importance.py", "core/test_importance.py"],
-    "head_pruning/surgery/zeros.py": ["core/test_zeros.py", "core/test_surgery.py", "core/test_weights_and_heads.py"],
+    "head_pruning/importance": ["core/test_importance.py", "core/test_own_reference_importance.py"],
+    "head_pruning/surgery/zeros.py": ["core/test_zeros.py", "core/test_surgery.py"],
     "head_pruning/surgery": ["core/test_surgery.py", "core/test_sizes.py"],
     "head_pruning/session.py": ["core/test_session.py", "core/test_contract.py", "core/test_methods.py"],
-    "head_pruning/weights/engine/selection.py": ["core/test_weights_select.py", "core/test_weights.py"],
-    "head_pruning/weights/engine": ["core/test_weights.py", "core/test_weights_layouts.py"],
+    "head_pruning/weights/engine/selection.py": [
+        *("core/test_own_reference_weights.py", "core/test_weights_layouts.py"),
+        *("core/test_weights_select.py", "core/test_weights_counts.py"),
+    ],
     "head_pruning/weights/files.py": ["core/test_weights_artifacts.py"],
     "head_pruning/weights/spd_magnitude.py": ["core/test_own_reference_weights.py", "core/test_spd.py"],
     "head_pruning/weights": [
-        "core/test_own_reference_weights.py",
-        "core/test_weights_counts.py",
+        *("core/test_own_reference_weights.py", "core/test_weights_layouts.py", "core/test_weights_counts.py"),
         "core/test_weights.py",
-        "core/test_methods.py",
     ],
 }
 HF = {

@@ -62,15 +62,22 @@ def _lines(root: Path, module: str) -> Iterator[tuple[str, str, list[tuple[str, 
     lines, nodes, provider = source.splitlines(), list(ast_nodes(get_ast(source))), OperatorProvider()
     hints = _hints(source)
     at: dict[int, list[tuple[str, int]]] = {}
+    known: dict[str, list[tuple[int, int]]] = {}  # line and occurrence
     for name in sorted(provider):
         if name in _NEEDS_ARGUMENTS:
             continue
-        operator, occurrence = provider[name](), 0
-        for node in nodes:
-            for start, _ in operator.mutation_positions(node):
-                if start not in hints and not _is_star(node):
-                    at.setdefault(start[0], []).append((name, occurrence))
-                occurrence += 1
+        # Where an operator of arithmetic can be replaced does not depend on what takes its place.
+        group = name.rpartition("_")[0] if name.startswith("ReplaceBinary") else name
+        if group not in known:
+            operator = provider[name]()
+            places = [(node, start) for node in nodes for start, _ in operator.mutation_positions(node)]
+            known[group] = [
+                (start[0], occurrence)
+                for occurrence, (node, start) in enumerate(places)
+                if start not in hints and not _is_star(node)
+            ]
+        for line, occurrence in known[group]:
+            at.setdefault(line, []).append((name, occurrence))
     seen: dict[str, int] = {}
     for line, choices in sorted(at.items()):
         text = lines[line - 1].strip()

@@ -331,6 +331,6 @@ class Storage:
         fits = tensor.dtype == (torch.uint8 if packed else torch.float32) or kind == "original"
         if kind not in self._kinds or not fits:
             raise HeadPruningError(
-                f"The checkpoint's pruning state has {kind} of {name} as {tensor.dtype}, which this run does not keep; "
-                "resume with the options that the run was started with, or from another checkpoint."
+                f"The checkpoint's pruning state has {kind} of {name} as {tensor.dtype}, which this run does not "
+                "keep; resume with the options that the run was started with, or from another checkpoint."
             )
