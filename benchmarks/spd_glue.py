@@ -51,6 +51,7 @@ METHODS = {
     "magnitude": MASKS,
     "PLATON": PLATON,
     "PLATON + distillation": f"{PLATON} {LOGITS}",
+    "SPD with PLATON's masks": f"{PLATON} --distill spd --replacing_rate 0.8 --scheduler_type linear",
 }
 SEEDS = (1, 2, 3)
 
