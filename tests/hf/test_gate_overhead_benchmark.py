@@ -1,22 +1,20 @@
 """The benchmark of the gates' cost runs and prints what it promises."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests import forked
 
 TINY = ("--layers", "2", "--hidden", "32", "--heads", "4", "--batch", "2", "--length", "8", "--rounds", "3")
 METHODS = ("dsp", "ste", "voita", "random")
 
 
 @pytest.fixture
-def run(repo):
+def run():
     def call(*arguments: str) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.gate_overhead", *TINY, *arguments],
-            cwd=repo, capture_output=True, text=True, check=True, timeout=120,
-        )  # fmt: skip
+        done = forked.run("transformers", ["-m", "benchmarks.gate_overhead", *TINY, *arguments])
+        assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
     return call
