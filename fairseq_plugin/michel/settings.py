@@ -94,7 +94,7 @@ def _flag(name: str) -> str:
 
 def refuse_pruners(args: Any) -> None:
     """Raise HeadPruningError when a task's options ask for another method, or for heads to be gone before."""
-    own = {name: value for name, value in vars(args).items() if name != "num_of_heads"}
+    own = {name: value for name, value in vars(args).items() if name not in ("num_of_heads", "prune_units")}
     if pruners_to_decode(SimpleNamespace(**own)):
         raise HeadPruningError("--head-mask-file removes heads before the first round; leave it out.")
 

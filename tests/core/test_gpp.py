@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from head_pruning import FeedForwardSite, HeadPruningError, PruningSession, UnitMap, build_pruner
-from head_pruning.distillation.features import fused_loss, shares
+from head_pruning.distillation.engine.fusion import fused_loss, shares
 from head_pruning.gates.gpp import selected, squared_cosine
 from head_pruning.registry import get_method
 from tests.core.test_contract import HEADS, Classifier, site

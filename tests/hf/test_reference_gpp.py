@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from head_pruning import build_pruner
-from head_pruning.distillation.features import fused_loss
+from head_pruning.distillation.engine.fusion import fused_loss
 from head_pruning.gates.gpp import selected, squared_cosine
 from head_pruning.registry import get_method
 from head_pruning.surgery.removal import remove_heads
