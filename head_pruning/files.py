@@ -67,7 +67,7 @@ def sort_metadata(path: "str | Path") -> None:
 def parse_json(text: "str | bytes", shape: Any = object, where: str = "it") -> Any:
     """A JSON text of this shape (:mod:`head_pruning.compact.shapes`). Raises ValueError for any other text."""
     try:
-        return conform(json.loads(text), shape, where)
+        return conform(json.loads(text.decode("utf-8") if isinstance(text, bytes) else text), shape, where)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -25,7 +25,7 @@ def read_old_mask(path: "str | Path", unit_map: UnitMap) -> HeadMask:
     Raises:
         HeadPruningError: the file is missing, holds something else, or is the mask of another architecture.
     """
-    values = load_pickled(path, cure="give a mask of the published code, such as mask12.pt")
+    values = load_pickled(path, problem="is no head mask of the published code", cure="give a file such as mask12.pt")
     if (
         not isinstance(values, torch.Tensor)
         or values.layout is not torch.strided

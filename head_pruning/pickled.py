@@ -12,11 +12,14 @@ import torch
 from .errors import HeadPruningError, one_line
 
 
-def load_pickled(path: "str | Path", *, cure: str = "copy it again") -> Any:
+def load_pickled(
+    path: "str | Path", *, problem: str = "is damaged or of another kind", cure: str = "copy it again"
+) -> Any:
     """What a file of ``torch.save`` holds, on the CPU; its tensors stay in the file until they are used.
 
     Args:
         path: the file, also one of the format before torch 1.6.
+        problem: what is said of any other file, for the error's sentence.
         cure: what to do about a damaged file, for the error's sentence.
 
     Raises:
@@ -37,7 +40,7 @@ def load_pickled(path: "str | Path", *, cure: str = "copy it again") -> Any:
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         _check_sizes(found, path.stat().st_size)
     except Exception as error:  # each part of torch's reader has errors of its own for what is damaged
-        raise HeadPruningError(f"{path} is damaged or of another kind ({one_line(error):.200}); {cure}.") from error
+        raise HeadPruningError(f"{path} {problem} ({one_line(error):.200}); {cure}.") from error
     return found
 
 
