@@ -34,7 +34,7 @@ class DSPConfig(HeadGateConfig):
     annealing: bool = field(
         default=False,
         metadata={
-            "help": "anneal the temperature of the Gumbel soft top-K; without it, where no temperature is named either, it "
+            "help": "anneal the temperature of the Gumbel soft top-K; without it, where no temperature is named, it "
             "falls from 10 to 1e-4 in the first 0.6 of training"
         },
     )
