@@ -55,7 +55,7 @@ def writing(path: "str | Path", *, also_reading: bool = False) -> Iterator[None]
         if reason is None:
             raise
         raise HeadPruningError(
-            f"{path} cannot be written ({reason}); make room, or choose another place (what was there before is whole)."
+            f"{path} cannot be written ({reason}); make room or choose another place (what was there before is whole)."
         ) from error
 
 

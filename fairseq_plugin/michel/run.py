@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Collection, Optional
 
 import numpy as np
 import torch
@@ -190,7 +190,7 @@ def run(args) -> list[dict]:
         return _all_rounds(run, score_at)
 
 
-def _all_rounds(run: MichelRun, score_at: Sequence[int]) -> list[dict]:
+def _all_rounds(run: MichelRun, score_at: Collection[int]) -> list[dict]:
     cfg, args = run.cfg, run.args
     folder = Path(cfg.checkpoint.save_dir)
     cure = f"choose another --save-dir, or remove {ROUNDS_FILE} and {MASKS_FOLDER}/ from this one"

@@ -82,7 +82,7 @@ class DSPPruner(HeadGatePruner):
     schedule_option = "cooldown_steps"
 
     def __init__(self, config: DSPConfig) -> None:
-        defaults = _PUBLISHED if _names_schedule(vars(config)) else _SHORT
+        defaults: dict[str, Any] = _PUBLISHED if _names_schedule(vars(config)) else _SHORT
         super().__init__(replace(config, **{k: v for k, v in defaults.items() if _unsaid(getattr(config, k))}))
 
     @classmethod
