@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 DOCS := .venv-docs
+MUTANTS := .mutants
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/hf.txt requirements/dev.txt
@@ -15,7 +16,7 @@ PIP := $(BIN)/python $(INSTALL)
 # Optimising what fairseq compiles against torch's headers takes minutes, and its fast loops of Python say -O3 themselves.
 FAST_BUILD := CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0"
 
-.PHONY: setup demo demo-hf test test-slow test-oldest docs lint types format clean
+.PHONY: setup demo demo-hf test test-slow test-oldest test-fuzz test-kill test-mutants docs lint types format clean
 
 setup: $(STAMP)
 
@@ -57,6 +58,22 @@ $(OLDEST)/.set-up: requirements/oldest/hf.txt $(REQUIREMENTS)
 	$(OLDEST)/bin/python $(INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
 
+# 1000 damaged inputs of every kind that is read; their table is in docs/fuzzing.md.
+test-fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m tests.fuzz.run --write docs/fuzzing.md
+
+# kill -9 at 50 random moments of a run in each host, resumed; goes on where a call before it was ended.
+test-kill: $(STAMP)
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m tests.lanes.kill
+
+# Do the tests notice when a line says something else? Goes on where a call before it was ended.
+test-mutants: $(STAMP) $(MUTANTS)/.set-up
+	OMP_NUM_THREADS=1 PYTHONPATH=$(MUTANTS) nice $(BIN)/python -m tests.lanes.mutants
+
+$(MUTANTS)/.set-up: requirements/mutants.txt
+	$(PIP) --no-deps --upgrade --target $(MUTANTS) -r requirements/mutants.txt
+	touch $@
+
 # The site, in site/. It reads the code without importing it, so it needs nothing of .venv.
 docs: $(DOCS)/.set-up
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --clean
@@ -79,4 +96,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DOCS) .mypy_cache build site *.egg-info demo-output demo-hf-output
+	rm -rf $(VENV) $(OLDEST) $(DOCS) $(MUTANTS) .mypy_cache build site *.egg-info demo-output demo-hf-output

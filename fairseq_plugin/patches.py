@@ -26,6 +26,7 @@ from fairseq.file_io import PathManager
 from fairseq.models import BaseFairseqModel
 from fairseq.models.multilingual_transformer import MultilingualTransformerModel
 from fairseq.modules import dynamic_crf_layer
+from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 
 from head_pruning import HeadPruningError
@@ -33,13 +34,20 @@ from head_pruning.files import atomic_path, take_folder, writing
 from head_pruning.finite import all_finite
 from head_pruning.surgery.remaining import recipe_of
 
-from .checkpoints.keeper import StateKeeper, check_weights, keeper_of, refuse_late_start
+from .checkpoints.keeper import (
+    StateKeeper,
+    check_weights,
+    keep_heads,
+    keeper_of,
+    refuse_late_start,
+    warn_of_alignments,
+)
 from .checkpoints.reports import reported, write_beside
-from .checkpoints.stored import KEY, META, PruningState, peek, refuse_cut_off, split_state
-from .checkpoints.weights import finish
+from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state, stored_task
+from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
-from .options import TASK_SUFFIX, all_flags, refuse_other_options, second_flags
+from .options import TASK_SUFFIX, all_flags, pruners_to_decode, refuse_other_options, second_flags
 from .schedules import restart_schedule
 
 logger = logging.getLogger(__name__)
@@ -59,6 +67,7 @@ _BROKEN = (
     "last checkpoint with bf16 in place of fp16."
 )
 _validated_at_target = True
+_decoding = False
 
 
 def install() -> None:
@@ -66,9 +75,11 @@ def install() -> None:
     allow_safe_globals()
     give_old_numpy()
     _replace(sys, "excepthook", print_sentence)
-    _replace(options, "parse_args_and_arch", name_the_task)
     _replace(distributed_utils, "_broadcast_object_slow", read_configurations)
-    _replace(checkpoint_utils, "load_checkpoint_to_cpu", refuse_damaged_files)
+    _replace(options, "add_dataset_args", decode_all_sentences)
+    _replace(options, "parse_args_and_arch", find_task)
+    _replace(checkpoint_utils, "load_checkpoint_to_cpu", read_checkpoint)
+    _replace(checkpoint_utils, "load_model_ensemble_and_task", load_to_decode)
     _replace(checkpoint_utils, "verify_checkpoint_directory", take_save_dir)
     _replace(checkpoint_utils, "torch_persistent_save", save_whole)
     _replace(PathManager, "copy", copy_whole)
@@ -159,16 +170,60 @@ def print_sentence(original, kind, error, traceback) -> None:
         print(f"error: {sentence}", file=sys.stderr)
 
 
+def decode_all_sentences(original, parser, train=False, gen=False):
+    """What decodes or scores a test set leaves none of its sentences out, unless it is told to."""
+    group = original(parser, train, gen)
+    if gen:  # fairseq's default is 8, and it drops a last batch that is no multiple of it
+        parser.set_defaults(required_batch_size_multiple=1)
+    return group
+
+
+def find_task(original, parser, input_args=None, *args, **kwargs):
+    """fairseq-validate, which has no task of its own, takes that of the checkpoint; see also ``name_the_task``."""
+    if "--task" in parser._option_string_actions and parser.get_default("task") is None:
+        line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        line.add_argument("--path")
+        task = stored_task(peek(line.parse_known_args(input_args)[0].path or ""))
+        parser.set_defaults(task=task if task in TASK_REGISTRY else "translation")
+    parser.error = functools.partial(name_the_task, parser.error, parser, input_args)
+    return original(parser, input_args, *args, **kwargs)
+
+
 def read_configurations(original, *args, **kwargs):
     """Ranks read what rank 0 sends them."""
     with torch.serialization.safe_globals(_BETWEEN_RANKS):
         return original(*args, **kwargs)
 
 
-def refuse_damaged_files(original, path, *args, **kwargs):
-    """A checkpoint that ends too early is named."""
-    refuse_cut_off(path)
-    return original(path, *args, **kwargs)
+def read_checkpoint(original, path, *args, **kwargs):
+    """Files that are damaged are named; what does not train on gets weights that are masked, as they are exported."""
+    with reading(path):
+        state = original(path, *args, **kwargs)
+        PruningState.of(state)
+        if _decoding:
+            mask_weights(state)
+    return state
+
+
+def load_to_decode(original, filenames, arg_overrides=None, task=None, *args, **kwargs):
+    """Whatever runs stored models masks their weights, and takes no option of pruning but a mask for dense ones."""
+    global _decoding
+    typed = task.options if getattr(task, "decodes", False) else types.SimpleNamespace(**(arg_overrides or {}))
+    pruners = pruners_to_decode(typed)
+    before, _decoding = _decoding, True
+    try:
+        models, cfg, task = original(filenames, arg_overrides, task, *args, **kwargs)
+    except OSError as error:
+        if "Model file not found" not in str(error):
+            raise
+        raise HeadPruningError(f"{error}; check --path.") from error
+    finally:
+        _decoding = before
+    for model in models:
+        if pruners:
+            keep_heads(model, pruners)
+        warn_of_alignments(model)
+    return models, cfg, task
 
 
 def load_pruned_model(original, self, state_dict, *args, **kwargs):
@@ -211,10 +266,13 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     reset = keeper.reset_optimizer if keeper is not None else bool(args[0] if args else kwargs.get("reset_optimizer"))
     session = getattr(task, "session", None)
     if session is not None and not reset and (META in stored.heads or stored.weights):
+        names = stored.description()["pruners"] if META in stored.heads else stored.weight_pruners()
         theirs = (checkpoint.get("cfg") or {}).get("task") or {}
         theirs = vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs  # of fairseq's old kind of task
-        refuse_other_options(str(filename), theirs, task.options)
+        refuse_other_options(str(filename), names, theirs, task.options)
     check_weights(session, stored, reset=reset, prunes=hasattr(type(task), "session"))
+    if session is not None and not reset:
+        stored.weight_masks(checkpoint.get("model") or {})  # which are those of its weights
     if stored.recipe is not None and stored.recipe != recipe_of(model):
         getattr(task, "cut_for_checkpoint", take_shape)(model, stored.recipe)
         self.reinitialize()
@@ -236,7 +294,10 @@ def state_with_weights(original, self):
     state, keeper = original(self), keeper_of(self.get_model())
     of_weights = {} if keeper is None else keeper.of_weights(resumable=not self.cfg.checkpoint.no_save_optimizer_state)
     if of_weights:
-        state["extra_state"][KEY] = of_weights
+        saved = [state["model"], *filter(None, [state["extra_state"].get("ema")])]
+        names = list(of_weights["masks"])
+        norms = zip(*(norms_of([weights[name] for name in names]) for weights in saved))
+        state["extra_state"][KEY] = {**of_weights, "norms": dict(zip(names, map(list, norms)))}
     return state
 
 
@@ -264,12 +325,15 @@ def build_for_phase(original, self):
 
 
 def begin_phase(original, self, *args, **kwargs):
-    """Where a phase begins the trainer builds its optimizer, and its learning-rate schedule, anew."""
+    """Where a phase begins the trainer builds its learning-rate schedule, and mostly its optimizer, anew."""
     session, step = getattr(self.task, "session", None), self.get_num_updates()
     if session is not None and session.enter_phase(step):
         old, self.head_pruning_built_for = self.optimizer, step
-        self.reinitialize()
-        carry_over(old, self.optimizer)
+        if session.keeps_optimizer:
+            restart_schedule(self, *session.schedule_span(step))
+        else:
+            self.reinitialize()
+            carry_over(old, self.optimizer)
         self.lr_step_update()
     return original(self, *args, **kwargs)
 
@@ -351,23 +415,16 @@ def stop_at_target(original, cfg, valid_loss):
     return _validated_at_target and original(cfg, valid_loss)
 
 
-def name_the_task(original, parser, input_args=None, *args, **kwargs):
+def name_the_task(original, parser, input_args, message):
     """Where options of pruning go to a task that does not prune, fairseq-train says which task has them."""
-    refuse = parser.error
-
-    def error(message: str) -> None:
-        _, unknown, words = message.partition("unrecognized arguments:")
-        ours = [word for word in words.split() if word.partition("=")[0] in all_flags()]
-        task = parser.parse_known_args(input_args)[0].task if ours else TASK_SUFFIX
-        if unknown and not task.endswith(TASK_SUFFIX) and "--max-update" in parser._option_string_actions:
-            raise HeadPruningError(
-                f"{' and '.join(ours)} are options of tasks that prune, and {task} does not; use "
-                f"--task {task}{TASK_SUFFIX}."
-            )
-        refuse(message)
-
-    parser.error = error
-    return original(parser, input_args, *args, **kwargs)
+    _, unknown, words = message.partition("unrecognized arguments:")
+    ours = [word for word in words.split() if word.partition("=")[0] in all_flags()]
+    task = parser.parse_known_args(input_args)[0].task if ours else TASK_SUFFIX
+    if unknown and not task.endswith(TASK_SUFFIX) and "--max-update" in parser._option_string_actions:
+        raise HeadPruningError(
+            f"{' and '.join(ours)} are options of tasks that prune; use --task {task}{TASK_SUFFIX} in place of {task}."
+        )
+    original(message)
 
 
 def share_second_flags(add_args: Callable, parser: Any) -> None:

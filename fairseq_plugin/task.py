@@ -1,6 +1,7 @@
 """Tasks that prune while they train: every task of fairseq plus one mixin."""
 
 import contextlib
+import functools
 import inspect
 import logging
 import math
@@ -23,6 +24,7 @@ from .masters import master_of, unscale
 from .modules.surgery import take_shape
 from .options import TASK_SUFFIX, add_options, build_pruners, pruning_config
 from .session import open_session
+from .teachers import load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class HeadPruningMixin(_Task):
     """Drives a pruning session from fairseq's trainer."""
 
     session: Optional[PruningSession] = None
+    #: Whether a command that runs a stored model was given this task's options, which a checkpoint has of its own run.
+    decodes = False
     _evaluating = False
     _denominator: float
     _micro_batches: int
@@ -54,6 +58,13 @@ class HeadPruningMixin(_Task):
 
         patches.share_second_flags(add, parser)
 
+    @classmethod
+    def setup_task(cls, cfg: Any, **kwargs: Any):
+        """As the base task."""
+        task = super().setup_task(cfg, **kwargs)
+        task.decodes = not kwargs.get("from_checkpoint")  # until it builds a model to train
+        return task
+
     @property
     def options(self) -> Any:
         """The task's options: fairseq's older tasks (language modelling) call them ``args`` and have no ``cfg``."""
@@ -65,6 +76,7 @@ class HeadPruningMixin(_Task):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False):
         """Build the model and, in training, put the gates on."""
+        self.decodes = self.decodes and from_checkpoint
         pruners = [] if from_checkpoint else self.pruners()  # a stored model brings its mask
         for pruner in pruners:
             pruner.check_options()
@@ -87,6 +99,8 @@ class HeadPruningMixin(_Task):
             pruners,
             seed=self.options.seed,
             all_reduce=_all_reduce if _ranks() > 1 else None,
+            load_teacher=functools.partial(load_teacher, self, model),
+            weights_come_later=True,
         )
         refuse_hosts(self.session, self.options)
         self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
@@ -125,8 +139,8 @@ class HeadPruningMixin(_Task):
                 # With --reset-optimizer fairseq goes on counting epochs but starts counting updates anew.
                 done = kwargs.get("epoch", 1) - 1 if self._keeper.reset_optimizer else 0
                 self._epochs = max(1, self.options.max_epoch - done) if self.options.max_epoch else math.inf
-            frequency = list(self.options.update_freq)[-1]
-            by_epoch = self._epochs * math.ceil(len(iterator) / frequency)
+            epoch = math.ceil(len(iterator) / list(self.options.update_freq)[-1])
+            by_epoch, self.session.steps_per_epoch = self._epochs * epoch, epoch
             total = min(self.options.max_update or math.inf, by_epoch)
             self.session.total_steps = None if math.isinf(total) else int(total)
         return iterator
@@ -194,7 +208,7 @@ class HeadPruningMixin(_Task):
                 f"{self.options._name} hold none."
             )
         assert self.session is not None and self.session.unit_map is not None
-        sides = {kind.partition("_")[0] for kind in self.session.unit_map.kinds()}
+        sides = {kind.partition("_")[0] for kind in self.session.unit_map.numbering("heads").kinds()}
         target = sample.get("target") if len(sides) == 2 else tokens
         found = {"encoder": tokens, "decoder": target}
         return {side: found[side].ne(pad) for side in sides if torch.is_tensor(found[side])}
@@ -249,7 +263,7 @@ class HeadPruningMixin(_Task):
         self.session.after_step()
         for name, value in self.session.metrics().items():
             if math.isfinite(value):  # a mask's numbers arrive from the device a little later
-                metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 1))
+                metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 4))
 
 
 class _Objective:
@@ -265,7 +279,9 @@ class _Objective:
         loss, sample_size, log = self._criterion(model, sample)
         assert self._task.session is not None
         masks = self._task.token_masks(sample)
-        return self._task.session.loss(loss, sample, masks=masks, weight=sample_size), sample_size, log
+        # With --sentence-avg the loss is a sum over tokens all the same.
+        terms = sample["ntokens"] if getattr(self._criterion, "sentence_avg", False) else sample_size
+        return self._task.session.loss(loss, sample, masks=masks, weight=terms), sample_size, log
 
 
 def _ranks() -> int:

@@ -14,7 +14,8 @@ from typing import Any, Callable, Iterator, Mapping, Optional
 
 import numpy as np
 
-from .errors import HeadPruningError
+from .compact.shapes import conform
+from .errors import HeadPruningError, one_line
 
 fcntl: Any
 try:
@@ -232,14 +233,69 @@ def sort_metadata(path: "str | Path") -> None:
         file.write(text.ljust(size))  # as long as before: the same entries, spelled as the library spells them
 
 
-def read_safetensors(path: "str | Path") -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read arrays and metadata. Raises HeadPruningError when the file is missing or damaged."""
+def parse_json(text: "str | bytes", shape: Any = object, where: str = "it") -> Any:
+    """A JSON text of this shape (:mod:`head_pruning.compact.shapes`). Raises ValueError for any other text."""
+    try:
+        return conform(json.loads(text), shape, where)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: "str | Path", shape: Any = object, *, cure: str = "write it again") -> Any:
+    """The JSON in a file, of this shape.
+
+    Args:
+        path: the file.
+        shape: see :mod:`head_pruning.compact.shapes`.
+        cure: what to do about a damaged file, for the error's sentence.
+
+    Raises:
+        HeadPruningError: the file is missing, or holds something else.
+    """
+    path = _existing(path)
+    try:
+        return parse_json(path.read_bytes(), shape)
+    except ValueError as error:
+        raise HeadPruningError(f"{path} is damaged ({one_line(error)}); {cure}.") from error
+
+
+def read_safetensors(
+    path: "str | Path", framework: str = "numpy", *, cure: str = "write it again"
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read tensors and metadata of a safetensors file; no more memory is asked for than the file is long.
+
+    Args:
+        path: the file.
+        framework: ``numpy`` for arrays, ``pt`` for tensors of torch, which stay in the file.
+        cure: what to do about a damaged file, for the error's sentence.
+
+    Raises:
+        HeadPruningError: the file is missing or damaged, or has numbers that the framework does not have.
+    """
+    with _safetensors(path, framework, cure) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})
+
+
+def read_metadata(path: "str | Path") -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors and the metadata of a safetensors file. Raises as :func:`read_safetensors` does."""
+    with _safetensors(path, "numpy", "write it again") as handle:
+        return list(handle.keys()), dict(handle.metadata() or {})
+
+
+@contextlib.contextmanager
+def _safetensors(path: "str | Path", framework: str, cure: str) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise HeadPruningError(f"There is no file {path}; check the path.")
+    path = _existing(path)
     try:
-        with safe_open(str(path), framework="numpy") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})
-    except SafetensorError as error:
-        raise HeadPruningError(f"{path} is damaged ({error}); write it again.") from error
+        with safe_open(str(path), framework=framework) as handle:
+            yield handle
+    except (SafetensorError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        raise HeadPruningError(f"{path} is damaged ({one_line(error):.200}); {cure}.") from error
+
+
+def _existing(path: "str | Path") -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise HeadPruningError(f"There is no file {path}; check the path.")
+    return path

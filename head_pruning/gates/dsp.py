@@ -8,6 +8,7 @@ from typing import Any, Mapping, Optional
 
 import numpy as np
 
+from ..compact.shapes import STEP, Whole
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
@@ -80,6 +81,7 @@ class DSPPruner(HeadGatePruner):
     name = "dsp"
     bert_defaults = {**HeadGatePruner.bert_defaults, "initial_temperature": 1000.0, "cooldown_steps": 25000}
     schedule_option = "cooldown_steps"
+    state_shapes = {**HeadGatePruner.state_shapes, "schedule": (Whole(), STEP)}
 
     def __init__(self, config: DSPConfig) -> None:
         defaults: dict[str, Any] = _PUBLISHED if _names_schedule(vars(config)) else _SHORT

@@ -1,5 +1,6 @@
 """A GLUE task, tokenised: what a Trainer is given."""
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -147,7 +148,8 @@ def tokenise(
         HeadPruningError: the cache cannot be written.
     """
     texts = [name for name in ("sentence1", "sentence2") if name in raw.column_names]
-    work = partial(_encode, tokenizer=tokenizer, texts=texts, max_seq_length=max_seq_length)
+    # A copy, because it would keep the length, and be saved with it, if the cache does not have the data.
+    work = partial(_encode, tokenizer=copy.deepcopy(tokenizer), texts=texts, max_seq_length=max_seq_length)
     digest = Hasher.hash((raw._fingerprint, tokenizer, texts, max_seq_length))
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "glue-tokenised"
     try:

@@ -17,6 +17,7 @@ from transformers import Trainer, set_seed
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
 from head_pruning.files import alone_in, atomic_path, writing
+from head_pruning.report.report_file import counts_told
 from head_pruning.report.tables import head_table
 from head_pruning.report.weights import session_counts, sum_counts
 
@@ -44,7 +45,7 @@ def loading(name: str) -> Iterator[None]:
         yield
     except HeadPruningError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # each class fails in its own way with a damaged configuration
         reason = one_line(error)[:300]
         raise HeadPruningError(
             f"{name} cannot be loaded ({reason}); give the folder or the hub name of a model with its tokenizer."
@@ -195,7 +196,8 @@ class TaskRun:
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
-        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps)
+        hub = {name: value for name, value in arguments.model.hub_options().items() if name != "revision"}
+        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub)
         trainer.in_order = self.in_order
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())
@@ -254,7 +256,7 @@ class TaskRun:
         """How many heads and weights stay, of how many; empty for a dense run."""
         kept: dict[str, int] = {}
         if self.head_mask is not None:
-            kept |= {"heads_kept": self.head_mask.kept, "heads_total": self.head_mask.keep.size}
+            kept |= counts_told(self.head_mask)
         counts = session_counts(self.trainer.session) if self.arguments.pruners else {}
         if counts:
             numbers = sum_counts(counts).told()
@@ -307,9 +309,8 @@ class TaskRun:
             logger.info("kept heads by site:\n%s", head_table(mask))
             score = self.results.get(f"eval_{self.main_metric}")
             logger.info(
-                "%d of %d heads are left%s; model, mask and report are in %s",
-                mask.kept,
-                mask.keep.size,
+                "%s are left%s; model, mask and report are in %s",
+                mask.words,
                 "" if score is None else f", {self.main_metric} {score:.4f}",
                 self.out,
             )

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
+from head_pruning.compact.shapes import Either, conform
+from head_pruning.errors import one_line
 from head_pruning.files import alone_in
 from head_pruning.finite import all_finite
 from head_pruning.weights import save_weight_masks
@@ -46,6 +48,8 @@ from .wrapping import (
 
 # What a loss scale falls below only if every update overflows; where fairseq stops too.
 _MIN_SCALE = 1e-4
+# What a checkpoint keeps of a session.
+_KEPT = {"pruners?": [str], "unit_map": Either(None, dict), "session": {str: list}, "tensors?": [str]}
 _BROKEN = (
     "The loss or its gradient is not finite at step {step}; lower --learning_rate, clip with --max_grad_norm, or "
     "resume from the last checkpoint with bf16 in place of fp16."
@@ -216,10 +220,14 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 f"{folder} was not written by a pruning run; start from its model (--model_name_or_path) instead of "
                 "resuming it."
             )
-        with _undamaged(folder):
-            attributes = dict(stored["attributes"])
-            pruners = list(map(str, attributes.get("pruners", ["another version"])))
+        try:
+            attributes = conform(stored.get("attributes"), _KEPT)
             theirs = attributes["unit_map"] and UnitMap.from_dict(attributes["unit_map"])
+        except ValueError as error:
+            raise HeadPruningError(
+                f"The pruning state in {folder} is damaged ({one_line(error):.200}); resume from another checkpoint."
+            ) from error
+        pruners = attributes.get("pruners", ["another version"])
         mine = [pruner.name for pruner in self.session.pruners]
         if pruners != mine:
             raise HeadPruningError(
@@ -238,9 +246,12 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 missing.
         """
         folder, attributes = checkpoint.folder, self.stored(checkpoint)
-        with _undamaged(folder):
-            values = {name: np.array(value, dtype=np.float64) for name, value in attributes["session"].items()}
-            self.session.load_state_dict(values)
+        self.session.load_state_dict(attributes["session"])
+        if self.session.step > checkpoint.step:
+            raise HeadPruningError(
+                f"The pruning state in {folder} is of update {self.session.step}, after that of the checkpoint; "
+                "resume from another checkpoint."
+            )
         if attributes.get("tensors"):
             tensors = read_tensor_state(folder, checkpoint.step)
             missing = sorted(set(attributes["tensors"]) - set(tensors))
@@ -306,7 +317,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                     "not be averaged over the processes (DDP); train with one process, or freeze no parameters."
                 )
             self._step, self._in_phase = state.global_step, True
-            build_anew(self._trainer)
+            build_anew(self._trainer, keeps_optimizer=self.session.keeps_optimizer)
             self._in_phase = False
             self._rest(self._trainer.optimizer)
         self.session.before_update(state.global_step)
@@ -390,19 +401,6 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             self.restore(read_checkpoint(state.best_model_checkpoint))
         self.session.tell_unfinished()
         self.session.harden()
-
-
-@contextlib.contextmanager
-def _undamaged(folder: "str | Path") -> Iterator[None]:
-    """Inside the block the pruning state in ``folder`` is read."""
-    try:
-        yield
-    except HeadPruningError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise HeadPruningError(
-            f"The pruning state in {folder} is damaged ({error!r}); resume from another checkpoint."
-        ) from error
 
 
 def _lr_factor(optimizer: Any) -> float:

@@ -110,7 +110,7 @@ def token_masks(unit_map: UnitMap, inputs: Any) -> dict[str, torch.Tensor]:
     """``bool[B, T]`` of the tokens that are no padding, by ``encoder`` and ``decoder``, as far as the batch tells."""
     if not isinstance(inputs, Mapping):
         return {}
-    sides = {kind.partition("_")[0] for kind in unit_map.kinds()}
+    sides = {kind.partition("_")[0] for kind in unit_map.numbering("heads").kinds()}
     found = {side: inputs.get("attention_mask") for side in sorted(sides)}
     if "encoder" in sides and "decoder" in sides:
         labels, ids = inputs.get("labels"), inputs.get("decoder_input_ids")
@@ -170,14 +170,18 @@ def allow_skipped_parameters(trainer: Any, session: PruningSession) -> None:
     trainer.args.ddp_find_unused_parameters = True
 
 
-def build_anew(trainer: Any) -> None:
-    """Give a Trainer that is training a new optimizer and learning-rate schedule, made as its first ones were."""
+def build_anew(trainer: Any, *, keeps_optimizer: bool) -> None:
+    """Give a Trainer that is training a new learning-rate schedule and, unless ``keeps_optimizer``, a new optimizer,
+    made as its first ones were.
+    """
     accelerator, old = trainer.accelerator, trainer.optimizer
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.create_optimizer()
-    trainer.optimizer = accelerator.prepare(trainer.optimizer)
-    # accelerate unscales the gradients of every optimizer that it knows: those of the old one would be twice.
-    accelerator._optimizers[:] = [known for known in accelerator._optimizers if known is not old]
+    trainer.lr_scheduler = None
+    if not keeps_optimizer:
+        trainer.optimizer = None
+        trainer.create_optimizer()
+        trainer.optimizer = accelerator.prepare(trainer.optimizer)
+        # accelerate unscales the gradients of every optimizer that it knows: those of the old one would be twice.
+        accelerator._optimizers[:] = [known for known in accelerator._optimizers if known is not old]
     trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
     trainer.callback_handler.optimizer, trainer.callback_handler.lr_scheduler = trainer.optimizer, trainer.lr_scheduler
 

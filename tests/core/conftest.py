@@ -157,17 +157,9 @@ class TinyBert(nn.Module):
         return self.classifier(torch.tanh(self.bert["pooler"]["dense"](x[:, 0])))
 
 
-@pytest.fixture
-def tiny_bert(reference) -> SimpleNamespace:
-    """The recorded BERT: ``model``, ``unit_map`` (2 layers x 4 heads), ``loss(batch) -> loss, logits``."""
-    import json
-
-    config = json.loads((reference / "hf_tiny_config.json").read_text())
+def bert_of(config: dict) -> SimpleNamespace:
+    """A BERT: ``model``, ``unit_map`` (of all its heads), ``loss(batch) -> loss, logits``."""
     model = TinyBert(config)
-    state = torch.load(reference / "hf_tiny_state.pt", weights_only=True)
-    state = {name: value for name, value in state.items() if name not in ("w", "bert.embeddings.position_ids")}
-    state = {name: value for name, value in state.items() if not name.endswith("log_a")}
-    model.load_state_dict(state)
     heads = config["num_attention_heads"]
     names = [f"bert.encoder.layer.{i}" for i in range(config["num_hidden_layers"])]
     unit_map = UnitMap(
@@ -192,3 +184,15 @@ def tiny_bert(reference) -> SimpleNamespace:
         return nn.functional.cross_entropy(logits, labels), logits
 
     return SimpleNamespace(model=model, unit_map=unit_map, loss=loss)
+
+
+@pytest.fixture
+def tiny_bert(reference) -> SimpleNamespace:
+    """The recorded BERT, of 2 layers x 4 heads."""
+    import json
+
+    found = bert_of(json.loads((reference / "hf_tiny_config.json").read_text()))
+    state = torch.load(reference / "hf_tiny_state.pt", weights_only=True)
+    state = {name: value for name, value in state.items() if name not in ("w", "bert.embeddings.position_ids")}
+    found.model.load_state_dict({name: value for name, value in state.items() if not name.endswith("log_a")})
+    return found

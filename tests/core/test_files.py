@@ -1,103 +1,121 @@
-"""Files that appear whole, disks that are full, what killed processes leave, and folders that are one run's own."""
+"""What files claim is checked before memory is asked for, and what they hold before it is used."""
 
-import fcntl
-import os
-import sys
+import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
-from head_pruning import HeadPruningError
-from head_pruning.files import alone_in, appearing_at_once, atomic_path, write_json
-from head_pruning.progress import bar_options
-from tests.disks import held, no_file_above, read_only
-
-BIG = {"w": torch.zeros(10000)}
-
-
-def by_handle(path):
-    with open(path, "wb") as file:
-        torch.save(BIG, file)
+from head_pruning import HeadMask, HeadPruningError, UnitMap
+from head_pruning.compact.shapes import Either, Number, Rest, Whole, conform
+from head_pruning.files import read_json
+from head_pruning.old_masks import read_old_mask
+from head_pruning.pickled import load_pickled
+from head_pruning.report.report_file import read_report
+from head_pruning.weights import load_compressed, load_weight_masks
+from tests.fuzz.core_targets import MASK, SITES
+from tests.fuzz.watch import bounded_memory
 
 
-WRITERS = {
-    "text": lambda path: path.write_text("x" * 40000, encoding="utf-8"),
-    "torch": lambda path: torch.save(BIG, path),
-    "torch file": by_handle,
-    "safetensors": lambda path: save_file(BIG, str(path)),
-}
+@pytest.mark.parametrize(
+    "value, shape, words",
+    [
+        (True, Whole(), "it is True, not a whole number"),
+        (3.0, Whole(), "not a whole number"),
+        (-1, Whole(), "not from 0"),
+        (10**18, Number(), "a huge number, not from"),
+        (math.nan, Number(), "not a finite number"),
+        ({"a": [1, "x"]}, {"a": [int]}, r"it.a\[1\] is 'x', not of the type int"),
+        ([1], (int, int), "has 1 entries, not 2"),
+        ([], (int, Rest(str)), "has 0 entries, not 1 or more"),
+        ({}, {"a": int, "b?": str}, "it has no a"),
+        ({"a": 1, "b": 2}, {"a": int, "b?": str}, "it.b is 2"),
+        ({5: 1}, {str: int}, "a name in it is 5"),
+        ("x", Either(None, int), "is 'x', not of the type int"),
+    ],
+)
+def test_what_is_of_another_shape_is_told_with_its_place(value, shape, words):
+    with pytest.raises(ValueError, match=words):
+        conform(value, shape)
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("in_folder", [False, True])
-def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path, writer, in_folder):
-    file = tmp_path / "weights.pt"
-    file.write_text("older", encoding="utf-8")
-    with pytest.raises(HeadPruningError) as error, no_file_above(20000):
-        if in_folder:
-            with appearing_at_once(tmp_path) as folder:
-                WRITERS[writer](folder / file.name)
-        else:
-            with atomic_path(file) as temporary:
-                WRITERS[writer](temporary)
-    named = tmp_path if in_folder else file
-    assert str(error.value).startswith(f"{named} cannot be written (") and "\n" not in str(error.value)
-    assert file.read_text(encoding="utf-8") == "older" and os.listdir(tmp_path) == [file.name]
+def test_what_is_of_the_shape_is_handed_on():
+    value = {"a": [1, 2.5, None], "b": (3, "x", "y"), "more": object()}
+    assert conform(value, {"a": [Either(None, Number())], "b": (int, Rest(str)), "c?": str}) is value
 
 
-def test_a_folder_that_may_not_be_written_is_named(tmp_path):
-    write_json(tmp_path / "a.json", {})
-    with read_only(tmp_path), pytest.raises(HeadPruningError, match=r"a.json cannot be written \(Permission denied\)"):
-        write_json(tmp_path / "a.json", {"more": 1})
-    with pytest.raises(HeadPruningError, match="cannot be written"):
-        write_json(tmp_path / "a.json" / "b.json", {})
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[" * 1000 + "]" * 1000, "nested too deeply"),
+        ("{", "damaged"),
+        ('{"weights": 5}', "weights is 5"),
+        ("\xff", "damaged"),
+    ]
+    + [("\xff", "damaged"), ('{"options": [1, 2]}', "options is a list")]
+    + [('{"weights": {"density": NaN}}', "not a finite")],
+)
+def test_a_damaged_report(tmp_path, text, words):
+    path = tmp_path / "pruning.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(HeadPruningError, match=words):
+        read_report(path)
+    assert read_report(tmp_path / "none.json") == {}
+    with pytest.raises(HeadPruningError, match="There is no file"):
+        read_json(tmp_path / "none.json")
 
 
-def test_other_errors_are_left_alone(tmp_path):
-    for error in (FileNotFoundError(2, "no such file"), RuntimeError("shapes differ"), KeyError("w")):
-        with pytest.raises(type(error)), atomic_path(tmp_path / "a"):
-            raise error
-    assert not os.listdir(tmp_path)
+def test_sizes_that_only_a_file_claims(tmp_path):
+    small = {"mask.a": torch.zeros(1, dtype=torch.uint8), "values.a": torch.zeros(0)}
+    told = {"compressed": json.dumps({"a": [131072, 8192]}), "aliases": "{}", "weight_shapes": '{"a": [131072, 8192]}'}
+    save_file({**small, "weights.a": small["mask.a"].clone()}, tmp_path / "small.safetensors", told)
+    torch.save(torch.ones(1).expand(10**5, 10**4), tmp_path / "old.pt")
+    site = {**SITES.to_dict()["attention"][0], "heads": 8 * 10**8}
+    save_file({}, tmp_path / "mask.safetensors", {"unit_map": json.dumps({"attention": [site], "feed_forward": []})})
+    with bounded_memory():
+        for read in (load_compressed, load_weight_masks):
+            with pytest.raises(HeadPruningError, match="does not fit a tensor of shape"):
+                read(tmp_path / "small.safetensors")
+        with pytest.raises(HeadPruningError, match="it claims a tensor of the shape"):
+            read_old_mask(tmp_path / "old.pt", SITES)
+        with pytest.raises(HeadPruningError, match="800000000, not from 0"):
+            HeadMask.load(tmp_path / "mask.safetensors")
+        with pytest.raises(HeadPruningError, match="more than any model"):
+            UnitMap(tuple(type(MASK.unit_map.attention[0])(**{**site, "projections": ()}) for _ in range(1)))
 
 
-def test_what_killed_processes_left_goes_with_the_next_write(tmp_path):
-    (tmp_path / ".saving-abc-picture.png").write_text("half", encoding="utf-8")
-    (tmp_path / ".saving-def").mkdir()
-    (tmp_path / ".saving-def" / "model.safetensors").write_text("half", encoding="utf-8")
-    (tmp_path / ".saving-of-another").write_text("being written", encoding="utf-8")
-    with open(tmp_path / ".saving-of-another") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)  # which its writer lives to hold
-        with atomic_path(tmp_path / "new") as first, appearing_at_once(tmp_path) as second:
-            first.write_text("new", encoding="utf-8")
-            write_json(tmp_path / "both.json", {})
-            assert first.exists() and second.exists()
-            expected = {first.name, second.name, ".saving-of-another", "both.json"}
-            assert set(os.listdir(tmp_path)) == expected
-    write_json(tmp_path / "last.json", {})
-    assert set(os.listdir(tmp_path)) == {"new", "both.json", "last.json"}
+@pytest.mark.parametrize("value", [torch.full((3, 4), math.nan), torch.ones(3, 4).to_sparse(), {"a": 1}, 5])
+def test_old_masks_of_something_else(tmp_path, value):
+    torch.save(value, tmp_path / "mask.pt")
+    with pytest.raises(HeadPruningError):
+        read_old_mask(tmp_path / "mask.pt", SITES)
+    torch.save(torch.ones(3, 4, dtype=torch.bfloat16), tmp_path / "mask.pt")
+    assert read_old_mask(tmp_path / "mask.pt", SITES).kept == 12
 
 
-def test_a_folder_is_one_run_s_own_until_it_is_dead(tmp_path):
-    with held(tmp_path) as kill:
-        with pytest.raises(HeadPruningError, match="Another run is writing to .*; wait for its end"):
-            with alone_in(tmp_path):
-                pass
-        kill()  # what it has forked lives on
-        with alone_in(tmp_path), alone_in(tmp_path):  # a process may take it again
-            pass
-    assert os.listdir(tmp_path) == []
+def test_a_head_mask_with_nan(tmp_path):
+    MASK.save(tmp_path / "mask.safetensors")
+    told = {"unit_map": json.dumps(SITES.to_dict())}
+    for bad in (torch.full((4,), math.nan), torch.full((4,), math.nan, dtype=torch.bfloat16), torch.ones(2, 2) * 7):
+        save_file({f"heads.{site.name}": bad.clone() for site in SITES.attention}, tmp_path / "mask.safetensors", told)
+        with pytest.raises(HeadPruningError, match="mask.safetensors is (not a head mask|damaged)"):
+            HeadMask.load(tmp_path / "mask.safetensors")
+    assert not np.isnan(MASK.keep).any()
 
 
-def test_progress_comes_in_lines_where_nobody_watches(capsys, monkeypatch):
-    options = bar_options()
-    for _ in tqdm(range(3), desc="rounds", **{**options, "mininterval": 0}):
-        pass
-    for _ in tqdm(range(3), desc="inner", position=1, leave=False, **{**options, "mininterval": 0}):
-        pass
-    told = capsys.readouterr().err
-    assert "\r" not in told and "\x1b" not in told
-    assert [line for line in told.split("\n") if "3/3" in line][0].startswith("rounds: 100%")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert bar_options() == {}
+class Code:
+    """Pickled, it makes a file."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, new):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Code()}, "code.pt", _use_new_zipfile_serialization=new)
+    with pytest.raises(HeadPruningError, match="holds code, of which nothing was run") as told:
+        load_pickled("code.pt")
+    assert "weights_only" not in str(told.value) and not (tmp_path / "ran").exists()

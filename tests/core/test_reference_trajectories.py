@@ -106,7 +106,7 @@ def test_gates_follow_the_recorded_gradients(load_arrays, recorded_runs, name, p
         np.testing.assert_allclose(session.gates.training_values.numpy(), mask, rtol=2e-6, atol=2e-7)
         pruner.gradient = run["gw"][step].reshape(-1).copy()
         if name.startswith("hf"):
-            pruner.scale_gradient(clip_factor(run["gnorm"][step]))
+            pruner.gradient *= clip_factor(run["gnorm"][step])
         session.after_step(lr_factor=run["lr"][step, -1] / recorded["pruning_lr"])
         # The norm that the BERT runs clipped by is recorded to float32 precision only.
         atol = 5e-7 if name.startswith("hf") else 1e-12
@@ -241,7 +241,7 @@ def test_bert_joint_training_run(tiny_bert, load_arrays, recorded_runs, name, pr
         assert norm == pytest.approx(run["gnorm"][step], rel=1e-5), step
         for parameter in parameters:
             parameter.grad.mul_(clip_factor(norm))
-        pruner.scale_gradient(clip_factor(norm))
+        pruner.gradient *= clip_factor(norm)
         lr_factor = 1.0 - step / STEPS
         assert run["lr"][step] == pytest.approx([recorded["lr"] * lr_factor, recorded["pruning_lr"] * lr_factor])
         optimizer.step(lr_factor)

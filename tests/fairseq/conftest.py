@@ -31,10 +31,8 @@ def runner(tmp_path) -> Runner:
     return Runner(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """The binarised corpus: 160 training pairs, 10 to validate and 10 to test on."""
-    folder = tmp_path_factory.mktemp("corpus")
+def write_corpus(folder: Path) -> Path:
+    """Write and binarise a corpus of 160 training pairs, 10 to validate and 10 to test on; returns its folder."""
     for split, count in (("train", 160), ("valid", 10), ("test", 10)):
         pairs = _sentences(count, seed=len(split) * 1000 + count)
         for side, language in enumerate(("de", "en")):
@@ -44,6 +42,12 @@ def data(tmp_path_factory) -> Path:
     languages = ["--source-lang", "de", "--target-lang", "en"]
     Runner(folder).run("preprocess", [*languages, *prefixes, "--destdir", folder / "data-bin", "--workers", "1"])
     return folder / "data-bin"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The binarised corpus."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")

@@ -176,8 +176,9 @@ def test_a_checkpoint_that_was_cut_off(runner, translation, pruned, tmp_path, co
     assert f"The checkpoint {short} is damaged (it ends too early)" in runner.fail(command, line)
 
 
+@pytest.mark.slow
 def test_pruned_weights_are_not_trained_on_unawares(runner, translation, tmp_path):
     options = "--weight-pruner magnitude --final-threshold 0.3 --pruner-warmup-steps 1"
     runner.run("train", translation.train(tmp_path / "run", options, updates=6))
     sentence = runner.fail("train", translation.train(tmp_path / "run", updates=8))
-    assert "pruned with magnitude, this run uses no weight pruner" in sentence
+    assert "trained with magnitude, this run uses no such method" in sentence

@@ -97,7 +97,9 @@ def test_an_overflow_ends_in_a_skipped_update(tmp_path):
 
 
 @OWN
-@pytest.mark.parametrize("stop", [SECOND - 1, SECOND, SECOND + 1])
+@pytest.mark.parametrize(
+    "stop", [SECOND, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (SECOND - 1, SECOND + 1))]
+)
 def test_resumed_in_either_phase(tmp_path, own, stop):
     training = {"save_strategy": "steps", "save_steps": stop}
     whole, whole_session, _ = trainer_of(tmp_path / "whole", own, **training)

@@ -301,6 +301,13 @@ assert len(found.train) == 6 and not tried, tried
 """
 
 
+def test_the_tokenizer_stays_as_it_was(cola, vocabulary, tmp_path):
+    # It is saved with the model, and would be another one where the cache has the data.
+    own = BertTokenizer.from_pretrained(vocabulary)
+    load_task("CoLA", tokenizer=own, data_dir=cola, cache_dir=tmp_path, max_seq_length=9)
+    assert own.backend_tokenizer.truncation is None and own.backend_tokenizer.padding is None
+
+
 def test_files_need_no_network_and_processes_share_the_cache(data, vocabulary, tokenizer, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     environment = {name: value for name, value in environment.items() if not name.endswith("_OFFLINE")}

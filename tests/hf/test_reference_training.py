@@ -217,7 +217,7 @@ def test_joint_run_in_a_plain_loop(reference, run, attention):
         norm = joint_norm(model, gates.gradient)
         run.check_gradients(step, session, loss.item(), gates.gradient, norm)
         scale_gradients(model, clip_factor(norm))
-        gates.scale_gradient(clip_factor(norm))
+        gates.gradient *= clip_factor(norm)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         session.after_step(lr / run.facts["lr"])
@@ -254,7 +254,7 @@ class ClipTogetherAndCheck(TrainerCallback):
         norm = joint_norm(model, gates.gradient)
         self.run.check_gradients(state.global_step, self.session, self.loss, gates.gradient, norm)
         scale_gradients(model, clip_factor(norm))
-        gates.scale_gradient(clip_factor(norm))
+        gates.gradient *= clip_factor(norm)
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.run.check_step(state.global_step, self.session, model, optimizer.param_groups[0]["lr"])

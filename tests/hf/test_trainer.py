@@ -139,7 +139,7 @@ class TestResume:
             pytest.param("dsp", PIPELINED["dsp"], {}, id="pipelined"),
         ],
     )
-    @pytest.mark.parametrize("stop", [4, 8])
+    @pytest.mark.parametrize("stop", [4, pytest.param(8, marks=pytest.mark.slow)])
     def test_bit_equal(self, tmp_path, method, options, training, stop):
         training = {"save_strategy": "steps", "save_steps": stop, **training}
         whole = trainer_of(tmp_path / "whole", method, options, **training)
@@ -162,7 +162,9 @@ class TestResume:
         with pytest.raises(HeadPruningError, match="no checkpoint"):
             trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nothing"))
 
-    @pytest.mark.parametrize("stop", [1, 2, 4])
+    @pytest.mark.parametrize(
+        "stop", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+    )
     def test_best_is_at_target(self, tmp_path, stop):
         """A checkpoint's best may have been written before the pruner forgot it."""
         training = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
@@ -220,24 +222,22 @@ class TestResume:
         with pytest.raises(HeadPruningError, match="checkpoint-2 lacks optimizer.pt .--save_only_model"):
             trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
+    def test_damaged_pruning_state(self, tmp_path):
+        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+        path = tmp_path / "checkpoint-2" / "trainer_state.json"
+        whole = path.read_text()
+        for change in (
             lambda attributes: attributes.pop("session"),
             lambda attributes: attributes.update(session=3),
             lambda attributes: attributes["session"].update({"dsp.logits": ["many"]}),
             lambda attributes: attributes["session"].update({"dsp.adam.first": [0.0]}),
             lambda attributes: attributes.update(unit_map={"attention": 1}),
-        ],
-    )
-    def test_damaged_pruning_state(self, tmp_path, change):
-        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
-        path = tmp_path / "checkpoint-2" / "trainer_state.json"
-        state = json.loads(path.read_text())
-        change(state["stateful_callbacks"]["HeadPruningCallback"]["attributes"])
-        path.write_text(json.dumps(state))
-        with pytest.raises(HeadPruningError, match="is damaged"):
-            trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
+        ):
+            state = json.loads(whole)
+            change(state["stateful_callbacks"]["HeadPruningCallback"]["attributes"])
+            path.write_text(json.dumps(state))
+            with pytest.raises(HeadPruningError, match="is damaged"):
+                trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
 
     def test_other_architectures_of_as_many_heads_are_refused(self, tmp_path):
         trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
@@ -245,6 +245,7 @@ class TestResume:
         with pytest.raises(HeadPruningError, match="another architecture"):
             trainer_of(tmp_path, model=other).train(resume_from_checkpoint=True)
 
+    @pytest.mark.slow
     def test_dense_checkpoints_and_other_pruners_are_refused(self, tmp_path):
         options = {"train_dataset": sentences(32), "data_collator": collate}
         training = arguments(tmp_path / "dense", save_strategy="steps", save_steps=12)
