@@ -22,6 +22,7 @@ from tqdm import tqdm
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.files import MASKS_FILE, read_json, write_json
 from head_pruning.inference.environment import CPU_ENVIRONMENT
+from head_pruning.progress import bar_options
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
 
@@ -126,7 +127,7 @@ class Demo:
         mark = save / "finished.json"
         if not mark.exists() or read_json(mark) != arguments:
             shutil.rmtree(save, ignore_errors=True)
-            with tqdm(total=updates, desc=f"train {name}", unit="update", position=position, leave=False) as bar:
+            with tqdm(total=updates, desc=f"train {name}", position=position, leave=False, **bar_options()) as bar:
                 self.command(name, arguments, threads, bar)
             write_json(mark, arguments)
         return checkpoint

@@ -24,10 +24,11 @@ from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 
 from .checkpoints.stored import KEEP, RECIPE, PruningState, split_state
 from .checkpoints.weights import zero_weights
-from .exporting.checkpoints import TASK_SUFFIX, compact, masked
+from .exporting.checkpoints import compact, masked
 from .exporting.example_batch import SPECIALS, example, longest
 from .exporting.programs import export_onnx, export_program
 from .modules.unit_map import unit_map
+from .options import TASK_SUFFIX
 
 name = "fairseq"
 

@@ -8,6 +8,8 @@ from dataclasses import Field, field, fields, make_dataclass
 from types import SimpleNamespace
 from typing import Any, List, Mapping, Optional, Sequence
 
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.registry import REGISTRIES
 from omegaconf import II
 
@@ -16,6 +18,8 @@ from head_pruning.choosing import CommandLine
 from head_pruning.options import dashed
 from head_pruning.registry import KINDS, methods, option_fields, owners
 
+#: What a task's name ends in that prunes.
+TASK_SUFFIX = "_head_pruning"
 _PREFIX = "pruner_"
 
 
@@ -38,10 +42,23 @@ def pruning_config(base: type, name: str, module: str) -> type:
         ("save_dir", str, II("checkpoint.save_dir")),
         ("train_subset", str, II("dataset.train_subset")),
     ]
-    own = [_chooser(kind) for kind in KINDS if methods(kind)]
-    own += [entry for entry in run if entry[0] not in {field.name for field in fields(base)}]
-    own += map(_option, option_fields().values())
-    return make_dataclass(name, own, bases=(base,), namespace={"__module__": module})
+    run = [entry for entry in run if entry[0] not in {field.name for field in fields(base)}]
+    return make_dataclass(name, [*run, *_own()], bases=(base,), namespace={"__module__": module})
+
+
+def add_options(parser: Any) -> None:
+    """Add the same options to the parser of a task of fairseq's old kind, which has no dataclass."""
+    gen_parser_from_dataclass(parser, make_dataclass("Options", _own(), bases=(FairseqDataclass,))())
+
+
+@functools.cache
+def _own() -> tuple:
+    return (*(_chooser(kind) for kind in KINDS if methods(kind)), *map(_option, option_fields().values()))
+
+
+def all_flags() -> set[str]:
+    """Every flag of pruning, in every spelling."""
+    return {flag for name, _, told in _own() for flag in (dashed(name), told.metadata.get("argparse_alias"))}
 
 
 def second_flags() -> dict[str, str]:

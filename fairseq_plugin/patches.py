@@ -10,21 +10,27 @@ import functools
 import logging
 import math
 import re
+import shutil
 import sys
+import types
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable, Optional
 
 import numpy as np
 import omegaconf
 import torch
 from fairseq import checkpoint_utils, options
+from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
 from fairseq.models import BaseFairseqModel
+from fairseq.models.multilingual_transformer import MultilingualTransformerModel
+from fairseq.modules import dynamic_crf_layer
 from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 
 from head_pruning import HeadPruningError
+from head_pruning.files import atomic_path, take_folder, writing
 from head_pruning.finite import all_finite
 from head_pruning.surgery.remaining import recipe_of
 
@@ -41,11 +47,12 @@ from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading
 from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
-from .options import pruners_to_decode, refuse_other_options, second_flags
+from .options import TASK_SUFFIX, all_flags, pruners_to_decode, refuse_other_options, second_flags
 from .schedules import restart_schedule
 
 logger = logging.getLogger(__name__)
 _MARK = "of_head_pruning"
+_ASIDE = "_head_pruning_state"
 # What rank 0 sends the others: a checkpoint with its configuration. Files may not hold it.
 _BETWEEN_RANKS = [
     *(Any, bool, dict, float, int, list, str, collections.defaultdict),
@@ -66,15 +73,20 @@ _decoding = False
 def install() -> None:
     """Apply every patch, once per process; called again, only what fairseq has imported since."""
     allow_safe_globals()
+    give_old_numpy()
     _replace(sys, "excepthook", print_sentence)
     _replace(distributed_utils, "_broadcast_object_slow", read_configurations)
     _replace(options, "add_dataset_args", decode_all_sentences)
     _replace(options, "parse_args_and_arch", find_task)
     _replace(checkpoint_utils, "load_checkpoint_to_cpu", read_checkpoint)
     _replace(checkpoint_utils, "load_model_ensemble_and_task", load_to_decode)
+    _replace(checkpoint_utils, "verify_checkpoint_directory", take_save_dir)
+    _replace(checkpoint_utils, "torch_persistent_save", save_whole)
+    _replace(PathManager, "copy", copy_whole)
     _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
     _replace(checkpoint_utils, "load_checkpoint", report_what_is_over)
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
+    _replace(MultilingualTransformerModel, "load_state_dict", load_pruned_languages)
     _replace(Trainer, "load_checkpoint", load_pruned_training)
     _replace(Trainer, "state_dict", state_with_weights)
     _replace(Trainer, "save_checkpoint", end_without_crash_file)
@@ -119,6 +131,25 @@ def allow_safe_globals() -> None:
     )
 
 
+class _OldNumpy(types.ModuleType):
+    """numpy, with what fairseq asks of versions before 1.24 and 2.0."""
+
+    int, float, compat = int, float, types.SimpleNamespace(long=int)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def percentile(*args, interpolation="linear", **kwargs):
+        return np.percentile(*args, method=interpolation, **kwargs)
+
+
+def give_old_numpy() -> None:
+    """Let the modules of fairseq that need it see an older numpy; all others see the one that is installed."""
+    for module in (data_utils, language_pair_dataset, token_block_dataset, dynamic_crf_layer):
+        module.np = _OldNumpy("numpy")
+
+
 def sentence_of(error: Optional[BaseException]) -> Optional[str]:
     """The sentence of the first HeadPruningError in the chain of causes (fairseq wraps errors of loading)."""
     seen = set()
@@ -148,12 +179,13 @@ def decode_all_sentences(original, parser, train=False, gen=False):
 
 
 def find_task(original, parser, input_args=None, *args, **kwargs):
-    """fairseq-validate, which has no task of its own, takes that of the checkpoint."""
+    """fairseq-validate, which has no task of its own, takes that of the checkpoint; see also ``name_the_task``."""
     if "--task" in parser._option_string_actions and parser.get_default("task") is None:
         line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         line.add_argument("--path")
         task = stored_task(peek(line.parse_known_args(input_args)[0].path or ""))
         parser.set_defaults(task=task if task in TASK_REGISTRY else "translation")
+    parser.error = functools.partial(name_the_task, parser.error, parser, input_args)
     return original(parser, input_args, *args, **kwargs)
 
 
@@ -176,7 +208,7 @@ def read_checkpoint(original, path, *args, **kwargs):
 def load_to_decode(original, filenames, arg_overrides=None, task=None, *args, **kwargs):
     """Whatever runs stored models masks their weights, and takes no option of pruning but a mask for dense ones."""
     global _decoding
-    typed = task.options if getattr(task, "decodes", False) else SimpleNamespace(**(arg_overrides or {}))
+    typed = task.options if getattr(task, "decodes", False) else types.SimpleNamespace(**(arg_overrides or {}))
     pruners = pruners_to_decode(typed)
     before, _decoding = _decoding, True
     try:
@@ -196,6 +228,7 @@ def load_to_decode(original, filenames, arg_overrides=None, task=None, *args, **
 
 def load_pruned_model(original, self, state_dict, *args, **kwargs):
     """Every model loads pruned and compact checkpoints: it takes their shape, and their heads stay pruned."""
+    state_dict = {**state_dict, **self.__dict__.pop(_ASIDE, {})}
     own, keeper = split_state(state_dict)[0], keeper_of(self)
     if keeper is not None and keeper.model is not self:  # a copy of the model: its gates stay what they are
         return original(self, own, *args, **kwargs)
@@ -219,6 +252,12 @@ def load_pruned_model(original, self, state_dict, *args, **kwargs):
     return result
 
 
+def load_pruned_languages(original, self, state_dict, *args, **kwargs):
+    """A model of several languages wants nothing in its checkpoints but languages; the rest goes past it."""
+    own, self.__dict__[_ASIDE] = split_state(state_dict)
+    return original(self, own, *args, **kwargs)
+
+
 def load_pruned_training(original, self, filename, *args, **kwargs):
     """The trainer goes on from pruned and compact checkpoints with the pruners, and the options, that made them."""
     # Before the data-parallel wrapper and the optimizer see the parameters.
@@ -228,7 +267,9 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     session = getattr(task, "session", None)
     if session is not None and not reset and (META in stored.heads or stored.weights):
         names = stored.description()["pruners"] if META in stored.heads else stored.weight_pruners()
-        refuse_other_options(str(filename), names, (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
+        theirs = (checkpoint.get("cfg") or {}).get("task") or {}
+        theirs = vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs  # of fairseq's old kind of task
+        refuse_other_options(str(filename), names, theirs, task.options)
     check_weights(session, stored, reset=reset, prunes=hasattr(type(task), "session"))
     if session is not None and not reset:
         stored.weight_masks(checkpoint.get("model") or {})  # which are those of its weights
@@ -297,6 +338,30 @@ def begin_phase(original, self, *args, **kwargs):
     return original(self, *args, **kwargs)
 
 
+def take_save_dir(original, save_dir):
+    """The folder of a run can be written, and is its own until the process ends."""
+    with writing(save_dir):
+        original(save_dir)
+    take_folder(save_dir)
+
+
+def save_whole(original, obj, filename, async_write=False):
+    """Checkpoints appear whole, or a sentence says why not and the one before stays."""
+    if async_write or PathManager.path_requires_pathmanager(str(filename)):
+        return original(obj, filename, async_write)
+    with atomic_path(filename) as temporary, temporary.open("wb") as file:  # a path would get into the file
+        torch.save(obj, file)
+
+
+def copy_whole(original, source, target, overwrite=False):
+    """So do copies of them."""
+    if any(map(PathManager.path_requires_pathmanager, (str(source), str(target)))):
+        return original(source, target, overwrite)
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+    return True
+
+
 def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     """No best checkpoint before the target, and the mask beside every checkpoint."""
     session = getattr(trainer.task, "session", None)
@@ -348,6 +413,18 @@ def validate_masked(original, cfg, trainer, task, *args, **kwargs):
 def stop_at_target(original, cfg, valid_loss):
     """``--patience`` counts validations only once the run is at its target."""
     return _validated_at_target and original(cfg, valid_loss)
+
+
+def name_the_task(original, parser, input_args, message):
+    """Where options of pruning go to a task that does not prune, fairseq-train says which task has them."""
+    _, unknown, words = message.partition("unrecognized arguments:")
+    ours = [word for word in words.split() if word.partition("=")[0] in all_flags()]
+    task = parser.parse_known_args(input_args)[0].task if ours else TASK_SUFFIX
+    if unknown and not task.endswith(TASK_SUFFIX) and "--max-update" in parser._option_string_actions:
+        raise HeadPruningError(
+            f"{' and '.join(ours)} are options of tasks that prune; use --task {task}{TASK_SUFFIX} in place of {task}."
+        )
+    original(message)
 
 
 def share_second_flags(add_args: Callable, parser: Any) -> None:

@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Mapping, Optional
@@ -20,7 +19,7 @@ from head_pruning import HeadMask, HeadPruningError
 from head_pruning.compact import check_recipe
 from head_pruning.compact.shapes import Either
 from head_pruning.errors import one_line
-from head_pruning.files import MASKS_FILE, REPORT_FILE, read_json
+from head_pruning.files import MASKS_FILE, REPORT_FILE, read_json, temporary_folder
 from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats
 from head_pruning.report.report_file import read_report
@@ -169,9 +168,8 @@ def _whole_folder(target: Path, source: Path) -> Iterator[Path]:
         raise HeadPruningError(f"{target} is a file; name a folder to write the model to.")
     if target.is_dir() and any(target.iterdir()) and not recognises(target):
         raise HeadPruningError(f"{target} holds something else than a model; name another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
+    with temporary_folder(target.parent) as temporary:
+        new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
         for file in source.iterdir():

@@ -24,14 +24,16 @@ from head_pruning.surgery.zeros import removed_counts, zero_heads
 from ..checkpoints.stored import KEEP, KEY, META, RECIPE, PruningState, load_checkpoint, split_state
 from ..checkpoints.weights import zero_weights
 from ..modules.surgery import encode, plan_site
+from ..options import TASK_SUFFIX
 
-TASK_SUFFIX = "_head_pruning"
 FP32_PARAMETERS = "ema_fp32_params"
 
 
 def plain_config(cfg: dict) -> None:
     """Set the task and the criterion of a stored configuration back to fairseq's own, in place."""
     task: Any = cfg.get("task")
+    if isinstance(task, argparse.Namespace):  # of a task of fairseq's old kind
+        task._name = task.task = str(task._name).removesuffix(TASK_SUFFIX)
     name = task.get("_name", "") if isinstance(task, dict) else ""
     if name.endswith(TASK_SUFFIX):
         plain = name[: -len(TASK_SUFFIX)]

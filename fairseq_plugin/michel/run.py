@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Collection, Optional
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.files import alone_in
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, normalize_importance, pruning_rounds
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
+from head_pruning.progress import bar_options
 from head_pruning.report.tables import head_table, text_table
 from head_pruning.unit_map import NUMBERED
 
@@ -115,7 +117,7 @@ class MichelRun:
         ).next_epoch_itr(shuffle=shuffle)
         wanted = min(sentences or len(dataset), len(dataset))
         seen = 0
-        with tqdm(total=wanted, desc=title, unit="sent", file=sys.stderr, leave=False) as bar:
+        with tqdm(total=wanted, desc=title, unit="sent", leave=False, **bar_options()) as bar:
             for sample in iterator:
                 if not sample or "net_input" not in sample:
                     continue
@@ -197,6 +199,12 @@ def run(args) -> list[dict]:
     cfg = convert_namespace_to_omegaconf(args)
     run = MichelRun(cfg, args)
     check_score_at(score_at, run.unit_map, args.num_of_heads)
+    with alone_in(cfg.checkpoint.save_dir):
+        return _all_rounds(run, score_at)
+
+
+def _all_rounds(run: MichelRun, score_at: Collection[int]) -> list[dict]:
+    cfg, args = run.cfg, run.args
     folder = Path(cfg.checkpoint.save_dir)
     cure = f"choose another --save-dir, or remove {ROUNDS_FILE} and {MASKS_FOLDER}/ from this one"
     report = RoundsReport(folder, settings(cfg, args, score_at), run.unit_map, flags=flags(), cure=cure)

@@ -35,8 +35,8 @@ class DSPConfig(HeadGateConfig):
     annealing: bool = field(
         default=False,
         metadata={
-            "help": "anneal the temperature of the Gumbel soft top-K; without it, where no temperature is named either, "
-            "it falls from 10 to 1e-4 in the first 0.6 of training"
+            "help": "anneal the temperature of the Gumbel soft top-K; without it, where no temperature is named, it "
+            "falls from 10 to 1e-4 in the first 0.6 of training"
         },
     )
     initial_temperature: Optional[float] = field(
@@ -84,7 +84,7 @@ class DSPPruner(HeadGatePruner):
     state_shapes = {**HeadGatePruner.state_shapes, "schedule": (Whole(), STEP)}
 
     def __init__(self, config: DSPConfig) -> None:
-        defaults = _PUBLISHED if _names_schedule(vars(config)) else _SHORT
+        defaults: dict[str, Any] = _PUBLISHED if _names_schedule(vars(config)) else _SHORT
         super().__init__(replace(config, **{k: v for k, v in defaults.items() if _unsaid(getattr(config, k))}))
 
     @classmethod

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
-from head_pruning.files import write_json
+from head_pruning.files import alone_in, write_json, writing
 from head_pruning.importance import pruning_rounds
 from head_pruning.importance.michel import round_sizes
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
@@ -205,8 +205,15 @@ def run(arguments: MichelArguments) -> list[dict]:
     logs.set_up()
     for note in arguments.notes:
         logger.info("%s", note)
+    if not sys.stderr.isatty():
+        logs.no_bars()
     michel = MichelRun(arguments)
-    if arguments.overwrite_output_dir:
+    with alone_in(michel.out), writing(michel.out, also_reading=True):
+        return _all_rounds(michel)
+
+
+def _all_rounds(michel: MichelRun) -> list[dict]:
+    if michel.arguments.overwrite_output_dir:
         clear(michel.out)
     report = RoundsReport(michel.out, michel.settings(), michel.unit_map, flags=_FLAGS, cure=_CURE)
     if report.start is None:
@@ -255,8 +262,6 @@ def clear(out: Path) -> None:
     if not (out / ROUNDS_FILE).exists():
         return
     shutil.rmtree(out / MASKS_FOLDER, ignore_errors=True)
-    for unfinished in out.glob(".saving-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
     written = (RESULTS_FILE, *REPORTS, *_MODEL)
     for path in out.iterdir():
         ours = COMPANIONS.fullmatch(path.name) or any(path.match(pattern) for pattern in written)

@@ -15,6 +15,7 @@ from head_pruning.gates import GateBank
 from head_pruning.gates.engine.bank import gates_on
 from head_pruning.importance import ImportanceAccumulator, normalize_importance
 from head_pruning.masks import whole_number
+from head_pruning.progress import bar_options
 
 from ..mapping.unit_map import unit_map as map_units
 from .example_losses import mean_of_examples, rows_of, token_losses
@@ -88,7 +89,7 @@ def head_importance(
     losses = _Losses(model, loss, gates)
     with _frozen(model), _attached(gates), accumulator.probing(mask), torch.enable_grad():
         tokens = torch.zeros((), dtype=torch.float64, device=gates.device)
-        for batch in tqdm(dataloader, desc="importance", unit="batch", disable=not progress, leave=False):
+        for batch in tqdm(dataloader, desc="importance", disable=not progress, leave=False, **bar_options()):
             batch = _moved(batch, gates.device)
             losses.batches += 1
             if per_example:

@@ -1,5 +1,6 @@
 """A pruning session driven from the events of a Trainer."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from head_pruning import HeadPruningError, PruningSession, UnitMap
 from head_pruning.compact.shapes import Either, conform
 from head_pruning.errors import one_line
+from head_pruning.files import alone_in
 from head_pruning.finite import all_finite
 from head_pruning.weights import save_weight_masks
 
@@ -34,8 +36,10 @@ from .wrapping import (
     allow_skipped_parameters,
     build_anew,
     refuse_steering,
+    save_at_once,
     wrap,
     wrap_building,
+    wrap_checkpoints,
     wrap_counting,
     wrap_end,
     wrap_evaluation,
@@ -107,6 +111,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._check_trainer(trainer)
         trainer.callback_handler.callbacks.insert(0, self)
         wrap(trainer, "train", self._train)
+        wrap_checkpoints(trainer)
         wrap_end(trainer, lambda: 0 if self._resumed is None else self._resumed.step)
         changes = getattr(trainer, "model_init", None) is not None  # then sessions to come may be of another kind
         wrap_counting(trainer, lambda: self.session)
@@ -147,7 +152,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         if found is not None:
             self.stored(found)
         self._resumed, self._restored, self._in_phase, self._step = found, False, False, 0
-        return original(None if found is None else str(found.folder), *args, **options)
+        with alone_in(self._trainer.args.output_dir) if self._trainer.args.should_save else contextlib.nullcontext():
+            return original(None if found is None else str(found.folder), *args, **options)
 
     def _save_model(self, original: Callable, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:
@@ -179,7 +185,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
         with self.session.evaluating(), quiet_saving(model):
             if mask is None:
-                save_model(str(folder), _internal_call=True)
+                save_at_once(trainer, folder, lambda place: save_model(place, _internal_call=True))
             elif trainer.is_world_process_zero():
                 tokenizer, pruners = trainer.processing_class, self.session.pruners
                 save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners)

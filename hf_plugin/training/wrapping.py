@@ -2,12 +2,16 @@
 
 import functools
 import math
+import shutil
+from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import torch
-from transformers.trainer_utils import has_length
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
+from head_pruning.files import appearing_at_once, writing
 
 
 def wrap(trainer: Any, name: str, around: Callable[..., Any]) -> None:
@@ -34,6 +38,32 @@ def wrap_end(trainer: Any, resumed: Callable[[], int]) -> None:
         return (epochs if resumed() < updates else resumed() // per_epoch, per_epoch, *others, updates)
 
     wrap(trainer, "set_initial_training_values", values)
+
+
+def wrap_checkpoints(trainer: Any) -> None:
+    """A checkpoint that a full disk cuts off ends training with its name, and goes; those before it stay."""
+
+    def save(original: Callable, *args: Any, **options: Any) -> Any:
+        folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        try:
+            with writing(folder):
+                return original(*args, **options)
+        except HeadPruningError:
+            if trainer.args.should_save and not (folder / TRAINER_STATE_NAME).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    wrap(trainer, "_save_checkpoint", save)
+
+
+def save_at_once(trainer: Any, folder: "str | Path", save_model: Callable[[str], None]) -> None:
+    """Have ``save_model(place)`` write into ``folder`` all at once, or from several processes one file at a time."""
+    if trainer.args.world_size > 1:
+        with writing(folder):
+            save_model(str(folder))
+        return
+    with appearing_at_once(folder) as place:
+        save_model(str(place))
 
 
 # The session of the model that is trained now: a Trainer with a ``model_init`` gets another with every model.

@@ -1,7 +1,9 @@
 """The Trainer and the callback: life cycle, logs, checkpoints, precision, what is refused."""
 
+import contextlib
 import copy
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 from head_pruning import HeadMask, HeadPruningError
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner
 from hf_plugin.training.checkpoints import last_checkpoint
+from tests.disks import held, no_file_above
 from tests.hf.tiny import HEADS, arguments, collate, sentences, tiny_bert
 
 DSP = {"num_of_heads": 3, "annealing": True, "initial_temperature": 1.0, "final_temperature": 1e-4}
@@ -540,3 +543,45 @@ def test_what_push_to_hub_saves_is_the_pruned_model(tmp_path, own):
     plain = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.allclose(plain(**batch).logits, model.eval()(**batch).logits, atol=1e-6)
+
+
+class FillsUp(TrainerCallback):
+    """Files may not grow any more from an update on."""
+
+    def __init__(self, step):
+        self.step, self.disk = step, contextlib.ExitStack()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.disk.enter_context(no_file_above(5000))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    full = FillsUp(4)
+    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=2, callbacks=[full])
+    with (
+        full.disk,
+        pytest.raises(HeadPruningError, match=r"checkpoint-4 cannot be written \(.*\); make room") as error,
+    ):
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["checkpoint-2"] and last_checkpoint(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("method, options", [("random", {"num_of_heads": 3}), ("lock", {})])
+def test_a_full_disk_leaves_no_half_of_a_model(tmp_path, method, options):
+    model = tiny_bert()
+    model.bert.encoder.layer[0].intermediate.dense.weight.data[:4] = 0.0
+    trainer = trainer_of(tmp_path, method, options, model=model, max_steps=1)
+    trainer.train()
+    before = os.listdir(tmp_path)
+    with no_file_above(5000), pytest.raises(HeadPruningError, match="cannot be written"):
+        trainer.save_model(str(tmp_path / "pruned"))
+    assert os.listdir(tmp_path) in ([*before, "pruned"], ["pruned", *before]) and not os.listdir(tmp_path / "pruned")
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=1)
+    with held(tmp_path), pytest.raises(HeadPruningError, match="Another run is writing to"):
+        trainer.train()
+    trainer.train()
