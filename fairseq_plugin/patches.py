@@ -216,7 +216,8 @@ def load_to_decode(original, filenames, arg_overrides=None, task=None, *args, **
     except OSError as error:
         if "Model file not found" not in str(error):
             raise
-        raise HeadPruningError(f"{error}; check --path.") from error
+        path = str(error).rpartition("Model file not found: ")[2]
+        raise HeadPruningError(f"There is no checkpoint {path}; check the path.") from error
     finally:
         _decoding = before
     for model in models:
