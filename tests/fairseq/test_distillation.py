@@ -149,6 +149,7 @@ def test_tasks_of_one_language(english, tmp_path, task):
     assert found[-1]["logits_attention_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_wider_and_deeper_teacher_teaches_logits_only(translation, tmp_path):
     wide = "--encoder-embed-dim 24 --decoder-embed-dim 24 --encoder-layers 3"
     teacher = write(translation.train(tmp_path, wide), tmp_path / "wide.pt")

@@ -126,6 +126,7 @@ def test_other_models_of_written_language(build, one_dictionary, tmp_path):  # n
     _same_logits(_program(tmp_path / "model.pt2"), model, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_language_model_runs_in_onnxruntime(one_dictionary, tmp_path):  # noqa: F811
     pytest.importorskip("onnxscript")
     build = next(model for model in MODELS if model.id == "transformer_lm").values[0]

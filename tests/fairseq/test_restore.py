@@ -15,6 +15,9 @@ from tests.fairseq.command_lines import DSP, PIPELINED, VOITA
 from tests.fairseq.runner import Runner
 
 
+RESTORED = pytest.param("--restore-file {} --reset-optimizer", marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def pruned(translation, tmp_path_factory):
     """The last checkpoint of a DSP run of 8 updates."""
@@ -70,7 +73,7 @@ def test_finetuning_a_pruned_model_resets_the_optimizer(runner, translation, pru
     assert kept == (options == DSP)
 
 
-@pytest.mark.parametrize("start", ["--finetune-from-model {}", "--restore-file {} --reset-optimizer"])
+@pytest.mark.parametrize("start", ["--finetune-from-model {}", RESTORED])
 def test_pipelined_leaves_the_model_as_it_was(runner, translation, dense, tmp_path, start):
     line = translation.train(tmp_path / "run", PIPELINED, start.format(dense), updates=12)
     runner.run("train", line)
@@ -129,7 +132,7 @@ class TestHeadsFromTheStart:
         Runner(folder).run("train", translation.train(folder, "--pruner random --num-of-heads 12", updates=2))
         return folder / "checkpoint_last.pt"
 
-    @pytest.mark.parametrize("start", ["--finetune-from-model {}", "--restore-file {} --reset-optimizer"])
+    @pytest.mark.parametrize("start", ["--finetune-from-model {}", RESTORED])
     def test_a_new_run_has_its_own(self, runner, translation, twelve, tmp_path, start):
         few = f"--pruner random --num-of-heads 4 {start.format(twelve)}"
         runner.run("train", translation.train(tmp_path / "few", few, updates=2))

@@ -29,6 +29,7 @@ def test_best_checkpoint_only_once_the_target_is_reached(runner, translation, tm
     assert read(best)["extra_state"]["best"] == read(best)["extra_state"]["val_loss"]
 
 
+@pytest.mark.slow
 def test_score_before_the_target_is_no_bar_for_later_ones(runner, translation, tmp_path):
     # Updates after the first validation make the model worse on purpose: best must still be a hard one.
     often = "--validate-interval-updates 4 --save-interval-updates 4 --cooldown-steps 6 --lr 0.5 --warmup-updates 1"

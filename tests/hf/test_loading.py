@@ -244,6 +244,7 @@ def fresh_process(code, root, cwd, *flags):
     return json.loads(line.removeprefix("FOUND "))
 
 
+@pytest.mark.slow
 def test_loads_after_one_import(folders, tmp_path):
     found = fresh_process(WITH_PACKAGE, folders, ROOT)
     assert {name: values[1] for name, values in found.items()} == pytest.approx(dict.fromkeys(AUTO, 0.0), abs=1e-6)

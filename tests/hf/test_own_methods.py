@@ -56,6 +56,7 @@ def test_one_of_each_kind_in_one_run_and_resumed_bit_equal(place):
     assert not all(np.array_equal(value, theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 def test_a_distiller_alone(place):
     run(parse([*LINE, *TINY, *ECHO, "--save_steps", "8", "--output_dir", "echo"], "run_glue"))
     (place / "echo_part").mkdir()

@@ -132,9 +132,17 @@ class TestResume:
         "method, options, training",
         [
             pytest.param("dsp", METHODS["dsp"], {}, id="dsp"),
-            pytest.param("dsp", METHODS["dsp"], {"gradient_accumulation_steps": 2}, id="accumulation"),
-            pytest.param("dsp", METHODS["dsp"], {"bf16": True}, id="bf16"),
-            pytest.param("voita", METHODS["voita"], {"lr_scheduler_type": "cosine", "warmup_steps": 3}, id="voita"),
+            pytest.param(
+                "dsp", METHODS["dsp"], {"gradient_accumulation_steps": 2}, id="accumulation", marks=pytest.mark.slow
+            ),
+            pytest.param("dsp", METHODS["dsp"], {"bf16": True}, id="bf16", marks=pytest.mark.slow),
+            pytest.param(
+                "voita",
+                METHODS["voita"],
+                {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+                id="voita",
+                marks=pytest.mark.slow,
+            ),
             pytest.param("ste", METHODS["ste"], {"gradient_accumulation_steps": 2}, id="ste"),
             pytest.param("dsp", PIPELINED["dsp"], {}, id="pipelined"),
         ],

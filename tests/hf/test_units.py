@@ -127,7 +127,7 @@ def names_of(model: torch.nn.Module) -> list[str]:
     return [site.name for site in unit_map(model).feed_forward]
 
 
-@pytest.mark.parametrize("make_model", [bert, gpt2])
+@pytest.mark.parametrize("make_model", [bert, pytest.param(gpt2, marks=pytest.mark.slow)])
 def test_a_folder_is_written_read_inspected_and_exported(make_model, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     model = make_model()

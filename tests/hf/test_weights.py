@@ -101,8 +101,8 @@ class TestResume:
         [
             pytest.param("platon", {"gradient_accumulation_steps": 2}, id="platon"),
             pytest.param("platon", {"bf16": True}, id="bf16", marks=pytest.mark.slow),
-            pytest.param("magnitude", {}, id="magnitude"),
-            pytest.param("movement", {}, id="nested"),
+            pytest.param("magnitude", {}, id="magnitude", marks=pytest.mark.slow),
+            pytest.param("movement", {}, id="nested", marks=pytest.mark.slow),
             pytest.param("gradual_magnitude", {}, id="retained", marks=pytest.mark.slow),
         ],
     )
