@@ -176,6 +176,8 @@ MICHEL_SPELLINGS = (
 def mend_names(given: dict[str, Any], notes: list[str]) -> None:
     """Write the right name of a model that manuals misspell, unless a folder is called so; a note tells of it."""
     named = given.get("model_name_or_path")
+    if isinstance(named, (list, dict)):  # out of a file
+        raise HeadPruningError(f"model_name_or_path is a {type(named).__name__}; give one name.")
     if named in MISSPELT and not os.path.isdir(named):
         given["model_name_or_path"] = MISSPELT[named]
         notes.append(f"--model_name_or_path {named} is read as {MISSPELT[named]}: there is no model of that name.")

@@ -128,10 +128,10 @@ class FlagParser(HfArgumentParser):
         word = next((word for word in rest if word.startswith("-")), None)
         if word is None:
             return (
-                f"{rest[0]} belongs to no flag; flags start with --, and a file of arguments comes first and ends in "
-                f"{', '.join(FILES)}."
+                f"{rest[0]:.80} belongs to no flag; flags start with --, and a file of arguments comes first and ends "
+                f"in {', '.join(FILES)}."
             )
-        return f"{self.prog} has no flag {word.partition('=')[0]}{self._nearest(word)}."
+        return f"{self.prog} has no flag {word.partition('=')[0]:.80}{self._nearest(word)}."
 
     def _nearest(self, word: str) -> str:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
