@@ -14,7 +14,6 @@ from tests.fairseq.checkpoints import logits_of, mask_beside, read, session_of, 
 from tests.fairseq.command_lines import DSP, PIPELINED, VOITA
 from tests.fairseq.runner import Runner
 
-
 RESTORED = pytest.param("--restore-file {} --reset-optimizer", marks=pytest.mark.slow)
 
 
