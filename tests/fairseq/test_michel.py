@@ -321,7 +321,7 @@ def test_other_data_are_refused_with_one_sentence(data, dense, tmp_path):
 
 
 def test_units_are_removed_by_their_importance(data, dense, tmp_path):
-    line = _command(data, dense, tmp_path, *shlex.split(QUICK), "--prune-units", "ffn", "--num-of-heads", "60")[3:]
+    line = _command(data, dense, tmp_path, *shlex.split(QUICK), "--prune-units", "ffn", "--num-of-heads", "60")[2:]
     rounds = run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))
     mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{rounds[1]['heads']}.safetensors")
     assert mask.unit_map.units == "ffn" and mask.keep.size - mask.kept == 60

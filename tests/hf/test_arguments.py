@@ -124,9 +124,9 @@ def test_all_options_of_a_method_can_be_set():
     ):
         name = name_of(parse(line(f"--num_of_heads 3 {extra}"), script))
         for option, found in option_fields([name]).items():
-            value = {bool: "True", int: "3", float: "0.25"}[_KINDS.get(found.type, found.type)]
+            value = {bool: "True", int: "3", float: "0.25", str: "ffn"}[_KINDS.get(found.type, found.type)]
             options = options_of(parse(line(f"--num_of_heads 3 {extra} --{option} {value}"), script))
-            assert options[option] == {"True": True, "3": 3, "0.25": 0.25}[value], option
+            assert options[option] == {"True": True, "3": 3, "0.25": 0.25}.get(value, value), option
 
 
 _KINDS = {dict(option_fields())[name].type: kind for name, kind in (("num_of_heads", int), ("l0_penalty", float))}
@@ -200,12 +200,14 @@ def test_what_the_script_itself_takes():
     ("--l0_penalty 0.1", "voita"),
     ("--l0_penalty 0.1 --num_of_heads 3", "voita"),
     ("--pruner random --num_of_heads 3", "random"),
-    (f"--head_mask_file {__file__}", "given"),
+    ("--head_mask_file {mask}", "given"),
     ("--pruner dsp --num_of_heads 3 --annealing", "dsp"),
     ("--pruner ste --num_of_heads 3", "ste"),
 ])  # fmt: skip
-def test_run_glue_takes_the_method_named_or_implied(words, name):
-    arguments = parse(line(words), "run_glue")
+def test_run_glue_takes_the_method_named_or_implied(words, name, tmp_path):
+    site = AttentionSite("a", "encoder_self", "a", 4, 2, "a.out")
+    HeadMask(UnitMap((site,)), np.arange(4) < 2).save(tmp_path / "masks.safetensors")
+    arguments = parse(line(words.format(mask=tmp_path / "masks.safetensors")), "run_glue")
     assert name_of(arguments) == name and len(arguments.pruners) == bool(name)
 
 
@@ -441,12 +443,12 @@ def test_more_mistakes_in_files(tmp_path):
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
-def pruners_of_weights() -> list[str]:
+def with_own_options(kind: str, word: str) -> list[str]:
     """The titles of the methods that have options of their own."""
-    known = methods("weights")
+    known = methods(kind)
     fields = {name: [f.name for f in dataclasses.fields(known[name].config)] for name in sorted(known)}
     alone = {name for name in known if any(owners(option) == [name] for option in fields[name])}
-    return [f"pruner {name}" for name in fields if name in alone]
+    return [f"{word} {name}" for name in fields if name in alone]
 
 
 def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
@@ -456,8 +458,8 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
         *("options", "model", "data", "run", "training", "options of several pruners"),
         *(f"pruner {name}" for name in sorted(methods())),
         "options of several pruners of weights",
-        *pruners_of_weights(),
-        *("options of several distillers", *(f"distiller {name}" for name in sorted(methods("distils")))),
+        *with_own_options("weights", "pruner"),
+        *("options of several distillers", *with_own_options("distils", "distiller")),
         "old spellings",
     ]
     text = dict(zip(titles, groups.values()))
@@ -478,7 +480,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
 def test_the_help_of_run_dsp_and_run_voita_shows_what_they_take(capsys):
     groups = help_of(capsys, "run_dsp")
     shown = [title.partition(" (")[0] for title in groups if title.startswith("pruner")]
-    assert shown == ["pruner dsp", "pruner ste", *pruners_of_weights()]
+    assert shown == ["pruner dsp", "pruner ste", *with_own_options("weights", "pruner")]
     several = groups["options of several pruners"]
     assert "(K) [dsp, ste] (required)" in several and "(Adam) [dsp, ste] (default: 0.5)" in several
     everything = " ".join(groups.values())
@@ -491,7 +493,7 @@ def test_the_help_of_run_dsp_and_run_voita_shows_what_they_take(capsys):
 def test_the_help_of_run_michel(capsys):
     groups = help_of(capsys, "run_michel")
     assert list(groups) == ["options", "model", "data and run", "pruning", "old spellings"]
-    assert "--num_of_heads N heads to remove per round (default: 12)" in groups["pruning"]
+    assert "--num_of_heads N heads (or units) to remove per round (default: 12)" in groups["pruning"]
 
 
 # -- a method of somebody else's -------------------------------------------------------------------------------------

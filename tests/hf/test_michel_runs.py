@@ -341,7 +341,7 @@ def test_heads_and_units_by_one_ranking(place, monkeypatch):
     told = json.loads((place / "both" / "all_results.json").read_text())
     assert told["heads_kept"] + told["units_kept"] == mask.kept
     assert "--prune_units was both" in refused("both", "--data_subset", "4", heads=5)
-    assert "cannot number 'neurons'" in refused("other", "--prune_units", "neurons")
+    assert "cannot number 'neurons'" in refused("neurons", "--prune_units", "neurons")
     export_compact(Path("both"), Path("small"))
     small = AutoModelForSequenceClassification.from_pretrained("small")
     widths = [site.width for site in unit_map(small).feed_forward]

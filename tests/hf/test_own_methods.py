@@ -72,7 +72,7 @@ def test_a_distiller_alone(place):
 @pytest.mark.parametrize("words, sentence", [
     ("--echo_strength 1",
      "--echo_strength belongs to echo, but no distiller is chosen; drop it or add --distill echo."),
-    ("--distill ech", "There is no distiller ech; choose one of echo, logits, spd."),
+    ("--distill ech", "There is no distiller ech; choose one of dfd, echo, logits, spd."),
     ("--distill dimmer", "dimmer is none of the methods that learn from a teacher; choose it with --pruner dimmer."),
     ("--pruner echo", "echo is none of the methods that prune heads or prune weights; choose it with --distill echo."),
     ("--pruner dsp --num_of_heads 3 --dimming 0.3",

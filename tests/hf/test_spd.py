@@ -361,7 +361,7 @@ def test_in_somebodys_own_trainer(tmp_path):
     ("--sparsity 0.9 --pruner_name platon", "--sparsity belongs to spd_magnitude, but the pruner of weights is plat"),
     ("--base_replacing_rate 0.5", "--base_replacing_rate belongs to spd, but no distiller is chosen; drop it or add"),
     ("--distill spd --scheduler_type cubic", "choose one of none, linear, mixed, constantLinearWithGap"),
-    ("--teacher_path x", "--teacher_path belongs to logits, spd, but no distiller is chosen; drop it or ad"),
+    ("--teacher_path x", "--teacher_path belongs to dfd, logits, spd, but no distiller is chosen; drop it or ad"),
 ])  # fmt: skip
 def test_mistakes_on_the_command_line(place, monkeypatch, words, sentence):
     monkeypatch.chdir(place)
