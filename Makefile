@@ -16,7 +16,7 @@ PIP := $(BIN)/python $(INSTALL)
 # Optimising what fairseq compiles against torch's headers takes minutes, and its fast loops of Python say -O3 themselves.
 FAST_BUILD := CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0"
 
-.PHONY: setup demo demo-hf test test-slow test-oldest test-kill test-mutants docs lint types format clean
+.PHONY: setup demo demo-hf test test-slow test-oldest test-fuzz test-kill test-mutants docs lint types format clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,10 @@ $(OLDEST)/.set-up: requirements/oldest/hf.txt $(REQUIREMENTS)
 	$(OLDEST)/bin/python $(INSTALL) -r $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python $(INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
+
+# 1000 damaged inputs of every kind that is read; their table is in docs/fuzzing.md.
+test-fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m tests.fuzz.run --write docs/fuzzing.md
 
 # kill -9 at 50 random moments of a run in each host, resumed; goes on where a call before it was ended.
 test-kill: $(STAMP)

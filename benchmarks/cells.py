@@ -6,6 +6,8 @@ from typing import Any, Callable, Sequence
 
 from tqdm import tqdm
 
+from head_pruning.progress import bar_options
+
 
 def run_cells(
     cells: Sequence[Any],
@@ -31,7 +33,10 @@ def run_cells(
     measured: dict[str, list[dict]] = {}
     failed = 0
     waiting = list(cells)
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(waiting), unit="cell") as bar:
+    with (
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(waiting), unit="cell", **bar_options()) as bar,
+    ):
         running: dict[concurrent.futures.Future, Any] = {}
         while waiting or running:
             for cell in [cell for cell in waiting if ready(cell)][: jobs - len(running)]:

@@ -33,6 +33,7 @@ from fairseq_plugin.modules.unit_map import unit_map
 from head_pruning import HeadMask
 from head_pruning.files import atomic_path, write_json
 from head_pruning.inference.timing import fastest, stopwatch
+from head_pruning.progress import bar_options
 from head_pruning.report.tables import markdown_table, text_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -174,7 +175,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], Contest, dict[str,
     watch = stopwatch(options.device)
     rows = []
     profiles: dict[str, dict[str, float]] = {}
-    for size in tqdm(options.batches, unit="batch size"):
+    for size in tqdm(options.batches, unit="batch size", **bar_options()):
         actions = contest.translations(size)
         tokens = {name: action() for name, action in actions.items()}
         if len(set(tokens.values())) != 1:

@@ -31,6 +31,7 @@ from head_pruning.inference.environment import restart_with_cpu_environment
 from head_pruning.inference.runtimes import onnx_pass, onnx_session, torch_pass
 from head_pruning.inference.sizes import mac_bound, measure_sizes
 from head_pruning.inference.timing import fastest, stopwatch
+from head_pruning.progress import bar_options
 from head_pruning.report.tables import markdown_table, text_table
 from head_pruning.surgery.removal import remove_heads
 from hf_plugin.mapping.unit_map import unit_map
@@ -112,7 +113,7 @@ class Contest:
         if runtime == "torch":
             inputs = {name: value.to(self.device) for name, value in inputs.items()}
             return {name: torch_pass(model, inputs) for name, model in self.models.items()}
-        for name in tqdm([name for name in self.models if name not in self.files], desc="export", leave=False):
+        for name in tqdm([name for name in self.models if name not in self.files], leave=False, **bar_options()):
             model, file = self.models[name], self.folder / f"{name}.onnx"
             export_onnx(model, lambda batch, length, model=model: example_inputs(model, batch, length), file)
             self.files[name] = file
@@ -149,7 +150,7 @@ def measure(options: argparse.Namespace, before: list[dict]) -> tuple[list[dict]
     cells = list(itertools.product(options.runtimes, options.lengths, options.batches))
     cells.sort(key=lambda cell: cell[1] * cell[2])  # the quick ones first
     rows: list[dict] = []
-    with tempfile.TemporaryDirectory(prefix="inference-") as folder, tqdm(total=len(cells), unit="cell") as bar:
+    with tempfile.TemporaryDirectory(prefix="inference-") as folder, tqdm(total=len(cells), **bar_options()) as bar:
         contest = Contest(options, Path(folder))
         for runtime, length, batch in cells:
             cell = {"runtime": runtime, "length": length, "batch": batch, **settings(options)}

@@ -162,12 +162,12 @@ class Bench:
         checkpoint = save / "checkpoint_last.pt"
         output = self.call(f"{cell.name}.generate", ["-m", "fairseq_cli.generate", str(self.data), "--user-dir",
             "fairseq_plugin", "--path", str(checkpoint), "--batch-size", "64", "--beam", "5", "--remove-bpe",
-            "--quiet"])  # fmt: skip
-        bleu = bleu_of(output)
+            "--required-batch-size-multiple", "1", "--quiet"])  # fmt: skip
+        bleu, sentences = bleu_of(output)
         mask = save / "masks.safetensors"
         kept = HeadMask.load(mask).kept if mask.exists() else HEADS
-        return {"method": cell.method, "cell": cell.name, "heads": kept, "bleu": bleu, "updates": updates,
-                "mask": str(mask) if mask.exists() else None}  # fmt: skip
+        return {"method": cell.method, "cell": cell.name, "heads": kept, "bleu": bleu, "sentences": sentences,
+                "updates": updates, "mask": str(mask) if mask.exists() else None}  # fmt: skip
 
     def michel(self, cell: Cell) -> list[dict]:
         """Rounds scored greedily on a part of the test set, then the wanted head counts with beam search."""
@@ -185,6 +185,7 @@ class Bench:
                 "cell": f"michel-{r['heads']}",
                 "heads": r["heads"],
                 "bleu": r["final_score"],
+                "sentences": r["final_sentences"],
                 "updates": 0,
                 "mask": None,
             }  # fmt: skip
@@ -198,8 +199,8 @@ def write_results(rows: list[dict], folder: Path, name: str, command: str) -> No
     folder.mkdir(parents=True, exist_ok=True)
     shown = [{key: value for key, value in row.items() if key != "mask"} for row in rows]
     write_json(folder / f"{name}.json", {"command": command, "rows": shown})
-    header = ("method", "heads kept of 36", "test BLEU", "updates")
-    cells_of = [(r["method"], r["heads"], r["bleu"], r["updates"]) for r in rows]
+    header = ("method", "heads kept of 36", "test BLEU", "updates", "sentences")
+    cells_of = [(r["method"], r["heads"], r["bleu"], r["updates"], r.get("sentences", "")) for r in rows]
     if any(r["updates"] == 2000 for r in rows):
         header += ("published code",)
         cells_of = [(*c, PUBLISHED.get(r["cell"], "") if r["updates"] == 2000 else "") for c, r in zip(cells_of, rows)]

@@ -6,7 +6,6 @@ with the baselines, decodes all of them with ``fairseq-generate``, and shows BLE
 
 import argparse
 import concurrent.futures
-import json
 import logging
 import os
 import re
@@ -21,8 +20,9 @@ from typing import Optional
 from tqdm import tqdm
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.files import MASKS_FILE, write_json
+from head_pruning.files import MASKS_FILE, read_json, write_json
 from head_pruning.inference.environment import CPU_ENVIRONMENT
+from head_pruning.progress import bar_options
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.report.tables import text_table
 
@@ -71,12 +71,15 @@ def variants(keep: int) -> list[Variant]:
     ]
 
 
-def bleu_of(output: str) -> float:
-    """The BLEU that fairseq-generate printed last. Raises HeadPruningError when it printed none."""
-    found = re.findall(r"BLEU4? = ([\d.]+)", output)
-    if not found:
+def bleu_of(output: str) -> tuple[float, int]:
+    """The BLEU that fairseq-generate printed last, and of how many sentences it is.
+
+    Raises HeadPruningError when it printed none.
+    """
+    found, sentences = re.findall(r"BLEU4? = ([\d.]+)", output), re.findall(r"Translated ([\d,]+) sentences", output)
+    if not found or not sentences:
         raise HeadPruningError("fairseq-generate printed no BLEU; its test set has no references.")
-    return float(found[-1])
+    return float(found[-1]), int(sentences[-1].replace(",", ""))
 
 
 class Demo:
@@ -122,30 +125,32 @@ class Demo:
             *("--total-num-update", str(updates), "--max-update", str(updates), "--save-dir", str(save), *options),
         ]
         mark = save / "finished.json"
-        if not mark.exists() or json.loads(mark.read_text(encoding="utf-8")) != arguments:
+        if not mark.exists() or read_json(mark) != arguments:
             shutil.rmtree(save, ignore_errors=True)
-            with tqdm(total=updates, desc=f"train {name}", unit="update", position=position, leave=False) as bar:
+            with tqdm(total=updates, desc=f"train {name}", position=position, leave=False, **bar_options()) as bar:
                 self.command(name, arguments, threads, bar)
             write_json(mark, arguments)
         return checkpoint
 
-    def bleu(self, name: str, checkpoint: Path, threads: int) -> float:
-        """BLEU of fairseq-generate on the test set (tokenised, lower-cased, beam 5)."""
+    def bleu(self, name: str, checkpoint: Path, threads: int) -> dict:
+        """``bleu`` of fairseq-generate on the test set (tokenised, lower-cased, beam 5), and of how many sentences."""
         output = self.command(
             f"{name}.generate",
             [
                 *("-m", "fairseq_cli.generate", str(self.data), "--user-dir", str(USER_DIR)),
                 *("--path", str(checkpoint), "--beam", "5", "--remove-bpe", "--batch-size", "100", "--quiet"),
                 *("--max-len-a", "1.2", "--max-len-b", "10", "--num-workers", "0"),
+                *("--required-batch-size-multiple", "1"),
             ],
             threads,
         )
-        return bleu_of(output)
+        bleu, sentences = bleu_of(output)
+        return {"bleu": bleu, "sentences": sentences}
 
     def dense(self) -> dict:
         """The model that all others start from."""
         checkpoint = self.train("dense", self.updates, "4e-3", [], self.cores)
-        return {"name": "dense", "method": "dense", "heads": HEADS, "bleu": self.bleu("dense", checkpoint, self.cores)}
+        return {"name": "dense", "method": "dense", "heads": HEADS, **self.bleu("dense", checkpoint, self.cores)}
 
     def variant(self, variant: Variant, position: int) -> dict:
         """Prune while training on from the dense model."""
@@ -155,7 +160,7 @@ class Demo:
         )
         mask = HeadMask.load(self.out / variant.name / MASKS_FILE)
         bleu = self.bleu(variant.name, checkpoint, max(1, self.cores // 2))
-        return {"name": variant.name, "method": variant.title, "heads": mask.kept, "bleu": bleu, "mask": mask}
+        return {"name": variant.name, "method": variant.title, "heads": mask.kept, **bleu, "mask": mask}
 
     def michel(self) -> dict:
         """Cut the least important heads of the dense model, without training after it."""
@@ -173,7 +178,7 @@ class Demo:
             ],
             max(1, self.cores // 2),
         )
-        rounds = json.loads((folder / "michel_rounds.json").read_text(encoding="utf-8"))["rounds"]
+        rounds = read_json(folder / "michel_rounds.json")["rounds"]
         entry = next(r for r in rounds if r["heads"] == self.keep)
         mask = HeadMask.load(folder / "michel_masks" / f"heads{self.keep}.safetensors")
         return {
@@ -181,6 +186,7 @@ class Demo:
             "method": "Michel (cut only)",
             "heads": mask.kept,
             "bleu": entry["final_score"],
+            "sentences": entry["final_sentences"],
             "mask": mask,
         }
 
@@ -244,7 +250,8 @@ def main() -> None:
         rows = Demo(options.output, options.data, options.keep, options.updates, options.more_updates).run()
         picture = options.output / "heads.png"
         plot_head_masks({f"{row['name']}\nBLEU {row['bleu']:.1f}": row["mask"] for row in rows[1:]}, picture)
-        print(text_table(("model", "heads kept", "test BLEU"), table(rows)))
+        sizes = "/".join(map(str, sorted({row["sentences"] for row in rows})))
+        print(text_table(("model", "heads kept", f"BLEU of {sizes} sentences"), table(rows)))
         write_json(options.output / "results.json", [{k: v for k, v in row.items() if k != "mask"} for row in rows])
         print(f"The kept heads are drawn in {picture}. The demo took {(time.monotonic() - begin) / 60:.1f} minutes.")
         check(rows)

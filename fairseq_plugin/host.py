@@ -17,17 +17,18 @@ from omegaconf import open_dict
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
-from head_pruning.hosts import HostModel
+from head_pruning.hosts import HostModel, compressed_format
 from head_pruning.inference.programs import program_formats
 from head_pruning.report.weights import count_weights, weight_report
 from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 
-from .checkpoints.stored import KEEP, RECIPE, PruningState, load_checkpoint, split_state
+from .checkpoints.stored import KEEP, RECIPE, PruningState, split_state
 from .checkpoints.weights import zero_weights
-from .exporting.checkpoints import TASK_SUFFIX, compact, masked
+from .exporting.checkpoints import compact, masked
 from .exporting.example_batch import SPECIALS, example, longest
 from .exporting.programs import export_onnx, export_program
 from .modules.unit_map import unit_map
+from .options import TASK_SUFFIX
 
 name = "fairseq"
 
@@ -49,15 +50,14 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     Raises:
         HeadPruningError: it cannot be loaded or mapped, or the mask is of another model.
     """
-    whole = load_checkpoint(path)
-    stored, weights = PruningState.of(whole), split_state(whole["model"])[0]
-    masks = stored.weight_masks()
-    zero_weights(weights, masks)
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    stored, weights = PruningState.of(state), split_state(state["model"])[0]
+    masks = stored.weight_masks(weights)
+    zero_weights(weights, masks)
     if mask is None and KEEP in stored.heads:
         mask = stored.head_mask()
     model = build_model(state, weights)
-    shape = {name: value for name, value in whole["model"].items() if name == RECIPE}
+    shape = {name: value for name, value in state["model"].items() if name == RECIPE}
     try:
         model.load_state_dict({**weights, **shape}, strict=True)
     except RuntimeError as error:
@@ -66,6 +66,7 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     model.eval()
     sites = unit_map(model)
     if mask is not None:
+        sites = sites.numbering(mask.unit_map.units)
         sites.check_same_heads(mask.unit_map, "The head mask")
     told = None
     if masks:
@@ -153,4 +154,5 @@ exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
         lambda loaded, target: export_onnx(loaded.model, target),
         lambda loaded, target: export_program(loaded.model, target),
     ),
+    **compressed_format(load),
 }

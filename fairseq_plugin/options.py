@@ -6,8 +6,10 @@ import functools
 import re
 from dataclasses import Field, field, fields, make_dataclass
 from types import SimpleNamespace
-from typing import Any, List, Mapping, Optional
+from typing import Any, List, Mapping, Optional, Sequence
 
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.registry import REGISTRIES
 from omegaconf import II
 
@@ -16,6 +18,8 @@ from head_pruning.choosing import CommandLine
 from head_pruning.options import dashed
 from head_pruning.registry import KINDS, methods, option_fields, owners
 
+#: What a task's name ends in that prunes.
+TASK_SUFFIX = "_head_pruning"
 _PREFIX = "pruner_"
 
 
@@ -38,10 +42,23 @@ def pruning_config(base: type, name: str, module: str) -> type:
         ("save_dir", str, II("checkpoint.save_dir")),
         ("train_subset", str, II("dataset.train_subset")),
     ]
-    own = [_chooser(kind) for kind in KINDS if methods(kind)]
-    own += [entry for entry in run if entry[0] not in {field.name for field in fields(base)}]
-    own += map(_option, option_fields().values())
-    return make_dataclass(name, own, bases=(base,), namespace={"__module__": module})
+    run = [entry for entry in run if entry[0] not in {field.name for field in fields(base)}]
+    return make_dataclass(name, [*run, *_own()], bases=(base,), namespace={"__module__": module})
+
+
+def add_options(parser: Any) -> None:
+    """Add the same options to the parser of a task of fairseq's old kind, which has no dataclass."""
+    gen_parser_from_dataclass(parser, make_dataclass("Options", _own(), bases=(FairseqDataclass,))())
+
+
+@functools.cache
+def _own() -> tuple:
+    return (*(_chooser(kind) for kind in KINDS if methods(kind)), *map(_option, option_fields().values()))
+
+
+def all_flags() -> set[str]:
+    """Every flag of pruning, in every spelling."""
+    return {flag for name, _, told in _own() for flag in (dashed(name), told.metadata.get("argparse_alias"))}
 
 
 def second_flags() -> dict[str, str]:
@@ -55,29 +72,61 @@ def build_pruners(options: Any) -> list[Pruner]:
     Raises:
         HeadPruningError: as :func:`head_pruning.choose_methods`.
     """
+    chosen = choose_methods(_given(options), line=CommandLine(_flag))
+    values = {name: _value(options, option) for name, option in option_fields().items()}
+    return [build_pruner(method, SimpleNamespace(**values)) for method in chosen]
+
+
+def _given(options: Any) -> dict[str, Any]:
+    """The options of the registry, and those that name methods, that were set."""
     known = option_fields()
     values = {name: _value(options, option) for name, option in known.items()}
     given = {name: value for name, value in values.items() if value != known[name].default}
     named = {kind.flag: getattr(options, kind.flag, None) for kind in KINDS.values()}
-    chosen = choose_methods({**given, **named}, line=CommandLine(_flag))
-    return [build_pruner(method, SimpleNamespace(**values)) for method in chosen]
+    return {**given, **{name: value for name, value in named.items() if value is not None}}
 
 
-def refuse_other_options(file: str, stored: Mapping[str, Any], options: Any) -> None:
+def pruners_to_decode(options: Any) -> list[Pruner]:
+    """The pruners under which a command that does not train runs a stored model; empty where none is asked for.
+
+    Raises:
+        HeadPruningError: an option was set that takes a training.
+    """
+    given = _given(options)
+    try:
+        pruners = build_pruners(options)
+    except HeadPruningError:  # half of what a method needs
+        pruners = []
+    if given and (not pruners or any(pruner.needs_training for pruner in pruners)):
+        raise HeadPruningError(
+            f"{' and '.join(map(_flag, given))} takes a training, and this command runs a stored model, with the mask "
+            "that is in its checkpoint; leave it out, or give the mask of a dense model with --head-mask-file."
+        )
+    for pruner in pruners:
+        pruner.check_options()
+    return pruners
+
+
+def refuse_other_options(file: str, names: Sequence[str], stored: Mapping[str, Any], options: Any) -> None:
     """Raise HeadPruningError if a checkpoint was pruned with other options than those of the run that resumes it.
 
     What counts of an option that names a file is what is in the file, which the checkpoint has too.
 
     Args:
         file: the checkpoint, for the message.
+        names: of the pruners that it says it was trained with.
         stored: the options of its task; older ones lack some, which are taken to be the same.
         options: those of this run's task.
     """
     mine = {pruner.name: vars(pruner.config) for pruner in build_pruners(options)}
-    names = [*(kind.flag for kind in KINDS.values()), *map(_name, option_fields().values())]
-    known = {name: stored.get(name, getattr(options, name, None)) for name in names}
-    theirs = {pruner.name: vars(pruner.config) for pruner in build_pruners(SimpleNamespace(**known))}
-    for pruner in mine.keys() & theirs.keys():
+    spelled = map(_name, option_fields().values())
+    known = SimpleNamespace(**{name: stored.get(name, getattr(options, name, None)) for name in spelled})
+    values = SimpleNamespace(**{name: _value(known, option) for name, option in option_fields().items()})
+    registered = {name: method for kind in KINDS for name, method in methods(kind).items()}
+    same = [name for name in names if name in mine and name in registered]
+    # Not by what its options imply: the defaults of methods that it did not use may have changed since.
+    theirs = {name: vars(build_pruner(registered[name], values).config) for name in same}
+    for pruner in theirs:
         for name, value in mine[pruner].items():
             option = option_fields()[name]
             if theirs[pruner][name] != value and not option.metadata.get("by_content"):

@@ -9,31 +9,50 @@ import contextlib
 import functools
 import logging
 import math
+import re
+import shutil
 import sys
+import types
+from pathlib import Path
 from typing import Any, Callable, Optional
 
 import numpy as np
 import omegaconf
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
+from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
 from fairseq.models import BaseFairseqModel
+from fairseq.models.multilingual_transformer import MultilingualTransformerModel
+from fairseq.modules import dynamic_crf_layer
+from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 
 from head_pruning import HeadPruningError
+from head_pruning.files import atomic_path, take_folder, writing
+from head_pruning.finite import all_finite
 from head_pruning.surgery.remaining import recipe_of
 
-from .checkpoints.keeper import StateKeeper, check_weights, keeper_of, refuse_late_start
+from .checkpoints.keeper import (
+    StateKeeper,
+    check_weights,
+    keep_heads,
+    keeper_of,
+    refuse_late_start,
+    warn_of_alignments,
+)
 from .checkpoints.reports import reported, write_beside
-from .checkpoints.stored import KEY, META, PruningState, peek, refuse_cut_off, split_state
-from .checkpoints.weights import finish
+from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state, stored_task
+from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
-from .options import refuse_other_options, second_flags
+from .options import TASK_SUFFIX, all_flags, pruners_to_decode, refuse_other_options, second_flags
 from .schedules import restart_schedule
 
 logger = logging.getLogger(__name__)
 _MARK = "of_head_pruning"
+_ASIDE = "_head_pruning_state"
 # What rank 0 sends the others: a checkpoint with its configuration. Files may not hold it.
 _BETWEEN_RANKS = [
     *(Any, bool, dict, float, int, list, str, collections.defaultdict),
@@ -41,20 +60,36 @@ _BETWEEN_RANKS = [
     *(omegaconf.base.ContainerMetadata, omegaconf.base.Metadata),
     distributed_utils._TensorPlaceholder,
 ]
+# What fairseq says of them, with one rank, with a loss scaler, and with several ranks.
+_NOT_FINITE = re.compile(r"Nan/Inf|Minimum loss scale|= +-?(nan|inf)")
+_BROKEN = (
+    "The loss or its gradient is not finite after {} updates; lower --lr, clip with --clip-norm, or go on from the "
+    "last checkpoint with bf16 in place of fp16."
+)
 _validated_at_target = True
+_decoding = False
 
 
 def install() -> None:
     """Apply every patch, once per process; called again, only what fairseq has imported since."""
     allow_safe_globals()
+    give_old_numpy()
     _replace(sys, "excepthook", print_sentence)
     _replace(distributed_utils, "_broadcast_object_slow", read_configurations)
-    _replace(checkpoint_utils, "load_checkpoint_to_cpu", refuse_damaged_files)
+    _replace(options, "add_dataset_args", decode_all_sentences)
+    _replace(options, "parse_args_and_arch", find_task)
+    _replace(checkpoint_utils, "load_checkpoint_to_cpu", read_checkpoint)
+    _replace(checkpoint_utils, "load_model_ensemble_and_task", load_to_decode)
+    _replace(checkpoint_utils, "verify_checkpoint_directory", take_save_dir)
+    _replace(checkpoint_utils, "torch_persistent_save", save_whole)
+    _replace(PathManager, "copy", copy_whole)
     _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
     _replace(checkpoint_utils, "load_checkpoint", report_what_is_over)
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
+    _replace(MultilingualTransformerModel, "load_state_dict", load_pruned_languages)
     _replace(Trainer, "load_checkpoint", load_pruned_training)
     _replace(Trainer, "state_dict", state_with_weights)
+    _replace(Trainer, "save_checkpoint", end_without_crash_file)
     _replace(Trainer, "_build_optimizer", build_for_phase)
     _replace(Trainer, "train_step", begin_phase)
     for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
@@ -96,6 +131,25 @@ def allow_safe_globals() -> None:
     )
 
 
+class _OldNumpy(types.ModuleType):
+    """numpy, with what fairseq asks of versions before 1.24 and 2.0."""
+
+    int, float, compat = int, float, types.SimpleNamespace(long=int)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def percentile(*args, interpolation="linear", **kwargs):
+        return np.percentile(*args, method=interpolation, **kwargs)
+
+
+def give_old_numpy() -> None:
+    """Let the modules of fairseq that need it see an older numpy; all others see the one that is installed."""
+    for module in (data_utils, language_pair_dataset, token_block_dataset, dynamic_crf_layer):
+        module.np = _OldNumpy("numpy")
+
+
 def sentence_of(error: Optional[BaseException]) -> Optional[str]:
     """The sentence of the first HeadPruningError in the chain of causes (fairseq wraps errors of loading)."""
     seen = set()
@@ -116,20 +170,66 @@ def print_sentence(original, kind, error, traceback) -> None:
         print(f"error: {sentence}", file=sys.stderr)
 
 
+def decode_all_sentences(original, parser, train=False, gen=False):
+    """What decodes or scores a test set leaves none of its sentences out, unless it is told to."""
+    group = original(parser, train, gen)
+    if gen:  # fairseq's default is 8, and it drops a last batch that is no multiple of it
+        parser.set_defaults(required_batch_size_multiple=1)
+    return group
+
+
+def find_task(original, parser, input_args=None, *args, **kwargs):
+    """fairseq-validate, which has no task of its own, takes that of the checkpoint; see also ``name_the_task``."""
+    if "--task" in parser._option_string_actions and parser.get_default("task") is None:
+        line = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        line.add_argument("--path")
+        task = stored_task(peek(line.parse_known_args(input_args)[0].path or ""))
+        parser.set_defaults(task=task if task in TASK_REGISTRY else "translation")
+    parser.error = functools.partial(name_the_task, parser.error, parser, input_args)
+    return original(parser, input_args, *args, **kwargs)
+
+
 def read_configurations(original, *args, **kwargs):
     """Ranks read what rank 0 sends them."""
     with torch.serialization.safe_globals(_BETWEEN_RANKS):
         return original(*args, **kwargs)
 
 
-def refuse_damaged_files(original, path, *args, **kwargs):
-    """A checkpoint that ends too early is named."""
-    refuse_cut_off(path)
-    return original(path, *args, **kwargs)
+def read_checkpoint(original, path, *args, **kwargs):
+    """Files that are damaged are named; what does not train on gets weights that are masked, as they are exported."""
+    with reading(path):
+        state = original(path, *args, **kwargs)
+        PruningState.of(state)
+        if _decoding:
+            mask_weights(state)
+    return state
+
+
+def load_to_decode(original, filenames, arg_overrides=None, task=None, *args, **kwargs):
+    """Whatever runs stored models masks their weights, and takes no option of pruning but a mask for dense ones."""
+    global _decoding
+    typed = task.options if getattr(task, "decodes", False) else types.SimpleNamespace(**(arg_overrides or {}))
+    pruners = pruners_to_decode(typed)
+    before, _decoding = _decoding, True
+    try:
+        models, cfg, task = original(filenames, arg_overrides, task, *args, **kwargs)
+    except OSError as error:
+        if "Model file not found" not in str(error):
+            raise
+        path = str(error).rpartition("Model file not found: ")[2]
+        raise HeadPruningError(f"There is no checkpoint {path}; check the path.") from error
+    finally:
+        _decoding = before
+    for model in models:
+        if pruners:
+            keep_heads(model, pruners)
+        warn_of_alignments(model)
+    return models, cfg, task
 
 
 def load_pruned_model(original, self, state_dict, *args, **kwargs):
     """Every model loads pruned and compact checkpoints: it takes their shape, and their heads stay pruned."""
+    state_dict = {**state_dict, **self.__dict__.pop(_ASIDE, {})}
     own, keeper = split_state(state_dict)[0], keeper_of(self)
     if keeper is not None and keeper.model is not self:  # a copy of the model: its gates stay what they are
         return original(self, own, *args, **kwargs)
@@ -153,6 +253,12 @@ def load_pruned_model(original, self, state_dict, *args, **kwargs):
     return result
 
 
+def load_pruned_languages(original, self, state_dict, *args, **kwargs):
+    """A model of several languages wants nothing in its checkpoints but languages; the rest goes past it."""
+    own, self.__dict__[_ASIDE] = split_state(state_dict)
+    return original(self, own, *args, **kwargs)
+
+
 def load_pruned_training(original, self, filename, *args, **kwargs):
     """The trainer goes on from pruned and compact checkpoints with the pruners, and the options, that made them."""
     # Before the data-parallel wrapper and the optimizer see the parameters.
@@ -161,8 +267,13 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     reset = keeper.reset_optimizer if keeper is not None else bool(args[0] if args else kwargs.get("reset_optimizer"))
     session = getattr(task, "session", None)
     if session is not None and not reset and (META in stored.heads or stored.weights):
-        refuse_other_options(str(filename), (checkpoint.get("cfg") or {}).get("task") or {}, task.options)
+        names = stored.description()["pruners"] if META in stored.heads else stored.weight_pruners()
+        theirs = (checkpoint.get("cfg") or {}).get("task") or {}
+        theirs = vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs  # of fairseq's old kind of task
+        refuse_other_options(str(filename), names, theirs, task.options)
     check_weights(session, stored, reset=reset, prunes=hasattr(type(task), "session"))
+    if session is not None and not reset:
+        stored.weight_masks(checkpoint.get("model") or {})  # which are those of its weights
     if stored.recipe is not None and stored.recipe != recipe_of(model):
         getattr(task, "cut_for_checkpoint", take_shape)(model, stored.recipe)
         self.reinitialize()
@@ -184,8 +295,23 @@ def state_with_weights(original, self):
     state, keeper = original(self), keeper_of(self.get_model())
     of_weights = {} if keeper is None else keeper.of_weights(resumable=not self.cfg.checkpoint.no_save_optimizer_state)
     if of_weights:
-        state["extra_state"][KEY] = of_weights
+        saved = [state["model"], *filter(None, [state["extra_state"].get("ema")])]
+        names = list(of_weights["masks"])
+        norms = zip(*(norms_of([weights[name] for name in names]) for weights in saved))
+        state["extra_state"][KEY] = {**of_weights, "norms": dict(zip(names, map(list, norms)))}
     return state
+
+
+def end_without_crash_file(original, self, filename, extra_state):
+    """Losses that are not finite, and mistakes of a user, end training with a sentence, not with a crash.pt."""
+    error = sys.exc_info()[1]
+    if getattr(self.task, "session", None) is None or error is None or Path(filename).name != "crash.pt":
+        return original(self, filename, extra_state)
+    if sentence_of(error) is not None:
+        return None  # fairseq raises it again
+    if isinstance(error, FloatingPointError) and _NOT_FINITE.search(str(error)):
+        raise HeadPruningError(_BROKEN.format(self.get_num_updates())) from error
+    return original(self, filename, extra_state)
 
 
 def build_for_phase(original, self):
@@ -200,14 +326,41 @@ def build_for_phase(original, self):
 
 
 def begin_phase(original, self, *args, **kwargs):
-    """Where a phase begins the trainer builds its optimizer, and its learning-rate schedule, anew."""
+    """Where a phase begins the trainer builds its learning-rate schedule, and mostly its optimizer, anew."""
     session, step = getattr(self.task, "session", None), self.get_num_updates()
     if session is not None and session.enter_phase(step):
         old, self.head_pruning_built_for = self.optimizer, step
-        self.reinitialize()
-        carry_over(old, self.optimizer)
+        if session.keeps_optimizer:
+            restart_schedule(self, *session.schedule_span(step))
+        else:
+            self.reinitialize()
+            carry_over(old, self.optimizer)
         self.lr_step_update()
     return original(self, *args, **kwargs)
+
+
+def take_save_dir(original, save_dir):
+    """The folder of a run can be written, and is its own until the process ends."""
+    with writing(save_dir):
+        original(save_dir)
+    take_folder(save_dir)
+
+
+def save_whole(original, obj, filename, async_write=False):
+    """Checkpoints appear whole, or a sentence says why not and the one before stays."""
+    if async_write or PathManager.path_requires_pathmanager(str(filename)):
+        return original(obj, filename, async_write)
+    with atomic_path(filename) as temporary, temporary.open("wb") as file:  # a path would get into the file
+        torch.save(obj, file)
+
+
+def copy_whole(original, source, target, overwrite=False):
+    """So do copies of them."""
+    if any(map(PathManager.path_requires_pathmanager, (str(source), str(target)))):
+        return original(source, target, overwrite)
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+    return True
 
 
 def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
@@ -218,6 +371,8 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     if val_loss is not None and not session.at_target():
         logger.info("not a candidate for checkpoint_best: pruning has not reached its target yet")
         val_loss = None
+    if not all_finite(trainer.get_model()):  # before older checkpoints make room for this one
+        raise HeadPruningError(_BROKEN.format(trainer.get_num_updates()))
     last = trainer.get_num_updates() >= (session.total_steps or math.inf)
     if last:
         finish(session)
@@ -259,6 +414,18 @@ def validate_masked(original, cfg, trainer, task, *args, **kwargs):
 def stop_at_target(original, cfg, valid_loss):
     """``--patience`` counts validations only once the run is at its target."""
     return _validated_at_target and original(cfg, valid_loss)
+
+
+def name_the_task(original, parser, input_args, message):
+    """Where options of pruning go to a task that does not prune, fairseq-train says which task has them."""
+    _, unknown, words = message.partition("unrecognized arguments:")
+    ours = [word for word in words.split() if word.partition("=")[0] in all_flags()]
+    task = parser.parse_known_args(input_args)[0].task if ours else TASK_SUFFIX
+    if unknown and not task.endswith(TASK_SUFFIX) and "--max-update" in parser._option_string_actions:
+        raise HeadPruningError(
+            f"{' and '.join(ours)} are options of tasks that prune; use --task {task}{TASK_SUFFIX} in place of {task}."
+        )
+    original(message)
 
 
 def share_second_flags(add_args: Callable, parser: Any) -> None:

@@ -1,6 +1,8 @@
-"""Tasks that prune while they train: any task of fairseq plus one mixin."""
+"""Tasks that prune while they train: every task of fairseq plus one mixin."""
 
 import contextlib
+import functools
+import inspect
 import logging
 import math
 from pathlib import Path
@@ -11,10 +13,7 @@ import torch.distributed
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from fairseq.optim.amp_optimizer import AMPOptimizer
-from fairseq.tasks import register_task
-from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
-from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, register_task
 
 from head_pruning import HeadPruningError, Pruner, PruningSession
 
@@ -23,8 +22,9 @@ from .checkpoints.keeper import StateKeeper
 from .checkpoints.weights import refuse_hosts
 from .masters import master_of, unscale
 from .modules.surgery import take_shape
-from .options import build_pruners, pruning_config
+from .options import TASK_SUFFIX, add_options, build_pruners, pruning_config
 from .session import open_session
+from .teachers import load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class HeadPruningMixin(_Task):
     """Drives a pruning session from fairseq's trainer."""
 
     session: Optional[PruningSession] = None
+    #: Whether a command that runs a stored model was given this task's options, which a checkpoint has of its own run.
+    decodes = False
     _evaluating = False
     _denominator: float
     _micro_batches: int
@@ -48,7 +50,20 @@ class HeadPruningMixin(_Task):
     @classmethod
     def add_args(cls, parser: Any) -> None:
         """As the base task; flags that a scheduler or optimizer has too are left to it."""
-        patches.share_second_flags(super().add_args, parser)
+
+        def add(parser: Any) -> None:
+            super(HeadPruningMixin, cls).add_args(parser)
+            if getattr(cls, "__dataclass", None) is None:
+                add_options(parser)
+
+        patches.share_second_flags(add, parser)
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **kwargs: Any):
+        """As the base task."""
+        task = super().setup_task(cfg, **kwargs)
+        task.decodes = not kwargs.get("from_checkpoint")  # until it builds a model to train
+        return task
 
     @property
     def options(self) -> Any:
@@ -61,12 +76,21 @@ class HeadPruningMixin(_Task):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False):
         """Build the model and, in training, put the gates on."""
+        self.decodes = self.decodes and from_checkpoint
         pruners = [] if from_checkpoint else self.pruners()  # a stored model brings its mask
         for pruner in pruners:
             pruner.check_options()
-        model = super().build_model(cfg, from_checkpoint)
+        build = super().build_model
+        takes = "from_checkpoint" in inspect.signature(build).parameters
+        model = build(cfg, from_checkpoint) if takes else build(cfg)
         if pruners:
             self._start_session(model, pruners)
+        elif not from_checkpoint:
+            logger.warning(
+                "no method is chosen, so nothing will be pruned; add --num-of-heads K --joint-pruning for heads, "
+                "--weight-pruner NAME for weights (head-pruning pruners lists the methods), or use --task %s",
+                self.options._name.removesuffix(TASK_SUFFIX),
+            )
         return model
 
     def _start_session(self, model, pruners: list[Pruner]) -> None:
@@ -75,6 +99,8 @@ class HeadPruningMixin(_Task):
             pruners,
             seed=self.options.seed,
             all_reduce=_all_reduce if _ranks() > 1 else None,
+            load_teacher=functools.partial(load_teacher, self, model),
+            weights_come_later=True,
         )
         refuse_hosts(self.session, self.options)
         self._keeper = StateKeeper(model, session=self.session, reset_optimizer=self._resets_optimizer())
@@ -113,8 +139,8 @@ class HeadPruningMixin(_Task):
                 # With --reset-optimizer fairseq goes on counting epochs but starts counting updates anew.
                 done = kwargs.get("epoch", 1) - 1 if self._keeper.reset_optimizer else 0
                 self._epochs = max(1, self.options.max_epoch - done) if self.options.max_epoch else math.inf
-            frequency = list(self.options.update_freq)[-1]
-            by_epoch = self._epochs * math.ceil(len(iterator) / frequency)
+            epoch = math.ceil(len(iterator) / list(self.options.update_freq)[-1])
+            by_epoch, self.session.steps_per_epoch = self._epochs * epoch, epoch
             total = min(self.options.max_update or math.inf, by_epoch)
             self.session.total_steps = None if math.isinf(total) else int(total)
         return iterator
@@ -163,16 +189,10 @@ class HeadPruningMixin(_Task):
         if self._new_update:
             self._begin_update(optimizer, update_num)
 
-        session = self.session
-
-        def objective(model, sample):
-            loss, sample_size, log = criterion(model, sample)
-            if session.changes_loss:
-                loss = session.loss(loss, sample, masks=self.token_masks(sample), weight=sample_size)
-            return loss, sample_size, log
-
+        if self.session.changes_loss:
+            criterion = _Objective(self, criterion)
         loss, sample_size, log = super().train_step(
-            sample, model, objective, optimizer, update_num, ignore_grad, **kwargs
+            sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
         if not ignore_grad:
             self._denominator = self._denominator + sample_size
@@ -182,8 +202,13 @@ class HeadPruningMixin(_Task):
     def token_masks(self, sample: Any) -> dict[str, torch.Tensor]:
         """``bool[B, T]`` of the tokens of a batch that are no padding, by ``encoder`` and ``decoder``."""
         pad, tokens = self.target_dictionary.pad(), sample["net_input"].get("src_tokens")
+        if not torch.is_tensor(tokens) or tokens.is_floating_point():
+            raise HeadPruningError(
+                "Models are distilled, and attention is compared, in tasks that read tokens; the batches of "
+                f"{self.options._name} hold none."
+            )
         assert self.session is not None and self.session.unit_map is not None
-        sides = {kind.partition("_")[0] for kind in self.session.unit_map.kinds()}
+        sides = {kind.partition("_")[0] for kind in self.session.unit_map.numbering("heads").kinds()}
         target = sample.get("target") if len(sides) == 2 else tokens
         found = {"encoder": tokens, "decoder": target}
         return {side: found[side].ne(pad) for side in sides if torch.is_tensor(found[side])}
@@ -238,7 +263,25 @@ class HeadPruningMixin(_Task):
         self.session.after_step()
         for name, value in self.session.metrics().items():
             if math.isfinite(value):  # a mask's numbers arrive from the device a little later
-                metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 1))
+                metrics.log_scalar(name, value, weight=0, priority=650, round=_METRIC_ROUND.get(name, 4))
+
+
+class _Objective:
+    """A criterion that gives what the task's session makes of its loss."""
+
+    def __init__(self, task: HeadPruningMixin, criterion: Any) -> None:
+        self._task, self._criterion = task, criterion
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._criterion, name)
+
+    def __call__(self, model: Any, sample: Any) -> tuple:
+        loss, sample_size, log = self._criterion(model, sample)
+        assert self._task.session is not None
+        masks = self._task.token_masks(sample)
+        # With --sentence-avg the loss is a sum over tokens all the same.
+        terms = sample["ntokens"] if getattr(self._criterion, "sentence_avg", False) else sample_size
+        return self._task.session.loss(loss, sample, masks=masks, weight=terms), sample_size, log
 
 
 def _ranks() -> int:
@@ -251,23 +294,19 @@ def _all_reduce(tensor: torch.Tensor) -> None:
     distributed_utils.all_reduce(tensor, group=distributed_utils.get_data_parallel_group())
 
 
-TranslationHeadPruningConfig = pruning_config(TranslationConfig, "TranslationHeadPruningConfig", __name__)
-LanguageModelingHeadPruningConfig = pruning_config(
-    LanguageModelingConfig, "LanguageModelingHeadPruningConfig", __name__
-)
-MaskedLMHeadPruningConfig = pruning_config(MaskedLMConfig, "MaskedLMHeadPruningConfig", __name__)
+def register_prunable(name: str) -> None:
+    """Register ``NAME_head_pruning``: the task ``name`` with pruning of heads and weights.
+
+    Its class, and its configuration where fairseq's task has one, are found in this module.
+    """
+    base, config = TASK_REGISTRY[name], TASK_DATACLASS_REGISTRY.get(name)
+    stem = base.__name__.removesuffix("Task")
+    if config is not None:
+        config = globals()[f"{stem}HeadPruningConfig"] = pruning_config(config, f"{stem}HeadPruningConfig", __name__)
+    body = {"__module__": __name__, "__doc__": f"``{name}`` with pruning of heads and weights."}
+    task = type(f"{stem}HeadPruningTask", (HeadPruningMixin, base), body)
+    globals()[task.__name__] = register_task(name + TASK_SUFFIX, dataclass=config)(task)
 
 
-@register_task("translation_head_pruning", dataclass=TranslationHeadPruningConfig)
-class TranslationHeadPruningTask(HeadPruningMixin, TranslationTask):
-    """``translation`` with pruning of heads and weights."""
-
-
-@register_task("language_modeling_head_pruning", dataclass=LanguageModelingHeadPruningConfig)
-class LanguageModelingHeadPruningTask(HeadPruningMixin, LanguageModelingTask):
-    """``language_modeling`` with pruning of heads and weights."""
-
-
-@register_task("masked_lm_head_pruning", dataclass=MaskedLMHeadPruningConfig)
-class MaskedLMHeadPruningTask(HeadPruningMixin, MaskedLMTask):
-    """``masked_lm`` with pruning of heads and weights."""
+for _name in [name for name in TASK_REGISTRY if not name.endswith(TASK_SUFFIX)]:
+    register_prunable(_name)

@@ -11,6 +11,7 @@ A host is a module named by an entry point of the group ``head_pruning.hosts``. 
   line to print; a mask stands in for that of the run.
 """
 
+import contextlib
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ import torch
 from torch import nn
 
 from .errors import HeadPruningError
-from .files import MASKS_FILE, read_safetensors
+from .files import MASKS_FILE, read_metadata
 from .masks import HeadMask, full_mask
 from .surgery.remaining import heads_left, mask_of_original, recipe_of
 from .surgery.removal import remove_heads
+from .surgery.zeros import zeroed_heads
 from .unit_map import UnitMap
+from .weights.files import save_compressed
 
 GROUP = "head_pruning.hosts"
 
@@ -106,7 +109,27 @@ def cut_out(loaded: HostModel) -> str:
     if loaded.mask is not None and not loaded.mask.keep.all():
         remove_heads(loaded.model, loaded.unit_map, loaded.mask)
     left = heads_left(loaded.model)
-    return "all heads" if left is None else f"{left.kept} of {left.keep.size} heads"
+    return "all heads" if left is None else left.words
+
+
+def compressed_format(load: Callable[[Path, Optional[HeadMask]], HostModel]) -> dict[str, Callable]:
+    """The export of a host's models to one file of tensors without their zeros, see :func:`save_compressed`.
+
+    Args:
+        load: the host's.
+    """
+
+    def export(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+        if target.is_dir():
+            raise HeadPruningError(f"{target} is a folder; name a file to write the tensors to.")
+        loaded = load(source, mask)
+        with contextlib.nullcontext() if loaded.mask is None else zeroed_heads(loaded.model, loaded.mask):
+            save_compressed(target, loaded.model.state_dict())
+        dense = sum(parameter.nbytes for parameter in loaded.model.parameters())
+        share = target.stat().st_size / dense
+        return f"{target}: {share:.1%} of the model's {dense:,} bytes; head_pruning.weights.load_compressed reads it"
+
+    return {"compressed": export}
 
 
 def read_mask(path: "str | Path", *, dense: bool = False) -> HeadMask:
@@ -141,7 +164,7 @@ def holds_heads(path: "str | Path") -> bool:
     Raises:
         HeadPruningError: the file is missing or damaged.
     """
-    _, metadata = read_safetensors(path)
+    _, metadata = read_metadata(path)
     return "unit_map" in metadata or "weight_shapes" not in metadata
 
 

@@ -1,4 +1,4 @@
-"""Which heads stay."""
+"""Which heads stay, and which feed-forward units where they are numbered."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
 
-from .errors import HeadPruningError
-from .files import atomic_path, read_safetensors, write_safetensors
-from .unit_map import UnitMap, alike
+from .errors import HeadPruningError, one_line
+from .files import atomic_path, parse_json, read_safetensors, write_safetensors
+from .unit_map import FeedForwardSite, UnitMap, alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,26 @@ class HeadMask:
     def kept_heads(self) -> dict[str, list[int]]:
         """Site name to the indices of the heads that stay."""
         return {site.name: np.flatnonzero(self.keep[where]).tolist() for site, where in self.unit_map.slices()}
+
+    def numbering(self, units: str) -> "HeadMask":
+        """The same mask over what :meth:`UnitMap.numbering` numbers; of what this mask does not tell, all stays."""
+        unit_map, mine = self.unit_map.numbering(units), self.unit_map.by_site(self.keep)
+        parts = [mine.get(site.name, np.ones(site.heads, dtype=bool)) for site in unit_map.sites]
+        return HeadMask(unit_map, np.concatenate(parts))
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """How many of the heads, and how many of the units where they are numbered, stay, and of how many."""
+        found: dict[str, tuple[int, int]] = {}
+        for site, where in self.unit_map.slices():
+            name = "units" if isinstance(site, FeedForwardSite) else "heads"
+            kept, total = found.get(name, (0, 0))
+            found[name] = kept + int(self.keep[where].sum()), total + site.heads
+        return found
+
+    @property
+    def words(self) -> str:
+        """How much stays, for a line to print: ``7 of 24 heads``, ``7 of 24 heads and 100 of 768 units``."""
+        return " and ".join(f"{kept} of {total} {name}" for name, (kept, total) in self.counts().items())
 
     def fits(self, unit_map: UnitMap) -> bool:
         """Whether the mask is of the heads of this map, see :func:`alike`."""
@@ -91,15 +111,17 @@ class HeadMask:
         if "weight_shapes" in metadata and "unit_map" not in metadata:
             raise HeadPruningError(f"{path} holds masks of weights but no head mask: its run pruned no heads.")
         try:
-            unit_map = UnitMap.from_dict(json.loads(metadata["unit_map"]))
-            keep = [tensors[f"heads.{site.name}"].reshape(site.heads) for site in unit_map.attention]
-        except (KeyError, TypeError, ValueError) as error:
-            raise HeadPruningError(f"{path} is not a head mask ({error!r}); write one with HeadMask.save.") from error
-        return cls(unit_map, np.concatenate(keep))
+            unit_map = UnitMap.from_dict(parse_json(metadata["unit_map"]))
+            keep = [tensors[f"heads.{site.name}"].reshape(site.heads) for site in unit_map.sites]
+            return cls(unit_map, np.concatenate(keep))
+        except (KeyError, ValueError) as error:
+            raise HeadPruningError(
+                f"{path} is not a head mask ({one_line(error)}); write one with HeadMask.save."
+            ) from error
 
     def __str__(self) -> str:
         kept = (f"{name}: {' '.join(map(str, heads)) or 'none'}" for name, heads in self.kept_heads().items())
-        return f"{self.kept} of {self.keep.size} heads stay; {'; '.join(kept)}"
+        return f"{self.words} stay; {'; '.join(kept)}"
 
 
 def full_mask(unit_map: UnitMap) -> HeadMask:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 
 from .errors import HeadPruningError
 from .masks import HeadMask
+from .pickled import load_pickled
 from .unit_map import UnitMap
 
 
@@ -25,16 +25,13 @@ def read_old_mask(path: "str | Path", unit_map: UnitMap) -> HeadMask:
     Raises:
         HeadPruningError: the file is missing, holds something else, or is the mask of another architecture.
     """
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise HeadPruningError(f"There is no file {path}; check the path.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise HeadPruningError(
-            f"{path} is no head mask of the published code ({str(error).partition(chr(10))[0]:.120}); give a file "
-            "such as mask12.pt."
-        ) from error
-    if not isinstance(values, torch.Tensor) or not bool(((values == 0) | (values == 1)).all()):
+    values = load_pickled(path, problem="is no head mask of the published code", cure="give a file such as mask12.pt")
+    if (
+        not isinstance(values, torch.Tensor)
+        or values.layout is not torch.strided
+        or values.is_quantized
+        or values.is_complex()
+    ):
         raise HeadPruningError(
             f"{path} does not hold a matrix of zeros and ones; give a mask of the published code, such as mask12.pt."
         )
@@ -45,4 +42,4 @@ def read_old_mask(path: "str | Path", unit_map: UnitMap) -> HeadMask:
             f"{path} holds a mask of the shape {list(values.shape)}, but the model's sites and heads are "
             f"{list(shape)}; give the model that the mask was made for."
         )
-    return HeadMask(unit_map, values.numpy())
+    return HeadMask(unit_map, values.detach().to(torch.float64).numpy())

@@ -24,11 +24,15 @@ class SessionView(Protocol):
     total_steps: Optional[int]
     steps_per_epoch: Optional[float]
     load_teacher: Optional[Callable[[str, frozenset], tuple[torch.nn.Module, Optional[UnitMap]]]]
+    weights_come_later: bool
     gates: Any
     master_of: Optional[Callable[[torch.nn.Parameter], torch.Tensor]]
 
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks."""
+
+    def summed(self, gradients: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """The same on the device, counts behind the gradients; nothing is waited for."""
 
     @property
     def needs(self) -> frozenset:
@@ -69,10 +73,16 @@ class Pruner:
     needs_trained_model = False
     #: Whether trainable parameters get no gradient in some updates.
     skips_parameters = False
+    #: Whether a new phase goes on with the host's optimizer, and only the learning-rate schedule begins anew.
+    keeps_optimizer = False
     #: Whether the method may set in in the middle of a training that did not use it: it has no schedule.
     starts_anywhere = False
+    #: Whether it takes a training to know the outcome; False: a stored model can be run with it at once.
+    needs_training = True
     #: The option that says how long the method's schedule takes; None: it has none.
     schedule_option: Optional[str] = None
+    #: What entries of :meth:`state_dict` must be, by name (:mod:`head_pruning.compact.shapes`); others: finite.
+    state_shapes: Mapping[str, Any] = {}
 
     def __init__(self, config: Any) -> None:
         check_types(config)
@@ -84,6 +94,11 @@ class Pruner:
     def needs_gates(self) -> bool:
         """Whether head gates must be on the model."""
         return self.kind == "heads"
+
+    @property
+    def units(self) -> str:
+        """What is gated, where gates are needed: one of :data:`head_pruning.unit_map.NUMBERED`."""
+        return getattr(self.config, "prune_units", "heads")
 
     @classmethod
     def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:

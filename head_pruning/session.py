@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import HeadPruningError
+from .compact.shapes import Whole
+from .errors import HeadPruningError, one_line
 from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
 from .outputs import NEEDS, Recorder, last_of
 from .pruner import Pruner
 from .registry import KINDS
+from .states import check_tensors, checked_entry
 from .surgery.zeros import HeadWeights
 from .unit_map import UnitMap
 
@@ -86,6 +88,8 @@ class PruningSession:
         steps_per_epoch: updates in one pass over the data if known, for lengths given in epochs.
         load_teacher: loads another model of the host by its path: ``load_teacher(path, needs)`` gives the model, in
             evaluation mode and able to give what :attr:`needs` says, and its unit map (None where ``needs`` is empty).
+        weights_come_later: whether the host loads the model's trained weights after :meth:`attach`, so that a copy of
+            the model as it is then teaches nothing.
 
     Typical use::
 
@@ -121,18 +125,22 @@ class PruningSession:
         read_attention: Callable[[Any], Optional[torch.Tensor]] = last_of,
         steps_per_epoch: Optional[float] = None,
         load_teacher: Optional[Callable[[str, frozenset], tuple[nn.Module, Optional[UnitMap]]]] = None,
+        weights_come_later: bool = False,
     ) -> None:
         self.model = model
         self.unit_map = unit_map
         self.pruners = check_pruners(pruners)
         self.seed = seed
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.load_teacher = load_teacher
+        self.load_teacher, self.weights_come_later = load_teacher, weights_come_later
         self.all_reduce = all_reduce
         self.fired_within = fired_within
-        self.gated = any(pruner.needs_gates for pruner in self.pruners)
+        gating = [pruner for pruner in self.pruners if pruner.needs_gates]
+        self.gated = bool(gating)
         if self.gated and unit_map is None:
             raise HeadPruningError("Pruners of heads need the model's unit map; pass it to the session.")
+        if gating and unit_map is not None:
+            self.unit_map = unit_map = unit_map.numbering(gating[0].units).told()
         self.gates = None if unit_map is None else GateBank(model, unit_map)
         needs = needs_of(self.pruners)
         self._changes_loss = self.overrides("loss") or bool(needs)
@@ -194,9 +202,9 @@ class PruningSession:
     def enter_phase(self, step: int) -> bool:
         """Whether update ``step`` is of another phase than the one entered last (at first: 0); pruners are told.
 
-        The host must then build its optimizer, of the parameters that are trainable now, and its learning-rate
-        schedule anew; :meth:`schedule_span` says over which updates that runs. A resumed run enters the phase of its
-        last update before it builds the optimizer whose state it loads.
+        The host must then build its optimizer (unless :attr:`keeps_optimizer`), of the parameters that are trainable
+        now, and its learning-rate schedule anew; :meth:`schedule_span` says over which updates that runs. A resumed
+        run enters the phase of its last update before it builds the optimizer whose state it loads.
         """
         entered = False
         for place, pruner in enumerate(self.pruners):
@@ -416,6 +424,12 @@ class PruningSession:
         return any(self.overrides(hook) for hook in ("lr_factor", "phase", "schedule_end"))
 
     @property
+    def keeps_optimizer(self) -> bool:
+        """Whether the host's optimizer goes on, with its averages, where a phase begins."""
+        phased = [pruner for pruner in self.pruners if type(pruner).phase is not Pruner.phase]
+        return bool(phased) and all(pruner.keeps_optimizer for pruner in phased)
+
+    @property
     def skips_parameters(self) -> bool:
         """Whether trainable parameters get no gradient in some updates, which data-parallel wrappers must be told."""
         return any(pruner.skips_parameters for pruner in self.pruners)
@@ -516,13 +530,17 @@ class PruningSession:
         """What the objective adds to the loss of each micro-batch."""
         return sum(pruner.penalty() for pruner in self.pruners)
 
+    def summed(self, gradients: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """Gradients, and counts behind them, summed over the ranks in float64; the device is not waited for."""
+        behind = torch.from_numpy(counts.astype(np.float64)).to(gradients.device, non_blocking=True)
+        flat = torch.cat([gradients.double(), behind])
+        if self.all_reduce is not None:
+            self.all_reduce(flat)
+        return flat
+
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks and bring them to the host as float64: the one sync of an update."""
-        if self.all_reduce is None:
-            return gradients.double().cpu().numpy(), counts
-        flat = torch.cat([gradients.double(), torch.from_numpy(counts.astype(np.float64)).to(gradients.device)])
-        self.all_reduce(flat)
-        summed = flat.cpu().numpy()
+        summed = self.summed(gradients, counts).cpu().numpy()
         return summed[: gradients.numel()], summed[gradients.numel() :]
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -535,23 +553,40 @@ class PruningSession:
         return state
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Restore :meth:`state_dict`. Raises HeadPruningError when it is of other pruners or another model."""
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            HeadPruningError: it is of other pruners or another model, or has numbers that cannot be. Nothing is taken
+                of it then, unless only a pruner itself could tell.
+        """
         if "step" not in state:
             raise HeadPruningError("The checkpoint's pruning state has no step; it is damaged or of another version.")
-        self.step = int(state["step"][0])
+        step = checked_entry("step", state["step"], (Whole(),))
+        theirs: list[dict[str, np.ndarray]] = []
         for pruner in self.pruners:
-            prefix = f"{pruner.name}."
-            mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+            shapes, mine = pruner.state_shapes, _of(pruner, state)
             if not mine and pruner.state_dict():
                 raise HeadPruningError(
                     f"The checkpoint has no state of the pruner {pruner.name}; resume with the pruner that the run "
                     "was started with, or start from the model alone."
                 )
+            theirs.append(
+                {key: checked_entry(f"{pruner.name}.{key}", value, shapes.get(key)) for key, value in mine.items()}
+            )
+        self.step = int(step[0])
+        for pruner, mine in zip(self.pruners, theirs):
             try:
                 pruner.load_state_dict(mine)
+            except HeadPruningError:
+                raise
             except KeyError as error:
                 raise HeadPruningError(
                     f"The checkpoint's state of {pruner.name} lacks {error}; it is damaged or of another version."
+                ) from error
+            except (IndexError, TypeError, ValueError) as error:
+                raise HeadPruningError(
+                    f"The checkpoint's state of {pruner.name} is damaged or of another model ({one_line(error)}); "
+                    "resume from another checkpoint."
                 ) from error
 
     def tensor_state(self) -> dict[str, torch.Tensor]:
@@ -565,11 +600,9 @@ class PruningSession:
 
     def load_tensor_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore :meth:`tensor_state`, after :meth:`load_state_dict`. Raises HeadPruningError if it does not fit."""
+        check_tensors(state)
         for pruner in self.pruners:
-            prefix = f"{pruner.name}."
-            pruner.load_tensor_state(
-                {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            )
+            pruner.load_tensor_state(_of(pruner, state))
 
     def reset_optimizer(self) -> None:
         """Forget the moments of the pruners' own optimizers."""
@@ -585,3 +618,9 @@ class PruningSession:
                 "unit_map": None if self.unit_map is None else self.unit_map.to_dict(),
             }
         )
+
+
+def _of(pruner: Pruner, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a session's state is a pruner's, by its own names."""
+    prefix = f"{pruner.name}."
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

@@ -6,7 +6,6 @@ are not repeated.
 
 import argparse
 import concurrent.futures
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.files import MASKS_FILE, atomic_path, write_json
+from head_pruning.files import MASKS_FILE, atomic_path, read_json, write_json
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE
 from head_pruning.inference.environment import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_head_masks
@@ -34,14 +33,14 @@ class Demo:
         self.out, self.data, self.keep = out, data, keep
         self.epochs, self.more_epochs = epochs, more_epochs
         self.cores = os.cpu_count() or 1
-        config = json.loads((data / "model" / "config.json").read_text(encoding="utf-8"))
+        config = read_json(data / "model" / "config.json")
         self.heads = config["num_hidden_layers"] * config["num_attention_heads"]
 
     def command(self, name: str, arguments: list[str], threads: int, result: str) -> Path:
         """Run ``python arguments --output_dir OUT/name`` unless it has left ``result`` there."""
         folder = self.out / name.replace(" ", "-")
         mark = folder / "finished.json"
-        if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == arguments:
+        if mark.exists() and read_json(mark) == arguments:
             return folder / result
         log = self.out / "logs" / f"{name.replace(' ', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +71,7 @@ class Demo:
             *("--cache_dir", str(self.out / "cache"), "--logging_steps", "20", *options),
             *("--train_sampling_strategy", "group_by_length"),
         ]
-        results = json.loads(self.command(name, arguments, threads, "all_results.json").read_text(encoding="utf-8"))
+        results = read_json(self.command(name, arguments, threads, "all_results.json"))
         masks = self.out / name.replace(" ", "-") / MASKS_FILE
         mask = HeadMask.load(masks) if masks.exists() else None
         return {
@@ -89,7 +88,7 @@ class Demo:
             *("--data_dir", str(self.data / "SST-2"), "--max_seq_length", "48", "--batch_size", "64"),
             *("--num_of_heads", str(self.heads - self.keep), "--cache_dir", str(self.out / "cache")),
         ]
-        rounds = json.loads(self.command("michel", arguments, threads, ROUNDS_FILE).read_text(encoding="utf-8"))
+        rounds = read_json(self.command("michel", arguments, threads, ROUNDS_FILE))
         entry = next(r for r in rounds["rounds"] if r["heads"] == self.keep)
         mask = HeadMask.load(self.out / "michel" / MASKS_FOLDER / f"heads{self.keep}.safetensors")
         return {"method": "Michel (cut only)", "heads": mask.kept, "accuracy": entry["score"], "mask": mask}

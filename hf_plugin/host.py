@@ -3,30 +3,30 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Mapping, Optional
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.compact import check_recipe
+from head_pruning.compact.shapes import Either
 from head_pruning.errors import one_line
-from head_pruning.files import MASKS_FILE, REPORT_FILE
-from head_pruning.hosts import HostModel, cut_out, holds_heads
+from head_pruning.files import MASKS_FILE, REPORT_FILE, read_json, temporary_folder
+from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats
+from head_pruning.report.report_file import read_report
 from head_pruning.report.weights import WeightCount, count_weights, sum_counts, write_weight_artifacts
 from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
 from head_pruning.surgery.zeros import removed_counts, zeroed_heads
-from head_pruning.weights import load_weight_masks, save_compressed
+from head_pruning.weights import load_weight_masks
 
 from .compact.model_classes import take_recipe
 from .mapping.head_plans import plan_site
@@ -45,18 +45,19 @@ COMPANIONS = re.compile(
 )
 
 
+# What is read of a configuration before transformers reads it.
+_CONFIG = {"model_type?": str, "architectures?": Either(None, [str])}
+
+
 def recognises(path: Path) -> bool:
     """Whether ``path`` is a folder with a configuration of transformers."""
     return "model_type" in _config(path)
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """What a folder's ``config.json`` says; empty where there is none."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    """What a folder's ``config.json`` says; empty where there is none. Raises HeadPruningError when it is damaged."""
+    file = path / "config.json"
+    return read_json(file, _CONFIG, cure="copy the model again") if file.is_file() else {}
 
 
 def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
@@ -74,10 +75,11 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     sites = unit_map(model) if cut is None else dataclasses.replace(sites_left(cut), planner=plan_site)
     if mask is None:
         mask = _own_mask(path / MASKS_FILE)
-        if mask is not None and cut is not None and not mask.fits(sites):
+        if mask is not None and cut is not None and not mask.fits(sites.numbering(mask.unit_map.units)):
             mask = None  # of the original: it tells what is cut out already
     if mask is not None:
-        mask = mask.fitted(sites)
+        sites = sites if sites.units == mask.unit_map.units else sites.numbering("both")
+        mask = mask.numbering(sites.units).fitted(sites)
     weights = _told_of_weights(path, model, mask)
     return HostModel(model, sites, mask, functools.partial(example_inputs, model), weights, longest(model))
 
@@ -118,8 +120,15 @@ def _own_mask(file: Path) -> Optional[HeadMask]:
 
 
 def recipe(path: Path) -> Optional[Mapping[str, Any]]:
-    """The recipe of removed heads in a folder's configuration, or None."""
-    return take_recipe(SimpleNamespace(**_config(path)))
+    """The recipe of removed heads in a folder's configuration, or None. Raises HeadPruningError when it is damaged."""
+    found = take_recipe(SimpleNamespace(**_config(path)))
+    try:
+        return None if found is None else check_recipe(found)
+    except ValueError as error:
+        raise HeadPruningError(
+            f"The recipe of removed heads in {path} is damaged ({one_line(error):.300}); take the config.json that "
+            "was saved with these weights."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -141,12 +150,13 @@ def load_model(path: Path) -> PreTrainedModel:
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(path)
+            _config(path)
             named = (config.architectures or [""])[0]
             model_class = getattr(transformers, named, AutoModel)
             return model_class.from_pretrained(path).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, HeadPruningError):
-            raise
+    except HeadPruningError:
+        raise
+    except Exception as error:  # each class fails in its own way with a damaged configuration
         reason = one_line(error)
         raise HeadPruningError(f"transformers cannot load {path} ({reason:.300}); write it again.") from error
 
@@ -158,9 +168,8 @@ def _whole_folder(target: Path, source: Path) -> Iterator[Path]:
         raise HeadPruningError(f"{target} is a file; name a folder to write the model to.")
     if target.is_dir() and any(target.iterdir()) and not recognises(target):
         raise HeadPruningError(f"{target} holds something else than a model; name another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
+    with temporary_folder(target.parent) as temporary:
+        new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
         for file in source.iterdir():
@@ -178,11 +187,8 @@ def _history(source: Path) -> dict[str, Any]:
 
 
 def _report(source: Path) -> dict[str, Any]:
-    """A run's ``pruning.json``; empty where there is none."""
-    try:
-        return dict(json.loads((source / REPORT_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+    """A run's ``pruning.json``; empty where there is none. Raises HeadPruningError when it is damaged."""
+    return read_report(source / REPORT_FILE)
 
 
 def _pruned(source: Path, mask: Optional[HeadMask]) -> HostModel:
@@ -203,7 +209,7 @@ def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -
     with _whole_folder(target, source) as folder, _quiet():
         save_pruned(loaded.model, mask, folder, **_history(source))
         _carry_weight_masks(source, folder, loaded, mask)
-    return f"{target}: {mask.kept} of {mask.keep.size} heads{_words(loaded)}, the others are zero"
+    return f"{target}: {mask.words}{_words(loaded)}, the others are zero"
 
 
 def _words(loaded: HostModel) -> str:
@@ -282,17 +288,6 @@ def _describe_cut_weights(folder: Path, loaded: HostModel, before: Mapping[str, 
     return f", {sum_counts(counts)}"
 
 
-def _export_compressed(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
-    if target.is_dir():
-        raise HeadPruningError(f"{target} is a folder; name a file to write the tensors to.")
-    loaded = load(source, mask)
-    with contextlib.nullcontext() if loaded.mask is None else zeroed_heads(loaded.model, loaded.mask):
-        save_compressed(target, loaded.model.state_dict())
-    dense = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    share = target.stat().st_size / dense
-    return f"{target}: {share:.1%} of the model's {dense:,} bytes; head_pruning.weights.load_compressed reads it"
-
-
 exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
     "masked": export_masked,
     "compact": export_compact,
@@ -301,5 +296,5 @@ exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
         lambda loaded, target: export_onnx(loaded.model, loaded.example, target),
         lambda loaded, target: export_program(loaded.model, loaded.example, target),
     ),
-    "compressed": _export_compressed,
+    **compressed_format(load),
 }

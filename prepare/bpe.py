@@ -11,6 +11,7 @@ from subword_nmt import learn_bpe as subword_learn
 from subword_nmt.apply_bpe import BPE
 from tqdm import tqdm
 
+from head_pruning.progress import bar_options
 from prepare.files import PrepareError
 from prepare.parallel import map_lines
 
@@ -28,7 +29,8 @@ def learn(lines: Iterable[str], operations: int = 10000, quiet: bool = False) ->
     codes = io.StringIO()
     words = (f"{word} {count}" for word, count in counts.items())
     # The library draws its own bar; this is the only way to hide it.
-    shown, subword_learn.tqdm = subword_learn.tqdm, partial(tqdm, disable=quiet, desc="learn-bpe", unit="merge")
+    shown = subword_learn.tqdm
+    subword_learn.tqdm = partial(tqdm, disable=quiet, desc="learn-bpe", unit="merge", **bar_options())
     try:
         subword_learn.learn_bpe(words, codes, operations, is_dict=True)
     except ValueError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from head_pruning.progress import bar_options
 from prepare.files import PrepareError, atomic_text, part_path, sha256_file
 
 _BLOCK = 1 << 16
@@ -115,7 +116,7 @@ def _fetch_rest(url: str, part: Path, quiet: bool, timeout: float) -> None:
             json.dump({"url": url, "version": version}, handle)
         with (
             open(part, "ab" if begin else "wb") as handle,
-            tqdm(total=total, initial=begin, unit="B", unit_scale=True, desc="download", disable=quiet) as bar,
+            tqdm(total=total, initial=begin, unit="B", unit_scale=True, disable=quiet, **bar_options()) as bar,
         ):
             while block := response.read(_BLOCK):
                 handle.write(block)

@@ -12,6 +12,7 @@ from itertools import chain
 
 from tqdm import tqdm
 
+from head_pruning.progress import bar_options
 from prepare.files import PrepareError
 
 CHUNK_LINES = 1000
@@ -50,7 +51,9 @@ def map_lines(
     PrepareError if a worker process dies (for want of memory, say).
     """
     chunks = [lines[start : start + CHUNK_LINES] for start in range(0, len(lines), CHUNK_LINES)]
-    with tqdm(total=len(lines), desc=label, unit="line", disable=quiet, mininterval=0.5) as bar:
+    with tqdm(
+        total=len(lines), desc=label, unit="line", disable=quiet, **{"mininterval": 0.5, **bar_options()}
+    ) as bar:
 
         def collect(results) -> list[str]:
             done = []

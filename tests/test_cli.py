@@ -195,6 +195,7 @@ def test_a_mask_file_stands_in_for_the_models_own(pruned, tmp_path, call):
     assert json.loads(call("inspect", tmp_path / "out", "--length", 8, "--json"))["heads_kept"] == 6
 
 
+@pytest.mark.slow
 def test_onnx_and_torch_export_give_the_models_outputs_for_any_batch_and_length(
     pruned, batch, expected, tmp_path, call
 ):
@@ -226,6 +227,7 @@ def test_benchmark_compares_a_model_with_itself_without_the_heads(pruned, call):
     assert found["clock"] == "processor time" and small["examples_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_benchmark_compares_two_models_in_onnxruntime(pruned, compact, call):
     pytest.importorskip("onnxruntime")
     found = json.loads(call("benchmark", pruned, compact, "--runtime", "onnxruntime", *OPTIONS))
@@ -312,6 +314,7 @@ def checkpoint(tmp_path):
     return tmp_path / "dense.pt"
 
 
+@pytest.mark.slow
 def test_a_fairseq_checkpoint_is_inspected_exported_and_measured(checkpoint, call):
     mask = ("--mask", checkpoint.with_name("mask.safetensors"))
     found = json.loads(call("inspect", checkpoint, *mask, "--length", 4, "--json"))

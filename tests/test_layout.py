@@ -132,7 +132,7 @@ def test_the_makefile_installs_the_pinned_versions():
 
 def test_what_a_pinned_package_needs_is_pinned_too():
     """Set-up installs without looking for what is missing; but for torch, whose builds need different things."""
-    pins, looked = _pins("[!d]*") | _pins("dev"), 0  # those of the docs have an environment of their own
+    pins, looked = _pins("[!dm]*") | _pins("dev"), 0  # the docs and the mutants have environments of their own
     for name in sorted(pins.keys() - {"torch"}):
         for need in map(Requirement, importlib.metadata.requires(name) or ()):
             if need.marker is None or need.marker.evaluate({"extra": ""}):

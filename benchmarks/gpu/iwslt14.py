@@ -194,7 +194,8 @@ class Bench:
         half = ["--fp16", "--batch-size", "256"] if self.device == "cuda" else ["--cpu", "--batch-size", "32"]
         output = self.call(f"{name}.generate", ["-m", "fairseq_cli.generate", str(self.data), "--user-dir",
             "fairseq_plugin", "-s", "de", "-t", "en", "--path", str(self.checkpoint(name)), "--quiet", "--beam", "5",
-            "--remove-bpe", "--max-len-a", "1.2", "--max-len-b", "10", *half])  # fmt: skip
+            "--remove-bpe", "--max-len-a", "1.2", "--max-len-b", "10", "--required-batch-size-multiple", "1",
+            *half])  # fmt: skip
         file = save / "masks.safetensors"
         mask = HeadMask.load(file) if file.exists() else None
         return {
@@ -203,6 +204,7 @@ class Bench:
             "heads": mask.kept if mask else HEADS,
             "of": HEADS,
             "bleu": float(re.findall(r"BLEU4? = ([\d.]+)", output)[-1]),
+            "sentences": int(re.findall(r"Translated ([\d,]+) sentences", output)[-1].replace(",", "")),
             "updates": reached,
             "planned": updates,
             "epochs": epochs,

@@ -1,11 +1,12 @@
 """Pruning state on its way into a fairseq checkpoint and back: of heads and of weights, in one place."""
 
 import logging
-from typing import Any, Collection, Iterable, Mapping, Optional
+from typing import Any, Collection, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq.models import BaseFairseqModel
+from fairseq.modules import MultiheadAttention
 
 from head_pruning import HeadMask, HeadPruningError, Pruner, PruningSession
 from head_pruning.gates import GateBank
@@ -13,10 +14,10 @@ from head_pruning.surgery.remaining import recipe_of
 from head_pruning.surgery.removal import remove_heads as cut_out
 from head_pruning.weights import pack_mask
 
-from ..modules.attention import UnfusedAttention
-from ..modules.surgery import encode
+from ..modules.attention import KeptHeadsShown, UnfusedAttention
+from ..modules.surgery import NoHeads, encode
 from ..modules.unit_map import unit_map
-from .stored import DAMAGED, KEEP, META, RECIPE, SESSION, PruningState
+from .stored import DAMAGED, KEEP, META, RECIPE, SESSION, PruningState, damaged
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class StateKeeper:
         self.session = session
         self.stored: dict[str, torch.Tensor] = {}
         self.gates: Optional[GateBank] = None
+        self.shown = KeptHeadsShown(model)
         self.unfused = UnfusedAttention(model)
         self.reset_optimizer = reset_optimizer
         self.loaded = False
@@ -101,6 +103,7 @@ class StateKeeper:
         if self.gates is not None:
             self.gates.detach()
             self.unfused.detach()
+            self.shown.detach()
         self.gates, self.stored = None, {}
 
     def remove(self) -> None:
@@ -113,7 +116,8 @@ class StateKeeper:
         if not stored.heads:
             return
         description = stored.description()
-        description["unit_map"].check_same_heads(unit_map(self.model), "The pruned checkpoint")
+        theirs = description["unit_map"]
+        theirs.check_same_heads(unit_map(self.model).numbering(theirs.units), "The pruned checkpoint")
         if self.session is None:
             return
         if KEEP in stored.heads and not self._heads:
@@ -132,7 +136,7 @@ class StateKeeper:
         """Take what came with a checkpoint: the state of heads, and that of weights."""
         weights, self.coming, self.loaded = self.coming, {}, True
         if self.session is None:
-            self._fix(stored)
+            self.fix(stored)
             return
         taken, values, tensors = set(), {}, None
         if stored.heads and set(_names(self._heads)).issubset(stored.description()["pruners"]):
@@ -150,6 +154,19 @@ class StateKeeper:
                 values |= {name: value.cpu().numpy() for name, value in weights["session"].items()}
         if taken:
             self._take(taken, values, tensors)
+        if not self.reset_optimizer:
+            self._compare(stored, weights, taken)
+
+    def _compare(self, stored: PruningState, weights: Mapping[str, Any], taken: set) -> None:
+        """Raise when the masks that a checkpoint holds are not those of the pruners' state that came with them."""
+        assert self.session is not None
+        mask = self.session.head_mask()
+        if mask is not None and KEEP in stored.heads and taken.issuperset(_names(self._heads)):
+            if not np.array_equal(mask.keep, stored.kept() > 0.5):
+                raise damaged("its head mask is not that of its gates")
+        theirs = weights.get("masks", {}).keys()
+        if taken.issuperset(_names(self._others)) and self.session.weight_masks().keys() != theirs:
+            raise damaged("its masks are not of the weights that its pruner prunes")
 
     def _take(self, owners: set, values: Mapping[str, np.ndarray], tensors: Optional[Mapping]) -> None:
         """Restore what the session keeps of ``owners``, pruners or its step; the others stay as they are."""
@@ -167,13 +184,20 @@ class StateKeeper:
         if self.reset_optimizer:
             self.session.reset_optimizer()
 
-    def _fix(self, stored: PruningState) -> None:
+    def fix(self, stored: PruningState) -> None:
         """Gate the model with the mask of a checkpoint, in place of the one before."""
         self.let_go()
-        self.gates = attach_mask(self.model, stored.head_mask()) if KEEP in stored.heads else None
-        if self.gates is not None:
-            self.unfused.attach()
+        if KEEP in stored.heads:
+            self.hold(stored.head_mask())
         self.stored = dict(stored.heads)
+
+    def hold(self, mask: HeadMask) -> None:
+        """Gate the model, which has no gates, with a fixed mask, in training and in evaluation."""
+        self.gates = GateBank(self.model, unit_map(self.model).numbering(mask.unit_map.units))
+        self.gates.attach()
+        self.gates.set_fixed(mask.keep)
+        self.unfused.attach()
+        self.shown.attach(mask.numbering("heads"))
 
 
 def _state_of(session: PruningSession, owners: Collection[str]) -> dict[str, torch.Tensor]:
@@ -215,9 +239,9 @@ def check_weights(session: Optional[PruningSession], stored: PruningState, *, re
     theirs, mine = stored.weight_pruners(), _names(others_of(session))
     if theirs and theirs != mine and prunes and not reset:
         raise HeadPruningError(
-            f"The checkpoint's weights were pruned with {', '.join(theirs)}, this run uses "
-            f"{', '.join(mine) or 'no weight pruner'}; resume with the same --weight-pruner, or add --reset-optimizer "
-            "to start anew from its weights."
+            f"The checkpoint was trained with {', '.join(theirs)}, this run uses "
+            f"{', '.join(mine) or 'no such method'}; resume with the same options (--weight-pruner, --distill), or "
+            "add --reset-optimizer to start anew from its weights."
         )
     if stored.weights.get("masks") and not mine:
         logger.warning(
@@ -239,12 +263,35 @@ def refuse_late_start(session: PruningSession, file: str, stored: PruningState) 
             )
 
 
-def attach_mask(model: BaseFairseqModel, mask: HeadMask) -> GateBank:
-    """Gate a model, whose attention is unfused, with a fixed mask, in training and in evaluation."""
-    gates = GateBank(model, unit_map(model))
-    gates.attach()
-    gates.set_fixed(mask.keep)
-    return gates
+def keep_heads(model: BaseFairseqModel, pruners: Sequence[Pruner]) -> None:
+    """Run a loaded model, dense or compact, with the heads that ``pruners``, which need no training, keep.
+
+    Raises:
+        HeadPruningError: it has a head mask of its own, or the one given is of another model.
+    """
+    keeper = keeper_of(model) or StateKeeper(model)
+    if keeper.gates is not None:
+        raise HeadPruningError(
+            "The checkpoint has a head mask of its own, and --head-mask-file is for models without one; leave it out."
+        )
+    session = PruningSession(model, unit_map(model), pruners).attach()
+    mask = session.head_mask()
+    session.detach()
+    if mask is not None:
+        keeper.hold(mask)
+
+
+def warn_of_alignments(model: BaseFairseqModel) -> None:
+    """Tell of a model whose last cross-attention, which alignments are read from, has no head left."""
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, MultiheadAttention)]
+    name, last = next(((n, m) for n, m in reversed(modules) if m.encoder_decoder_attention), ("", None))
+    keeper = keeper_of(model)
+    if isinstance(last, NoHeads) or (keeper is not None and name in keeper.shown.blind):
+        logger.warning(
+            "no head of %s is left: --print-alignment and --replace-unk, which go by the last cross-attention, know "
+            "no word of the source from another",
+            name,
+        )
 
 
 def remove_heads(model: BaseFairseqModel, mask: Optional[HeadMask] = None) -> dict:
@@ -265,7 +312,7 @@ def remove_heads(model: BaseFairseqModel, mask: Optional[HeadMask] = None) -> di
         raise HeadPruningError("A pruning session is on the model; detach it before its heads are cut out.")
     if mask is None:
         mask = PruningState(keeper.stored if keeper is not None else {}).head_mask()
-    unit_map(model).check_same_heads(mask.unit_map, "The head mask")
+    unit_map(model).numbering(mask.unit_map.units).check_same_heads(mask.unit_map, "The head mask")
     if keeper is not None:
         keeper.let_go()
     recipe = cut_out(model, unit_map(model), mask)

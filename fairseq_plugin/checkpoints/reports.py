@@ -1,7 +1,6 @@
 """The files beside a checkpoint: what is pruned, as masks, numbers, a table and a picture."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ from head_pruning import HeadMask, PruningSession
 from head_pruning.files import REPORT_FILE
 from head_pruning.pruner import options_of
 from head_pruning.report.artifacts import write_artifacts
+from head_pruning.report.report_file import read_report
 from head_pruning.report.tables import head_table
 from head_pruning.report.weights import count_weights, density_table, session_counts, write_weight_artifacts
 from head_pruning.surgery.zeros import removed_counts, zeroed_heads
@@ -88,9 +88,9 @@ def _history(save_dir: Path, updates: int) -> list[dict]:
 def _report(save_dir: Path) -> dict:
     """What an earlier save left; empty where nothing is, or something else."""
     try:
-        report = json.loads((save_dir / REPORT_FILE).read_text(encoding="utf-8"))
-        return report if all("updates" in entry for entry in report["history"]) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        report = read_report(save_dir / REPORT_FILE)
+        return report if all(isinstance(entry["updates"], int) for entry in report["history"]) else {}
+    except (OSError, ValueError, KeyError):
         return {}
 
 

@@ -6,6 +6,8 @@ import torch
 
 from head_pruning import HeadPruningError, PruningSession
 
+from .stored import PruningState
+
 _UNTESTED = ("fully_sharded", "slowmo", "slow_mo")
 
 
@@ -30,6 +32,15 @@ def zero_weights(weights: dict, masks: Mapping[str, torch.Tensor]) -> None:
     """Zero, in place, what the masks remove of a model state dict."""
     for name, mask in masks.items():
         weights[name].masked_fill_(~mask.to(weights[name].device), 0)
+
+
+def mask_weights(checkpoint: dict) -> None:
+    """Zero, in place, what a whole checkpoint's own masks remove of its model: between two masks all are there.
+
+    Raises:
+        HeadPruningError: its masks are damaged, or not those of its weights.
+    """
+    zero_weights(checkpoint["model"], PruningState.of(checkpoint).weight_masks(checkpoint["model"]))
 
 
 def finish(session: PruningSession) -> None:

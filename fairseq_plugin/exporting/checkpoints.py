@@ -3,10 +3,12 @@
 Pruned weights are zero in both.
 """
 
+import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
+import numpy as np
 import torch
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from torch import nn
@@ -22,14 +24,16 @@ from head_pruning.surgery.zeros import removed_counts, zero_heads
 from ..checkpoints.stored import KEEP, KEY, META, RECIPE, PruningState, load_checkpoint, split_state
 from ..checkpoints.weights import zero_weights
 from ..modules.surgery import encode, plan_site
+from ..options import TASK_SUFFIX
 
-TASK_SUFFIX = "_head_pruning"
 FP32_PARAMETERS = "ema_fp32_params"
 
 
 def plain_config(cfg: dict) -> None:
     """Set the task and the criterion of a stored configuration back to fairseq's own, in place."""
     task: Any = cfg.get("task")
+    if isinstance(task, argparse.Namespace):  # of a task of fairseq's old kind
+        task._name = task.task = str(task._name).removesuffix(TASK_SUFFIX)
     name = task.get("_name", "") if isinstance(task, dict) else ""
     if name.endswith(TASK_SUFFIX):
         plain = name[: -len(TASK_SUFFIX)]
@@ -39,6 +43,21 @@ def plain_config(cfg: dict) -> None:
     criterion = cfg.get("criterion")
     if isinstance(criterion, dict) and str(criterion.get("_name", "")).endswith(TASK_SUFFIX):
         criterion["_name"] = criterion["_name"][: -len(TASK_SUFFIX)]
+
+
+def without_classes(value: Any) -> Any:
+    """What a checkpoint says besides its tensors, as torch loads it without being told of any class.
+
+    torch 2.6 and later refuse argparse's Namespace, in which fairseq-train stores the options of the model; fairseq
+    reads a dictionary as well.
+    """
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: without_classes(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_classes, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def cut_heads(weights: dict, mask: HeadMask, before: Optional[dict]) -> tuple[dict, dict]:
@@ -55,7 +74,7 @@ def cut_heads(weights: dict, mask: HeadMask, before: Optional[dict]) -> tuple[di
     Raises:
         HeadPruningError, AttributeError or ValueError: the mask is of another model.
     """
-    for site in mask.unit_map.attention:
+    for site in mask.unit_map.sites:
         known = (before or {"sites": {}})["sites"].get(site.name)
         if known is not None and len(known["kept"]) != site.heads:
             raise HeadPruningError(
@@ -111,7 +130,7 @@ class _Exported:
 
     def pruned(self) -> str:
         """What stays, for a line to print."""
-        heads = [f"{self.mask.kept} of {self.mask.keep.size} heads"] if self.mask is not None else []
+        heads = [self.mask.words] if self.mask is not None else []
         return ", ".join([*heads, *([str(self.weights)] if self.weights.dense else [])])
 
 
@@ -119,7 +138,7 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     check_file(Path(target), ".pt")
     state = load_checkpoint(source)
     stored = PruningState.of(state)
-    masks, before = stored.weight_masks(), stored.recipe
+    masks, before = stored.weight_masks(state["model"]), stored.recipe
     if before is not None and not compact:
         raise HeadPruningError(f"{source} is compact, the heads are gone; export the checkpoint it was made from.")
     if before is not None and mask is None and KEEP not in stored.heads:
@@ -127,7 +146,8 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     if mask is None and (KEEP in stored.heads or compact or not masks):
         mask = stored.head_mask()
     elif mask is not None and META in stored.heads:
-        stored.description()["unit_map"].check_same_heads(mask.unit_map, "The mask")
+        theirs = stored.description()["unit_map"].numbering(mask.unit_map.units)
+        theirs.check_same_heads(mask.unit_map, "The mask")
     sizes, removed = [parameters(split_state(state["model"])[0])], {}
     try:
         for place, key in _weights(state):
@@ -155,6 +175,8 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     sizes.append(parameters(written))
     before_heads = {name: keep.numel() for name, keep in masks.items()}
     counts = count_weights(masks, written, removed=removed, dense=before_heads)
+    for part in ("cfg", "extra_state", "optimizer_history", "task_state"):
+        state[part] = without_classes(state.get(part))
     with atomic_path(target) as temporary:
         torch.save(state, temporary)
     return _Exported(mask, (sizes[0], sizes[1]), sum_counts(counts))

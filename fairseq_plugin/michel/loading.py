@@ -13,7 +13,7 @@ from head_pruning import HeadPruningError
 from head_pruning.errors import one_line
 
 from ..checkpoints.keeper import keeper_of
-from ..checkpoints.stored import load_checkpoint
+from ..checkpoints.weights import mask_weights
 
 
 @contextlib.contextmanager
@@ -36,11 +36,8 @@ def load_translator(path: str, data: str) -> tuple[BaseFairseqModel, DictConfig,
     if not Path(path).is_file():
         raise HeadPruningError(f"There is no checkpoint {path}; give a trained model with --restore-file.")
     overrides = {"data": data}
-    try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(path, overrides)
-    except Exception:
-        load_checkpoint(path)  # says what is wrong with it
-        raise
+    state = checkpoint_utils.load_checkpoint_to_cpu(path, overrides)
+    mask_weights(state)
     if state.get("cfg") is None:
         raise HeadPruningError(f"{path} is no fairseq checkpoint: it has no configuration in it; write it again.")
     _refuse_other_models(path, state["cfg"])

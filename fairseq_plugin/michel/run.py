@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Collection, Optional
 
 import numpy as np
 import torch
@@ -16,16 +16,19 @@ from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.files import alone_in
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, normalize_importance, pruning_rounds
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
+from head_pruning.progress import bar_options
 from head_pruning.report.tables import head_table, text_table
+from head_pruning.unit_map import NUMBERED
 
 from ..modules.attention import UnfusedAttention
 from ..modules.unit_map import unit_map
 from ..patches import sentence_of
 from .loading import data_found, load_translator
-from .settings import SCORE_BEAM, check_counts, check_score_at, flags, read_score_at, settings
+from .settings import SCORE_BEAM, check_counts, check_score_at, flags, read_score_at, refuse_pruners, settings
 
 #: How people write what ``--scoring`` measures.
 METRICS = {"bleu": "BLEU", "sacrebleu": "sacreBLEU", "chrf": "chrF"}
@@ -37,7 +40,9 @@ def get_parser():
     """fairseq-train's and fairseq-generate's flags, and those of this command."""
     parser = options.get_training_parser()
     options.add_generation_args(parser)
-    parser.set_defaults(arch="transformer")  # fairseq's parser needs one; the checkpoint's is used
+    # fairseq's parser needs an architecture; the checkpoint's is used. All sentences are scored, as the plugin's
+    # fairseq-generate decodes them.
+    parser.set_defaults(arch="transformer", required_batch_size_multiple=1)
     group = parser.add_argument_group("Michel pruning")
     group.add_argument("--num-of-heads", type=int, default=4, help="heads to remove per round (default: %(default)s)")
     group.add_argument("--exact-pruning", action="store_true", help="measure the importance anew after every round")
@@ -45,6 +50,12 @@ def get_parser():
         "--signed-importance",
         action="store_true",
         help="sum the derivatives with their signs, as the published fairseq code does; default: absolute values",
+    )
+    group.add_argument(
+        "--prune-units",
+        choices=NUMBERED,
+        default="heads",
+        help="what is removed: heads, ffn (the units of feed-forward blocks) or both, by one ranking",
     )
     group.add_argument("--subset", type=int, help="a quick look: both numbers of sentences below")
     group.add_argument("--importance-sentences", type=int, help="training sentences per importance (default: all)")
@@ -66,7 +77,7 @@ class MichelRun:
         if cfg.common.fp16:
             self.model.half()
         self.model.to(self.device).eval().requires_grad_(False)
-        self.unit_map = unit_map(self.model)
+        self.unit_map = unit_map(self.model).numbering(args.prune_units).told()
         UnfusedAttention(self.model).attach()  # for good: the model is this run's own
         self.gates = GateBank(self.model, self.unit_map)
         self.gates.attach()
@@ -84,9 +95,10 @@ class MichelRun:
                 generation.beam = beam
             self.generators[beam] = self.task.build_generator([self.model], generation)
         self.epoch = 0
+        self.read = 0, 0  # sentences of the last pass over a split, and of the split
 
-    def batches(self, split: str, sentences: Optional[int], shuffle: bool, title: str):
-        """Batches of ``split`` with progress, up to a number of sentences."""
+    def batches(self, split: str, sentences: Optional[int], shuffle: bool, title: str, multiple: int = 1):
+        """Batches of ``split`` with progress, up to a number of sentences; a last one that is no multiple is lost."""
         if split not in self.task.datasets:
             with data_found(self.cfg.task.data):
                 self.task.load_dataset(split)
@@ -98,13 +110,14 @@ class MichelRun:
             max_sentences=cfg.batch_size,
             max_positions=utils.resolve_max_positions(self.task.max_positions(), self.model.max_positions()),
             ignore_invalid_inputs=True,
+            required_batch_size_multiple=multiple,
             seed=self.cfg.common.seed,
             epoch=max(1, self.epoch),
             disable_iterator_cache=True,
         ).next_epoch_itr(shuffle=shuffle)
         wanted = min(sentences or len(dataset), len(dataset))
         seen = 0
-        with tqdm(total=wanted, desc=title, unit="sent", file=sys.stderr, leave=False) as bar:
+        with tqdm(total=wanted, desc=title, unit="sent", leave=False, **bar_options()) as bar:
             for sample in iterator:
                 if not sample or "net_input" not in sample:
                     continue
@@ -116,8 +129,9 @@ class MichelRun:
         if not seen:
             raise HeadPruningError(
                 f"The model can read no sentence of {split} in {self.cfg.task.data}: they are too long for it, or "
-                "there is none; name other data."
+                "there is none, or fewer than --required-batch-size-multiple; name other data."
             )
+        self.read = seen, len(dataset)
 
     def importance(self, mask: HeadMask) -> np.ndarray:
         """Normalised importance of all heads, over the training set in a new shuffle."""
@@ -137,8 +151,8 @@ class MichelRun:
         generator = self.generators[beam or self.cfg.generation.beam]
         target = self.task.target_dictionary
         scorer = self._scorer()
-        title = f"{self.metric} at {mask.kept} heads"
-        for sample in self.batches(self.cfg.dataset.gen_subset, sentences, False, title):
+        title, multiple = f"{self.metric} at {mask.kept} heads", self.cfg.dataset.required_batch_size_multiple
+        for sample in self.batches(self.cfg.dataset.gen_subset, sentences, False, title, multiple):
             hypotheses = self.task.inference_step(generator, [self.model], sample)
             for hypothesis, reference in zip(hypotheses, sample["target"]):
                 self._add(scorer, target, reference, hypothesis[0]["tokens"])
@@ -180,10 +194,17 @@ def run(args) -> list[dict]:
             pruned or no translation model's, or its data are not there.
     """
     check_counts(args)
+    refuse_pruners(args)
     score_at = read_score_at(args.score_at)
     cfg = convert_namespace_to_omegaconf(args)
     run = MichelRun(cfg, args)
     check_score_at(score_at, run.unit_map, args.num_of_heads)
+    with alone_in(cfg.checkpoint.save_dir):
+        return _all_rounds(run, score_at)
+
+
+def _all_rounds(run: MichelRun, score_at: Collection[int]) -> list[dict]:
+    cfg, args = run.cfg, run.args
     folder = Path(cfg.checkpoint.save_dir)
     cure = f"choose another --save-dir, or remove {ROUNDS_FILE} and {MASKS_FOLDER}/ from this one"
     report = RoundsReport(folder, settings(cfg, args, score_at), run.unit_map, flags=flags(), cure=cure)
@@ -200,25 +221,28 @@ def run(args) -> list[dict]:
         exact=args.exact_pruning,
         start=report.start,
     ):
-        final = {}
+        scored, final = run.read, {}
         if result.mask.kept in score_at:
-            final["final_score"] = run.score(result.mask, None, args.score_beam)
-        report.add(result, **final)
-        logger.info("%d heads left: %s %.2f", result.mask.kept, run.metric, result.score)
+            final = {"final_score": run.score(result.mask, None, args.score_beam), "final_sentences": run.read[0]}
+        report.add(result, sentences=scored[0], **final)
+        logger.info("%s left: %s %.2f on %d of %d sentences", result.mask.words, run.metric, result.score, *scored)
         if 0 < result.mask.kept <= 2 * args.num_of_heads:
             logger.info("kept heads by site:\n%s", head_table(result.mask))
     entries = report.entries
-    header = ("heads kept", "removed %", run.metric) + ((f"{run.metric}, whole test set",) if score_at else ())
+    columns = [("score", "sentences")] + [("final_score", "final_sentences")] * bool(score_at)
+    header = ("heads kept", "removed %", *(f"{run.metric}{_of(entries, sentences)}" for _, sentences in columns))
     table = text_table(
-        header,
-        [
-            (e["heads"], e["removed_percent"], e["score"]) + ((e.get("final_score", ""),) if score_at else ())
-            for e in entries
-        ],
+        header, [(e["heads"], e["removed_percent"], *(e.get(score, "") for score, _ in columns)) for e in entries]
     )
     print(table)
     logger.info("rounds are in %s", report.path)
     return entries
+
+
+def _of(entries: list[dict], sentences: str) -> str:
+    """What the scores of a column are of; rounds of older files do not tell."""
+    numbers = {entry[sentences] for entry in entries if sentences in entry}
+    return f" of {'/'.join(map(str, sorted(numbers)))} sentences" if numbers else ""
 
 
 def main() -> None:

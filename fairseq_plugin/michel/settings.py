@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from types import SimpleNamespace
 from typing import Any, Iterable, Optional
 
 from fairseq.dataclass.configs import CommonConfig, DatasetConfig, GenerationConfig
@@ -11,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from head_pruning import HeadPruningError, UnitMap
 from head_pruning.importance.michel import round_sizes
 from head_pruning.importance.rounds import fingerprint
+
+from ..options import pruners_to_decode
 
 SCORE_BEAM = 5
 
@@ -57,6 +60,10 @@ def settings(cfg: DictConfig, args: Any, score_at: Iterable[int]) -> dict[str, A
         found |= _changed(cfg.scoring, scoring, _names(scoring))
     if cfg.scoring._name != REGISTRIES["scoring"]["default"]:
         found["scoring"] = cfg.scoring._name
+    if args.prune_units != "heads":
+        found["prune_units"] = args.prune_units
+    if cfg.dataset.required_batch_size_multiple != 1:
+        found["required_batch_size_multiple"] = cfg.dataset.required_batch_size_multiple
     if score_at and args.score_beam != SCORE_BEAM:
         found["score_beam"] = args.score_beam
     return found
@@ -75,6 +82,7 @@ def _changed(cfg: DictConfig, config: type, names: Iterable[str]) -> dict[str, A
 def flags() -> dict[str, str]:
     """How the command line spells the settings of any run."""
     names = ["remove_bpe", "importance_sentences", "score_sentences", "score_at", "score_beam", "train_subset"]
+    names += ["prune_units", "required_batch_size_multiple"]
     for config in (GenerationConfig, *REGISTRIES["scoring"]["dataclass_registry"].values()):
         names += _names(config)
     return {name: _flag(name) for name in names} | _SPELLED
@@ -82,6 +90,13 @@ def flags() -> dict[str, str]:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def refuse_pruners(args: Any) -> None:
+    """Raise HeadPruningError when a task's options ask for another method, or for heads to be gone before."""
+    own = {name: value for name, value in vars(args).items() if name not in ("num_of_heads", "prune_units")}
+    if pruners_to_decode(SimpleNamespace(**own)):
+        raise HeadPruningError("--head-mask-file removes heads before the first round; leave it out.")
 
 
 def check_counts(args: Any) -> None:

@@ -13,12 +13,15 @@ from fairseq.modules.sparse_multihead_attention import SparseMultiheadAttention
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from head_pruning import AttentionSite, HeadPruningError
+from head_pruning import FeedForwardSite, HeadPruningError
+from head_pruning.compact import check_recipe
 from head_pruning.compact.recipe import apply_recipe
-from head_pruning.surgery.plans import SitePlan
+from head_pruning.files import parse_json
+from head_pruning.surgery.plans import SitePlan, unit_plan
 from head_pruning.surgery.remaining import recipe_of
+from head_pruning.unit_map import Site
 
-from .attention import additive
+from .attention import additive, uniform_weights
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -114,23 +117,21 @@ class NoHeads(MultiheadAttention):
             output = bias.expand(*query.shape[:2], -1)
         if not (need_weights or need_head_weights) or key is None:
             return output, None
-        length, batch = query.shape[:2]
-        weights = query.new_ones(batch, key.shape[0])
-        if key_padding_mask is not None:
-            weights.masked_fill_(key_padding_mask.to(torch.bool), 0)
-        weights = (weights / weights.sum(1, keepdim=True)).unsqueeze(1).repeat(1, length, 1)
-        return output, weights.unsqueeze(0) if need_head_weights else weights
+        weights = uniform_weights(query, (query.shape[1], query.shape[0], key.shape[0]), key_padding_mask)
+        return output, weights if need_head_weights else weights[0]
 
     def reorder_incremental_state(self, incremental_state: Optional[dict], new_order: torch.Tensor) -> Optional[dict]:
         """Nothing was kept."""
         return incremental_state
 
 
-def plan_site(model: nn.Module, site: AttentionSite) -> SitePlan:
-    """What belongs to the heads of one MultiheadAttention.
+def plan_site(model: nn.Module, site: Site) -> SitePlan:
+    """What belongs to the heads of one MultiheadAttention, or to the units of one feed-forward block.
 
     ``model`` may also be a tree of modules that hold nothing but the tensors of a checkpoint.
     """
+    if isinstance(site, FeedForwardSite):
+        return unit_plan(model, site)
     module = model.get_submodule(site.name)
     rows: tuple[tuple[int, int], ...] = ((1, site.head_dim),)
     tensors = [(f"{site.out_proj}.weight", 1, rows)]
@@ -160,7 +161,10 @@ def _refusal(module: nn.Module) -> str:
 def adapt(model: nn.Module) -> None:
     """Give the cut attention modules of a model the class that computes with the heads they have left."""
     recipe = recipe_of(model)
-    for name in recipe["sites"] if recipe else ():
+    attention = [site["name"] for site in recipe["unit_map"]["attention"]] if recipe else []
+    for name in attention:
+        if recipe is None or name not in recipe["sites"]:
+            continue
         module: Any = model.get_submodule(name)
         module.skip_embed_dim_check = True
         if module.q_proj is None:
@@ -205,7 +209,4 @@ def encode(recipe: Mapping[str, Any]) -> torch.Tensor:
 
 def decode(tensor: torch.Tensor) -> dict:
     """What :func:`encode` was given. Raises ValueError when it is damaged."""
-    recipe = json.loads(bytes(tensor.tolist()).decode())
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("sites"), dict):
-        raise ValueError("no recipe")
-    return recipe
+    return dict(check_recipe(parse_json(bytes(tensor.tolist()), dict)))

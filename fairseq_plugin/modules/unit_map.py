@@ -4,6 +4,7 @@ from fairseq.modules import MultiheadAttention
 from torch import nn
 
 from head_pruning import AttentionSite, FeedForwardSite, UnitMap
+from head_pruning.compact.hooks import is_silent
 from head_pruning.unit_map import ATTENTION_KINDS
 
 from .surgery import adapt, plan_site
@@ -19,7 +20,7 @@ def unit_map(model: nn.Module) -> UnitMap:
     """Map a fairseq model.
 
     The rows are in the order of the published code: encoder self-attention, decoder cross-attention, decoder
-    self-attention, each by layer. Modules whose heads were all removed are left out.
+    self-attention, each by layer. Modules whose heads or units were all removed are left out.
 
     Raises:
         HeadPruningError: the model has no MultiheadAttention.
@@ -46,6 +47,8 @@ def unit_map(model: nn.Module) -> UnitMap:
             getattr(module, "fc2", None), nn.Linear
         ):
             layers.append(name)
+            if is_silent(module.fc2):
+                continue
             feed_forward.append(
                 FeedForwardSite(
                     name=f"{name}.ffn",

@@ -13,6 +13,7 @@ from ..hosts import HostModel, find_host, kept_heads
 from ..inference.sizes import Sizes, mac_bound, measure_sizes
 from ..masks import full_mask
 from ..report.plots import plot_head_masks
+from ..report.report_file import counts_told
 from ..report.tables import head_table, text_table
 from ..surgery.remaining import query_heads_left, recipe_of
 from ..surgery.removal import remove_heads
@@ -71,8 +72,7 @@ def describe(loaded: HostModel, length: int) -> dict[str, Any]:
         "state": _state(compact, pending is not None, weights is not None, zeros),
         "weights": weights,
         "zeros_of_matrices": zeros,
-        "heads_kept": shown.kept,
-        "heads_total": int(shown.keep.size),
+        **counts_told(shown),
         "sites": [
             {
                 "site": site.name,

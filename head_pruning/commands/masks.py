@@ -38,21 +38,24 @@ def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[in
 def diff(args: argparse.Namespace) -> None:
     """``head-pruning diff``."""
     first, second = read_mask(args.first, dense=True), read_mask(args.second, dense=True)
+    if first.unit_map.units != second.unit_map.units:
+        first, second = first.numbering("both"), second.numbering("both")
     overlap = first.compare(second)
     sites = difference(first, second)
     if args.json:
         files = {"first": args.first, "second": args.second, "kept": [first.kept, second.kept]}
         print_json({**files, **overlap, "sites": sites})
     else:
-        rows = []
+        rows, blocks = [], {site.name for site in first.unit_map.feed_forward}
         for name, parts in sites.items():
             signs = dict.fromkeys(range(len(first.by_site()[name])), ".")
             for part, sign in (("both", "#"), ("only_first", "<"), ("only_second", ">")):
                 signs.update(dict.fromkeys(parts[part], sign))
-            rows.append((name, "".join(signs.values()), *(len(heads) for heads in parts.values())))
+            shown = "" if name in blocks else "".join(signs.values())
+            rows.append((name, shown, *(len(heads) for heads in parts.values())))
         rows.append(("all", "", *list(overlap.values())[:3]))
-        print(f"< {args.first}: {first.kept} of {first.keep.size} heads")
-        print(f"> {args.second}: {second.kept} of {second.keep.size} heads")
+        print(f"< {args.first}: {first.words}")
+        print(f"> {args.second}: {second.words}")
         print(text_table(("site", "heads", "both #", "only <", "only >"), rows))
         print(f"jaccard index {overlap['jaccard']:.2f}")
     if args.plot:

@@ -3,10 +3,16 @@
 The code of these modules travels with every compact checkpoint, as one file, so that they load without the package.
 """
 
-from .hooks import HOOK_ATTRIBUTE, HOOKS, mixes_positions
-from .no_heads import NoHeads, bias_maker
-from .recipe import ATTRIBUTE, READABLE, VERSION, apply_recipe
-from .slices import held_heads, held_queries, slices, stays, was
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
+
+if TYPE_CHECKING:
+    from .checks import check_recipe
+    from .hooks import HOOK_ATTRIBUTE, HOOKS, mixes_positions
+    from .no_heads import NoHeads, bias_maker
+    from .recipe import ATTRIBUTE, READABLE, VERSION, apply_recipe
+    from .slices import held_heads, held_queries, stays, was
 
 __all__ = [
     "ATTRIBUTE",
@@ -17,10 +23,29 @@ __all__ = [
     "VERSION",
     "apply_recipe",
     "bias_maker",
+    "check_recipe",
     "held_heads",
     "held_queries",
     "mixes_positions",
-    "slices",
     "stays",
     "was",
 ]
+__getattr__ = exports(
+    __name__,
+    {
+        "ATTRIBUTE": "recipe",
+        "HOOKS": "hooks",
+        "HOOK_ATTRIBUTE": "hooks",
+        "NoHeads": "no_heads",
+        "READABLE": "recipe",
+        "VERSION": "recipe",
+        "apply_recipe": "recipe",
+        "bias_maker": "no_heads",
+        "check_recipe": "checks",
+        "held_heads": "slices",
+        "held_queries": "slices",
+        "mixes_positions": "hooks",
+        "stays": "slices",
+        "was": "slices",
+    },
+)

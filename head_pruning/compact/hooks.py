@@ -2,15 +2,17 @@
 
 import inspect
 import re
-from typing import Any, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .shapes import Either, Whole
 from .slices import index_on, slices
 
 HOOK_ATTRIBUTE = "_head_hooks"  # of a module: its hooks by kind and argument
+_SIZE = Whole(1, 1 << 20)  # of something per head
 
 
 class HeadHook:
@@ -19,10 +21,12 @@ class HeadHook:
     Attributes:
         heads: H of the original.
         kept: the heads that stay.
+        shape: what its options in a recipe must be (:mod:`head_pruning.compact.shapes`).
     """
 
     heads: int = 0
     kept: Sequence[int] = ()
+    shape: Mapping[str, Any] = {}
 
 
 class Select(HeadHook):
@@ -35,6 +39,14 @@ class Select(HeadHook):
         folded: whether examples and heads may share that dimension, examples first.
         width: slices per head.
     """
+
+    shape = {
+        "argument": str,
+        "position": Either(None, Whole(0, 1000)),
+        "dim": Whole(-9, -1),
+        "folded": bool,
+        "width": _SIZE,
+    }
 
     def __init__(self, argument: str, position: Optional[int], dim: int, folded: bool, width: int) -> None:
         self.argument, self.position, self.dim, self.folded, self.width = argument, position, dim, folded, width
@@ -72,6 +84,8 @@ class Take(HeadHook):
         width: features of one head.
     """
 
+    shape = {"width": _SIZE}
+
     def __init__(self, width: int) -> None:
         self.width = width
 
@@ -94,6 +108,8 @@ class Rearrange(HeadHook):
         table: the projection within the module; its output is ``[..., buckets, heads]``, flat.
         buckets: number of buckets.
     """
+
+    shape = {"table": str, "buckets": _SIZE}
 
     def __init__(self, table: str, buckets: int) -> None:
         self.table, self.buckets = table, buckets
@@ -138,6 +154,8 @@ class SharedBias(HeadHook):
             for all heads.
     """
 
+    shape = {"output": Whole(0, 1000), "table": Either(None, str)}
+
     def __init__(self, output: int, table: Optional[str]) -> None:
         self.output, self.table = output, table
         self.whole: dict[torch.device, torch.Tensor] = {}
@@ -177,6 +195,8 @@ class Reshape(HeadHook):
     Args:
         width: features of one head.
     """
+
+    shape = {"width": _SIZE}
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -222,6 +242,8 @@ class Arrange(HeadHook):
         projection: the fused projection within the module.
         out: the output projection within the module.
     """
+
+    shape = {"parts": Whole(1, 64), "blocks": Whole(1, 64), "width": _SIZE, "projection": str, "out": str}
 
     def __init__(self, parts: int, blocks: int, width: int, projection: str, out: str) -> None:
         self.parts, self.blocks, self.width = parts, blocks, width
@@ -269,6 +291,11 @@ class Silence(HeadHook):
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
         return (torch.zeros_like(args[0]), *args[1:])
+
+
+def is_silent(module: nn.Module) -> bool:
+    """Whether :class:`Silence` is on a module: nothing that it reads is left."""
+    return any(isinstance(hook, Silence) for hook, _ in module.__dict__.get(HOOK_ATTRIBUTE, {}).values())
 
 
 #: The kinds of hooks that a recipe names.

@@ -28,6 +28,7 @@ from torch import nn
 
 from .hooks import HOOK_ATTRIBUTE, HOOKS, Arrange
 from .no_heads import ConfigView, NoHeads, of_this_version
+from .shapes import conform
 from .slices import held_heads, held_queries, stays, was
 
 VERSION = 2
@@ -51,6 +52,9 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], before: Optional[M
     if recipe.get("version") not in READABLE:
         known = " or ".join(map(str, READABLE))
         raise ValueError(f"the recipe of removed heads is of version {recipe.get('version')}, not {known}")
+    if before is None:
+        for unit in recipe["unit_map"]["attention"]:
+            _check_width(model.get_submodule(unit["out_proj"]), unit)
     done: dict[tuple, tuple] = {}
     for name, site in recipe["sites"].items():
         earlier = before["sites"].get(name) if before is not None else None
@@ -59,19 +63,40 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], before: Optional[M
         if earlier is not None and earlier.get("expanded"):
             raise ValueError(f"nothing more can be cut out of {name}, whose keys and values are repeated")
         for tensor, dim, blocks in site["tensors"]:
-            _cut(model, tensor, dim, stays(site, earlier, blocks), was(site, earlier, blocks), done)
+            _check_size(model, tensor, dim, was(site, earlier, blocks))
+            _cut(model, tensor, dim, stays(site, earlier, blocks), done)
         _adapt(model, site)
     setattr(model, ATTRIBUTE, copy.deepcopy(dict(recipe)))
     return model
 
 
-def _cut(model: nn.Module, name: str, dim: int, index: list[int], width: int, done: dict[tuple, tuple]) -> None:
+def _check_width(out: Any, unit: Mapping[str, Any]) -> None:
+    """Raise ValueError unless an output projection reads what a site's heads make."""
+    width = out.weight.shape[0] if hasattr(out, "nf") else getattr(out, "in_features", None)
+    if width not in (None, unit["heads"] * unit["head_dim"]):
+        raise ValueError(
+            f"{unit['out_proj']} reads {width} slices where the recipe expects {unit['heads']} heads of "
+            f"{unit['head_dim']}"
+        )
+
+
+def _check_size(model: nn.Module, name: str, dim: int, width: int) -> None:
+    """Raise ValueError unless a tensor has so many slices: nothing is made of a size that only the recipe claims."""
+    found = get_tensor(model, name).shape[dim]
+    if found != width:
+        raise ValueError(f"{name} has {found} slices where the recipe expects {width}")
+
+
+def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of this dotted name."""
     path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    tensor = getattr(owner, leaf)
-    if tensor.shape[dim] != width:
-        raise ValueError(f"{name} has {tensor.shape[dim]} slices where the recipe expects {width}")
-    if index == list(range(width)):
+    return getattr(model.get_submodule(path), leaf)
+
+
+def _cut(model: nn.Module, name: str, dim: int, index: list[int], done: dict[tuple, tuple]) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner, tensor = model.get_submodule(path), get_tensor(model, name)
+    if index == list(range(tensor.shape[dim])):
         return
     key = (id(tensor), dim, tuple(index))
     if key not in done:  # tied weights stay tied
@@ -122,9 +147,13 @@ def _adapt(model: nn.Module, site: Mapping[str, Any]) -> None:
             module: Any = model.get_submodule(path.rpartition(".")[0])
             if not isinstance(module.config, ConfigView):
                 module.config = ConfigView(module.config)
-            setattr(module.config, leaf, value)
+            owner: Any = module.config
         else:
-            setattr(model.get_submodule(path), leaf, value)
+            owner = model.get_submodule(path)
+        if hasattr(owner, leaf):  # else this version of the host counts by another
+            if type(getattr(owner, leaf)) is not int:
+                raise ValueError(f"{name} is no count")
+            setattr(owner, leaf, value)
     if not held:
         _remove_hooks(model, site)
         _empty(model, *site["empty"])
@@ -135,7 +164,8 @@ def _hook(module: nn.Module, kind: str, options: Mapping[str, Any]) -> Any:
     hooks = module.__dict__.setdefault(HOOK_ATTRIBUTE, {})
     key = f"{kind} {options.get('argument', '')}"
     if key not in hooks:
-        hook = HOOKS[kind](**options)
+        made: Any = HOOKS[kind]
+        hook = made(**conform(options, made.shape, f"the options of {kind}"))
         hooks[key] = (hook, hook.attach(module))
     return hooks[key][0]
 
@@ -152,7 +182,10 @@ def _empty(model: nn.Module, name: str, options: Mapping[str, Any]) -> None:
     module: Any = model.get_submodule(name)
     for gone in options["drop"]:
         parent, _, leaf = gone.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, None)
+        owner = module.get_submodule(parent)
+        if not any(leaf in known for known in (owner._modules, owner._parameters, owner._buffers)):
+            raise ValueError(f"{name} has no module or parameter {gone}")
+        setattr(owner, leaf, None)
     module.__dict__.pop("forward", None)  # older transformers leave one there when they have recorded outputs
     module._no_heads, module._no_heads_class = of_this_version(type(module), options), type(module)
     module._is_hf_initialized = True  # its class's initialisation would look for what is gone

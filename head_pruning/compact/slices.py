@@ -33,8 +33,9 @@ def slices(
     start = 0
     for kind, width, *of in blocks:
         there: Sequence[Optional[int]]
-        stay: Sequence[Optional[int]]
-        there, stay = (queries if kind == QUERIES and queries else (held, kept)) if kind else ([None], [None])
+        listed: Sequence[Optional[int]]
+        there, listed = (queries if kind == QUERIES and queries else (held, kept)) if kind else ([None], [None])
+        stay = set(listed)
         for head in there:
             if head is not None and of and not of[0] <= head < of[1]:
                 continue
@@ -56,9 +57,13 @@ def stays(site: Mapping[str, Any], earlier: Optional[Mapping[str, Any]], blocks:
 
 
 def was(site: Mapping[str, Any], earlier: Optional[Mapping[str, Any]], blocks: Iterable[Sequence[int]]) -> int:
-    """The size of that dimension before."""
+    """The size of that dimension before; counted, so that no size that a file claims makes a list of it."""
     held, queries = _held(site, earlier)
-    return len(slices(blocks, held, held, (queries, queries)))
+    size = 0
+    for kind, width, *of in blocks:
+        there = (queries if kind == QUERIES else held) if kind else [0]
+        size += width * (sum(of[0] <= head < of[1] for head in there) if of and kind else len(there))
+    return size
 
 
 def _held(site: Mapping[str, Any], earlier: Optional[Mapping[str, Any]]) -> tuple[list[int], list[int]]:

@@ -26,7 +26,10 @@ class DistillConfig:
 
     teacher_path: Optional[str] = field(
         default=None,
-        metadata={"help": "model to learn from; default: the model to train as it is before training"},
+        metadata={
+            "help": "model to learn from; default: the model to train as it is before training",
+            "by_content": True,
+        },
     )
     teacher_dtype: Optional[str] = field(
         default=None,
@@ -118,6 +121,9 @@ class Distiller(Pruner):
         super().attach(session)
         self._numbers = self._fingerprint = None
         self._teacher = self.open_teacher(session)
+        maps = (session.unit_map, self._teacher.unit_map)
+        if self.needs and self.config.distill_layers is None and maps[0] is not None and maps[1] is not None:
+            layer_pairs_of(None, maps[0].layers, maps[1].layers, session, self._teacher)  # told before training
 
     def open_teacher(self, session: SessionView) -> Teacher:
         """The teacher of the options."""
@@ -134,6 +140,12 @@ class Distiller(Pruner):
     def compare_logits(self, mine: Outputs, theirs: Outputs, task: torch.Tensor) -> torch.Tensor:
         """The loss between logits, a mean; ``task`` is the task loss as a mean."""
         raise NotImplementedError
+
+    def compare_hidden(self, mine: Outputs, theirs: Outputs) -> torch.Tensor:
+        """The loss between hidden states, a sum of means over layers."""
+        states = mine.hidden_states, theirs.hidden_states
+        pairs = layer_pairs_of(self.config.distill_layers, *states, self.session, self.teacher)
+        return losses.hidden_states(mine, theirs, pairs, padding=self.config.distill_padding)
 
     def loss(self, loss: torch.Tensor, inputs: Any, outputs: Outputs) -> torch.Tensor:
         """See :meth:`Pruner.loss`."""
@@ -155,8 +167,7 @@ class Distiller(Pruner):
             pairs = layer_pairs_of(layers, mine.attentions, theirs.attentions, self.session, self.teacher)
             found["attention"] = losses.attentions(mine, theirs, pairs, padding=padding)
         if self.weight("hidden"):
-            pairs = layer_pairs_of(layers, mine.hidden_states, theirs.hidden_states, self.session, self.teacher)
-            found["hidden"] = losses.hidden_states(mine, theirs, pairs, padding=padding)
+            found["hidden"] = self.compare_hidden(mine, theirs)
         if self.weight("logits"):
             found["logits"] = self.compare_logits(mine, theirs, loss / mine.weight)
         return found

@@ -33,6 +33,7 @@ class LogitsDistiller(Distiller):
     """
 
     name = "logits"
+    starts_anywhere = True
 
     def check_options(self) -> None:
         super().check_options()

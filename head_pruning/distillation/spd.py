@@ -113,6 +113,8 @@ class SpdPruner(Distiller):
         super().__init__(config)
         # The layers of a teacher from elsewhere are found by its unit map, which hosts make for those who look at it.
         self.needs |= {HIDDEN_STATES}
+        # The published code builds both learning-rate schedules on one optimizer.
+        self.keeps_optimizer = bool(config.published_schedule)
         self._grafts: Optional[Grafts] = None
         self._frozen: list[torch.nn.Parameter] = []
 
@@ -153,6 +155,11 @@ class SpdPruner(Distiller):
         self._planned = False
         if session.unit_map is None:
             raise HeadPruningError("SPD needs the model's layers; pass its unit map to the session.")
+        if session.weights_come_later:
+            raise HeadPruningError(
+                "A student of SPD starts as its teacher, but this host loads the weights only when training begins; "
+                "take --distill logits with --teacher-path, or train SPD with transformers."
+            )
         layers = session.unit_map.layers
         try:
             super().attach(session)

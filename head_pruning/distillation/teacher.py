@@ -141,6 +141,11 @@ def open_teacher(
                     "load_teacher=, or leave the path out to learn from the model as it is now."
                 )
             model, unit_map = session.load_teacher(path, session.needs)
+        elif session.weights_come_later:
+            raise HeadPruningError(
+                "A model that is loaded only when training begins cannot be its own teacher; give the model to learn "
+                "from as --teacher-path."
+            )
         elif kind in (None, _first(student).dtype):
             own = dict(student.named_parameters())
             model, unit_map = copy.deepcopy(student, {id(own[name]): own[name] for name in shared}), session.unit_map

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Optional
 
 import numpy as np
 
+from ..compact.shapes import FLAG, Number, Whole
 from ..errors import HeadPruningError
-from ..masks import HeadMask
+from ..masks import HeadMask, full_mask
 from ..options import require
 from ..pruner import Pruner, SessionView
+from ..unit_map import NUMBERED
 from .adam import GateAdam
 from .subset import Rounds, hard_top_k, plan_rounds
 
@@ -31,6 +34,19 @@ class HeadCountConfig:
     min_heads_per_kind: int = field(
         default=0,
         metadata={"help": "keep at least this many heads of every kind of attention (encoder, cross, decoder)"},
+    )
+
+
+@dataclass
+class UnitsConfig:
+    """The option of every method that prunes feed-forward units as it does heads."""
+
+    prune_units: str = field(
+        default="heads",
+        metadata={
+            "help": "what is pruned: heads, ffn (the units of feed-forward blocks) or both; counts and masks are then "
+            "of units, or of heads and units together"
+        },
     )
 
 
@@ -64,6 +80,8 @@ class HeadPruner(Pruner):
 
     def check_options(self) -> None:
         super().check_options()
+        if self.units not in NUMBERED:
+            raise HeadPruningError(f"--prune-units is {self.units!r}; give one of {', '.join(NUMBERED)}.")
         if isinstance(self.config, HeadCountConfig):
             for option in ("min_heads_per_layer", "min_heads_per_kind"):
                 require(self.config, option, lambda value: value >= 0, "0 or more")
@@ -89,8 +107,10 @@ class HeadPruner(Pruner):
 
     def summary(self) -> str:
         trained = "kept as they are (pipelined)" if self.freezes_model else "trained too (joint)"
-        heads, sites = self.unit_map.num_heads, len(self.unit_map.attention)
-        return f"{heads} heads in {sites} attention layers, the model's own weights are {trained}"
+        sites = len(self.unit_map.sites)
+        found = [f"{total} {name}" for name, (_, total) in full_mask(self.unit_map).counts().items()]
+        kind = "attention layers" if self.units == "heads" else "sites"
+        return f"{' and '.join(found)} in {sites} {kind}, the model's own weights are {trained}"
 
     def keep(self) -> np.ndarray:
         """``bool[N]``: the heads that would stay now."""
@@ -117,6 +137,15 @@ class HeadGatePruner(HeadPruner):
     """
 
     bert_defaults = {"pruning_lr": 0.5, "gate_adam_beta2": 0.999}
+    # Without clipping, gradients of the relaxation and their squares may be as large as numbers are.
+    state_shapes = {
+        "logits": [Number()],
+        "counts": (Whole(), Whole()),
+        "final": [FLAG],
+        "adam.first": [Number(-math.inf, math.inf)],
+        "adam.second": [Number(0, math.inf)],
+        "adam.steps": (Whole(),),
+    }
 
     def __init__(self, config: HeadGateConfig) -> None:
         super().__init__(config)
@@ -273,7 +302,7 @@ class HeadGatePruner(HeadPruner):
             )
         self.logits = np.array(state["logits"], dtype=np.float64)
         self.clipped_steps, self.skipped_steps = (int(count) for count in state["counts"])
-        self.final = state["final"].astype(bool) if state["final"].size else None
+        self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
         self.adam.load_state_dict(
             {name[len("adam.") :]: value for name, value in state.items() if name.startswith("adam.")}
         )

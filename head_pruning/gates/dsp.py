@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from typing import Optional
+from dataclasses import dataclass, field, replace
+from typing import Any, Mapping, Optional
 
 import numpy as np
 
+from ..compact.shapes import STEP, Whole
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
@@ -21,18 +22,40 @@ logger = logging.getLogger(__name__)
 # At and below this temperature (nearly) all gradients of the relaxation are exactly 0: the logits learn no more.
 DEAD_TEMPERATURE = 1e-4
 
+# What is not said of the schedule: as the published fairseq script has it, or, where nothing at all is said, so that
+# trainings of any length choose heads (the published one keeps a random choice without --annealing).
+_PUBLISHED = {"initial_temperature": 0.1, "final_temperature": 1e-8, "cooldown_steps": 15000}
+_SHORT = {"annealing": True, "initial_temperature": 10.0, "final_temperature": DEAD_TEMPERATURE, "cooldown_steps": 0.6}
+
 
 @dataclass
 class DSPConfig(HeadGateConfig):
     """Options of DSP."""
 
-    annealing: bool = field(default=False, metadata={"help": "anneal the temperature of the Gumbel soft top-K"})
-    initial_temperature: float = field(default=0.1, metadata={"help": "temperature at the first update"})
-    final_temperature: float = field(
-        default=1e-8, metadata={"help": "temperature after the cooldown, or throughout without --annealing"}
+    annealing: bool = field(
+        default=False,
+        metadata={
+            "help": "anneal the temperature of the Gumbel soft top-K; without it, where no temperature is named, it "
+            "falls from 10 to 1e-4 in the first 0.6 of training"
+        },
     )
-    cooldown_steps: float = field(
-        default=15000, metadata={"help": "updates to anneal over; below 1: a fraction of training"}
+    initial_temperature: Optional[float] = field(
+        default=None,
+        metadata={"help": "temperature at the first update; default with --annealing: 0.1, in the BERT scripts 1000"},
+    )
+    final_temperature: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "temperature after the cooldown, or throughout where a temperature is named without --annealing; "
+            "default: 1e-8"
+        },
+    )
+    cooldown_steps: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "updates to anneal over; below 1: a fraction of training; default with --annealing: 15000, in the "
+            "BERT scripts 25000"
+        },
     )
     noise_after_cooldown: bool = field(
         default=False,
@@ -43,12 +66,32 @@ class DSPConfig(HeadGateConfig):
     )
 
 
+def _names_schedule(options: Mapping[str, Any]) -> bool:
+    """Whether the options ask for the published annealing, or for a temperature."""
+    return not all(_unsaid(options.get(name)) for name in ("annealing", "initial_temperature", "final_temperature"))
+
+
+def _unsaid(value: Any) -> bool:
+    return value is None or value is False
+
+
 class DSPPruner(HeadGatePruner):
     """Keeps exactly K heads: a relaxed subset of the perturbed logits whose temperature falls."""
 
     name = "dsp"
     bert_defaults = {**HeadGatePruner.bert_defaults, "initial_temperature": 1000.0, "cooldown_steps": 25000}
     schedule_option = "cooldown_steps"
+    state_shapes = {**HeadGatePruner.state_shapes, "schedule": (Whole(), STEP)}
+
+    def __init__(self, config: DSPConfig) -> None:
+        defaults: dict[str, Any] = _PUBLISHED if _names_schedule(vars(config)) else _SHORT
+        super().__init__(replace(config, **{k: v for k, v in defaults.items() if _unsaid(getattr(config, k))}))
+
+    @classmethod
+    def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """With the published scripts' temperatures only where an annealing or a temperature is asked for."""
+        defaults = cls.bert_defaults if _names_schedule(options) else HeadGatePruner.bert_defaults
+        return {**defaults, **options}
 
     def check_options(self) -> None:
         self.require_count()

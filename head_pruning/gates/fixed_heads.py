@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
+from ..compact.shapes import FLAG
 from ..errors import HeadPruningError
 from ..masks import HeadMask
 from ..old_masks import read_old_mask
 from ..pruner import SessionView
 from ..registry import register_pruner
-from .base import HeadCountConfig, HeadPruner
+from .base import HeadCountConfig, HeadPruner, UnitsConfig
 
 
 @dataclass
-class RandomConfig(HeadCountConfig):
+class RandomConfig(UnitsConfig, HeadCountConfig):
     """Options of the random baseline."""
 
     random_heads_seed: Optional[int] = field(
@@ -30,6 +32,7 @@ class FixedPruner(HeadPruner):
 
     inherits = False
     starts_anywhere = True
+    state_shapes = {"kept": [FLAG]}
 
     def chosen(self) -> np.ndarray:
         """``bool[N]``: the heads that stay."""
@@ -98,8 +101,8 @@ class GivenConfig:
     head_mask_file: Optional[str] = field(
         default=None,
         metadata={
-            "help": "train with the heads of this mask from the start: masks.safetensors of another run, or a mask of "
-            "the published code (mask4.pt)",
+            "help": "train, or decode a dense model (fairseq), with the heads of this mask: masks.safetensors of "
+            "another run, or a mask of the published code (mask4.pt)",
             "by_content": True,
         },
     )
@@ -110,6 +113,14 @@ class GivenPruner(FixedPruner):
 
     name = "given"
     takes_zeroed_heads = True
+    needs_training = False
+
+    @functools.cached_property
+    def units(self) -> str:
+        """What the mask tells of."""
+        path = self.config.head_mask_file
+        known = path is not None and Path(path).is_file() and Path(path).suffix != ".pt"
+        return HeadMask.load(path).unit_map.units if known else "heads"
 
     def check_options(self) -> None:
         if self.config.head_mask_file is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
@@ -12,6 +13,8 @@ from ..errors import HeadPruningError
 from ..registry import register_pruner
 from .base import HeadGateConfig, HeadGatePruner
 from .subset import hard_top_k
+
+logger = logging.getLogger(__name__)
 
 TEMPERATURE = 0.33
 STRETCH = (-0.1, 1.1)
@@ -75,6 +78,7 @@ class VoitaPruner(HeadGatePruner):
     def __init__(self, config: VoitaConfig) -> None:
         super().__init__(config)
         self.freezes_model = config.l0_pipelined
+        self._told = False
 
     @classmethod
     def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +105,16 @@ class VoitaPruner(HeadGatePruner):
 
     def chain(self, gradient: np.ndarray) -> np.ndarray:
         return np.asarray(gradient, dtype=np.float64) * self.slope
+
+    def after_step(self, step: int, lr_factor: float) -> None:
+        super().after_step(step, lr_factor)
+        if not (self._told or (self.logits > 0.0).any() or self.keep().any()):
+            self._told = True
+            logger.warning(
+                "all heads are closed after %d updates, and no attention is left; lower --l0-penalty, or keep some "
+                "heads with --num-of-heads, --min-heads-per-layer or --min-heads-per-kind",
+                step + 1,
+            )
 
     def penalty(self) -> float:
         return self.config.l0_penalty * float(open_probability(self.logits)[0].sum())

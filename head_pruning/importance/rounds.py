@@ -1,6 +1,5 @@
 """The file of a Michel run: one entry per finished round, enough to go on after the last."""
 
-import json
 import math
 import os
 from pathlib import Path
@@ -8,14 +7,22 @@ from typing import Any, Mapping, Optional
 
 import numpy as np
 
-from ..errors import HeadPruningError
-from ..files import write_json
+from ..compact.shapes import Either, Number, Whole
+from ..errors import HeadPruningError, one_line
+from ..files import read_json, write_json
 from ..masks import HeadMask
 from ..unit_map import UnitMap
 from .michel import PruningRound
 
 ROUNDS_FILE = "michel_rounds.json"
 MASKS_FOLDER = "michel_masks"
+_ENTRY = {
+    "heads": Whole(),
+    "score": Either(None, Number()),
+    "kept_heads_by_site": {str: [Whole()]},
+    "importance": Either(None, [Number()]),
+}
+_FILE = {"rounds": [_ENTRY], "unit_map": dict, "settings": dict}
 
 
 class RoundsReport:
@@ -56,15 +63,23 @@ class RoundsReport:
         return self.start is not None and not self.start.mask.kept
 
     def _read(self) -> None:
+        data = read_json(self.path, _FILE, cure="move it away to start anew")
+        entries, settings = data["rounds"], data["settings"]
+        if not entries:
+            return
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            entries, theirs, settings = data["rounds"], UnitMap.from_dict(data["unit_map"]), dict(data["settings"])
-            if not entries:
-                return
-            last, masks = entries[-1], [self.mask(entry, theirs) for entry in entries]
-            start = last["score"], None if last["importance"] is None else np.array(last["importance"])
-        except (AttributeError, KeyError, TypeError, ValueError, HeadPruningError) as error:
-            raise HeadPruningError(f"{self.path} is damaged ({error!r}); move it away to start anew.") from error
+            theirs = UnitMap.from_dict(data["unit_map"])
+            masks = [self.mask(entry, theirs) for entry in entries]
+            if [mask.kept for mask in masks] != [entry["heads"] for entry in entries]:
+                raise ValueError("its heads are not as many as it says")
+            if any(len(entry["importance"] or masks[0].keep) != masks[0].keep.size for entry in entries):
+                raise ValueError("there is not one importance for each head")
+        except (KeyError, ValueError) as error:
+            raise HeadPruningError(
+                f"{self.path} is damaged ({one_line(error)}); move it away to start anew."
+            ) from error
+        last = entries[-1]
+        start = last["score"], None if last["importance"] is None else np.array(last["importance"])
         # Another model first of all differs in its settings: they say which.
         self._check_settings(settings)
         theirs.check_same_heads(self.unit_map, str(self.path))
@@ -84,13 +99,13 @@ class RoundsReport:
         if any(isinstance(value, (float, dict)) for value in (theirs, mine)):  # sums and fingerprints say nothing
             return f"another {flag}"
         was, now = ("not set" if value is None else value for value in (theirs, mine))
-        return f"{flag} was {was} and is now {now}"
+        return f"{flag:.80} was {was!s:.80} and is now {now!s:.80}"
 
     def mask(self, entry: Mapping[str, Any], unit_map: Optional[UnitMap] = None) -> HeadMask:
         """The heads that an entry keeps."""
         unit_map = unit_map or self.unit_map
         kept = {site: set(heads) for site, heads in entry["kept_heads_by_site"].items()}
-        keep = [head in kept[site.name] for site in unit_map.attention for head in range(site.heads)]
+        keep = [head in kept[site.name] for site in unit_map.sites for head in range(site.heads)]
         return HeadMask(unit_map, np.array(keep))
 
     def add(self, result: PruningRound, **more: Any) -> dict:

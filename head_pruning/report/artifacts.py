@@ -5,7 +5,7 @@ from typing import Any, Mapping, Optional
 
 from ..files import MASKS_FILE, REPORT_FILE, write_json
 from ..masks import HeadMask
-from .report_file import run_report, zeros_in_all
+from .report_file import counts_told, run_report, zeros_in_all
 
 
 def write_artifacts(
@@ -33,11 +33,11 @@ def write_artifacts(
     """
     folder = Path(folder)
     mask.save(folder / MASKS_FILE)
-    sparsity: dict[str, Any] = {"heads_removed": 1.0 - mask.kept / mask.keep.size}
+    counts = mask.counts()
+    sparsity: dict[str, Any] = {f"{name}_removed": 1.0 - kept / total for name, (kept, total) in counts.items()}
     if parameters is not None:
         sparsity |= zeros_in_all(*parameters)
     if compact_parameters is not None:
         sparsity["compact_parameters"] = compact_parameters
     report = run_report(method=method, options=options, sparsity=sparsity, history=history, versions=versions)
-    heads = {"heads_kept": mask.kept, "heads_total": mask.keep.size, "kept_heads_by_site": mask.kept_heads()}
-    write_json(folder / REPORT_FILE, {**report, **heads})
+    write_json(folder / REPORT_FILE, {**report, **counts_told(mask), "kept_heads_by_site": mask.kept_heads()})

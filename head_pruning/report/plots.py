@@ -5,13 +5,24 @@ from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
 from ..files import atomic_path
 from ..masks import HeadMask
+from ..unit_map import AttentionSite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-_COLOURS = {"encoder_self": "#3b6fb6", "decoder_cross": "#c8553d", "decoder_self": "#4f9d69"}
-_LABELS = {"encoder_self": "encoder", "decoder_cross": "cross", "decoder_self": "decoder"}
+_COLOURS = {
+    "encoder_self": "#3b6fb6",
+    "decoder_cross": "#c8553d",
+    "decoder_self": "#4f9d69",
+    "feed_forward": "#8a6fb0",
+}
+_LABELS = {
+    "encoder_self": "encoder",
+    "decoder_cross": "cross",
+    "decoder_self": "decoder",
+    "feed_forward": "feed-forward units",
+}
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -21,24 +32,32 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
-    """Draw masks of one model side by side: a row per site, a square per head, filled where the head stays."""
+    """Draw masks of one model side by side: a row per site, a square per head, filled where the head stays; of
+    feed-forward units a bar, filled to the share that stays.
+    """
     first = next(iter(masks.values()))
-    sites = first.unit_map.attention
-    widest = max(site.heads for site in sites)
+    sites = first.unit_map.sites
+    widest = max((site.heads for site in sites if isinstance(site, AttentionSite)), default=12)
     lines = 2 + max(title.count("\n") for title in masks)
     figure = _figure(2.2 + len(masks) * (0.45 + 0.22 * widest), 0.7 + 0.25 * lines + 0.24 * len(sites))
     panels = figure.subplots(1, len(masks), sharey=True, squeeze=False)[0]
     for panel, (title, mask) in zip(panels, masks.items()):
         for row, (site, where) in enumerate(mask.unit_map.slices()):
+            colour = _COLOURS.get(site.kind, "#555555")
+            if not isinstance(site, AttentionSite):
+                share = float(mask.keep[where].mean()) if site.heads else 0.0
+                panel.barh(row, widest - 0.16, left=-0.42, height=0.84, color="#f2f2f2", edgecolor="#d5d5d5")
+                panel.barh(row, (widest - 0.16) * share, left=-0.42, height=0.84, color=colour)
+                continue
             for head, kept in enumerate(mask.keep[where]):
-                colour = _COLOURS.get(site.kind, "#555555")
                 panel.add_patch(
                     _square(
                         head, row, facecolor=colour if kept else "#f2f2f2", edgecolor=colour if kept else "#d5d5d5"
                     )
                 )
         panel.set(xlim=(-0.6, widest - 0.4), ylim=(len(sites) - 0.4, -0.6), xticks=range(widest), aspect="equal")
-        panel.set_title(f"{title}\n{mask.kept} of {mask.keep.size}", fontsize=9)
+        kept = mask.words if len(mask.counts()) > 1 else f"{mask.kept} of {mask.keep.size}"
+        panel.set_title(f"{title}\n{kept}", fontsize=9)
         panel.tick_params(length=0, labelsize=7)
         for spine in panel.spines.values():
             spine.set_visible(False)

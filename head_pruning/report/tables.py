@@ -26,15 +26,21 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def head_table(mask: HeadMask, queries: Optional[Mapping[str, tuple[Sequence[int], int]]] = None) -> str:
-    """The kept heads by site: one line per site, ``#`` for a head that stays and ``.`` for one that goes.
+    """The kept heads by site: one line per site, ``#`` for a head that stays and ``.`` for one that goes. Feed-forward
+    units, which are too many for that, are counted.
 
     Args:
         mask: the heads.
         queries: of sites whose heads are groups that lost single query heads: the query heads that stay, and how many
             there were.
     """
-    rows = [(name, _signs(keep), f"{sum(keep)}/{len(keep)}") for name, keep in mask.by_site().items()]
-    rows.append(("all", "", f"{mask.kept}/{mask.keep.size}"))
+    counted = {site.name for site in mask.unit_map.feed_forward}
+    rows = [
+        (name, "" if name in counted else _signs(keep), f"{sum(keep)}/{len(keep)}")
+        for name, keep in mask.by_site().items()
+    ]
+    counts = mask.counts()
+    rows += [(f"all {name}" if len(counts) > 1 else "all", "", f"{kept}/{of}") for name, (kept, of) in counts.items()]
     if not queries:
         return text_table(("site", "heads", "kept"), rows)
     more = {

@@ -1,6 +1,5 @@
 """What is reported of pruned weights: densities as table and picture, and their part of pruning.json."""
 
-import json
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Optional
 
@@ -12,7 +11,7 @@ from ..masks import HeadMask
 from ..session import PruningSession
 from ..surgery.zeros import removed_counts
 from ..weights.files import save_weight_masks
-from .report_file import run_report, zeros_in_all
+from .report_file import read_report, run_report, zeros_in_all
 from .tables import text_table
 
 DENSITY_PICTURE = "weight_density.png"
@@ -194,7 +193,7 @@ def write_weight_artifacts(
     counts = counts or count_weights(masks, parameters)
     weights = weight_report(counts, parameters, method=method, options=options, left_dense=left_dense)
     if head_mask is not None and known.is_file():
-        report = json.loads(known.read_text(encoding="utf-8"))
+        report = read_report(known)
     else:
         sparsity = zeros_in_all(weights["parameters"], weights["nonzero_parameters"])
         report = run_report(method=method, options=options, sparsity=sparsity, history=history, versions=versions)

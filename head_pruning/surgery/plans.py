@@ -6,8 +6,9 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import nn
 
+from ..compact.recipe import get_tensor as get_tensor
 from ..errors import HeadPruningError
-from ..unit_map import AttentionSite
+from ..unit_map import FeedForwardSite, Site, UnitMap
 
 # A block of a dimension: (1, width) is `width` slices per head, head after head; (1, width, first, end) is the same of
 # some heads; (0, width) is shared by all heads; (2, width) is `width` slices per query head.
@@ -76,12 +77,48 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
-def plain_plan(model: nn.Module, site: AttentionSite) -> SitePlan:
-    """The plan of a site with one projection each for query, key and value, heads one after the other.
+def unit_plan(model: nn.Module, site: FeedForwardSite) -> SitePlan:
+    """The plan of a feed-forward block, whose units are rows of what makes them and columns of the output projection.
+
+    Where one projection makes units and gates, all of one come before all of the other. A block without units keeps a
+    dummy one, whose output counts as zero: then the output projection gives its bias, whatever class it has.
+    """
+    tensors = columns_of(model, site.out_proj, ((1, 1),))
+    for name in site.projections:
+        module: Any = model.get_submodule(name)
+        wide = module.weight.shape[1 if hasattr(module, "nf") else 0]
+        if wide % site.width:
+            return SitePlan((), refuse=f"it is not known how its {site.width} units lie in {name}")
+        tensors += rows_of(model, name, ((1, 1),) * (wide // site.width))
+    norm = _norm_of_units(model, site)
+    return SitePlan(tuple(tensors), empty=(site.out_proj, None), refuse=norm and f"{norm} normalizes over all of them")
+
+
+def _norm_of_units(model: nn.Module, site: FeedForwardSite) -> str:
+    """The norm between a block's projections, or nothing: it is beside them and as wide as the units alone are."""
+    around = model.get_submodule(site.out_proj.rpartition(".")[0])
+    hidden = get_tensor(model, f"{site.out_proj}.weight")
+    for name, module in around.named_children():
+        if "norm" in f"{name} {type(module).__name__}".lower() and hidden.numel() != site.width**2:
+            if any(tensor.shape == (site.width,) for _, tensor in _own_tensors(module)):
+                return name
+    return ""
+
+
+def plan_of(model: nn.Module, unit_map: UnitMap, site: Site) -> SitePlan:
+    """What of a model belongs to the heads or units of a site: as the map's planner says, or :func:`plain_plan`."""
+    return (unit_map.planner or plain_plan)(model, site)
+
+
+def plain_plan(model: nn.Module, site: Site) -> SitePlan:
+    """The plan of a site with one projection each for query, key and value, heads one after the other, or of a
+    feed-forward block (:func:`unit_plan`).
 
     Raises:
         HeadPruningError: a projection's width is not that of so many heads.
     """
+    if isinstance(site, FeedForwardSite):
+        return unit_plan(model, site)
     if not site.projections:
         raise HeadPruningError(
             f"{site.name} names no projections, in whose rows the heads lie; name those of query, key and value in "
@@ -98,9 +135,3 @@ def plain_plan(model: nn.Module, site: AttentionSite) -> SitePlan:
             )
         tensors += rows_of(model, name, ((1, wide // site.heads),))
     return SitePlan(tuple(tensors))
-
-
-def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer of this dotted name."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)

@@ -21,11 +21,23 @@ def site_now(site: AttentionSite, entry: Mapping[str, Any]) -> AttentionSite:
 
 
 def sites_left(recipe: Mapping[str, Any]) -> UnitMap:
-    """The sites of a compact model with the heads that they have now, also those without any."""
-    original = UnitMap.from_dict(recipe["unit_map"])
-    entries = recipe["sites"]
+    """The sites of a compact model with the heads that they have now, also those without any; units are numbered where
+    some were removed.
+    """
+    original, entries = original_of(recipe), recipe["sites"]
     sites = (site_now(site, entries[site.name]) if site.name in entries else site for site in original.attention)
-    return dataclasses.replace(original, attention=tuple(sites))
+    blocks = (
+        dataclasses.replace(block, width=len(entries[block.name]["kept"])) if block.name in entries else block
+        for block in original.feed_forward
+    )
+    return dataclasses.replace(original, attention=tuple(sites), feed_forward=tuple(blocks))
+
+
+def original_of(recipe: Mapping[str, Any]) -> UnitMap:
+    """The map of the original model; units are numbered where some were removed."""
+    original = UnitMap.from_dict(recipe["unit_map"])
+    cut = any(block.name in recipe["sites"] for block in original.feed_forward)
+    return original.numbering("both" if cut else "heads")
 
 
 def recipe_of(model: nn.Module) -> Optional[dict]:
@@ -41,7 +53,7 @@ def heads_left(model: nn.Module) -> Optional[HeadMask]:
 
 def heads_kept_by(recipe: Mapping[str, Any]) -> HeadMask:
     """Which heads of the original model a recipe keeps."""
-    unit_map = UnitMap.from_dict(recipe["unit_map"])
+    unit_map = original_of(recipe)
     removed = {
         name: sorted(set(range(entry["heads"])) - set(entry["kept"])) for name, entry in recipe["sites"].items()
     }
@@ -62,9 +74,12 @@ def mask_of_original(recipe: Mapping[str, Any], mask: HeadMask) -> HeadMask:
         HeadPruningError: the mask is of another model.
     """
     left = heads_kept_by(recipe)
+    wider = {left.unit_map.units, mask.unit_map.units}
+    if len(wider) > 1:
+        left, mask = left.numbering("both"), mask.numbering("both")
     if mask.fits(left.unit_map):
         return mask.fitted(left.unit_map)
-    keep, given = left.keep.copy(), mask.fitted(sites_left(recipe)).by_site()
+    keep, given = left.keep.copy(), mask.fitted(sites_left(recipe).numbering(mask.unit_map.units)).by_site()
     for site, where in left.unit_map.slices():
         entry = recipe["sites"].get(site.name)
         there = list(range(site.heads)) if entry is None else entry["kept"]

@@ -12,15 +12,16 @@ from ..compact.slices import held_heads, held_queries, stays, was
 from ..errors import HeadPruningError
 from ..gates.engine.bank import refuse_gates
 from ..masks import HeadMask, head_numbers
-from ..unit_map import AttentionSite, UnitMap
-from .plans import get_tensor, plain_plan
+from ..unit_map import AttentionSite, Site, UnitMap
+from .plans import get_tensor, plan_of
 from .remaining import recipe_of
 
 _UNGATE = "detach the session, or take the mask off, before heads are removed for good"
 
 
 def remove_heads(model: nn.Module, unit_map: UnitMap, head_mask: HeadMask) -> dict:
-    """Cut the heads that ``head_mask`` does not keep out of a model's tensors, in place.
+    """Cut the heads that ``head_mask`` does not keep out of a model's tensors, in place, and so the feed-forward units
+    of a mask that numbers them.
 
     The compact model's outputs equal the masked model's (up to the order of float additions). Sites may keep different
     numbers of heads; where none stays, attention is the constant it has become. Heads can be removed again from a
@@ -107,6 +108,7 @@ def remove_query_heads(
 
 def plan_recipe(model: nn.Module, unit_map: UnitMap, head_mask: HeadMask) -> dict:
     """The recipe that :func:`remove_heads` would apply; changes nothing. Arguments and errors are the same."""
+    unit_map = unit_map.numbering(head_mask.unit_map.units)
     head_mask = head_mask.fitted(unit_map)
     recipe = _recipe(model, unit_map)
     for site, where in unit_map.slices():
@@ -121,18 +123,19 @@ def _recipe(model: nn.Module, unit_map: UnitMap) -> dict:
     before = recipe_of(model)
     if before is not None:
         return {**copy.deepcopy(before), "version": VERSION}
-    return {"version": VERSION, "unit_map": json.loads(json.dumps(unit_map.to_dict())), "sites": {}}
+    return {"version": VERSION, "unit_map": json.loads(json.dumps(unit_map.numbering("heads").to_dict())), "sites": {}}
 
 
-def _entry(recipe: dict, model: nn.Module, unit_map: UnitMap, site: AttentionSite) -> dict:
+def _entry(recipe: dict, model: nn.Module, unit_map: UnitMap, site: Site) -> dict:
     """The site's entry in the recipe, which it now has. Raises HeadPruningError where nothing can be cut out of it."""
-    plan = (unit_map.planner or plain_plan)(model, site)
+    plan = plan_of(model, unit_map, site)
     entry = recipe["sites"].get(site.name)
     expanded = "its keys and values were repeated when query heads were removed"
     refuse = expanded if entry is not None and entry.get("expanded") else plan.refuse
     if refuse:
         cure = "" if "; " in refuse else "; export the model masked"
-        raise HeadPruningError(f"Heads of {site.name} cannot be cut out exactly: {refuse}{cure}.")
+        what = "Heads" if isinstance(site, AttentionSite) else "Units"
+        raise HeadPruningError(f"{what} of {site.name} cannot be cut out exactly: {refuse}{cure}.")
     return recipe["sites"].setdefault(site.name, plan.entry(site.heads))
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from ..compact.slices import QUERIES
 from ..errors import HeadPruningError
 from ..masks import HeadMask
-from ..unit_map import AttentionSite, UnitMap
-from .plans import Blocks, SitePlan, get_tensor
+from ..unit_map import FeedForwardSite, Site, UnitMap
+from .plans import Blocks, SitePlan, get_tensor, plan_of
 
 
 class HeadWeights:
@@ -57,7 +57,7 @@ class HeadWeights:
                     yield self._names[id(tensor)], tensor, dim, torch.from_numpy(places)
 
 
-def _parts(model: nn.Module, unit_map: UnitMap, site: AttentionSite) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
+def _parts(model: nn.Module, unit_map: UnitMap, site: Site) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
     out = _plain(model.get_submodule(site.out_proj))
     dim = 0 if hasattr(out, "nf") else 1  # a Conv1D keeps its weight as [in, out]
     if out.weight.shape[dim] != site.heads * site.head_dim:
@@ -65,7 +65,8 @@ def _parts(model: nn.Module, unit_map: UnitMap, site: AttentionSite) -> Iterator
             f"{site.out_proj} reads {out.weight.shape[dim]} features, the mask says {site.heads * site.head_dim}; use "
             "a mask made for this model."
         )
-    plan = unit_map.planner(model, site) if unit_map.planner is not None else SitePlan((), refuse="no planner")
+    planned = unit_map.planner is not None or isinstance(site, FeedForwardSite)
+    plan = plan_of(model, unit_map, site) if planned else SitePlan((), refuse="no planner")
     if not plan.refuse:
         for name, along, blocks in plan.tensors:
             owner, tensor = _owners(blocks, site.heads, plan.per_group), get_tensor(model, name)
@@ -74,6 +75,8 @@ def _parts(model: nn.Module, unit_map: UnitMap, site: AttentionSite) -> Iterator
         return
     heads = np.arange(site.heads)
     yield out.weight, dim, heads.repeat(site.head_dim)
+    if isinstance(site, FeedForwardSite):
+        return
     normed = any("norm" in name for name, _ in model.get_submodule(site.name).named_children())
     if normed or len(set(site.projections)) != 3:
         return

@@ -11,6 +11,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 import torch
 
+from ..compact.shapes import FLAG, STEP, Either, Number, Rest, Whole
 from ..errors import HeadPruningError
 from ..pruner import Pruner, SessionView
 from ..schedules import count_of
@@ -55,6 +56,12 @@ class WeightPruner(Pruner):
     default_selection, default_policy = "global", "revive"
     #: The number of the first update: the published script counts from 1.
     first_step = 1
+    state_shapes = {
+        "progress": (STEP, Number(-1, 1), FLAG, FLAG, FLAG, FLAG),
+        "active": [FLAG],
+        "numbers": Either((), (Number(-math.inf, math.inf), Whole())),
+        "heads": (Whole(), Rest(FLAG)),
+    }
 
     # -- for methods -------------------------------------------------------------------------------------------------
 

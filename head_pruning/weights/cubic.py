@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from ..compact.shapes import STEP
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
@@ -53,6 +54,7 @@ class CubicPruner(WeightPruner):
     """Masks every deltaT updates while the remaining ratio falls, and at every update of the final phase."""
 
     schedule_option = "warmup_steps"
+    state_shapes = {**WeightPruner.state_shapes, "schedule": (STEP,)}
 
     def check_options(self) -> None:
         super().check_options()

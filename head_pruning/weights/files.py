@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 
-from ..errors import HeadPruningError
-from ..files import atomic_path, sort_metadata
+from ..compact.shapes import Whole
+from ..errors import HeadPruningError, one_line
+from ..files import atomic_path, parse_json, read_safetensors, sort_metadata
 from ..masks import HeadMask
 from ..schedules import count_of
 
 COMPRESSED_FILE = "model.compressed.safetensors"
 _MASK, _VALUES = "mask.", "values."
+_SHAPES = {str: [Whole()]}  # parameter name to the shape of its tensor
 _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # bytes of a value to the integer of its size
 
 
@@ -24,9 +27,9 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1)))
 
 
-def unpack_mask(packed: torch.Tensor, shape: "torch.Size | tuple[int, ...]") -> torch.Tensor:
+def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """The inverse of :func:`pack_mask`. Raises HeadPruningError when the number of bits does not fit the shape."""
-    number = int(np.prod(shape))
+    number = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.numel() != (number + 7) // 8:
         raise HeadPruningError(
             f"A packed mask of {packed.numel()} bytes does not fit a tensor of shape {list(shape)}; use masks made "
@@ -58,13 +61,13 @@ def save_weight_masks(
 
 def load_weight_masks(path: "str | Path") -> dict[str, torch.Tensor]:
     """Parameter name to boolean mask. Raises HeadPruningError when the file is missing, damaged or of another kind."""
-    tensors, metadata = _read(path)
+    tensors, metadata = read_safetensors(path, "pt")
     try:
-        shapes = json.loads(metadata["weight_shapes"])
+        shapes = parse_json(metadata["weight_shapes"], _SHAPES)
         return {name: unpack_mask(tensors[f"weights.{name}"], shape) for name, shape in shapes.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise HeadPruningError(
-            f"{path} holds no weight masks ({error!r}); write them with a weight pruner."
+            f"{path} holds no weight masks ({one_line(error)}); use those of a pruned model."
         ) from error
 
 
@@ -111,31 +114,27 @@ def save_compressed(path: "str | Path", state: Mapping[str, torch.Tensor], *, mi
 
 def load_compressed(path: "str | Path") -> dict[str, torch.Tensor]:
     """The dense tensors of a file of :func:`save_compressed`. Raises HeadPruningError when it is none."""
-    tensors, metadata = _read(path)
+    tensors, metadata = read_safetensors(path, "pt")
     try:
-        shapes, aliases = json.loads(metadata["compressed"]), json.loads(metadata["aliases"])
-        state = {}
-        for name, shape in shapes.items():
-            values = tensors.pop(_VALUES + name)
-            dense = torch.zeros(shape, dtype=values.dtype)
-            dense[unpack_mask(tensors.pop(_MASK + name), shape)] = values
-            state[name] = dense
+        shapes = parse_json(metadata["compressed"], _SHAPES)
+        aliases = parse_json(metadata["aliases"], {str: str})
+        state = {
+            name: _expanded(tensors.pop(_MASK + name), tensors.pop(_VALUES + name), shapes[name]) for name in shapes
+        }
         state.update(tensors)
         state.update({name: state[other] for name, other in aliases.items()})
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+    except (KeyError, ValueError) as error:
         raise HeadPruningError(
-            f"{path} is no compressed model ({error!r}); write one with save_compressed."
+            f"{path} is no compressed model ({one_line(error)}); export the model again."
         ) from error
     return state
 
 
-def _read(path: "str | Path") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise HeadPruningError(f"There is no file {path}; check the path.")
-    try:
-        with safe_open(str(path), framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})
-    except SafetensorError as error:
-        raise HeadPruningError(f"{path} is damaged ({error}); write it again.") from error
+def _expanded(packed: torch.Tensor, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A dense tensor, of its packed mask and the values there. Raises ValueError unless they fit each other."""
+    keep = unpack_mask(packed, shape)
+    if values.dim() != 1 or len(values) != int(torch.count_nonzero(keep)):
+        raise ValueError(f"{list(values.shape)} values for a mask of {int(torch.count_nonzero(keep))}")
+    dense = torch.zeros(tuple(shape), dtype=values.dtype)
+    dense[keep] = values
+    return dense

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..compact.shapes import STEP, Either
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
@@ -73,6 +74,7 @@ class GradualMagnitudePruner(MagnitudeScores):
     default_selection, default_policy = "tensor", "retained"
     first_step = 0
     schedule_option = "policy_end_step"
+    state_shapes = {**MagnitudeScores.state_shapes, "schedule": Either((), (STEP,) * len(_STEPS))}
 
     def check_options(self) -> None:
         super().check_options()
@@ -157,7 +159,7 @@ class GradualMagnitudePruner(MagnitudeScores):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         # Steps may have been given as fractions: a resumed run keeps those that it was started with.
-        settled = [float(self.steps.get(name, math.nan)) for name in _STEPS] if self.steps else []
+        settled = [float(self.steps.get(name, -1)) for name in _STEPS] if self.steps else []
         return {**super().state_dict(), "schedule": np.array(settled)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from ..compact.shapes import STEP
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
@@ -37,7 +38,7 @@ class PhaseConfig:
         default=False,
         metadata={
             "help": "as the published code: the replacing rate may never reach 1, the last mask may be missed, the "
-            "learning rate of each phase falls to 0 in 30 epochs"
+            "learning rate of each phase falls to 0 in 30 epochs, the optimizer keeps its averages in the second"
         },
     )
 
@@ -97,6 +98,7 @@ class SpdMagnitudePruner(MagnitudeScores):
     name = "spd_magnitude"
     default_selection, default_policy = "tensor", "nested"
     schedule_option = "num_prune_epochs"
+    state_shapes = {**MagnitudeScores.state_shapes, "schedule": (STEP,)}
 
     def check_options(self) -> None:
         super().check_options()

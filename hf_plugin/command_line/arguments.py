@@ -15,7 +15,7 @@ from ..training.optimizers import OPTIMIZERS
 from .defaults import complete_options
 from .fields import SHARED, DataArguments, ModelArguments
 from .groups import build_parser
-from .old_flags import add_legacy_flags
+from .old_flags import add_legacy_flags, mend_names
 from .parser import require_positive, subset
 from .presets import add_preset
 from .scripts import SCRIPTS, Script
@@ -71,6 +71,7 @@ def _read(argv: Sequence[str], script: Script, notes: list[str]) -> dict[str, An
     parser = build_parser(script)
     add_legacy_flags(parser, notes, script.spellings)
     given = parser.parse_set(argv)
+    mend_names(given, notes)
     add_preset(given, notes)
     if given.get("debug") == []:
         del given["debug"]

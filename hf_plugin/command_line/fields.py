@@ -116,6 +116,16 @@ class SquadArguments(DataArguments):
     SIZES = ("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length")
 
 
+def complete_gpp(given: dict[str, Any], notes: list[str]) -> None:
+    """Write the learning rate of retraining as the factor that it is on that of training, and score every epoch."""
+    rate = given.pop("retrain_learning_rate", None)
+    if rate is not None:
+        given["retrain_lr_factor"] = rate / given.get("learning_rate", 5e-5)
+    if "eval_strategy" not in given and given.get("do_eval"):
+        given["eval_strategy"] = "epoch"
+        notes.append("the model is scored after every epoch, unless --eval_strategy says otherwise.")
+
+
 def complete_squad(given: dict[str, Any], notes: list[str]) -> None:
     """Write into the flags that were set what run_squad's say of transformers' own; each adds a line to ``notes``."""
     if given.get("eval_steps") and "eval_strategy" not in given:

@@ -40,8 +40,12 @@ class MichelArguments(ModelArguments):
     )
     seed: int = field(default=42, metadata={"help": "seed"})
     no_cuda: bool = field(default=False, metadata={"help": "run on the CPU", "aliases": ["--use_cpu"]})
-    num_of_heads: int = field(default=12, metadata={"help": "heads to remove per round"})
+    num_of_heads: int = field(default=12, metadata={"help": "heads (or units) to remove per round"})
     exact_pruning: bool = field(default=False, metadata={"help": "measure the importance anew after every round"})
+    prune_units: str = field(
+        default="heads",
+        metadata={"help": "what is removed: heads, ffn (the units of feed-forward blocks) or both, by one ranking"},
+    )
     dont_normalize_importance_by_layer: bool = field(
         default=False, metadata={"help": "do not divide a layer's importance by its L2 norm"}
     )

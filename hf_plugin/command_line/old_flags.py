@@ -1,7 +1,6 @@
 """Spellings of transformers 3 and 4 that version 5 no longer has, and of the published scripts: read as today's."""
 
 import argparse
-import json
 import os
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence
@@ -9,6 +8,7 @@ from typing import Any, Callable, Optional, Sequence
 from transformers.hf_argparser import string_to_bool
 
 from head_pruning import HeadPruningError
+from head_pruning.files import parse_json
 
 from .parser import FlagParser
 
@@ -53,7 +53,7 @@ def _entry(name: str, target: str, kind: Callable[[str], Any], key: Optional[str
     def apply(given: dict[str, Any], value: Any) -> None:
         held = given.get(target) or {}
         try:
-            held = json.loads(held) if isinstance(held, str) else held
+            held = parse_json(held, dict) if isinstance(held, str) else held
         except ValueError:
             raise HeadPruningError(f"--{name} is an entry of --{target} {held}; write it into that file.") from None
         given[target] = {**held, key: value}
@@ -153,10 +153,34 @@ SQUAD_SPELLINGS = (
     Spelling("lang_id", "only XLM has languages, and it is not answered with"),
     Spelling("threads", "the tokenizer uses all cores"),
 )
+GPP_SPELLINGS = (
+    _switch("do_distill", "distill", "dfd"),
+    _renamed("teacher_model_path", "teacher_path"),
+    Spelling(
+        "retrain_learning_rate",
+        "--retrain_lr_factor, that rate over --learning_rate",
+        "retrain_lr_factor",
+        lambda given, rate: given.update(retrain_learning_rate=rate),
+        float,
+    ),
+    Spelling("do_finetune", "the trained model is evaluated anyway (--do_eval)"),
+)
+#: Names of models as a manual spells them.
+MISSPELT = {"bert-unbase-cased": "bert-base-uncased"}
 MICHEL_SPELLINGS = (
     Spelling("local_rank", "importance is measured by one process"),
     *(Spelling(name, why) for name, why in _DEBUGGER.items()),
 )
+
+
+def mend_names(given: dict[str, Any], notes: list[str]) -> None:
+    """Write the right name of a model that manuals misspell, unless a folder is called so; a note tells of it."""
+    named = given.get("model_name_or_path")
+    if isinstance(named, (list, dict)):  # out of a file
+        raise HeadPruningError(f"model_name_or_path is a {type(named).__name__}; give one name.")
+    if named in MISSPELT and not os.path.isdir(named):
+        given["model_name_or_path"] = MISSPELT[named]
+        notes.append(f"--model_name_or_path {named} is read as {MISSPELT[named]}: there is no model of that name.")
 
 
 def add_legacy_flags(parser: FlagParser, notes: list[str], spellings: Sequence[Spelling] = SPELLINGS) -> None:

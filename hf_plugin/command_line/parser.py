@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import difflib
 import enum
-import json
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
@@ -14,6 +13,7 @@ from transformers.hf_argparser import string_to_bool
 
 from head_pruning import HeadPruningError
 from head_pruning.errors import one_line
+from head_pruning.files import parse_json
 
 FILES = (".json", ".yaml", ".yml")
 
@@ -121,17 +121,17 @@ class FlagParser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         """Called by argparse. Raises HeadPruningError."""
-        message = message.removeprefix("argument ")
+        message = message.removeprefix("argument ")[:1000]
         raise HeadPruningError(f"{message}; {self.prog} --help lists the flags.")
 
     def _unknown(self, rest: Sequence[str]) -> str:
         word = next((word for word in rest if word.startswith("-")), None)
         if word is None:
             return (
-                f"{rest[0]} belongs to no flag; flags start with --, and a file of arguments comes first and ends in "
-                f"{', '.join(FILES)}."
+                f"{rest[0]:.80} belongs to no flag; flags start with --, and a file of arguments comes first and ends "
+                f"in {', '.join(FILES)}."
             )
-        return f"{self.prog} has no flag {word.partition('=')[0]}{self._nearest(word)}."
+        return f"{self.prog} has no flag {word.partition('=')[0]:.80}{self._nearest(word)}."
 
     def _nearest(self, word: str) -> str:
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
@@ -155,6 +155,8 @@ class FlagParser(HfArgumentParser):
             if value is None or several and value in ("", []):
                 continue
             if several and isinstance(value, list):
+                if any(isinstance(each, (list, dict)) for each in value):  # aliases of YAML make them huge as words
+                    raise HeadPruningError(f"{name} in {path} has a list in its list; give single values.")
                 words += [f"--{name}", *map(str, value)]
             elif isinstance(value, (list, dict)) and isinstance(action, argparse._StoreAction):
                 if getattr(action.type, "__origin__", action.type) not in (None, str, dict, list):
@@ -176,10 +178,10 @@ def read_mapping(path: "str | Path") -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        data = json.loads(text) if Path(path).suffix.lower() == ".json" else yaml.safe_load(text)
+        data = parse_json(text) if Path(path).suffix.lower() == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise HeadPruningError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = one_line(error)
         raise HeadPruningError(f"{path} does not parse ({reason}); correct it there.") from error
     if not isinstance(data, dict):
@@ -204,7 +206,7 @@ def _number(kind: type, words: str) -> Callable[[str], Any]:
         try:
             return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} is not a {words}") from None
+            raise argparse.ArgumentTypeError(f"{text:.80} is not a {words}") from None
 
     return convert
 

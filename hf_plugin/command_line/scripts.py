@@ -7,8 +7,8 @@ from head_pruning.choosing import CommandLine
 from head_pruning.options import underscored
 from head_pruning.registry import KINDS, methods
 
-from .fields import DataArguments, GlueArguments, SquadArguments, complete_squad
-from .old_flags import GLUE_SPELLINGS, SPELLINGS, SQUAD_SPELLINGS, Spelling
+from .fields import DataArguments, GlueArguments, SquadArguments, complete_gpp, complete_squad
+from .old_flags import GLUE_SPELLINGS, GPP_SPELLINGS, SPELLINGS, SQUAD_SPELLINGS, Spelling
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,15 @@ SCRIPTS = {
             "run_glue",
             "Fine-tune on a GLUE task: dense, or with the pruning method that --pruner names or the options imply.",
             spellings=(*SPELLINGS, *GLUE_SPELLINGS),
+        ),
+        Script(
+            "run_GDbert_glue",
+            "Prune heads and feed-forward units on a GLUE task with GPP, and learn from a teacher with DFD "
+            "(--do_distill).",
+            ("gpp",),
+            defaults={"prepruning_finetune_epochs": 3.0, "prune_epochs": 10.0},
+            complete=complete_gpp,
+            spellings=(*SPELLINGS, *GLUE_SPELLINGS, *GPP_SPELLINGS),
         ),
         Script(
             "run_squad",

@@ -19,12 +19,20 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
-from head_pruning.compact import ATTRIBUTE, apply_recipe
+from head_pruning.compact import ATTRIBUTE, apply_recipe, check_recipe
 
 METHOD = "head_pruning"
 RECIPE = "removed_heads"
 FILE = "compact_heads"  # this file's name in a checkpoint, without .py
-CORE = ("slices", "returned", "hooks", "no_heads", "recipe")  # of head_pruning.compact, each after what it needs
+CORE = (
+    "shapes",
+    "slices",
+    "returned",
+    "hooks",
+    "no_heads",
+    "checks",
+    "recipe",
+)  # of head_pruning.compact, each after what it needs
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _NEVER_CONFIG = ("attn_implementation", "device_map", "dtype", "quantization_config", "torch_dtype")
 
@@ -174,7 +182,7 @@ def remove(model: PreTrainedModel, recipe: Mapping[str, Any]) -> None:
         ValueError: the recipe is damaged, or of another model.
     """
     try:
-        here = fitted(model, checked(recipe))
+        here = fitted(model, check_recipe(recipe))
         if here["sites"]:  # else it is a part of the model of which nothing was cut
             with torch.device("cpu"):  # not "meta": the indices that are cut need values
                 apply_recipe(model, here)
@@ -185,15 +193,6 @@ def remove(model: PreTrainedModel, recipe: Mapping[str, Any]) -> None:
         ) from error
 
 
-def checked(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The recipe. Raises ValueError, KeyError or TypeError when a site's heads are no increasing list of its heads."""
-    for name, site in recipe["sites"].items():
-        heads, kept = site["heads"], site["kept"]
-        if not all(isinstance(head, int) and 0 <= head < heads for head in kept) or sorted(set(kept)) != kept:
-            raise ValueError(f"{name} cannot keep the heads {kept} of {heads}")
-    return recipe
-
-
 def fitted(model: PreTrainedModel, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe by the names that modules have in ``model``, which may have another task head, or less than all.
 
@@ -201,9 +200,10 @@ def fitted(model: PreTrainedModel, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     modules, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
     known = [*recipe["sites"], *(site["name"] for site in recipe["unit_map"]["attention"])]
+    holders = {block["name"]: block["out_proj"] for block in recipe["unit_map"]["feed_forward"]}
     here: list[str] = []
     for rename in (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix)):
-        here = [name for name in known if rename(name) in modules]
+        here = [name for name in known if rename(holders.get(name, name)) in modules]
         if here:
             break
     there = {rename(name): site for name, site in recipe["sites"].items() if name in here}
@@ -211,10 +211,14 @@ def fitted(model: PreTrainedModel, recipe: Mapping[str, Any]) -> dict[str, Any]:
     if lacking and (not here or type(model).__name__ in (getattr(model.config, "architectures", None) or ())):
         raise ValueError(f"there is no module {lacking[0]}")
     sites = {name: _renamed_site(site, rename) for name, site in there.items()}
-    units = {
-        kind: [_renamed_unit(unit, rename) for unit in listed if rename(unit["out_proj"]) in modules]
-        for kind, listed in recipe["unit_map"].items()
-    }
+    units: dict[str, Any] = {}
+    for kind, listed in recipe["unit_map"].items():
+        if kind == "layers":
+            units[kind] = [rename(name) for name in listed if rename(name) in modules]
+        else:
+            units[kind] = [
+                _renamed_unit(unit, rename) for unit in listed if rename(unit.get("out_proj", unit["name"])) in modules
+            ]
     return {**recipe, "sites": sites, "unit_map": units}
 
 
@@ -229,8 +233,9 @@ def _renamed_unit(unit: Mapping[str, Any], rename: Callable[[str], str]) -> dict
     names: dict[str, Any] = {
         field: rename(unit[field]) for field in ("name", "layer", "in_proj", "out_proj") if field in unit
     }
-    if "projections" in unit:
-        names["projections"] = [rename(name) for name in unit["projections"]]
+    for several in ("projections", "gates", "weights", "biases"):
+        if several in unit:
+            names[several] = [rename(name) for name in unit[several]]
     return {**unit, **names}
 
 

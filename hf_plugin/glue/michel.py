@@ -8,14 +8,16 @@ from typing import Any, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-from head_pruning import HeadMask, HeadPruningError
-from head_pruning.files import write_json
+from head_pruning import HeadMask, HeadPruningError, UnitMap
+from head_pruning.files import alone_in, write_json, writing
 from head_pruning.importance import pruning_rounds
 from head_pruning.importance.michel import round_sizes
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
+from head_pruning.report.report_file import counts_told
 from head_pruning.report.tables import head_table, text_table
 
 from ..command_line.michel import MichelArguments
@@ -37,7 +39,7 @@ logger = logging.getLogger("hf_plugin.run_michel")
 # What the heads that are removed depend on, beside the model and its data.
 _CHOICE = (
     *("num_of_heads", "exact_pruning", "dont_normalize_importance_by_layer", "dont_normalize_global_importance"),
-    *("per_example", "max_train_samples"),
+    *("per_example", "max_train_samples", "prune_units"),
 )
 _SETTINGS = ("model_name_or_path", "task_name", "data_dir", "data_subset", *_CHOICE, "max_seq_length", "batch_size")
 _FLAGS = {"model_checksum": "set of weights, from --model_name_or_path or drawn with --seed"}
@@ -57,9 +59,9 @@ class MichelRun:
         if arguments.data_dir is not None:
             check_files(task, arguments.data_dir, ("train", "validation"))
         tokenizer, self.model, self.task = load_pieces(
-            arguments, task, fits=lambda twin: round_sizes(unit_map(twin), arguments.num_of_heads)
+            arguments, task, fits=lambda twin: round_sizes(self._numbered(twin), arguments.num_of_heads)
         )
-        self.unit_map = unit_map(self.model)
+        self.unit_map = self._numbered(self.model).told()
         self.data = load_task(
             self.task,
             tokenizer=tokenizer,
@@ -91,6 +93,9 @@ class MichelRun:
         self.scores: dict[str, float] = {}
         self.measured: dict[int, dict[str, float]] = {}
 
+    def _numbered(self, model: nn.Module) -> UnitMap:
+        return unit_map(model).numbering(self.arguments.prune_units)
+
     def settings(self) -> dict[str, Any]:
         """What the rounds depend on; rounds of other settings are not gone on with.
 
@@ -98,6 +103,7 @@ class MichelRun:
         """
         arguments = self.arguments
         found = {name: getattr(arguments, name) for name in _SETTINGS}
+        found["prune_units"] = None if arguments.prune_units == "heads" else arguments.prune_units
         for name in ("tokenizer_name", "config_name"):
             given = getattr(arguments, name)
             found[name] = None if given == arguments.model_name_or_path else given
@@ -157,7 +163,7 @@ class MichelRun:
             start=report.start,
         ):
             report.add(result, scores=dict(self.scores))
-            logger.info("%d heads left: %s %.2f", result.mask.kept, self.metric, result.score)
+            logger.info("%s left: %s %.2f", result.mask.words, self.metric, result.score)
             if 0 < result.mask.kept <= 2 * arguments.num_of_heads:
                 logger.info("kept heads by site:\n%s", head_table(result.mask))
 
@@ -176,8 +182,8 @@ class MichelRun:
             dataset=f"GLUE {self.task.folder}",
             history=[{name: value for name, value in e.items() if name != "importance"} for e in report.entries],
         )
-        write_json(self.out / RESULTS_FILE, {**metrics, "heads_kept": mask.kept, "heads_total": mask.keep.size})
-        logger.info("%d of %d heads are left in the model in %s", mask.kept, mask.keep.size, self.out)
+        write_json(self.out / RESULTS_FILE, {**metrics, **counts_told(mask)})
+        logger.info("%s are left in the model in %s", mask.words, self.out)
 
     def table(self, report: RoundsReport) -> str:
         """One line per round."""
@@ -199,8 +205,15 @@ def run(arguments: MichelArguments) -> list[dict]:
     logs.set_up()
     for note in arguments.notes:
         logger.info("%s", note)
+    if not sys.stderr.isatty():
+        logs.no_bars()
     michel = MichelRun(arguments)
-    if arguments.overwrite_output_dir:
+    with alone_in(michel.out), writing(michel.out, also_reading=True):
+        return _all_rounds(michel)
+
+
+def _all_rounds(michel: MichelRun) -> list[dict]:
+    if michel.arguments.overwrite_output_dir:
         clear(michel.out)
     report = RoundsReport(michel.out, michel.settings(), michel.unit_map, flags=_FLAGS, cure=_CURE)
     if report.start is None:
@@ -249,8 +262,6 @@ def clear(out: Path) -> None:
     if not (out / ROUNDS_FILE).exists():
         return
     shutil.rmtree(out / MASKS_FOLDER, ignore_errors=True)
-    for unfinished in out.glob(".saving-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
     written = (RESULTS_FILE, *REPORTS, *_MODEL)
     for path in out.iterdir():
         ours = COMPANIONS.fullmatch(path.name) or any(path.match(pattern) for pattern in written)

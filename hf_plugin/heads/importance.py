@@ -15,6 +15,7 @@ from head_pruning.gates import GateBank
 from head_pruning.gates.engine.bank import gates_on
 from head_pruning.importance import ImportanceAccumulator, normalize_importance
 from head_pruning.masks import whole_number
+from head_pruning.progress import bar_options
 
 from ..mapping.unit_map import unit_map as map_units
 from .example_losses import mean_of_examples, rows_of, token_losses
@@ -88,7 +89,7 @@ def head_importance(
     losses = _Losses(model, loss, gates)
     with _frozen(model), _attached(gates), accumulator.probing(mask), torch.enable_grad():
         tokens = torch.zeros((), dtype=torch.float64, device=gates.device)
-        for batch in tqdm(dataloader, desc="importance", unit="batch", disable=not progress, leave=False):
+        for batch in tqdm(dataloader, desc="importance", disable=not progress, leave=False, **bar_options()):
             batch = _moved(batch, gates.device)
             losses.batches += 1
             if per_example:
@@ -120,7 +121,7 @@ def least_important(
         HeadPruningError: the model has no ``count`` heads left, or the scores are of another model or not finite.
     """
     unit_map = unit_map or map_units(model)
-    mask = masked_heads(model) or full_mask(unit_map)
+    mask = (masked_heads(model) or full_mask(unit_map)).numbering(unit_map.units)
     unit_map.check_same_heads(mask.unit_map, "The unit map")
     if len(scores) != unit_map.num_heads:
         raise HeadPruningError(
@@ -134,7 +135,7 @@ def least_important(
     chosen = np.zeros(unit_map.num_heads, dtype=bool)
     chosen[left[np.argsort(np.asarray(scores)[left], kind="stable")[:count]]] = True
     original = pruned_heads(model)
-    numbers = {} if original is None else original.kept_heads()
+    numbers = {} if original is None else original.numbering(unit_map.units).kept_heads()
     return {
         name: [int(numbers[name][head]) if name in numbers else int(head) for head in np.flatnonzero(heads)]
         for name, heads in unit_map.by_site(chosen).items()
@@ -170,7 +171,7 @@ def _tell_gates(model: nn.Module, unit_map: UnitMap) -> None:
     """Warn of gates other than those of ``mask_heads``, under which the importance is measured."""
     own = {id(gate) for gate in gates_of_mask(model)}
     modules = dict(model.named_modules())
-    found = [gate for site in unit_map.attention for gate in gates_on(modules[site.out_proj]) if id(gate) not in own]
+    found = [gate for site in unit_map.sites for gate in gates_on(modules[site.out_proj]) if id(gate) not in own]
     if found:
         kept = sum(int((gate.evaluation_gate.detach() > 0).sum()) for gate in found)
         logger.warning(

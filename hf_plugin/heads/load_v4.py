@@ -9,6 +9,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from head_pruning import HeadPruningError
+from head_pruning.compact.checks import MAX_HEADS
+from head_pruning.compact.shapes import Whole, conform
+from head_pruning.errors import one_line
 from head_pruning.masks import mask_without
 from head_pruning.surgery.removal import plan_recipe
 
@@ -32,13 +35,19 @@ def load_pruned_v4(
         HeadPruningError: the config names no pruned heads, a class that transformers has no more, or layers and heads
             that the model does not have.
     """
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except Exception as error:  # each class fails in its own way with a damaged configuration
+        raise HeadPruningError(
+            f"The config of {folder} cannot be loaded ({one_line(error):.300}); give the folder or the hub name of a "
+            "model."
+        ) from error
     pruned = getattr(config, "pruned_heads", None)
     if not pruned:
         raise HeadPruningError(f"The config of {folder} names no pruned_heads; load it with from_pretrained.")
     del config.pruned_heads
     if model_class is None:
-        name = (config.architectures or ["no class"])[0]
+        name = str((config.architectures or ["no class"])[0])
         model_class = getattr(transformers, name, None)
         if model_class is None:
             raise HeadPruningError(f"The config of {folder} names {name}, not a class of transformers; give one.")
@@ -49,7 +58,10 @@ def load_pruned_v4(
     if len(kinds) > 1:
         raise HeadPruningError(f"{folder} has {', '.join(kinds)} attention, of which transformers 4 pruned none.")
     try:
-        removed = {sites.attention[int(layer)].name: heads for layer, heads in pruned.items()}
+        removed = {
+            sites.attention[int(layer)].name: heads
+            for layer, heads in conform(pruned, {str: [Whole(0, MAX_HEADS)]}).items()
+        }
     except (IndexError, TypeError, ValueError, AttributeError):
         raise HeadPruningError(
             f"The config of {folder} names pruned_heads {pruned!r:.200}, but the model has {len(sites.attention)} "
@@ -57,4 +69,12 @@ def load_pruned_v4(
         ) from None
     recipe = plan_recipe(twin, sites, mask_without(sites, removed))
     config.quantization_config = {"quant_method": METHOD, "recipe": recipe}
-    return model_class.from_pretrained(folder, config=config, **options)
+    try:
+        return model_class.from_pretrained(folder, config=config, **options)
+    except HeadPruningError:
+        raise
+    except Exception as error:  # torch, safetensors and transformers each have errors of their own
+        raise HeadPruningError(
+            f"The weights in {folder} cannot be loaded without the pruned_heads that its config names "
+            f"({one_line(error):.300}); take the config.json that was saved with them."
+        ) from error

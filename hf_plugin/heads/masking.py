@@ -14,7 +14,7 @@ from head_pruning.surgery.remaining import heads_left
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
 from ..saving.notices import BLOCK, MASKED, SavingNotice, watch_heads
-from .named_heads import keep_now, mask_of, mask_of_left
+from .named_heads import keep_now, mask_of, mask_of_left, numbering
 
 # A plain attribute of the model: neither a parameter nor a buffer nor a module, so in no state dict.
 _ATTRIBUTE = "_masked_heads"
@@ -95,10 +95,12 @@ def mask_heads(
     if unit_map is None:
         unit_map = before.unit_map if before is not None else map_units(model)
     elif before is not None:
-        before.unit_map.check_same_heads(unit_map, "The unit map")
+        before.unit_map.numbering(unit_map.units).check_same_heads(unit_map, "The unit map")
+    unit_map = numbering(unit_map, heads)
+    before = None if before is None else before.numbering(unit_map.units)
     left = heads_left(model)
     if left is not None and not isinstance(heads, HeadMask):
-        mask = HeadMask(unit_map, keep_now(model, mask_of_left(model, left, heads)))
+        mask = HeadMask(unit_map, keep_now(model, mask_of_left(model, left.numbering(unit_map.units), heads)))
     else:
         mask = mask_of(model, unit_map, heads)
     mask = HeadMask(unit_map, mask.keep if before is None else mask.keep & before.keep)
@@ -153,7 +155,8 @@ def head_mask(model: nn.Module, mask: Any, *, unit_map: Optional[UnitMap] = None
         model: any model that :func:`hf_plugin.unit_map` can map.
         mask: a :class:`HeadMask`, or numbers (usually 0 to 1; a tensor, an array or a list) of shape
             ``[sites, heads]``, ``[heads]`` for every site alike, or ``[N]`` for all heads in the order of the unit
-            map: encoder self-attention, cross-attention, decoder self-attention. Under grouped-query attention a head
+            map: encoder self-attention, cross-attention, decoder self-attention (and feed-forward units, where the
+            map numbers them). Under grouped-query attention a head
             is a key/value group. As in transformers 4 also ``[sites, 1, heads, 1, 1]``, or None: no mask.
         unit_map: the sites; default: found by :func:`hf_plugin.unit_map`.
 
@@ -165,6 +168,7 @@ def head_mask(model: nn.Module, mask: Any, *, unit_map: Optional[UnitMap] = None
         yield
         return
     unit_map = unit_map or map_units(model)
+    unit_map = numbering(unit_map, mask) if isinstance(mask, HeadMask) else unit_map
     values = _flat(mask, unit_map)
     gates = _Gates(model, unit_map)
     try:
@@ -179,15 +183,15 @@ def head_mask(model: nn.Module, mask: Any, *, unit_map: Optional[UnitMap] = None
 def _flat(mask: Any, unit_map: UnitMap) -> torch.Tensor:
     """``[N]`` gates from all that :func:`head_mask` takes; differentiable."""
     if isinstance(mask, HeadMask):
-        return torch.from_numpy(mask.fitted(unit_map).keep)
+        return torch.from_numpy(mask.numbering(unit_map.units).fitted(unit_map).keep)
     try:
         values = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise HeadPruningError(f"The head mask is no array of numbers ({error}); give one number per head.") from error
     if values.dim() == 5 and values.shape[1] == values.shape[3] == values.shape[4] == 1:
         values = values[:, 0, :, 0, 0]  # what transformers 4 made of a mask
-    shape, sites, total = tuple(values.shape), len(unit_map.attention), unit_map.num_heads
-    widths = {site.heads for site in unit_map.attention}
+    shape, sites, total = tuple(values.shape), len(unit_map.sites), unit_map.num_heads
+    widths = {site.heads for site in unit_map.sites}
     if shape == (total,):
         return values
     if len(widths) == 1:

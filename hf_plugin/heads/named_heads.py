@@ -16,9 +16,20 @@ def mask_of(
     model: nn.Module, unit_map: UnitMap, heads: Union[Mapping[Union[int, str], Sequence[int]], HeadMask]
 ) -> HeadMask:
     """What :func:`prune_heads` and :func:`mask_heads` take, as the mask of the heads that it leaves."""
+    unit_map = numbering(unit_map, heads)
     if isinstance(heads, HeadMask):
-        return heads.fitted(unit_map)
+        return heads.numbering(unit_map.units).fitted(unit_map)
     return mask_without(unit_map, _removed(model, unit_map, heads))
+
+
+def numbering(unit_map: UnitMap, heads: Union[Mapping[Union[int, str], Sequence[int]], HeadMask]) -> UnitMap:
+    """The map that numbers all that it did, and the feed-forward units that ``heads`` tells of."""
+    blocks = {site.name for site in unit_map.feed_forward}
+    if isinstance(heads, HeadMask):
+        told = heads.unit_map.units
+    else:
+        told = "both" if isinstance(heads, Mapping) and blocks.intersection(heads) else "heads"
+    return unit_map if told == unit_map.units else unit_map.numbering("both")
 
 
 def mask_of_left(
@@ -26,9 +37,10 @@ def mask_of_left(
 ) -> HeadMask:
     """As :func:`mask_of`, for a model that has only the heads ``left`` of the original, whose numbers count."""
     if isinstance(heads, HeadMask):
-        there = [(name, len(kept)) for name, kept in left.kept_heads().items() if kept]
+        same = left.numbering(heads.unit_map.units)
+        there = [(name, len(kept)) for name, kept in same.kept_heads().items() if kept]
         if alike(there, heads.unit_map.sizes()):
-            return lifted(left, heads)
+            return lifted(same, heads).numbering(left.unit_map.units)
     return mask_of(model, left.unit_map, heads)
 
 
@@ -36,7 +48,7 @@ def keep_now(model: nn.Module, mask: HeadMask) -> np.ndarray:
     """A mask of the original's heads for those that a compact model has now, where keys may have been repeated."""
     recipe, left = recipe_of(model), heads_left(model)
     assert recipe is not None and left is not None  # of a compact model
-    parts = []
+    left, parts = left.numbering(mask.unit_map.units), []
     for site, where in mask.unit_map.slices():
         entry = recipe["sites"].get(site.name, {})
         held = np.flatnonzero(left.keep[where])
@@ -50,7 +62,7 @@ def _removed(
     model: nn.Module, unit_map: UnitMap, heads: Mapping[Union[int, str], Sequence[int]]
 ) -> dict[str, list[int]]:
     """The heads to remove by site name. Raises HeadPruningError for what the model does not have."""
-    sites = {site.name: site for site in unit_map.attention}
+    sites = {site.name: site for site in unit_map.sites}
     removed: dict[str, list[int]] = {}
     if not isinstance(heads, Mapping):
         raise HeadPruningError("The heads to remove must be a dict such as {0: [1, 2]}, or a HeadMask.")

@@ -17,7 +17,7 @@ from ..compact.quantizer import mark_compact
 from ..mapping.head_plans import plan_site
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
-from .named_heads import keep_now, mask_of, mask_of_left, site_of_layer
+from .named_heads import keep_now, mask_of, mask_of_left, numbering, site_of_layer
 
 
 def prune_heads(
@@ -27,6 +27,9 @@ def prune_heads(
     unit_map: Optional[UnitMap] = None,
 ) -> HeadMask:
     """Remove heads for good: the model gets smaller and faster, and gives what it gives with those heads masked.
+
+    Units of feed-forward blocks are removed as heads are: by the names of the blocks that the unit map lists, or by a
+    mask that numbers them (:meth:`UnitMap.numbering`).
 
     Sites may keep different numbers of heads, also none. ``save_pretrained`` and ``from_pretrained`` work as before.
     Heads are numbered as in the original model, as in transformers 4: a model can be pruned again, and heads that are
@@ -51,12 +54,12 @@ def prune_heads(
     check_model(model)
     before = heads_left(model)
     if before is None:
-        original = now = unit_map or map_units(model)
+        original = now = numbering(unit_map or map_units(model), heads)
     else:
-        original = before.unit_map
-        now = _sites_now(model)
+        original = numbering(before.unit_map, heads)
+        before, now = before.numbering(original.units), _sites_now(model).numbering(original.units)
         if unit_map is not None:
-            original.check_same_heads(unit_map, "The unit map")
+            original.check_same_heads(unit_map.numbering(original.units), "The unit map")
     mask = mask_of(model, original, heads) if before is None else mask_of_left(model, before, heads)
     if before is not None:
         mask = HeadMask(original, mask.keep & before.keep)

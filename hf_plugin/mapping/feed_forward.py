@@ -5,6 +5,7 @@ from typing import Callable, Iterator, Sequence
 from torch import nn
 
 from head_pruning import AttentionSite, FeedForwardSite
+from head_pruning.compact.hooks import is_silent
 
 from .layouts import FEED_FORWARD_LAYOUTS, features, find_parts, parse_layout, widths
 from .module_tree import Tree
@@ -55,7 +56,8 @@ def feed_forward_sites(
     """The blocks that lie in an attention site's layer or in a list of modules, in the order of the modules.
 
     ``in_proj`` is as wide as the block, or twice as wide where it also makes the gates of the units; other projections
-    of its widths beside it make them too. What has no known layout, e.g. experts, is left out.
+    of its widths beside it make them too. What has no known layout, e.g. experts, is left out, and so are blocks whose
+    units were all removed.
     """
     layers = {site.layer for site in attention if site.layer}
     taken: set[int] = set()
@@ -65,6 +67,8 @@ def feed_forward_sites(
         if parts is None or not keep(name):
             continue
         first, last = (module.get_submodule(parts[role]) for role in ("in", "out"))
+        if is_silent(last):
+            continue
         width = widths(last)[0]
         layer = _layer(tree, name, layers)
         in_list = any(outer.rpartition(".")[2].isdigit() for outer, _ in tree.path(name))

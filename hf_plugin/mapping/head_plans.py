@@ -7,9 +7,10 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import nn
 
-from head_pruning import AttentionSite
+from head_pruning import AttentionSite, FeedForwardSite
 from head_pruning.compact.hooks import mixes_positions
-from head_pruning.surgery.plans import Blocks, SitePlan, columns_of, rows_of
+from head_pruning.surgery.plans import Blocks, SitePlan, columns_of, rows_of, unit_plan
+from head_pruning.unit_map import Site
 
 from .forward_source import Forward, names_in, read_forward, without_heads
 from .head_counts import GROUPS, HEADS
@@ -38,10 +39,12 @@ class _Refused(Exception):
     """Why a site cannot be cut."""
 
 
-def plan_site(model: nn.Module, site: AttentionSite) -> SitePlan:
+def plan_site(model: nn.Module, site: Site) -> SitePlan:
     """The plan of one site of a transformers model; its ``refuse`` says why where it has none."""
     try:
-        return _plan(model, site)
+        for name in (*site.projections, site.out_proj):
+            _check_projection(name, model.get_submodule(name))
+        return unit_plan(model, site) if isinstance(site, FeedForwardSite) else _plan(model, site)
     except _Refused as reason:
         return SitePlan((), refuse=str(reason))
 
@@ -61,8 +64,6 @@ def _plan(model: nn.Module, site: AttentionSite) -> SitePlan:
     name = core_of(site)
     core = model.get_submodule(name)
     forward = read_forward(type(core))
-    for projection in (*site.projections, site.out_proj):
-        _check_projection(projection, model.get_submodule(projection))
     norms = _norms_of_all(model, site, name)
     rows = {each: _rows(model, site, each) for each in site.projections if each not in norms.values()}
     others = _other_tensors(model, site, name, tuple(norms))

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.files import MASKS_FILE
+from head_pruning.errors import one_line
+from head_pruning.files import MASKS_FILE, read_json
 from head_pruning.gates.engine.bank import refuse_gates
 from head_pruning.hosts import holds_heads
 
@@ -49,16 +50,25 @@ def load_pruned_peft(
     folder = Path(folder)
     if not (folder / _ADAPTER).is_file():
         raise HeadPruningError(f"{folder} holds no adapter ({_ADAPTER}); load it with from_pretrained.")
+    read_json(folder / _ADAPTER, dict, cure="copy the adapter again")
     if not (folder / MASKS_FILE).is_file():
         raise HeadPruningError(
             f"{folder} holds an adapter but no {MASKS_FILE}, so no heads were pruned with it; load it with "
             "PeftModel.from_pretrained."
         )
     mask = HeadMask.load(folder / MASKS_FILE) if holds_heads(folder / MASKS_FILE) else None
-    if model is None:
-        adapted = _auto_class(folder).from_pretrained(str(folder), is_trainable=is_trainable, **options)
-    else:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, **options)
+    try:
+        if model is None:
+            adapted = _auto_class(folder).from_pretrained(str(folder), is_trainable=is_trainable, **options)
+        else:
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, **options)
+    except HeadPruningError:
+        raise
+    except Exception as error:  # PEFT, transformers and torch each have errors of their own
+        raise HeadPruningError(
+            f"The adapter in {folder} cannot be loaded ({one_line(error):.300}); copy it again, or give the model "
+            "that it was made for."
+        ) from error
     adapted.eval()
     if mask is not None:
         sites = unit_map(adapted)

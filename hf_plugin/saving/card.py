@@ -34,7 +34,7 @@ def model_card(
         dataset: what they were measured on.
         parameters: of a model whose heads are cut out: how many the original had, and how many are left.
     """
-    lines = _top(model, f"{mask.kept} of {mask.keep.size} attention heads", "head-pruning", method)
+    lines = _top(model, mask.words.replace(" heads", " attention heads"), "head-pruning", method)
     if is_adapted(model):
         lines[-1] += "This folder holds the adapter alone:"
         lines += ["which heads are removed is in its `masks.safetensors`, not in any weight.", ""]

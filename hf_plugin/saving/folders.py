@@ -1,16 +1,15 @@
 """The masked export, an ordinary model folder whose pruned heads are zero, and the compact one without them."""
 
 import contextlib
-import os
-import tempfile
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence, cast
+from typing import Any, Mapping, Optional, Sequence, cast
 
 import torch
 import transformers
 from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError, Pruner
+from head_pruning.files import appearing_at_once
 from head_pruning.pruner import options_of
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.plots import plot_head_masks
@@ -66,7 +65,7 @@ def save_pruned(
     adapter, saved = is_adapted(model), cast(Any, model)
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))
-    with _appearing_at_once(folder) as temporary:
+    with appearing_at_once(folder) as temporary:
         with quiet_saving(model), contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
             saved.save_pretrained(temporary)
             sizes = None if adapter else (_size(model), _nonzero(model))
@@ -90,7 +89,7 @@ def describe_pruned(
     adapter = is_adapted(model)
     with contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
         sizes = None if adapter else (_size(model), _nonzero(model))
-    with _appearing_at_once(folder) as temporary:
+    with appearing_at_once(folder) as temporary:
         _describe(temporary, model, mask, sizes, None, method, options or {}, history, scores, dataset)
 
 
@@ -132,23 +131,12 @@ def save_compact(
             "model wrapped by PEFT, after merging), or write it with save_pruned."
         )
     mark_compact(model)
-    with _appearing_at_once(folder) as temporary:
+    with appearing_at_once(folder) as temporary:
         model.save_pretrained(temporary)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
         sizes = (_size(dense_twin(model)), _nonzero(model))
         _describe(temporary, model, mask, sizes, _size(model), method, options or {}, history, scores, dataset)
-
-
-@contextlib.contextmanager
-def _appearing_at_once(folder: "str | Path") -> Iterator[Path]:
-    """A temporary folder in ``folder`` whose files move there when the block is done."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        yield Path(temporary)
-        for path in Path(temporary).iterdir():
-            os.replace(path, folder / path.name)
 
 
 def _describe(

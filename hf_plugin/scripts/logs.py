@@ -4,6 +4,15 @@ import logging
 import sys
 from typing import Optional
 
+import datasets
+import transformers
+
+
+def no_bars() -> None:
+    """Without the progress bars of transformers and datasets, which fill files with carriage returns."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
 
 def set_up(level: Optional[int] = None) -> None:
     """Send this package's, the core's and the Trainer's messages to standard error.

@@ -60,7 +60,7 @@ def refuse_masked_start(folder: "str | Path") -> None:
     if mask.keep.all() or _cut_out_already(Path(folder), mask):
         return
     raise HeadPruningError(
-        f"{folder} was pruned to {mask.kept} of {mask.keep.size} heads already, and its zeroed heads would count as "
+        f"{folder} was pruned to {mask.words} already, and its zeroed heads would count as "
         f"kept; run head-pruning export {folder} SMALL --to compact and start from SMALL, or from the dense model."
     )
 
@@ -68,4 +68,4 @@ def refuse_masked_start(folder: "str | Path") -> None:
 def _cut_out_already(folder: Path, mask: HeadMask) -> bool:
     """Whether the mask is of a compact model's original; that of what it has left removes more."""
     cut = recipe(folder)
-    return cut is not None and not mask.fits(sites_left(cut))
+    return cut is not None and not mask.fits(sites_left(cut).numbering(mask.unit_map.units))

@@ -5,6 +5,7 @@ import copy
 import logging
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -15,7 +16,8 @@ from transformers import Trainer, set_seed
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
-from head_pruning.files import atomic_path
+from head_pruning.files import alone_in, atomic_path, writing
+from head_pruning.report.report_file import counts_told
 from head_pruning.report.tables import head_table
 from head_pruning.report.weights import session_counts, sum_counts
 
@@ -28,8 +30,8 @@ from ..training.optimizers import check_resumed, trainer_options
 from ..training.session import open_session
 from ..training.trainer import HeadPruningTrainer
 from ..training.weights import save_weight_masks_and_report
-from ..training.wrapping import wrap_end
-from .logs import set_up
+from ..training.wrapping import save_at_once, wrap_checkpoints, wrap_end
+from .logs import no_bars, set_up
 from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from .settings import RunSettings, check_same_settings, settings_of
 
@@ -43,7 +45,7 @@ def loading(name: str) -> Iterator[None]:
         yield
     except HeadPruningError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # each class fails in its own way with a damaged configuration
         reason = one_line(error)[:300]
         raise HeadPruningError(
             f"{name} cannot be loaded ({reason}); give the folder or the hub name of a model with its tokenizer."
@@ -190,10 +192,12 @@ class TaskRun:
         if not arguments.pruners:
             trainer = _DenseTrainer(**options)
             wrap_end(trainer, lambda: 0 if self.resume is None else self.resume.step)
+            wrap_checkpoints(trainer)
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
-        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps)
+        hub = {name: value for name, value in arguments.model.hub_options().items() if name != "revision"}
+        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub)
         trainer.in_order = self.in_order
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())
@@ -252,7 +256,7 @@ class TaskRun:
         """How many heads and weights stay, of how many; empty for a dense run."""
         kept: dict[str, int] = {}
         if self.head_mask is not None:
-            kept |= {"heads_kept": self.head_mask.kept, "heads_total": self.head_mask.keep.size}
+            kept |= counts_told(self.head_mask)
         counts = session_counts(self.trainer.session) if self.arguments.pruners else {}
         if counts:
             numbers = sum_counts(counts).told()
@@ -274,9 +278,8 @@ class TaskRun:
             for name in REPORTS:  # of a run that was here before
                 (self.out / name).unlink(missing_ok=True)
         if mask is None:
-            Trainer.save_model(
-                trainer, _internal_call=bool(self.arguments.pruners)
-            )  # with the zeros of weight pruners
+            internal = bool(self.arguments.pruners)  # with the zeros of weight pruners
+            save_at_once(trainer, self.out, lambda place: Trainer.save_model(trainer, place, _internal_call=internal))
         elif trainer.is_world_process_zero():
             model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
             save_pruned(model, mask, self.out, processing_class=tokenizer, **self._about())
@@ -306,9 +309,8 @@ class TaskRun:
             logger.info("kept heads by site:\n%s", head_table(mask))
             score = self.results.get(f"eval_{self.main_metric}")
             logger.info(
-                "%d of %d heads are left%s; model, mask and report are in %s",
-                mask.kept,
-                mask.keep.size,
+                "%s are left%s; model, mask and report are in %s",
+                mask.words,
                 "" if score is None else f", {self.main_metric} {score:.4f}",
                 self.out,
             )
@@ -358,4 +360,11 @@ def start(run: type[TaskRun], arguments: Arguments) -> dict[str, float]:
     set_up(None if shown else training.get_process_log_level())
     for note in arguments.notes:
         logger.info("%s", note)
-    return run(arguments).run()
+    if not sys.stderr.isatty():
+        training.disable_tqdm = True  # its log, in lines, is printed instead
+        no_bars()
+    with contextlib.ExitStack() as stack:
+        if training.should_save:
+            stack.enter_context(alone_in(make_folder(training.output_dir)))
+            stack.enter_context(writing(training.output_dir, also_reading=True))
+        return run(arguments).run()

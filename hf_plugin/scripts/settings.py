@@ -8,6 +8,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from head_pruning import HeadPruningError
+from head_pruning.compact.shapes import conform
+from head_pruning.errors import one_line
 
 from ..command_line.arguments import Arguments
 from ..command_line.scripts import choosers
@@ -66,7 +68,12 @@ def check_same_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> 
     stored = checkpoint.kept(RunSettings.__name__)
     if not stored:
         return
-    theirs = stored["attributes"]["settings"]
+    try:
+        theirs = conform(stored, {"attributes": {"settings": dict}})["attributes"]["settings"]
+    except ValueError as error:
+        raise HeadPruningError(
+            f"The settings in {checkpoint.folder} are damaged ({one_line(error):.200}); resume from another one."
+        ) from error
     # The pruner first: where it differs, so do all its options.
     names = sorted({*theirs, *settings}, key=lambda name: name not in ("task_name", *choosers()))
     for name in names:

@@ -1,6 +1,5 @@
 """SQuAD's questions: out of its JSON files, or out of the hub's tables."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from datasets import Dataset, Features, Value, load_dataset
 
 from head_pruning import HeadPruningError
 from head_pruning.errors import one_line
+from head_pruning.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def read_squad(path: "str | Path", unanswerable: bool) -> Dataset:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
     except OSError as error:
         raise HeadPruningError(
             f"{path} cannot be read ({error.strerror}); give --data_dir the folder that python -m prepare.squad "

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
+from head_pruning.compact.shapes import Either, conform
+from head_pruning.errors import one_line
+from head_pruning.files import alone_in
+from head_pruning.finite import all_finite
 from head_pruning.weights import save_weight_masks
 
 from ..saving.folders import save_pruned
@@ -32,8 +36,10 @@ from .wrapping import (
     allow_skipped_parameters,
     build_anew,
     refuse_steering,
+    save_at_once,
     wrap,
     wrap_building,
+    wrap_checkpoints,
     wrap_counting,
     wrap_end,
     wrap_evaluation,
@@ -42,6 +48,8 @@ from .wrapping import (
 
 # What a loss scale falls below only if every update overflows; where fairseq stops too.
 _MIN_SCALE = 1e-4
+# What a checkpoint keeps of a session.
+_KEPT = {"pruners?": [str], "unit_map": Either(None, dict), "session": {str: list}, "tensors?": [str]}
 _BROKEN = (
     "The loss or its gradient is not finite at step {step}; lower --learning_rate, clip with --max_grad_norm, or "
     "resume from the last checkpoint with bf16 in place of fp16."
@@ -50,10 +58,7 @@ _BROKEN = (
 
 def refuse_broken(model: nn.Module, step: int) -> None:
     """Raise HeadPruningError if a trained weight is NaN or infinite: losses are seen only where they are logged."""
-    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in trained]
-    sums = [tensor.sum(dtype=torch.float32) for tensor in local if tensor.numel()]
-    if sums and not torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all():
+    if not all_finite(model):
         raise HeadPruningError(_BROKEN.format(step=step))
 
 
@@ -106,6 +111,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._check_trainer(trainer)
         trainer.callback_handler.callbacks.insert(0, self)
         wrap(trainer, "train", self._train)
+        wrap_checkpoints(trainer)
         wrap_end(trainer, lambda: 0 if self._resumed is None else self._resumed.step)
         changes = getattr(trainer, "model_init", None) is not None  # then sessions to come may be of another kind
         wrap_counting(trainer, lambda: self.session)
@@ -146,7 +152,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         if found is not None:
             self.stored(found)
         self._resumed, self._restored, self._in_phase, self._step = found, False, False, 0
-        return original(None if found is None else str(found.folder), *args, **options)
+        with alone_in(self._trainer.args.output_dir) if self._trainer.args.should_save else contextlib.nullcontext():
+            return original(None if found is None else str(found.folder), *args, **options)
 
     def _save_model(self, original: Callable, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:
@@ -178,7 +185,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
         with self.session.evaluating(), quiet_saving(model):
             if mask is None:
-                save_model(str(folder), _internal_call=True)
+                save_at_once(trainer, folder, lambda place: save_model(place, _internal_call=True))
             elif trainer.is_world_process_zero():
                 tokenizer, pruners = trainer.processing_class, self.session.pruners
                 save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners)
@@ -213,10 +220,14 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 f"{folder} was not written by a pruning run; start from its model (--model_name_or_path) instead of "
                 "resuming it."
             )
-        with _undamaged(folder):
-            attributes = dict(stored["attributes"])
-            pruners = list(map(str, attributes.get("pruners", ["another version"])))
+        try:
+            attributes = conform(stored.get("attributes"), _KEPT)
             theirs = attributes["unit_map"] and UnitMap.from_dict(attributes["unit_map"])
+        except ValueError as error:
+            raise HeadPruningError(
+                f"The pruning state in {folder} is damaged ({one_line(error):.200}); resume from another checkpoint."
+            ) from error
+        pruners = attributes.get("pruners", ["another version"])
         mine = [pruner.name for pruner in self.session.pruners]
         if pruners != mine:
             raise HeadPruningError(
@@ -235,9 +246,12 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 missing.
         """
         folder, attributes = checkpoint.folder, self.stored(checkpoint)
-        with _undamaged(folder):
-            values = {name: np.array(value, dtype=np.float64) for name, value in attributes["session"].items()}
-            self.session.load_state_dict(values)
+        self.session.load_state_dict(attributes["session"])
+        if self.session.step > checkpoint.step:
+            raise HeadPruningError(
+                f"The pruning state in {folder} is of update {self.session.step}, after that of the checkpoint; "
+                "resume from another checkpoint."
+            )
         if attributes.get("tensors"):
             tensors = read_tensor_state(folder, checkpoint.step)
             missing = sorted(set(attributes["tensors"]) - set(tensors))
@@ -303,7 +317,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                     "not be averaged over the processes (DDP); train with one process, or freeze no parameters."
                 )
             self._step, self._in_phase = state.global_step, True
-            build_anew(self._trainer)
+            build_anew(self._trainer, keeps_optimizer=self.session.keeps_optimizer)
             self._in_phase = False
             self._rest(self._trainer.optimizer)
         self.session.before_update(state.global_step)
@@ -387,19 +401,6 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             self.restore(read_checkpoint(state.best_model_checkpoint))
         self.session.tell_unfinished()
         self.session.harden()
-
-
-@contextlib.contextmanager
-def _undamaged(folder: "str | Path") -> Iterator[None]:
-    """Inside the block the pruning state in ``folder`` is read."""
-    try:
-        yield
-    except HeadPruningError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise HeadPruningError(
-            f"The pruning state in {folder} is damaged ({error!r}); resume from another checkpoint."
-        ) from error
 
 
 def _lr_factor(optimizer: Any) -> float:

@@ -1,23 +1,31 @@
 """Which checkpoint folder of a Trainer can be resumed, and the large part of the pruning state in it."""
 
-import json
+import dataclasses
 import logging
+import random
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterator, Mapping, Optional
 
+import numpy as np
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import safe_globals
 
 from head_pruning import HeadPruningError
-from head_pruning.files import atomic_path
+from head_pruning.compact.shapes import Either, Number, Whole, conform
+from head_pruning.errors import one_line
+from head_pruning.files import atomic_path, read_json, read_metadata, read_safetensors
+from head_pruning.pickled import load_pickled
 
 logger = logging.getLogger(__name__)
 
 #: Averages and masks, as large as the model; what is the size of the gates lies in ``trainer_state.json``.
 STATE_FILE = "pruning_state.safetensors"
+_CURE = "resume from another checkpoint"
 
 
 # The parts of a checkpoint that a run needs beside its model to go on as it would have, and where each may lie.
@@ -25,6 +33,22 @@ _PARTS = {
     "optimizer.pt": ("optimizer*", "global_step*"),
     "scheduler.pt": ("scheduler.pt", "global_step*"),
     "rng_state.pth": ("rng_state*.pth",),
+}
+_CALLBACK = {"args?": dict, "attributes?": dict}
+_WORD, _NUMBER = Either(None, str), Either(None, int, float)
+# What a Trainer reads back: a loss in the history may be NaN.
+_STATE = {
+    "global_step": Whole(),
+    "max_steps?": int,
+    **{f"{name}?": _NUMBER for name in ("epoch", "logging_steps", "eval_steps", "save_steps", "train_batch_size")},
+    **{f"{name}?": _NUMBER for name in ("num_train_epochs", "num_input_tokens_seen", "total_flos", "best_metric")},
+    "best_global_step?": Either(None, Whole()),
+    "best_model_checkpoint?": _WORD,
+    "log_history?": Either(None, [dict]),
+    **{f"is_{name}?": bool for name in ("local_process_zero", "world_process_zero", "hyper_param_search")},
+    "trial_name?": _WORD,
+    "trial_params?": Either(None, dict),
+    "stateful_callbacks?": Either(None, {str: Either(_CALLBACK, [_CALLBACK])}),
 }
 _MODELS = ("model*.safetensors", "adapter_model*", "pytorch_model*", "global_step*")
 
@@ -62,15 +86,16 @@ def read_checkpoint(folder: "str | Path") -> Checkpoint:
     if not folder.is_dir():
         raise HeadPruningError(f"There is no checkpoint {folder}; check the path.")
     try:
-        found = Checkpoint(folder, json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
-        if found.step < 0:
-            raise ValueError("no step")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = read_json(folder / TRAINER_STATE_NAME, _STATE)
+        unknown = sorted(state.keys() - {field.name for field in dataclasses.fields(TrainerState)})
+        if unknown:
+            raise HeadPruningError(f"transformers knows no {unknown[0]:.40}")
+    except (HeadPruningError, OSError) as error:
         raise HeadPruningError(
-            f"The checkpoint {folder} is not whole (its {TRAINER_STATE_NAME} is missing or damaged); resume from the "
-            "checkpoint before it."
+            f"The checkpoint {folder} is not whole (its {TRAINER_STATE_NAME} is missing or damaged: "
+            f"{one_line(error).rstrip('.')}); resume from the checkpoint before it."
         ) from error
-    return found
+    return Checkpoint(folder, state)
 
 
 def check_resumable(folder: "str | Path") -> Checkpoint:
@@ -94,23 +119,51 @@ def _check_parts(folder: Path) -> None:
                 "it would have; resume from another one, or start anew from its model."
             )
     for path in sorted(folder.iterdir()):
-        if path.name != TRAINER_STATE_NAME and _is_damaged(path):
-            raise HeadPruningError(f"{path} is damaged; resume from another checkpoint.")
+        if path.is_file() and path.name != TRAINER_STATE_NAME:
+            _check_part(path)
 
 
-def _is_damaged(path: Path) -> bool:
-    """Whether the file was cut off; reads no tensors."""
-    from safetensors import SafetensorError, safe_open
+def _check_part(path: Path) -> None:
+    """Raise HeadPruningError if a Trainer could not read the file; the values of tensors are not looked at."""
+    if path.suffix == ".json":
+        read_json(path, cure=_CURE)
+    elif path.suffix == ".safetensors":
+        read_metadata(path)
+    elif path.name == "scheduler.pt":
+        _check(path, load_pickled(path, cure=_CURE), _check_scheduler)
+    elif path.match("rng_state*.pth"):
+        with safe_globals():  # numpy's arrays, as the Trainer allows
+            state = load_pickled(path, cure=_CURE)
+        _check(path, state, _check_random)
+    elif path.suffix in (".pt", ".bin") and path.name != TRAINING_ARGS_NAME:  # which no Trainer reads
+        load_pickled(path, cure=_CURE)
 
+
+def _check(path: Path, state: Any, check: Callable[[Any], Any]) -> None:
     try:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(str(path), framework="pt"):
-                pass
-        return path.suffix in (".pt", ".pth", ".bin") and path.is_file() and not zipfile.is_zipfile(path)
-    except (SafetensorError, ValueError):
-        return True
+        check(state)
+    except Exception as error:  # random generators have errors of their own
+        raise HeadPruningError(f"{path} is damaged ({one_line(error):.200}); {_CURE}.") from error
+
+
+def _check_scheduler(state: Any) -> None:
+    """Raise unless a schedule can take the state: it becomes its attributes."""
+    rates = [Number()]
+    conform(state, {"last_epoch": Whole(-1), "_step_count?": Whole(), "base_lrs?": rates, "_last_lr?": rates})
+    odd = [name for name in state if not isinstance(name, str) or callable(getattr(LRScheduler, name, None))]
+    if odd:
+        raise ValueError(f"{odd[0]!r:.40} is no part of a schedule's state")
+
+
+def _check_random(state: Any) -> None:
+    """Raise unless generators can take the state, which is tried on others than the process's own."""
+    conform(state, dict)
+    if "python" in state:
+        random.Random().setstate(state["python"])
+    if "numpy" in state:
+        np.random.RandomState().set_state(state["numpy"])
+    if "cpu" in state:
+        torch.Generator().set_state(state["cpu"])
 
 
 def last_checkpoint(output_dir: "str | Path") -> Optional[Checkpoint]:
@@ -161,20 +214,14 @@ def read_tensor_state(folder: "str | Path", step: int) -> dict[str, torch.Tensor
     Raises:
         HeadPruningError: the file is missing, damaged, or of another update.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(folder) / STATE_FILE
     if not path.is_file():
         raise HeadPruningError(
             f"The checkpoint {folder} lacks {STATE_FILE}, which holds the masks and averages of its pruner; resume "
             "from another checkpoint."
         )
-    try:
-        with safe_open(str(path), framework="pt") as handle:
-            written = (handle.metadata() or {}).get("step")
-            state = {name: handle.get_tensor(name) for name in handle.keys()}
-    except SafetensorError as error:
-        raise HeadPruningError(f"{path} is damaged ({error}); resume from another checkpoint.") from error
+    state, metadata = read_safetensors(path, "pt", cure=_CURE)
+    written = metadata.get("step")
     if written != str(step):
         raise HeadPruningError(
             f"{path} is of update {written} but its {TRAINER_STATE_NAME} of update {step}; resume from another "

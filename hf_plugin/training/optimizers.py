@@ -1,6 +1,5 @@
 """Optimizers of published recipes that transformers does not bring."""
 
-import pickle
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -8,6 +7,9 @@ import torch
 from transformers import TrainingArguments
 
 from head_pruning import HeadPruningError
+from head_pruning.compact.shapes import conform
+from head_pruning.errors import one_line
+from head_pruning.pickled import load_pickled
 
 #: What ``--optimizer`` takes; the first is the one that ``--optim`` names.
 OPTIMIZERS = ("adamw", "adamax")
@@ -53,11 +55,13 @@ def check_resumed(name: str, checkpoint: Path) -> None:
     file = checkpoint / "optimizer.pt"
     if not file.is_file():
         return
+    found = load_pickled(file, cure="resume from another checkpoint")
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["state"]
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise HeadPruningError(f"{file} is damaged; resume from another checkpoint.") from error
-    kept = {key for slots in state.values() for key in slots}
+        state = conform(found, {"state": dict, "param_groups": [{"params": list}]})
+        slots = conform(list(state["state"].values()), [dict])
+    except ValueError as error:
+        raise HeadPruningError(f"{file} is damaged ({one_line(error)}); resume from another checkpoint.") from error
+    kept = {key for each in slots for key in each}
     if kept and (name == "adamax") != ("exp_inf" in kept):  # else its averages are missed at the first step
         other = next(known for known in OPTIMIZERS if known != name)
         raise HeadPruningError(

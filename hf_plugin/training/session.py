@@ -1,7 +1,7 @@
 """Opening a pruning session on a transformers model."""
 
 import functools
-from typing import Any, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 from torch import nn
 
@@ -25,6 +25,7 @@ def open_session(
     *,
     unit_map: Optional[UnitMap] = None,
     seed: int = 42,
+    teacher_options: Optional[Mapping[str, Any]] = None,
     **options: Any,
 ) -> PruningSession:
     """Map a transformers model and put gates and masks on it; freeze it when only the gates are to be trained.
@@ -38,6 +39,7 @@ def open_session(
         unit_map: the sites; default: found by :func:`hf_plugin.unit_map`. Pruners of weights that are all named by
             ``weights_include`` need none.
         seed: of every draw.
+        teacher_options: for ``from_pretrained`` of the model that ``teacher_path`` names, such as ``cache_dir``.
         **options: further arguments of :class:`head_pruning.PruningSession`.
 
     Returns:
@@ -59,7 +61,7 @@ def open_session(
             "Heads of the model are masked by mask_heads; call restore_heads(model) before a session is opened on it, "
             "or remove them with prune_heads."
         )
-    options.setdefault("load_teacher", functools.partial(load_teacher, model))
+    options.setdefault("load_teacher", functools.partial(load_teacher, model, **(teacher_options or {})))
     session = PruningSession(model, unit_map, pruners, seed=seed, **options)
     # Before pruners are attached, so that copies of the model compute their attention so too.
     if needs & {ATTENTIONS, EAGER_ATTENTION}:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from head_pruning import HeadPruningError, UnitMap
+from head_pruning.errors import one_line
 from head_pruning.outputs import ATTENTIONS
 
 from ..mapping.unit_map import unit_map as map_units
@@ -35,8 +36,8 @@ def load_teacher(
         config = AutoConfig.from_pretrained(path, **options)
         kind: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None) or type(student)
         model = kind.from_pretrained(path, dtype=torch.float32, **options)
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+    except Exception as error:  # each class fails in its own way with damaged files
+        reason = one_line(error)[:300].rstrip(".")
         raise HeadPruningError(
             f"The teacher {path} cannot be loaded ({reason}); give --teacher_path the folder or the hub name of a "
             "trained model."

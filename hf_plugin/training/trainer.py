@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence, Union, cast
+from typing import Any, Callable, Mapping, Optional, Sequence, Union, cast
 
 from torch import nn
 from transformers import Trainer
@@ -42,6 +42,7 @@ class HeadPruningTrainer(Trainer):
         session: an open session on ``model`` instead of ``pruners``.
         unit_map: the model's sites; default: found by :func:`hf_plugin.unit_map`.
         mask_steps: see :class:`HeadPruningCallback`.
+        teacher_options: see :func:`hf_plugin.open_session`.
 
     Raises:
         HeadPruningError: neither or both of ``pruners`` and ``session``, a ``model_init`` and a session, a model that
@@ -60,6 +61,7 @@ class HeadPruningTrainer(Trainer):
         session: Optional[PruningSession] = None,
         unit_map: Optional[UnitMap] = None,
         mask_steps: int = 0,
+        teacher_options: Optional[Mapping[str, Any]] = None,
         **options: Any,
     ) -> None:
         if bool(pruners) == (session is not None):
@@ -71,6 +73,7 @@ class HeadPruningTrainer(Trainer):
             )
         self._pruning: Optional[HeadPruningCallback] = None
         self._pruners, self._unit_map, self._seed = pruners, unit_map, getattr(args, "seed", 42)
+        self._teacher_options = teacher_options
         self.session = cast(PruningSession, session)
         try:
             if model is not None and session is None:
@@ -86,7 +89,7 @@ class HeadPruningTrainer(Trainer):
 
     def _open(self, model: nn.Module, pruners: Sequence[Pruner]) -> PruningSession:
         seed = getattr(getattr(self, "args", None), "seed", self._seed)
-        return open_session(model, pruners, unit_map=self._unit_map, seed=seed)
+        return open_session(model, pruners, unit_map=self._unit_map, seed=seed, teacher_options=self._teacher_options)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the base class, and open a session on the new model; that of the model before is detached."""

@@ -2,12 +2,16 @@
 
 import functools
 import math
+import shutil
+from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import torch
-from transformers.trainer_utils import has_length
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
+from head_pruning.files import appearing_at_once, writing
 
 
 def wrap(trainer: Any, name: str, around: Callable[..., Any]) -> None:
@@ -34,6 +38,32 @@ def wrap_end(trainer: Any, resumed: Callable[[], int]) -> None:
         return (epochs if resumed() < updates else resumed() // per_epoch, per_epoch, *others, updates)
 
     wrap(trainer, "set_initial_training_values", values)
+
+
+def wrap_checkpoints(trainer: Any) -> None:
+    """A checkpoint that a full disk cuts off ends training with its name, and goes; those before it stay."""
+
+    def save(original: Callable, *args: Any, **options: Any) -> Any:
+        folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        try:
+            with writing(folder):
+                return original(*args, **options)
+        except HeadPruningError:
+            if trainer.args.should_save and not (folder / TRAINER_STATE_NAME).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    wrap(trainer, "_save_checkpoint", save)
+
+
+def save_at_once(trainer: Any, folder: "str | Path", save_model: Callable[[str], None]) -> None:
+    """Have ``save_model(place)`` write into ``folder`` all at once, or from several processes one file at a time."""
+    if trainer.args.world_size > 1:
+        with writing(folder):
+            save_model(str(folder))
+        return
+    with appearing_at_once(folder) as place:
+        save_model(str(place))
 
 
 # The session of the model that is trained now: a Trainer with a ``model_init`` gets another with every model.
@@ -80,7 +110,7 @@ def token_masks(unit_map: UnitMap, inputs: Any) -> dict[str, torch.Tensor]:
     """``bool[B, T]`` of the tokens that are no padding, by ``encoder`` and ``decoder``, as far as the batch tells."""
     if not isinstance(inputs, Mapping):
         return {}
-    sides = {kind.partition("_")[0] for kind in unit_map.kinds()}
+    sides = {kind.partition("_")[0] for kind in unit_map.numbering("heads").kinds()}
     found = {side: inputs.get("attention_mask") for side in sorted(sides)}
     if "encoder" in sides and "decoder" in sides:
         labels, ids = inputs.get("labels"), inputs.get("decoder_input_ids")
@@ -140,14 +170,18 @@ def allow_skipped_parameters(trainer: Any, session: PruningSession) -> None:
     trainer.args.ddp_find_unused_parameters = True
 
 
-def build_anew(trainer: Any) -> None:
-    """Give a Trainer that is training a new optimizer and learning-rate schedule, made as its first ones were."""
+def build_anew(trainer: Any, *, keeps_optimizer: bool) -> None:
+    """Give a Trainer that is training a new learning-rate schedule and, unless ``keeps_optimizer``, a new optimizer,
+    made as its first ones were.
+    """
     accelerator, old = trainer.accelerator, trainer.optimizer
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.create_optimizer()
-    trainer.optimizer = accelerator.prepare(trainer.optimizer)
-    # accelerate unscales the gradients of every optimizer that it knows: those of the old one would be twice.
-    accelerator._optimizers[:] = [known for known in accelerator._optimizers if known is not old]
+    trainer.lr_scheduler = None
+    if not keeps_optimizer:
+        trainer.optimizer = None
+        trainer.create_optimizer()
+        trainer.optimizer = accelerator.prepare(trainer.optimizer)
+        # accelerate unscales the gradients of every optimizer that it knows: those of the old one would be twice.
+        accelerator._optimizers[:] = [known for known in accelerator._optimizers if known is not old]
     trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
     trainer.callback_handler.optimizer, trainer.callback_handler.lr_scheduler = trainer.optimizer, trainer.lr_scheduler
 

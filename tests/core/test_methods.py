@@ -1,6 +1,7 @@
 """What every registered method must do, whatever it is: on and off, exact counts, resume. A new one is picked up."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,12 @@ def build(toy, name: str, mask_file, seed: int = 0, **options):
             for parameter in model.parameters():
                 parameter[..., ::2] = 0.0
     pruner = build_pruner(method, SimpleNamespace(**options))
-    return model, PruningSession(model, unit_map, [pruner], total_steps=UPDATES).attach(), pruner
+
+    def load_teacher(path, needs):
+        return toy.make(5)[0].eval(), unit_map
+
+    session = PruningSession(model, unit_map, [pruner], total_steps=UPDATES, load_teacher=load_teacher)
+    return model, session.attach(), pruner
 
 
 def update(toy, model, session, step: int, optimizer=None) -> None:
@@ -130,6 +136,33 @@ def test_a_resumed_run_ends_bit_equal(toy, mask_file, name, stop):
     assert session.head_mask() == other.head_mask()
     same(session.weight_masks(), other.weight_masks())
     assert not all(torch.equal(part["model"][key], value) for key, value in whole["model"].items())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_state_with_numbers_that_cannot_be_is_refused(toy, mask_file, name):
+    state, session, pruner = train(toy, name, mask_file, range(3))
+    good, tensors = state["session"], state["tensors"]
+    huge = {key: np.full_like(value, 1e300) for key, value in good.items()}
+    bad = [huge] if huge.keys() > {"step"} else []
+    for key, value in good.items():
+        if value.size:
+            bad += [{**good, key: np.full_like(value, math.nan)}, {**good, key: value.astype(str)[:1] + "x"}]
+        if key.partition(".")[2] in pruner.state_shapes:
+            bad += [{**good, key: np.append(value, 7.5)}, {**good, key: value.reshape(1, -1)}]
+    for each in bad:
+        with pytest.raises(HeadPruningError):
+            session.load_state_dict(each)
+        assert session.step == int(good["step"][0])
+    session.load_state_dict(good)
+    for key, tensor in tensors.items():
+        for broken in [tensor * math.nan] if tensor.is_floating_point() else [tensor[:-1], tensor.float()]:
+            with pytest.raises(HeadPruningError):
+                session.load_tensor_state({**tensors, key: broken})
+    if tensors:
+        with pytest.raises(HeadPruningError, match="lacks the"):
+            session.load_tensor_state(dict(list(tensors.items())[1:]))
+    session.load_tensor_state(tensors)
+    same(session.state_dict(), good)
 
 
 @pytest.mark.parametrize("name", ALL)

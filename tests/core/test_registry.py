@@ -96,7 +96,9 @@ def test_options_imply_their_method(options, name):
 
 def test_a_named_method_wins_over_implied_ones():
     assert choose_method(given(num_of_heads=4), "random").name == "random"
-    with pytest.raises(HeadPruningError, match="There is no pruner dps; choose one of dsp, given, random, ste, voita"):
+    with pytest.raises(
+        HeadPruningError, match="There is no pruner dps; choose one of dsp, given, gpp, random, ste, voita"
+    ):
         choose_method(given(num_of_heads=4), "dps")
 
 
@@ -165,7 +167,7 @@ def test_a_run_has_methods_of_every_kind(more_kinds, options, names):
     ({"quantizer": "int8,answers"}, "answers is none of the methods that quantize; choose it with --distill answers."),
     ({"weight_pruner": "lock,platon"}, "--weight-pruner platon and lock both prune weights, of which a run takes one; "
      "choose one of them."),
-    ({"distill": "int4"}, "There is no distiller int4; choose one of answers, logits, spd, states."),
+    ({"distill": "int4"}, "There is no distiller int4; choose one of answers, dfd, logits, spd, states."),
 ])  # fmt: skip
 def test_what_is_not_chosen_is_refused_with_one_sentence(more_kinds, options, sentence):
     with pytest.raises(HeadPruningError) as refused:

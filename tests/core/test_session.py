@@ -519,6 +519,43 @@ def test_after_the_annealing_the_model_trains_with_the_heads_it_keeps(toy):
     assert len(draws) > 2
 
 
+@pytest.mark.parametrize("bert", [False, True])
+def test_the_number_of_heads_alone_gives_a_schedule_that_chooses(toy, bert):
+    """Some heads matter twenty times as much as others; the loss asks for what the model gives with all of them."""
+    method, given, batch = methods()["dsp"], {"num_of_heads": 5, "joint_pruning": True}, toy.batch(0)[:2]
+    options = method.pruner.bert_options(given) if bert else given
+
+    def loss(model, wanted):
+        return (model(*batch) - wanted).square().mean()
+
+    ratios = []
+    for seed in (0, 2, 3):
+        (model, unit_map), pruner = toy.make(seed), method.pruner(method.config(**options))
+        model.dropout.p = 0.0
+        with torch.no_grad():
+            for head in range(12):
+                site = unit_map.attention[head // 3]
+                columns = slice(head % 3 * site.head_dim, (head % 3 + 1) * site.head_dim)
+                model.get_submodule(site.out_proj).weight[:, columns] *= 4.0 if head % 5 in (0, 3) else 0.2
+            wanted = model(*batch)
+        session = PruningSession(model, unit_map, [pruner], total_steps=30, seed=seed).attach()
+        for step in range(30):
+            session.before_update(step)
+            loss(model, wanted).backward()
+            session.after_backward()
+            session.after_step()
+        assert session.at_target() and session.harden().kept == 5
+        draw, at_random = np.random.default_rng(0), []
+        with torch.no_grad():
+            chosen = loss(model, wanted).item()
+            for _ in range(20):
+                session.gates.set_fixed(np.isin(np.arange(12), draw.choice(12, 5, replace=False)))
+                at_random.append(loss(model, wanted).item())
+        ratios.append(chosen / np.median(at_random))
+    assert np.mean(ratios) < 0.4, ratios  # of a random choice: 1
+    assert pruner.options()["annealing"] and pruner.options()["cooldown_steps"] == 0.6
+
+
 def test_steps_as_a_fraction_of_training(toy):
     _, session, pruner = build(toy, cooldown_steps=0.25, session={"total_steps": 40})
     assert pruner.temperature(9) > 1e-8 == pruner.temperature(10)
@@ -536,6 +573,7 @@ def test_steps_as_a_fraction_of_training(toy):
     "options, total, words",
     [
         ({"annealing": False}, None, "gradients vanish"),
+        ({"annealing": False, "initial_temperature": None, "final_temperature": 1e-8}, None, "gradients vanish"),
         ({"cooldown_steps": 100}, 40, "100 updates but training has 40"),
     ],
 )
@@ -545,6 +583,22 @@ def test_schedules_that_cannot_work_are_warned_of_once(toy, caplog, options, tot
         session.before_update(0)
         session.before_update(1)
     assert sum(words in message for message in caplog.messages) == 1
+
+
+def test_voita_tells_at_once_that_it_has_closed_all_heads(toy, caplog):
+    model, session, pruner = build(toy, "voita", l0_penalty=1e3, pruning_lr=0.5)
+    closed = None
+    for step in range(40):
+        update(toy, model, session, step)
+        closed = step + 1 if closed is None and not pruner.keep().any() else closed
+    told = [message for message in caplog.messages if "no attention is left" in message]
+    assert len(told) == 1 and f"after {closed} updates" in told[0] and "lower --l0-penalty" in told[0]
+
+    model, session, pruner = build(toy, "voita", l0_penalty=1e3, pruning_lr=0.5, min_heads_per_kind=1)
+    caplog.clear()
+    for step in range(40):
+        update(toy, model, session, step)
+    assert not (pruner.logits > 0).any() and not [m for m in caplog.messages if "no attention" in m]
 
 
 @pytest.mark.parametrize("name, option, words", [

@@ -232,10 +232,6 @@ def test_a_grafted_student_is_its_teacher_where_they_are_equal(drawn):
     pruner.draw = lambda step: np.array(drawn, dtype=bool)
     session.before_update(0)
     assert torch.equal(model(batch(0)[0]), expected)
-    loss = session.loss(task_loss(model, 0))
-    assert (
-        float(loss) == pytest.approx(float(pruner.terms(loss, session._recorder, None)["logits"])) if False else True
-    )
     session.detach()
 
 

@@ -53,6 +53,7 @@ def zeroed_by_hand(checkpoint, target, mask=None) -> Path:
     """Write an ordinary checkpoint whose removed heads (default: none) have zeros in the output projection."""
     state = read(checkpoint)
     state["model"] = weights_of(checkpoint)
+    state["extra_state"].pop("head_pruning", None)
     if mask is not None:
         for site, where in mask.unit_map.slices():
             for head in np.flatnonzero(~mask.keep[where]):

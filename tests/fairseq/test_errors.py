@@ -22,6 +22,9 @@ from tests.fairseq.command_lines import DSP
         ("--pruner voita", "add --l0-penalty"),
         ("--num-of-heads 4 --annealing", "no checkpoint was loaded"),
         ("--num-of-heads 4 --annealing --restore-file missing.pt", "no checkpoint was loaded"),
+        (f"{DSP} --lr 1e38 --warmup-init-lr 1e38", "is not finite after 1 updates; lower --lr"),
+        (f"{DSP} --lr 1e38 --warmup-init-lr 1e38 --weight-decay 3.3 --max-update 1", "is not finite after 1 updates"),
+        (f"{DSP} --fp16 --fp16-no-flatten-grads --fp16-init-scale 4 --min-loss-scale 2 --lr 1e4", "bf16 in"),
     ],
 )
 def test_bad_options(runner, translation, tmp_path, options, words):

@@ -84,6 +84,7 @@ def test_gates_are_clipped_on_their_own(watch):
     np.testing.assert_allclose(clipped, free * 1e-5 / np.linalg.norm(free), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_half_precision_gradients_are_unscaled(watch):
     options = f"{DSP} --initial-temperature 1 --dropout 0"
     full = watch("full", options, updates=1)[0]
@@ -92,6 +93,7 @@ def test_half_precision_gradients_are_unscaled(watch):
     np.testing.assert_allclose(half, full, rtol=0.1, atol=0.02 * np.abs(full).max())
 
 
+@pytest.mark.slow
 def test_overflow_skips_the_gate_step(translation, tmp_path):
     half = f"{DSP} --dropout 0 --fp16 --fp16-no-flatten-grads"
     results = []

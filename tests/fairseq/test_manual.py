@@ -180,7 +180,11 @@ def test_preprocessing(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command, options, save_dir", [(JOINT_DSP, "--cooldown-steps 15", "dsp_checkpoints"), (STE, "", "ste_checkpoints")]
+    "command, options, save_dir",
+    [
+        (JOINT_DSP, "--cooldown-steps 15", "dsp_checkpoints"),
+        pytest.param(STE, "", "ste_checkpoints", marks=pytest.mark.slow),
+    ],
 )
 def test_joint(manual, command, options, save_dir):
     done = manual.run("train", [*arguments(command, save_dir), *TINY, *shlex.split(options)])
@@ -197,6 +201,7 @@ def test_joint(manual, command, options, save_dir):
     check_pruned(manual, save_dir, "checkpoint_best.pt", GENERATE)
 
 
+@pytest.mark.slow
 def test_voita(manual):
     done = manual.run("train", [*arguments(VOITA, "voita_checkpoints"), *TINY])
     kept = logged(done.out, "heads_kept")

@@ -1,10 +1,8 @@
 """Michel pruning from the command line of the manual, resumed, and against a direct computation."""
 
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,17 +11,23 @@ import numpy as np
 import pytest
 import torch
 from fairseq import options, scoring
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_plugin.michel import run as run_michel
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.masks import full_mask
+from tests import forked
 from tests.fairseq.command_lines import HEADS
-from tests.fairseq.runner import ROOT
+from tests.fairseq.runner import PLUGIN
 from tests.fairseq.test_host import LANGUAGE, untrained  # noqa: F401  (a fixture)
 
 # The manual's line; what follows it is appended.
 MANUAL = """-s de -t en -a transformer_iwslt_de_en --restore-file {checkpoint}
     --optimizer adam --adam-betas '(0.9,0.98)'
     --reset-optimizer --batch-size 32 --beam 5 --remove-bpe --num-of-heads 4 --exact-pruning"""
+
+
+TASK = f"--user-dir {PLUGIN} --task translation_head_pruning"
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +42,11 @@ def dense(translation, tmp_path_factory):
 
 def _command(data, dense, save_dir, *more):
     line = [str(data), *shlex.split(MANUAL.format(checkpoint=dense))]
-    return [sys.executable, "-m", "fairseq_plugin.run_michel", *line, "--save-dir", str(save_dir), "--cpu", *more]
+    return ["-m", "fairseq_plugin.run_michel", *line, "--save-dir", str(save_dir), "--cpu", *more]
 
 
 def _run(command):
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return forked.run("fairseq", command)
 
 
 #: Options of a run that takes a second: the full model, one round of importance, and the last.
@@ -51,7 +55,7 @@ QUICK = "--max-len-b 5 --beam 1 --num-of-heads 23 --subset 2"
 
 def _quick(data, dense, save_dir, *more):
     """All rounds of a run in this process; an error is raised, not printed."""
-    line = _command(data, dense, save_dir, *shlex.split(QUICK), *more)[3:]
+    line = _command(data, dense, save_dir, *shlex.split(QUICK), *more)[2:]
     return run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))
 
 
@@ -68,25 +72,29 @@ def test_the_manuals_command_prunes_round_by_round(data, dense, tmp_path):
     for r in rounds[:-1]:
         mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{r['heads']}.safetensors")
         assert mask.kept == r["heads"] and mask.kept_heads() == r["kept_heads_by_site"]
-    # Exact pruning measures anew: the ranking is not that of the first round throughout.
-    assert rounds[1]["importance"] != rounds[2]["importance"]
+    # Exact pruning measures anew, with the heads gone that are gone: another batching would not tell so.
+    line = _command(data, dense, tmp_path, "--max-len-b", "10")[2:]
+    args = options.parse_args_and_arch(run_michel.get_parser(), input_args=line)
+    run = run_michel.MichelRun(convert_namespace_to_omegaconf(args), args)
+    for before, after in zip(rounds[:3], rounds[1:]):
+        mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{before['heads']}.safetensors")
+        np.testing.assert_allclose(after["importance"], run.importance(mask), atol=1e-4)
+    everything = run.importance(full_mask(run.unit_map))
+    assert np.abs(rounds[2]["importance"] - everything).max() > 1e-2
+    assert [r["sentences"] for r in rounds] == [10] * len(rounds) and "BLEU of 10 sentences" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_rounds(data, dense, tmp_path):
     options = ("--max-len-b", "5", "--beam", "1")
     assert _run(_command(data, dense, tmp_path / "whole", *options)).returncode == 0
-    process = subprocess.Popen(
-        _command(data, dense, tmp_path / "killed", *options),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = forked.Command("fairseq", _command(data, dense, tmp_path / "killed", *options))
     report = tmp_path / "killed" / "michel_rounds.json"
     deadline = time.monotonic() + 120
     while not (report.exists() and len(_rounds(tmp_path / "killed")) >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     before = len(_rounds(tmp_path / "killed"))
     assert before < len(_rounds(tmp_path / "whole"))
@@ -177,9 +185,11 @@ def test_bad_input_ends_with_one_sentence(data, dense, tmp_path, change, words):
         ("--subset 0", "--subset is 0"),
         ("--beam 0", "--beam is 0; give 1 or more."),
         ("--score-at 1 --score-beam 0", "--score-beam is 0"),
+        (f"{TASK} --l0-penalty 5", "--l0-penalty takes a training"),
+        (f"{TASK} --head-mask-file masks.safetensors", "There is no file masks.safetensors"),
     ],
 )
-def test_impossible_counts_are_refused_before_anything_is_loaded(data, tmp_path, change, words):
+def test_impossible_options_are_refused_before_anything_is_loaded(data, tmp_path, change, words):
     with pytest.raises(HeadPruningError, match=words):
         _quick(data, tmp_path / "nothing.pt", tmp_path, *change.split())
 
@@ -244,6 +254,7 @@ def test_a_scorer_whose_package_is_missing_is_refused_with_one_sentence(data, de
         ("--scoring sacrebleu", "--scoring was not set and is now sacrebleu"),
         ("--scoring sacrebleu --sacrebleu-lowercase", "--sacrebleu-lowercase was not set and is now True"),
         ("--score-beam 3", "--score-beam was not set and is now 3"),
+        ("--required-batch-size-multiple 8", "--required-batch-size-multiple was not set and is now 8"),
         ("--train-subset valid", "--train-subset was not set and is now valid"),
         ("--fp16", "--fp16 was not set and is now True"),
     ],
@@ -284,7 +295,7 @@ def old_rounds(data, dense, tmp_path_factory):
 
 def test_a_truncated_checkpoint_is_refused_with_one_sentence(data, dense, tmp_path):
     (tmp_path / "cut.pt").write_bytes(dense.read_bytes()[:20000])
-    with pytest.raises(HeadPruningError, match="cut.pt is damaged or no fairseq checkpoint"):
+    with pytest.raises(HeadPruningError, match="cut.pt is damaged .it ends too early"):
         _quick(data, tmp_path / "cut.pt", tmp_path)
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(HeadPruningError, match="no fairseq checkpoint: it has no model in it"):
@@ -307,3 +318,12 @@ def test_other_data_are_refused_with_one_sentence(data, dense, tmp_path):
         words.write("more 1\n")
     with pytest.raises(HeadPruningError, match="do not fit the dictionaries in .*encoder.embed_tokens.weight"):
         _quick(tmp_path, dense, tmp_path)
+
+
+def test_units_are_removed_by_their_importance(data, dense, tmp_path):
+    line = _command(data, dense, tmp_path, *shlex.split(QUICK), "--prune-units", "ffn", "--num-of-heads", "60")[2:]
+    rounds = run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))
+    mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{rounds[1]['heads']}.safetensors")
+    assert mask.unit_map.units == "ffn" and mask.keep.size - mask.kept == 60
+    importance = np.array(rounds[1]["importance"])
+    assert (importance[mask.keep].min() >= importance[~mask.keep].max()) and importance.max() == 1.0

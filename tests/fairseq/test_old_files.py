@@ -36,6 +36,7 @@ def test_a_run_goes_on_to_the_end_that_it_had(words, runner, tmp_path, name):
     assert (before["encoder.layers.0.fc1.weight"] - end["encoder.layers.0.fc1.weight"]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_of_heads_and_weights_goes_on_to_the_target_of_what_is_left(words, runner, tmp_path):
     """When the checkpoint was made, weights of removed heads counted too."""
     (tmp_path / "run").mkdir()

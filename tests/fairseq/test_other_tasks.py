@@ -6,6 +6,7 @@ import shlex
 import numpy as np
 import pytest
 
+from fairseq_plugin.exporting.checkpoints import export_compact, export_masked
 from tests.fairseq.checkpoints import logits_of, mask_beside, session_of, zeroed_by_hand
 from tests.fairseq.command_lines import DSP, MACHINE
 from tests.fairseq.runner import PLUGIN, Runner, logged
@@ -35,15 +36,24 @@ def test_language_model(runner, text, tmp_path):
     assert mask.kept == 4 and mask.keep.size == 12
     assert {site.kind for site in mask.unit_map.attention} == {"decoder_self"}
 
-    losses = {}
     zeroed_by_hand(checkpoint, tmp_path / "hand.pt", mask)
     zeroed_by_hand(checkpoint, tmp_path / "dense.pt")
-    for name, path in (("pruned", checkpoint), ("hand", tmp_path / "hand.pt"), ("dense", tmp_path / "dense.pt")):
-        rest = f"--user-dir {shlex.quote(PLUGIN)} --gen-subset test --tokens-per-sample 12 --path {path} --cpu \
-            --batch-size 4 --num-workers 0 --required-batch-size-multiple 1"
-        out = runner.run("eval-lm", [text, *shlex.split(rest)]).out
+    export_masked(checkpoint, tmp_path / "masked.pt")
+    export_compact(checkpoint, tmp_path / "compact.pt")
+    losses, plugin = {}, ["--user-dir", PLUGIN]
+    for name in ("pruned", "hand", "dense", "masked", "compact"):
+        path = checkpoint if name == "pruned" else tmp_path / f"{name}.pt"
+        rest = f"--gen-subset test --tokens-per-sample 12 --path {path} --cpu --batch-size 4 --num-workers 0 \
+            --required-batch-size-multiple 1"
+        # The masked export is one for fairseq without the plugin.
+        out = runner.run("eval-lm", [text, *(plugin if name != "masked" else []), *shlex.split(rest)]).out
         losses[name] = float(re.search(r"Loss \(base 2\): ([\d.]+)", out).group(1))
-    assert 0 < losses["pruned"] == losses["hand"] != losses["dense"]
+    assert 0 < losses["pruned"] == losses["hand"] == losses["masked"] == losses["compact"] != losses["dense"]
+    # The task is that of the checkpoint.
+    rest = "--valid-subset valid --batch-size 4 --cpu --num-workers 0 --required-batch-size-multiple 1"
+    assert (
+        "valid on 'valid' subset" in runner.run("validate", [text, *plugin, "--path", checkpoint, *rest.split()]).out
+    )
 
 
 def test_masked_language_model(runner, text, tmp_path):

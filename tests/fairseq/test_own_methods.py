@@ -35,6 +35,7 @@ def test_one_of_each_kind_in_one_run(whole):
     assert all(not tensors[name][~keep].any() for name, keep in masks.items())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_equal(whole, translation, runner, tmp_path):
     start = f"--restore-file {whole / 'checkpoint_1_8.pt'}"
     line = translation.train(tmp_path / "run", OWN, HEADS, WEIGHTS, ECHO, start, updates=UPDATES)
@@ -44,6 +45,7 @@ def test_a_stopped_run_goes_on_bit_equal(whole, translation, runner, tmp_path):
     same(read(ours)["extra_state"]["head_pruning"], read(theirs)["extra_state"]["head_pruning"])
 
 
+@pytest.mark.slow
 def test_the_distiller_takes_part_and_can_run_alone(whole, translation, runner, tmp_path):
     ends = {}
     for name, options in (("both", (HEADS, WEIGHTS)), ("echo", (ECHO,)), ("dense", ())):

@@ -43,7 +43,8 @@ checkpoint: {{save_dir: {save_dir}, no_epoch_checkpoints: true}}
 """
 
 
-@pytest.mark.parametrize("precision", ["common.bf16=true", pytest.param("common.bf16=false", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["common.bf16=true", "common.bf16=false"])
 def test_hydra(runner, translation, tmp_path, precision):
     (tmp_path / "config").mkdir()
     text = YAML.format(plugin=PLUGIN, data=translation.data, save_dir=tmp_path / "run")

@@ -10,11 +10,10 @@ import torch
 from fairseq.models.transformer import TransformerModel
 
 from fairseq_plugin import host, remove_heads
-from fairseq_plugin.checkpoints.keeper import attach_mask
+from fairseq_plugin.checkpoints.keeper import StateKeeper, keeper_of
 from fairseq_plugin.exporting import programs
 from fairseq_plugin.exporting.checkpoints import export_compact
 from fairseq_plugin.exporting.example_batch import example
-from fairseq_plugin.modules.attention import UnfusedAttention
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.cli import main
 from head_pruning.weights import pack_mask
@@ -49,8 +48,7 @@ def _model(path):
     """What fairseq computes: the model of a checkpoint with its gates, none of whose heads is cut out here."""
     loaded = host.load(path)
     if loaded.mask is not None:
-        UnfusedAttention(loaded.model).attach()
-        attach_mask(loaded.model, loaded.mask)
+        (keeper_of(loaded.model) or StateKeeper(loaded.model)).hold(loaded.mask)
     return loaded.model
 
 
@@ -72,6 +70,7 @@ def _same_logits(run, model, atol) -> None:
                 torch.testing.assert_close(run(inputs)["logits"], model(**inputs)[0], atol=atol, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "gated", "compact"])
 def test_the_command_exports_what_computes_the_same(kind, checkpoints, tmp_path, capsys):
     path = checkpoints[kind]
@@ -91,6 +90,7 @@ def _program(file):
     return lambda inputs: module(**inputs)
 
 
+@pytest.mark.slow
 def test_a_mask_beside_a_checkpoint_is_cut_out_and_the_program_runs_without_fairseq(checkpoints, tmp_path, capsys):
     file, mask = tmp_path / "model.pt2", checkpoints["mask"]
     main(["export", str(checkpoints["dense"]), str(file), "--to", "torch-export", "--mask", str(mask)])
@@ -113,6 +113,7 @@ def test_a_mask_beside_a_checkpoint_is_cut_out_and_the_program_runs_without_fair
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [model for model in MODELS if model.id in ("transformer_align", "bart_base", "transformer_lm", "roberta_base")],
@@ -125,6 +126,7 @@ def test_other_models_of_written_language(build, one_dictionary, tmp_path):  # n
     _same_logits(_program(tmp_path / "model.pt2"), model, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_language_model_runs_in_onnxruntime(one_dictionary, tmp_path):  # noqa: F811
     pytest.importorskip("onnxscript")
     build = next(model for model in MODELS if model.id == "transformer_lm").values[0]
@@ -133,6 +135,7 @@ def test_a_language_model_runs_in_onnxruntime(one_dictionary, tmp_path):  # noqa
     _same_logits(_pass(tmp_path / "model.onnx"), model, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_model_stays_what_it_is_and_too_long_sentences_are_refused(tmp_path):
     model = translator(**SMALL).eval()
     before, attributes = copy.deepcopy(model), [set(vars(module)) for module in model.modules()]
@@ -158,6 +161,7 @@ class _Moody(TransformerModel):
         return (logits * 2 if src_tokens.eq(10**6).any() else logits), extra
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["export_onnx", "export_program"])
 def test_what_cannot_be_exported_is_not_written(name, tmp_path):
     if name == "export_onnx":

@@ -9,6 +9,7 @@ from tests.fairseq.checkpoints import logits_of, read, same_training_state, sess
 from tests.fairseq.command_lines import DSP, PIPELINED, VOITA
 
 STOP, END = 9, 26  # in the first and in the second epoch
+STE = "--num-of-heads 4 --pruning-lr 0.2 --joint-pruning --use-ste"
 LATE = 23  # in the second epoch too: its batches must be those of a run that came from the first
 
 
@@ -16,8 +17,8 @@ LATE = 23  # in the second epoch too: its batches must be those of a run that ca
     "options, stop",
     [
         pytest.param(f"{DSP} --cooldown-steps 24", LATE, id="dsp"),
-        pytest.param(VOITA, STOP, id="voita"),
-        pytest.param("--num-of-heads 4 --pruning-lr 0.2 --joint-pruning --use-ste", LATE, id="ste"),
+        pytest.param(VOITA, STOP, id="voita", marks=pytest.mark.slow),
+        pytest.param(STE, LATE, id="ste", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_run_goes_on(runner, translation, tmp_path, options, stop):
@@ -62,6 +63,7 @@ def test_finished_run_is_left_as_it_is(runner, translation, tmp_path):
     assert again == {**files, "pruning.json": rewritten}
 
 
+@pytest.mark.slow
 def test_pipelined_run_goes_on(runner, translation, tmp_path):
     runner.run("train", translation.train(tmp_path / "dense", task="translation"))
     start = f"{PIPELINED} --finetune-from-model {tmp_path / 'dense' / 'checkpoint_last.pt'} --cooldown-steps 20"
@@ -71,6 +73,7 @@ def test_pipelined_run_goes_on(runner, translation, tmp_path):
     same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
 
 
+@pytest.mark.slow
 def test_half_precision_run_goes_on(runner, translation, tmp_path):
     options = f"{DSP} --cooldown-steps 20 --fp16 --fp16-no-flatten-grads --fp16-init-scale 4 --min-loss-scale 1e-6"
     runner.run("train", translation.train(tmp_path / "whole", options, updates=END))

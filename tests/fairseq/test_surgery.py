@@ -17,10 +17,9 @@ from fairseq.modules import MultiheadAttention
 from fairseq.sequence_generator import SequenceGenerator
 
 from fairseq_plugin import remove_heads
-from fairseq_plugin.checkpoints.keeper import attach_mask
+from fairseq_plugin.checkpoints.keeper import StateKeeper
 from fairseq_plugin.exporting.checkpoints import export_compact, export_masked
 from fairseq_plugin.host import load
-from fairseq_plugin.modules.attention import UnfusedAttention
 from fairseq_plugin.modules.surgery import CompactAttention, NoHeads, decode
 from fairseq_plugin.modules.unit_map import unit_map
 from head_pruning import HeadMask, HeadPruningError, surgery
@@ -82,18 +81,17 @@ def uneven_mask(model, seed=0) -> HeadMask:
 def masked_and_compact(model, mask):
     """A copy with gates, a copy with fewer heads."""
     masked, compact = copy.deepcopy(model), copy.deepcopy(model)
-    UnfusedAttention(masked).attach()
-    attach_mask(masked, mask)
+    StateKeeper(masked).hold(mask)
     remove_heads(compact, mask)
     return masked, compact
 
 
 def outputs(value) -> list:
-    """All tensors of a nest of outputs, but for attention weights: they are averages over the heads that there are."""
+    """All tensors of a nest of outputs, attention weights too: they are averages over the heads that stay."""
     if isinstance(value, torch.Tensor):
         return [value.double()] if value.is_floating_point() else []
     if isinstance(value, dict):
-        value = [value[key] for key in sorted(value) if key != "attn"]
+        value = [value[key] for key in sorted(value)]
     return [tensor for item in value for tensor in outputs(item)] if isinstance(value, (list, tuple)) else []
 
 
@@ -112,8 +110,7 @@ def test_compact_equals_masked(build, one_dictionary):  # noqa: F811
     mask = uneven_mask(model)
     compact = copy.deepcopy(model)
     surgery.remove_heads(compact, unit_map(compact), mask)
-    UnfusedAttention(model).attach()
-    attach_mask(model, mask)
+    StateKeeper(model).hold(mask)
     expected = run(model, inputs)
     torch.testing.assert_close(run(compact, inputs), expected, atol=1e-5, rtol=0)
     assert (dense - expected).abs().max() > 1e-3
@@ -218,6 +215,43 @@ def test_a_state_dict_goes_into_new_models_and_not_back(pair):
         translator(**SMALL).load_state_dict(state)
 
 
+def heads_and_units(model, seed=0) -> HeadMask:
+    """Half of the units, one block without any, and the heads of :func:`uneven_mask`."""
+    sites = unit_map(model).numbering("both")
+    keep = np.random.default_rng(seed).random(sites.num_heads) < 0.5
+    keep[sites.rows()[-1]] = False
+    keep[: unit_map(model).num_heads] = uneven_mask(model).keep
+    return HeadMask(sites, keep)
+
+
+def test_feed_forward_units_go_with_heads_and_come_with_the_state_dict():
+    model = translator(**SMALL).eval()
+    mask = heads_and_units(model)
+    masked, compact = masked_and_compact(model, mask)
+    inputs = source_and_target()
+    expected = run(masked, inputs)
+    torch.testing.assert_close(run(compact, inputs), expected, atol=1e-5, rtol=0)
+    assert (run(model, inputs) - expected).abs().max() > 1e-3
+    fresh = translator(**SMALL).eval()
+    fresh.load_state_dict(compact.state_dict())
+    assert torch.equal(run(fresh, inputs), run(compact, inputs))
+    assert [site.width for site in unit_map(fresh).feed_forward] == [
+        sum(mask.by_site()[site.name]) for site in unit_map(model).feed_forward[:-1]
+    ]
+    assert fresh.decoder.layers[0].fc1.out_features == fresh.decoder.layers[0].fc2.in_features < 24
+    for one, other in zip(*(beam_search(each) for each in (masked, fresh))):
+        assert [each["tokens"].tolist() for each in one] == [each["tokens"].tolist() for each in other]
+    again = unit_map(fresh).numbering("ffn")
+    remove_heads(fresh, HeadMask(again, np.arange(again.num_heads) % 2 == 0))
+    assert recipe_of(fresh)["sites"].keys() == recipe_of(compact)["sites"].keys()
+
+
+def test_a_norm_over_units_is_refused():
+    model = translator(**SMALL, scale_fc=True)
+    with pytest.raises(HeadPruningError, match="ffn_layernorm normalizes"):
+        remove_heads(model, heads_and_units(model))
+
+
 def test_models_that_cannot_be_cut():
     model = translator(**SMALL)
     with pytest.raises(HeadPruningError, match="no head mask"):
@@ -302,6 +336,7 @@ def test_the_command_exports_a_compact_checkpoint(runner, runs, tmp_path):
     assert counts == [sum(parameter.numel() for parameter in model.parameters()) for model in models]
 
 
+@pytest.mark.slow
 def test_generate_and_its_options(runner, translation, runs):
     (masked, compact), _ = runs
     for options in ("--beam 5 --lenpen 0.6 --nbest 2", "--print-alignment", "--sampling --nbest 2 --seed 3"):
@@ -309,6 +344,7 @@ def test_generate_and_its_options(runner, translation, runs):
         same_decoding(ours, theirs)
 
 
+@pytest.mark.slow
 def test_ensembles(runner, translation, runs, tmp_path):
     (masked, compact), (other_masked, other_compact) = runs
     dense = tmp_path / "dense.pt"
@@ -321,6 +357,23 @@ def test_ensembles(runner, translation, runs, tmp_path):
     ):
         pair = [sentences(runner, translation.generate(":".join(map(str, paths)))) for paths in (ours, theirs)]
         same_decoding(*pair)
+
+
+def test_a_checkpoint_is_exported_without_units(runner, translation, runs, tmp_path):
+    checkpoint, _ = runs[0]
+    model = load(checkpoint).model
+    sites = unit_map(model).numbering("both")
+    mask = mask_beside(checkpoint)
+    keep = np.r_[mask.keep, np.random.default_rng(0).random(sites.num_heads - mask.keep.size) < 0.5]
+    both = HeadMask(sites, keep)
+    export_masked(checkpoint, tmp_path / "masked.pt", both)
+    export_compact(checkpoint, tmp_path / "compact.pt", both)
+    small = load(tmp_path / "compact.pt").model
+    assert recipe_of(small)["sites"]["encoder.layers.0.ffn"]["kept"] == both.kept_heads()["encoder.layers.0.ffn"]
+    ours, theirs = (
+        sentences(runner, translation.generate(tmp_path / f"{name}.pt", "--beam 3")) for name in ("compact", "masked")
+    )
+    same_decoding(ours, theirs)
 
 
 def test_half_precision(runner, translation, runs):
@@ -338,6 +391,7 @@ def test_plain_fairseq_refuses_it(runner, translation, runs, tmp_path):
     assert done.code == 1 and "size mismatch" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["--restore-file {} --reset-dataloader", "--finetune-from-model {}"])
 def test_plain_training_goes_on_compact(runner, translation, runs, tmp_path, start):
     masked, compact = runs[0]
@@ -355,6 +409,7 @@ def test_plain_training_goes_on_compact(runner, translation, runs, tmp_path, sta
     assert sentences(runner, translation.generate(after))
 
 
+@pytest.mark.slow
 def test_pruning_again(runner, translation, runs, tmp_path):
     masked, compact = runs[0]
     options = f"--num-of-heads 2 --joint-pruning --pruning-lr 0.2 --finetune-from-model {compact}"
@@ -374,6 +429,7 @@ def test_pruning_again(runner, translation, runs, tmp_path):
     assert all(set(site["kept"]) <= set(first[name]) for name, site in recipe.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", DSP.replace("--num-of-heads 4", "--num-of-heads 2")], ids=["plain", "dsp"])
 def test_two_ranks_go_on_from_a_compact_checkpoint(runner, translation, runs, tmp_path, options):
     task = "translation_head_pruning" if options else "translation"
@@ -386,6 +442,7 @@ def test_two_ranks_go_on_from_a_compact_checkpoint(runner, translation, runs, tm
         np.testing.assert_allclose(value, one[name], atol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_averaged_checkpoints_load(runner, translation, runs, tmp_path):
     """As fairseq's average_checkpoints.py does it: tensors are added up, then divided."""
     masked, compact = runs[0]

@@ -5,6 +5,7 @@ import math
 import re
 
 import numpy as np
+import pytest
 
 from head_pruning import HeadMask
 from tests.fairseq.checkpoints import logits_of, read, session_of
@@ -28,6 +29,7 @@ def test_best_checkpoint_only_once_the_target_is_reached(runner, translation, tm
     assert read(best)["extra_state"]["best"] == read(best)["extra_state"]["val_loss"]
 
 
+@pytest.mark.slow
 def test_score_before_the_target_is_no_bar_for_later_ones(runner, translation, tmp_path):
     # Updates after the first validation make the model worse on purpose: best must still be a hard one.
     often = "--validate-interval-updates 4 --save-interval-updates 4 --cooldown-steps 6 --lr 0.5 --warmup-updates 1"
@@ -35,6 +37,7 @@ def test_score_before_the_target_is_no_bar_for_later_ones(runner, translation, t
     assert session_of(tmp_path / "run" / "checkpoint_best.pt")["step"] == 7
 
 
+@pytest.mark.slow
 def test_patience_counts_only_from_the_target_on(runner, translation, tmp_path):
     # A learning rate of zero: no validation is better than the first, so patience alone decides when to stop.
     still = "--validate-interval-updates 1 --patience 2 --lr 1e-30 --dropout 0 --no-save"
@@ -103,6 +106,7 @@ def test_penalty_falls_in_the_log(runner, translation, tmp_path):
     assert len(objective) >= 20 and all(a < b for a, b in zip(loss, objective))
 
 
+@pytest.mark.slow
 def test_the_heads_of_another_run_from_the_start(runner, translation, tmp_path):
     first = translation.train(tmp_path / "first", "--pruner random --num-of-heads 5", updates=2)
     runner.run("train", first)

@@ -39,6 +39,15 @@ def spd(task: str) -> list[str]:
         --scheduler_type linear""")
 
 
+GPP_TEACHER = shlex.split("""--model_name_or_path bert-unbase-cased --task_name cola --do_train --do_eval
+    --max_seq_length 128 --per_gpu_train_batch_size 32 --learning_rate 2e-5 --num_train_epochs 4.0
+    --output_dir base/cola""")
+GPP = shlex.split("""--model_name_or_path bert-base-uncased --task_name cola --do_distill
+    --teacher_model_path base/cola --target_sparsity 0.5 --window_size 3 --logging_steps 50 --eval_steps 50
+    --logging_first_step True --prepruning_finetune_epochs 0 --prune_epochs 20 --do_train --do_eval
+    --max_seq_length 128 --per_device_train_batch_size 32 --learning_rate 2e-5 --retrain_learning_rate 2e-5
+    --num_train_epochs 32 --overwrite_output_dir --output_dir gpp/cola""")
+
 _PLATON = shlex.split("""--pruner_name PLATON --initial_threshold 1 --final_threshold 0.10 --warmup_steps 5400
     --initial_warmup 1 --final_warmup 5 --beta1 0.85 --beta2 0.950 --deltaT 10 --num_train_epochs 10 --seed 9
     --learning_rate 3e-5 --per_gpu_train_batch_size 16 --per_gpu_eval_batch_size 256 --do_train --do_eval

@@ -1,12 +1,10 @@
 """A place to run the manual's commands in: data/MNLI/, and bert-base-uncased/ holding a tiny BERT."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from transformers import BertTokenizer
 
+from tests import forked
 from tests.hf.glue_files import LABELS, OFFICIAL
 from tests.hf.tiny import tiny_bert
 
@@ -50,9 +48,6 @@ def write_place(place: Path, *folders: str) -> Path:
     return place
 
 
-def start(place: Path, *command: str, **environment: str) -> subprocess.Popen:
+def start(place: Path, *command: str) -> forked.Command:
     """Start ``python command`` in ``place``."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return forked.Command("transformers", command, place)

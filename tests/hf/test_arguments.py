@@ -101,9 +101,13 @@ def test_defaults_are_those_of_the_published_scripts():
     assert {name: getattr(training, name) for name in expected} == expected
     assert training.eval_strategy.value == "no" and training.save_strategy.value == "steps"
     options = options_of(parse(line("--num_of_heads 3"), "run_dsp"))
-    expected = {"pruning_lr": 0.5, "initial_temperature": 1000, "final_temperature": 1e-8, "cooldown_steps": 25000}
-    expected |= {"annealing": False, "joint_pruning": False}
+    expected = {"pruning_lr": 0.5, "initial_temperature": 10, "final_temperature": 1e-4, "cooldown_steps": 0.6}
+    expected |= {"annealing": True, "joint_pruning": False}  # ours: the published script would choose at random
     assert {name: options[name] for name in expected} == expected
+    expected |= {"initial_temperature": 1000, "final_temperature": 1e-8, "cooldown_steps": 25000}
+    for asked, annealing in (("--annealing", True), ("--final_temperature 1e-8", False)):
+        options = options_of(parse(line(f"--num_of_heads 3 {asked}"), "run_dsp"))
+        assert {name: options[name] for name in expected} == {**expected, "annealing": annealing}
     voita = options_of(parse(line(""), "run_voita"))
     assert (voita["l0_penalty"], voita["pruning_lr"], voita["l0_pipelined"]) == (0.5, 0.1, True)
     michel = parse_michel(NEEDED)
@@ -120,9 +124,9 @@ def test_all_options_of_a_method_can_be_set():
     ):
         name = name_of(parse(line(f"--num_of_heads 3 {extra}"), script))
         for option, found in option_fields([name]).items():
-            value = {bool: "True", int: "3", float: "0.25"}[_KINDS.get(found.type, found.type)]
+            value = {bool: "True", int: "3", float: "0.25", str: "ffn"}[_KINDS.get(found.type, found.type)]
             options = options_of(parse(line(f"--num_of_heads 3 {extra} --{option} {value}"), script))
-            assert options[option] == {"True": True, "3": 3, "0.25": 0.25}[value], option
+            assert options[option] == {"True": True, "3": 3, "0.25": 0.25}.get(value, value), option
 
 
 _KINDS = {dict(option_fields())[name].type: kind for name, kind in (("num_of_heads", int), ("l0_penalty", float))}
@@ -196,12 +200,14 @@ def test_what_the_script_itself_takes():
     ("--l0_penalty 0.1", "voita"),
     ("--l0_penalty 0.1 --num_of_heads 3", "voita"),
     ("--pruner random --num_of_heads 3", "random"),
-    (f"--head_mask_file {__file__}", "given"),
+    ("--head_mask_file {mask}", "given"),
     ("--pruner dsp --num_of_heads 3 --annealing", "dsp"),
     ("--pruner ste --num_of_heads 3", "ste"),
 ])  # fmt: skip
-def test_run_glue_takes_the_method_named_or_implied(words, name):
-    arguments = parse(line(words), "run_glue")
+def test_run_glue_takes_the_method_named_or_implied(words, name, tmp_path):
+    site = AttentionSite("a", "encoder_self", "a", 4, 2, "a.out")
+    HeadMask(UnitMap((site,)), np.arange(4) < 2).save(tmp_path / "masks.safetensors")
+    arguments = parse(line(words.format(mask=tmp_path / "masks.safetensors")), "run_glue")
     assert name_of(arguments) == name and len(arguments.pruners) == bool(name)
 
 
@@ -437,12 +443,12 @@ def test_more_mistakes_in_files(tmp_path):
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
-def pruners_of_weights() -> list[str]:
+def with_own_options(kind: str, word: str) -> list[str]:
     """The titles of the methods that have options of their own."""
-    known = methods("weights")
+    known = methods(kind)
     fields = {name: [f.name for f in dataclasses.fields(known[name].config)] for name in sorted(known)}
     alone = {name for name in known if any(owners(option) == [name] for option in fields[name])}
-    return [f"pruner {name}" for name in fields if name in alone]
+    return [f"{word} {name}" for name in fields if name in alone]
 
 
 def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
@@ -452,16 +458,16 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
         *("options", "model", "data", "run", "training", "options of several pruners"),
         *(f"pruner {name}" for name in sorted(methods())),
         "options of several pruners of weights",
-        *pruners_of_weights(),
-        *("options of several distillers", *(f"distiller {name}" for name in sorted(methods("distils")))),
+        *with_own_options("weights", "pruner"),
+        *("options of several distillers", *with_own_options("distils", "distiller")),
         "old spellings",
     ]
     text = dict(zip(titles, groups.values()))
     assert "--num_of_heads N number of heads to keep" in text["options of several pruners"]
     assert "(Adam) [dsp, ste, voita] (default: 0.5 (dsp, ste), 0.1 (voita))" in text["options of several pruners"]
     assert "attention layer [dsp, random, ste, voita] (default: 0)" in text["options of several pruners"]
-    assert "--cooldown_steps X" in text["pruner dsp"] and "(default: 25000)" in text["pruner dsp"]
-    assert "--initial_temperature X temperature at the first update (default: 1000.0)" in text["pruner dsp"]
+    assert "--cooldown_steps X" in text["pruner dsp"] and "in the BERT scripts 25000" in text["pruner dsp"]
+    assert "--initial_temperature X temperature at the first update; default with" in text["pruner dsp"]
     assert "--l0_penalty X" in text["pruner voita"] and "--use_ste" in text["pruner ste"]
     assert "--model_name_or_path VALUE folder or hub name of the model to start from (required)" in text["model"]
     assert "--per_gpu_train_batch_size" in text["old spellings"] and "--learning_rate X" in text["training"]
@@ -474,7 +480,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
 def test_the_help_of_run_dsp_and_run_voita_shows_what_they_take(capsys):
     groups = help_of(capsys, "run_dsp")
     shown = [title.partition(" (")[0] for title in groups if title.startswith("pruner")]
-    assert shown == ["pruner dsp", "pruner ste", *pruners_of_weights()]
+    assert shown == ["pruner dsp", "pruner ste", *with_own_options("weights", "pruner")]
     several = groups["options of several pruners"]
     assert "(K) [dsp, ste] (required)" in several and "(Adam) [dsp, ste] (default: 0.5)" in several
     everything = " ".join(groups.values())
@@ -487,7 +493,7 @@ def test_the_help_of_run_dsp_and_run_voita_shows_what_they_take(capsys):
 def test_the_help_of_run_michel(capsys):
     groups = help_of(capsys, "run_michel")
     assert list(groups) == ["options", "model", "data and run", "pruning", "old spellings"]
-    assert "--num_of_heads N heads to remove per round (default: 12)" in groups["pruning"]
+    assert "--num_of_heads N heads (or units) to remove per round (default: 12)" in groups["pruning"]
 
 
 # -- a method of somebody else's -------------------------------------------------------------------------------------

@@ -1,22 +1,20 @@
 """The benchmark of the gates' cost runs and prints what it promises."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests import forked
 
 TINY = ("--layers", "2", "--hidden", "32", "--heads", "4", "--batch", "2", "--length", "8", "--rounds", "3")
 METHODS = ("dsp", "ste", "voita", "random")
 
 
 @pytest.fixture
-def run(repo):
+def run():
     def call(*arguments: str) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.gate_overhead", *TINY, *arguments],
-            cwd=repo, capture_output=True, text=True, check=True, timeout=120,
-        )  # fmt: skip
+        done = forked.run("transformers", ["-m", "benchmarks.gate_overhead", *TINY, *arguments])
+        assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
     return call
@@ -34,6 +32,7 @@ def test_json_is_one_object_with_the_promised_keys(run):
     assert low <= results["dsp"] <= high
 
 
+@pytest.mark.slow
 def test_table_has_a_line_per_contestant(run):
     lines = run()
     names = ["no gates", *METHODS, "no gates, pass", "importance", "importance per example"]

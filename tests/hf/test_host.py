@@ -122,7 +122,7 @@ def test_without_a_length_the_text_is_as_long_as_the_model_takes(saved, capsys):
                 main([*line, "--length", str(longest + 1)])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "bart"))])
 def test_all_exports_of_all_kinds_of_models(saved, name, tmp_path):
     pytest.importorskip("onnxruntime")
     source = saved(name)
@@ -144,6 +144,7 @@ def test_all_exports_of_all_kinds_of_models(saved, name, tmp_path):
     torch.testing.assert_close(program(**inputs)["logits"], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["olmo2", "prophetnet"])
 def test_programs_of_heads_that_do_not_stand_alone(name, tmp_path):
     """A norm over all heads, and positions that heads read from each other; batch and length stay free."""
@@ -416,6 +417,7 @@ def test_compressed_are_the_zeros_of_removed_heads_too(saved, tmp_path):
     assert all(torch.equal(tensor, stored[name]) for name, tensor in load_compressed(tmp_path / "sparse").items())
 
 
+@pytest.mark.slow
 def test_question_answering_runs_in_onnxruntime(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     model = BertForQuestionAnswering(BertConfig(**SIZES, vocab_size=40, max_position_embeddings=64))

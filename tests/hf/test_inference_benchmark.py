@@ -20,6 +20,7 @@ def run(repo):
     return call
 
 
+@pytest.mark.slow
 def test_json_holds_speed_ups_bounds_and_sizes_and_a_second_run_goes_on(run, tmp_path):
     found = json.loads(run("--json", "--results", tmp_path, "--lengths", "8", "--batches", "1"))
     rows = found["rows"]
@@ -40,6 +41,7 @@ def test_json_holds_speed_ups_bounds_and_sizes_and_a_second_run_goes_on(run, tmp
     assert table.count("| torch | 8 | 1 |") == table.count("| torch | 16 | 1 |") == 6
 
 
+@pytest.mark.slow
 def test_table_has_a_line_per_model(run):
     lines = run("--lengths", "8", "--batches", "2").splitlines()
     assert [" ".join(line.split()[3:-4]) for line in lines[2:8]] == ["dense", *KEEPS]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -34,7 +35,7 @@ from transformers import (
 import hf_plugin
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.masks import full_mask, mask_without
-from head_pruning.surgery.remaining import heads_left
+from head_pruning.surgery.remaining import heads_left, recipe_of
 from head_pruning.surgery.removal import remove_heads
 from hf_plugin import mark_compact, save_compact, save_pruned, unit_map
 from hf_plugin.compact import model_classes
@@ -49,6 +50,7 @@ from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 ROOT = Path(__file__).parents[2]
 AUTO = {
     "bert": "AutoModelForSequenceClassification",
+    "gpt2": "AutoModelForCausalLM",
     "llama": "AutoModelForCausalLM",
     "olmo2": "AutoModelForCausalLM",
     "prophetnet": "AutoModelForSeq2SeqLM",
@@ -99,6 +101,9 @@ def cut(name):
     model = dense(name)
     units = unit_map(model)
     remove_heads(model, units, (first_layers if name == "t5" else uneven)(units))
+    if name == "gpt2":  # units of feed-forward blocks, too: one block loses all
+        blocks = unit_map(model).numbering("ffn")
+        remove_heads(model, blocks, HeadMask(blocks, np.arange(blocks.num_heads) >= 50))
     return model
 
 
@@ -239,6 +244,7 @@ def fresh_process(code, root, cwd, *flags):
     return json.loads(line.removeprefix("FOUND "))
 
 
+@pytest.mark.slow
 def test_loads_after_one_import(folders, tmp_path):
     found = fresh_process(WITH_PACKAGE, folders, ROOT)
     assert {name: values[1] for name, values in found.items()} == pytest.approx(dict.fromkeys(AUTO, 0.0), abs=1e-6)
@@ -427,12 +433,39 @@ def damaged(folders, tmp_path, change):
         lambda recipe, site: site.update(heads=5),
         lambda recipe, site: site["tensors"][0].__setitem__(0, "bert.encoder.nothing.weight"),
         lambda recipe, site: site["tensors"][0].__setitem__(1, 7),
+        lambda recipe, site: site.update(heads=800_000_000),
+        lambda recipe, site: (site.update(heads=10**5), recipe["unit_map"]["attention"][0].update(heads=10**5)),
+        lambda recipe, site: recipe["unit_map"]["attention"][1].update(head_dim=10**8),
+        lambda recipe, site: site.update(counts=[["bert.encoder.forward", 1]]),
+        lambda recipe, site: site.update(counts=[["bert.encoder.layer.0.attention.self.num_attention_heads", "x"]]),
+        lambda recipe, site: site["hooks"].append(["select", "bert", {"argument": 5}]),
     ],
 )
 def test_a_damaged_recipe_is_one_clear_sentence(folders, tmp_path, change, trust):
     damaged(folders, tmp_path, change)
     with pytest.raises(ValueError, match="^The recipe of removed heads in config.json is damaged or not made for"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=trust)
+
+
+def test_experts_and_layers_of_a_recipe_are_found_again(tmp_path):
+    """A mixture of experts, in a class with other names than the one that was saved."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 4,
+    }
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=30)
+    model = transformers.MixtralForCausalLM(config).eval()
+    prune_heads(model, {0: [0], 1: [0, 1]})
+    save_compact(model, tmp_path)
+    tokens = torch.arange(6).view(1, 6)
+    for auto in (AutoModelForCausalLM, AutoModel):
+        loaded = auto.from_pretrained(tmp_path)
+        base = getattr(loaded, "model", loaded)
+        assert torch.equal(base(tokens)[0], model.model(tokens)[0])
+        assert len(recipe_of(loaded)["unit_map"]["experts"]) == 2
 
 
 def test_no_recipe_at_all(folders, tmp_path):

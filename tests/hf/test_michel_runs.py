@@ -326,3 +326,25 @@ def test_the_published_name_of_a_metric_scores_the_rounds(here):
     rounds = michel("acc", "--metric_name", "acc", heads=24)
     results = json.loads(Path("acc/all_results.json").read_text())
     assert rounds[-1]["score"] == pytest.approx(100 * results["eval_accuracy"])
+
+
+def test_heads_and_units_by_one_ranking(place, monkeypatch):
+    monkeypatch.chdir(place)
+    units = unit_map(AutoModelForSequenceClassification.from_pretrained("dense")).numbering("both")
+    total = units.num_heads
+    entries = michel("both", "--prune_units", "both", "--data_subset", "4", heads=total // 3 + 1)
+    assert [entry["heads"] for entry in entries] == [total, total - total // 3 - 1, total - 2 * (total // 3 + 1), 0]
+    mask = HeadMask.load(place / "both" / "masks.safetensors")
+    assert (
+        mask.unit_map.units == "both" and mask.kept == entries[2]["heads"] and set(mask.counts()) == {"heads", "units"}
+    )
+    told = json.loads((place / "both" / "all_results.json").read_text())
+    assert told["heads_kept"] + told["units_kept"] == mask.kept
+    assert "--prune_units was both" in refused("both", "--data_subset", "4", heads=5)
+    assert "cannot number 'neurons'" in refused("neurons", "--prune_units", "neurons")
+    export_compact(Path("both"), Path("small"))
+    small = AutoModelForSequenceClassification.from_pretrained("small")
+    widths = [site.width for site in unit_map(small).feed_forward]
+    assert widths == [
+        sum(mask.by_site()[site.name]) for site in mask.unit_map.feed_forward if any(mask.by_site()[site.name])
+    ]

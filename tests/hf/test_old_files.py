@@ -57,6 +57,7 @@ def test_masks_and_report_are_read(capsys):
     assert json.loads(capsys.readouterr().out)["heads_kept"] == 4
 
 
+@pytest.mark.slow
 def test_a_compact_folder_loads_with_the_package_and_with_the_code_in_it():
     batch = collate(sentences(3))
     expected = tiny_bert(1)

@@ -56,6 +56,7 @@ def test_one_of_each_kind_in_one_run_and_resumed_bit_equal(place):
     assert not all(np.array_equal(value, theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 def test_a_distiller_alone(place):
     run(parse([*LINE, *TINY, *ECHO, "--save_steps", "8", "--output_dir", "echo"], "run_glue"))
     (place / "echo_part").mkdir()
@@ -71,7 +72,7 @@ def test_a_distiller_alone(place):
 @pytest.mark.parametrize("words, sentence", [
     ("--echo_strength 1",
      "--echo_strength belongs to echo, but no distiller is chosen; drop it or add --distill echo."),
-    ("--distill ech", "There is no distiller ech; choose one of echo, logits, spd."),
+    ("--distill ech", "There is no distiller ech; choose one of dfd, echo, logits, spd."),
     ("--distill dimmer", "dimmer is none of the methods that learn from a teacher; choose it with --pruner dimmer."),
     ("--pruner echo", "echo is none of the methods that prune heads or prune weights; choose it with --distill echo."),
     ("--pruner dsp --num_of_heads 3 --dimming 0.3",

@@ -90,6 +90,7 @@ def test_joint_commands(here, script, line, more, folder):
         assert again[name] == pytest.approx(results[name], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_voita_without_a_number_of_heads(here):
     run(parse([*VOITA, *TINY, "--l0_penalty", "0.5", "--output_dir", "voita_free"], "run_voita"))
     assert 0 <= HeadMask.load(here / "voita_free" / "masks.safetensors").kept <= HEADS
@@ -146,7 +147,10 @@ def test_michel_on_a_part_of_the_training_set(here, dense):
     assert found["100000"][1]["importance"] == whole[1]["importance"] != found["2"][1]["importance"]
 
 
-@pytest.mark.parametrize("command", [["-m", "hf_plugin.run_dsp"], [str(ROOT / "hf_plugin" / "run_dsp.py")]])
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "hf_plugin.run_dsp"], pytest.param([str(ROOT / "hf_plugin" / "run_dsp.py")], marks=pytest.mark.slow)],
+)
 def test_as_a_process(place, command):
     process = start(place, *command, *JOINT_DSP, *TINY, *ANNEAL, "--output_dir", "process", "--overwrite_output_dir")
     _, log = process.communicate(timeout=300)
@@ -163,6 +167,7 @@ def test_a_mistake_is_one_sentence(place):
     assert "25" in sentence and "24" in sentence
 
 
+@pytest.mark.slow
 @resumes
 def test_a_killed_run_goes_on_to_the_same_bits(place):
     # The manual's line, but long enough to be killed on its way.
@@ -225,6 +230,7 @@ class TestNineTasks:
 
 
 class TestDefectsOfThePublishedScripts:
+    @pytest.mark.slow
     def test_the_seed_of_the_command_line_counts(self, here):
         masks = []
         for seed in ("1", "2", "1"):

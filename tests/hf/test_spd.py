@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, TrainingArguments
 
@@ -25,11 +26,15 @@ from tests.hf.manual_lines import spd, spd_teacher
 from tests.hf.script_runs import write_place
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
+OLDEST = transformers.__version__.startswith("5.0.")
 NAMES = "bert roberta distilbert deberta deberta-v2 electra mpnet modernbert vit gpt2 llama bart t5".split()
+# Of these transformers 5.0 gives no attention probabilities to those who ask the attention alone.
+SILENT = ("modernbert", "vit", "t5") if OLDEST else ()
 # What transformers 5.0 calls it, and later releases.
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
 )
+BY_DEFAULT = ("CoLA", "MNLI", "STS-B")  # two classes, three classes and two validation sets, a number
 QUICK = "--per_gpu_train_batch_size 8 --num_train_epochs 4 --num_prune_epochs 2 --use_cpu --disable_tqdm True".split()
 
 
@@ -51,6 +56,8 @@ def test_every_family_is_grafted_by_its_layers(name):
     family = next(family for family in FAMILIES if family.name == name)
     if missing(family):
         pytest.skip(missing(family))
+    if name in SILENT:
+        pytest.skip(f"transformers {transformers.__version__} hides the attention probabilities of {name}")
     torch.manual_seed(5)
     model, inputs = build(family).train(), make(family).inputs
     teacher = copy.deepcopy(model)
@@ -87,6 +94,8 @@ def test_every_family_is_grafted_by_its_layers(name):
 
 @pytest.mark.parametrize("name", ["bert", "llama", "bart", "t5"])
 def test_plain_distillation_pulls_a_model_to_its_teacher(name):
+    if name in SILENT:
+        pytest.skip(f"transformers {transformers.__version__} hides the attention probabilities of {name}")
     teacher, student = make_few(name), make_few(name)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -114,6 +123,7 @@ def test_plain_distillation_pulls_a_model_to_its_teacher(name):
     assert set(session.metrics()) == {"logits_logits_loss", "logits_hidden_loss", "logits_attention_loss"}
 
 
+@pytest.mark.slow
 def test_a_model_is_compiled_while_it_is_grafted():
     model = tiny_bert().train()
     session = open_session(model, [pruner("spd", replacing_rate=0.5)], total_steps=8)
@@ -135,7 +145,9 @@ def test_a_model_is_compiled_while_it_is_grafted():
 # -- scripts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", FOLDERS)
+@pytest.mark.parametrize(
+    "task", [task if task in BY_DEFAULT else pytest.param(task, marks=pytest.mark.slow) for task in FOLDERS]
+)
 def test_both_manual_lines_on_every_task(place, task, monkeypatch):
     monkeypatch.chdir(place)
     parse(spd_teacher(task), "run_glue")
@@ -158,6 +170,8 @@ def test_both_manual_lines_on_every_task(place, task, monkeypatch):
     assert not any("teacher" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(OLDEST, reason="transformers 5.0 saves LayerNorms under names that it cannot resume from")
 def test_a_killed_run_ends_bit_equal(place, monkeypatch):
     monkeypatch.chdir(place)
     teacher = [*spd_teacher("RTE"), "--max_steps", "4", "--use_cpu", "--disable_tqdm", "True"]
@@ -184,7 +198,16 @@ def test_distillation_beside_another_method(place, monkeypatch, method):
     words = "--task_name RTE --data_dir data/RTE --do_train --do_eval --max_steps 12 --learning_rate 1e-3 --use_cpu"
     words += " --per_device_train_batch_size 4 --disable_tqdm True --overwrite_output_dir --save_strategy no"
     words += f" --model_name_or_path bert-base-uncased --output_dir beside-{method} --distill logits"
-    words += " --teacher_path teacher/RTE --distill_temperature 2 --distill_hidden 0.5"
+    words += " --distill_temperature 2 --distill_hidden 0.5"
+    if method == "platon":  # its teacher is on the hub, and has been fetched before
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        fetched = place / "hub" / "models--someone--teacher"
+        shutil.copytree(place / "teacher" / "RTE", fetched / "snapshots" / "0123")
+        (fetched / "refs").mkdir()
+        (fetched / "refs" / "main").write_text("0123")
+        words += " --teacher_path someone/teacher --cache_dir hub"
+    else:
+        words += " --teacher_path teacher/RTE"
     if method == "dsp":
         words += " --pruner dsp --num_of_heads 7 --joint_pruning --annealing --cooldown_steps 0.5"
     else:
@@ -247,6 +270,7 @@ def test_the_best_model_is_one_at_the_target(tmp_path):
         assert int(keep.sum()) == int(0.2 * keep.numel() + 1e-6) and not model.get_parameter(name)[~keep].any()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_accumulation_train_the_same(tmp_path):
     found = []
     for place, options in (("plain", {}), ("checkpointing", {CHECKPOINTING: True})):
@@ -280,6 +304,33 @@ def test_the_teacher_computes_in_the_precision_of_its_student(tmp_path):
     assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_the_optimizer_of_the_second_phase(tmp_path, published):
+    """It begins anew; the published code's goes on, and so it does where the run is resumed."""
+
+    def train(**options):
+        trainer = HeadPruningTrainer(
+            model=tiny_bert(),
+            args=arguments(tmp_path, max_steps=12, save_strategy="steps", save_steps=8),
+            pruners=[pruner("spd", replacing_rate=1.0, published_schedule=published, num_prune_epochs=1.0)],
+            train_dataset=sentences(16),
+            data_collator=collate,
+        )
+        trainer.train(**options)
+        return trainer
+
+    whole = train()
+    second = whole.session.pruners[0].second
+    assert second == 4
+    steps = {int(state["step"]) for state in whole.optimizer.state.values()}
+    assert steps == {12 if published else 12 - second}
+    rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
+    assert rates[second] == rates[0] > rates[second - 1]
+    again = train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    for one, two in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(one, two)
+
+
 def test_in_somebodys_own_trainer(tmp_path):
     from transformers import Trainer
 
@@ -310,7 +361,7 @@ def test_in_somebodys_own_trainer(tmp_path):
     ("--sparsity 0.9 --pruner_name platon", "--sparsity belongs to spd_magnitude, but the pruner of weights is plat"),
     ("--base_replacing_rate 0.5", "--base_replacing_rate belongs to spd, but no distiller is chosen; drop it or add"),
     ("--distill spd --scheduler_type cubic", "choose one of none, linear, mixed, constantLinearWithGap"),
-    ("--teacher_path x", "--teacher_path belongs to logits, spd, but no distiller is chosen; drop it or ad"),
+    ("--teacher_path x", "--teacher_path belongs to dfd, logits, spd, but no distiller is chosen; drop it or ad"),
 ])  # fmt: skip
 def test_mistakes_on_the_command_line(place, monkeypatch, words, sentence):
     monkeypatch.chdir(place)
@@ -325,8 +376,8 @@ def test_a_model_that_was_never_trained_teaches_nothing(place, monkeypatch):
     words = [*spd("RTE"), "--model_name_or_path", "bert-base-uncased", "--output_dir", "untrained"]
     with pytest.raises(HeadPruningError, match="spd would learn from bert-base-uncased itself, whose classifier.bias"):
         run(parse(words, "run_glue"))
-    with pytest.raises(HeadPruningError, match="The teacher nowhere cannot be loaded"):
-        run(parse([*words, "--teacher_path", "nowhere"], "run_glue"))
+    with pytest.raises(HeadPruningError, match="The teacher .*where cannot be loaded"):
+        run(parse([*words, "--teacher_path", str(place / "no" / "where")], "run_glue"))
 
 
 def test_teachers_that_do_not_fit_are_refused(tmp_path):

@@ -83,6 +83,7 @@ def test_the_manuals_commands(here, line):
         assert again[name] == pytest.approx(results[name], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_as_a_process(place):
     script = str(ROOT / "hf_plugin" / "run_squad.py")
     process = start(place, script, *PLATON_BERT, *TINY, *SHORT, "--output_dir", "process")

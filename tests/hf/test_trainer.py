@@ -1,7 +1,9 @@
 """The Trainer and the callback: life cycle, logs, checkpoints, precision, what is refused."""
 
+import contextlib
 import copy
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 from head_pruning import HeadMask, HeadPruningError
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner
 from hf_plugin.training.checkpoints import last_checkpoint
+from tests.disks import held, no_file_above
 from tests.hf.tiny import HEADS, arguments, collate, sentences, tiny_bert
 
 DSP = {"num_of_heads": 3, "annealing": True, "initial_temperature": 1.0, "final_temperature": 1e-4}
@@ -129,14 +132,22 @@ class TestResume:
         "method, options, training",
         [
             pytest.param("dsp", METHODS["dsp"], {}, id="dsp"),
-            pytest.param("dsp", METHODS["dsp"], {"gradient_accumulation_steps": 2}, id="accumulation"),
-            pytest.param("dsp", METHODS["dsp"], {"bf16": True}, id="bf16"),
-            pytest.param("voita", METHODS["voita"], {"lr_scheduler_type": "cosine", "warmup_steps": 3}, id="voita"),
+            pytest.param(
+                "dsp", METHODS["dsp"], {"gradient_accumulation_steps": 2}, id="accumulation", marks=pytest.mark.slow
+            ),
+            pytest.param("dsp", METHODS["dsp"], {"bf16": True}, id="bf16", marks=pytest.mark.slow),
+            pytest.param(
+                "voita",
+                METHODS["voita"],
+                {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+                id="voita",
+                marks=pytest.mark.slow,
+            ),
             pytest.param("ste", METHODS["ste"], {"gradient_accumulation_steps": 2}, id="ste"),
             pytest.param("dsp", PIPELINED["dsp"], {}, id="pipelined"),
         ],
     )
-    @pytest.mark.parametrize("stop", [4, 8])
+    @pytest.mark.parametrize("stop", [4, pytest.param(8, marks=pytest.mark.slow)])
     def test_bit_equal(self, tmp_path, method, options, training, stop):
         training = {"save_strategy": "steps", "save_steps": stop, **training}
         whole = trainer_of(tmp_path / "whole", method, options, **training)
@@ -159,7 +170,9 @@ class TestResume:
         with pytest.raises(HeadPruningError, match="no checkpoint"):
             trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nothing"))
 
-    @pytest.mark.parametrize("stop", [1, 2, 4])
+    @pytest.mark.parametrize(
+        "stop", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+    )
     def test_best_is_at_target(self, tmp_path, stop):
         """A checkpoint's best may have been written before the pruner forgot it."""
         training = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
@@ -217,24 +230,22 @@ class TestResume:
         with pytest.raises(HeadPruningError, match="checkpoint-2 lacks optimizer.pt .--save_only_model"):
             trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
+    def test_damaged_pruning_state(self, tmp_path):
+        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+        path = tmp_path / "checkpoint-2" / "trainer_state.json"
+        whole = path.read_text()
+        for change in (
             lambda attributes: attributes.pop("session"),
             lambda attributes: attributes.update(session=3),
             lambda attributes: attributes["session"].update({"dsp.logits": ["many"]}),
             lambda attributes: attributes["session"].update({"dsp.adam.first": [0.0]}),
             lambda attributes: attributes.update(unit_map={"attention": 1}),
-        ],
-    )
-    def test_damaged_pruning_state(self, tmp_path, change):
-        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
-        path = tmp_path / "checkpoint-2" / "trainer_state.json"
-        state = json.loads(path.read_text())
-        change(state["stateful_callbacks"]["HeadPruningCallback"]["attributes"])
-        path.write_text(json.dumps(state))
-        with pytest.raises(HeadPruningError, match="is damaged"):
-            trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
+        ):
+            state = json.loads(whole)
+            change(state["stateful_callbacks"]["HeadPruningCallback"]["attributes"])
+            path.write_text(json.dumps(state))
+            with pytest.raises(HeadPruningError, match="is damaged"):
+                trainer_of(tmp_path).train(resume_from_checkpoint=str(path.parent))
 
     def test_other_architectures_of_as_many_heads_are_refused(self, tmp_path):
         trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
@@ -242,6 +253,7 @@ class TestResume:
         with pytest.raises(HeadPruningError, match="another architecture"):
             trainer_of(tmp_path, model=other).train(resume_from_checkpoint=True)
 
+    @pytest.mark.slow
     def test_dense_checkpoints_and_other_pruners_are_refused(self, tmp_path):
         options = {"train_dataset": sentences(32), "data_collator": collate}
         training = arguments(tmp_path / "dense", save_strategy="steps", save_steps=12)
@@ -539,3 +551,45 @@ def test_what_push_to_hub_saves_is_the_pruned_model(tmp_path, own):
     plain = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.allclose(plain(**batch).logits, model.eval()(**batch).logits, atol=1e-6)
+
+
+class FillsUp(TrainerCallback):
+    """Files may not grow any more from an update on."""
+
+    def __init__(self, step):
+        self.step, self.disk = step, contextlib.ExitStack()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.disk.enter_context(no_file_above(5000))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    full = FillsUp(4)
+    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=2, callbacks=[full])
+    with (
+        full.disk,
+        pytest.raises(HeadPruningError, match=r"checkpoint-4 cannot be written \(.*\); make room") as error,
+    ):
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["checkpoint-2"] and last_checkpoint(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("method, options", [("random", {"num_of_heads": 3}), ("lock", {})])
+def test_a_full_disk_leaves_no_half_of_a_model(tmp_path, method, options):
+    model = tiny_bert()
+    model.bert.encoder.layer[0].intermediate.dense.weight.data[:4] = 0.0
+    trainer = trainer_of(tmp_path, method, options, model=model, max_steps=1)
+    trainer.train()
+    before = os.listdir(tmp_path)
+    with no_file_above(5000), pytest.raises(HeadPruningError, match="cannot be written"):
+        trainer.save_model(str(tmp_path / "pruned"))
+    assert os.listdir(tmp_path) in ([*before, "pruned"], ["pruned", *before]) and not os.listdir(tmp_path / "pruned")
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=1)
+    with held(tmp_path), pytest.raises(HeadPruningError, match="Another run is writing to"):
+        trainer.train()
+    trainer.train()

@@ -46,7 +46,9 @@ def same(one: dict, other: dict) -> bool:
 
 
 @pytest.mark.parametrize(
-    "pruners", [[("dsp", DSP)], [("dsp", DSP), ("platon", PLATON)]], ids=["heads", "heads and weights"]
+    "pruners",
+    [pytest.param([("dsp", DSP)], marks=pytest.mark.slow), [("dsp", DSP), ("platon", PLATON)]],
+    ids=["heads", "heads and weights"],
 )
 def test_every_training_starts_with_a_model_and_a_session_of_its_own(tmp_path, pruners):
     built = [pruner(name, **options) for name, options in pruners]

@@ -77,6 +77,7 @@ def test_other_methods(repo, tmp_path, variant):
     check(run(repo, tmp_path / "two", variant)[variant], *run(repo, tmp_path / "one", variant, ranks=1)[variant])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     transformers.__version__.startswith("5.0."), reason="transformers 5.0 cannot resume two ranks on a CPU (cpu:0)"
 )

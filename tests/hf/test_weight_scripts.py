@@ -105,6 +105,7 @@ def test_without_an_evaluation_the_counts_are_written_too(here):
     assert results["weights_kept"] == stored["weights_kept"] and "eval_loss" not in results
 
 
+@pytest.mark.slow
 @resumes
 def test_a_recipe_trains_with_adamax_and_goes_on_to_the_same_bits(here):
     more = "--preset platon/mnli --warmup_steps 1 --final_threshold 0.3 --save_steps 5 --output_dir".split()

@@ -100,10 +100,10 @@ class TestResume:
         "method, training",
         [
             pytest.param("platon", {"gradient_accumulation_steps": 2}, id="platon"),
-            pytest.param("platon", {"bf16": True}, id="bf16"),
-            pytest.param("magnitude", {}, id="magnitude"),
-            pytest.param("movement", {}, id="nested"),
-            pytest.param("gradual_magnitude", {}, id="retained"),
+            pytest.param("platon", {"bf16": True}, id="bf16", marks=pytest.mark.slow),
+            pytest.param("magnitude", {}, id="magnitude", marks=pytest.mark.slow),
+            pytest.param("movement", {}, id="nested", marks=pytest.mark.slow),
+            pytest.param("gradual_magnitude", {}, id="retained", marks=pytest.mark.slow),
         ],
     )
     def test_bit_equal(self, tmp_path, method, training):
@@ -225,6 +225,7 @@ def test_no_best_checkpoint_before_the_target(tmp_path, caplog):
     assert zeros(trainer.model, trainer.session.pruners[0].sizes) == int(SIZE * 0.8) - 1
 
 
+@pytest.mark.slow
 def test_callback_in_a_plain_trainer_equals_the_trainer_and_resumes(tmp_path):
     ours = trainer_of(tmp_path / "ours")
     ours.train()
@@ -345,6 +346,7 @@ def test_lock_keeps_the_zeros_while_the_rest_is_trained(tmp_path):
         trainer_of(tmp_path, "lock", {"weights_include": r"layer.*dense\.weight"}).train()
 
 
+@pytest.mark.slow
 def test_bf16_autocast_masks_the_float32_weights(tmp_path):
     trainer = trainer_of(tmp_path, bf16=True)
     trainer.train()

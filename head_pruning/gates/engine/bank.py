@@ -1,4 +1,7 @@
-"""Putting gates on a model and taking them off, without copying or subclassing model code."""
+"""Putting gates on a model and taking them off, without copying or subclassing model code.
+
+A gate sits on a head, or on a feed-forward unit where the map numbers these: a unit is a head one feature wide.
+"""
 
 import contextlib
 import sys
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 
 from ...errors import HeadPruningError, UnfiredSiteError
-from ...unit_map import UnitMap
+from ...unit_map import AttentionSite, Site, UnitMap
 
 
 class HeadGate(nn.Module):
@@ -85,7 +88,7 @@ def refuse_gates(model: nn.Module, unit_map: UnitMap, cure: str, *, besides: Opt
     """
     known = [] if besides is None else [gate for _, gate in besides._targets]
     modules = dict(model.named_modules())
-    for site in unit_map.attention:
+    for site in unit_map.sites:
         found = gates_on(modules[site.out_proj]) if site.out_proj in modules else []
         if any(gate not in known for gate in found):
             raise HeadPruningError(f"The heads of {site.name} are gated; {cure}.")
@@ -101,6 +104,16 @@ def _forget_compiled() -> None:
         dynamo.reset()
 
 
+def _described(site: Site) -> str:
+    """A site as a user would write it."""
+    if not isinstance(site, AttentionSite):
+        return repr(site)
+    return (
+        f'AttentionSite("{site.name}", "{site.kind}", "{site.layer}", heads={site.heads}, '
+        f'head_dim={site.head_dim}, out_proj="{site.out_proj}", projections={site.projections!r})'
+    )
+
+
 class GateBank:
     """All head gates of one model, over one flat buffer of N training gates, N evaluation gates and N gradients.
 
@@ -112,7 +125,7 @@ class GateBank:
         self.unit_map = unit_map
         modules = dict(model.named_modules())
         self._targets: list[tuple[nn.Module, HeadGate]] = []
-        for site in unit_map.attention:
+        for site in unit_map.sites:
             module = modules.get(site.out_proj)
             if module is None:
                 raise HeadPruningError(
@@ -185,7 +198,7 @@ class GateBank:
         that goes in; an adapter's path goes past it.
         """
         everywhere = None
-        for site, (module, _) in zip(self.unit_map.attention, self._targets):
+        for site, (module, _) in zip(self.unit_map.sites, self._targets):
             standing: Optional[nn.Module]
             try:
                 standing = model.get_submodule(site.out_proj)
@@ -250,18 +263,13 @@ class GateBank:
 
     def silent_sites(self) -> list[str]:
         """Names of the sites whose hook never ran."""
-        return [site.name for site, (_, gate) in zip(self.unit_map.attention, self._targets) if not gate.fired]
+        return [site.name for site, (_, gate) in zip(self.unit_map.sites, self._targets) if not gate.fired]
 
     def check_fired(self) -> None:
         """Raise UnfiredSiteError with the names of the sites whose hook never ran."""
         silent = self.silent_sites()
         if silent:
-            sites = [site for site in self.unit_map.attention if site.name in silent]
-            lines = [
-                f'    AttentionSite("{site.name}", "{site.kind}", "{site.layer}", heads={site.heads}, '
-                f'head_dim={site.head_dim}, out_proj="{site.out_proj}", projections={site.projections!r}),'
-                for site in sites[:4]
-            ]
+            lines = [f"    {_described(site)}," for site in self.unit_map.sites if site.name in silent][:4]
             raise UnfiredSiteError(
                 f"The gates of {', '.join(silent)} never ran, so pruning them would do nothing; leave these sites out "
                 "of the unit map, or describe them by the module that the model really calls (out_proj below).\n\n"

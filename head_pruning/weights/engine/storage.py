@@ -304,9 +304,10 @@ class Storage:
                     "and the options that the run was started with."
                 )
             shape, device = parameters[name].shape, parameters[name].device
-            if kind == "threshold":
-                self.thresholds[name] = tensor.to(device)
+            if kind == "threshold" and tensor.numel() == 1:
+                self.thresholds[name] = tensor.reshape(()).to(device)
                 continue
+            self._check_kind(kind, name, tensor)
             if kind in ("mask", "fixed"):
                 tensor = unpack_mask(tensor, shape)
             if tensor.shape != shape:
@@ -316,3 +317,20 @@ class Storage:
                 )
             like = torch.empty_like(parameters[name], dtype=tensor.dtype)  # its strides
             self.state.setdefault(kind, {})[name] = like.copy_(tensor)
+        for kind in self._kinds:
+            lacking = [target.name for target in self.active if target.name not in self.state.get(kind, {})]
+            if lacking:
+                raise HeadPruningError(
+                    f"The checkpoint's pruning state lacks the {kind} of {lacking[0]}; resume with the options that "
+                    "the run was started with, or from another checkpoint."
+                )
+
+    def _check_kind(self, kind: str, name: str, tensor: torch.Tensor) -> None:
+        """Raise HeadPruningError unless this run keeps such a tensor."""
+        packed = kind in ("mask", "fixed")
+        fits = tensor.dtype == (torch.uint8 if packed else torch.float32) or kind == "original"
+        if kind not in self._kinds or not fits:
+            raise HeadPruningError(
+                f"The checkpoint's pruning state has {kind} of {name} as {tensor.dtype}, which this run does not "
+                "keep; resume with the options that the run was started with, or from another checkpoint."
+            )

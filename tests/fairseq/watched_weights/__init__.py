@@ -18,4 +18,8 @@ class WatchedWeightsTask(TranslationHeadPruningTask):
         super().optimizer_step(optimizer, model, update_num)
         record = {name: value.numpy() for name, value in self.session.tensor_state().items()}
         record.update({name: value.detach().numpy() for name, value in self.session.model.named_parameters()})
-        np.savez(Path(os.environ["WATCHED_FOLDER"]) / f"{torch.distributed.get_rank()}-{update_num}.npz", **record)
+        record.update({f"stays.{name}": mask.numpy() for name, mask in self.session.weight_masks().items()})
+        heads = self.session.head_mask()
+        record["stays.heads"] = np.zeros(0) if heads is None else heads.keep
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        np.savez(Path(os.environ["WATCHED_FOLDER"]) / f"{rank}-{update_num}.npz", **record)

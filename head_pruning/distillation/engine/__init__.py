@@ -1,0 +1,1 @@
+"""How states are fused without copies of them."""
