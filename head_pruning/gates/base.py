@@ -306,6 +306,7 @@ class HeadGatePruner(HeadPruner):
         self.adam.load_state_dict(
             {name[len("adam.") :]: value for name, value in state.items() if name.startswith("adam.")}
         )
+        self.drawn = (self.keep() if self.final is None else self.final).astype(np.float64)  # until the next draw
         if self.final is None:
             self._set_evaluation()
         else:

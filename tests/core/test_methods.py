@@ -209,3 +209,12 @@ def test_the_state_of_a_model_with_other_heads_is_refused(toy, mask_file, name):
     other = PruningSession(model, smaller, [pruner], total_steps=UPDATES).attach()
     with pytest.raises(HeadPruningError, match="12 heads but the model has 9"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["dsp", "ste", "voita"])
+def test_a_loaded_run_counts_the_heads_that_it_kept(toy, mask_file, name):
+    state, session, _ = train(toy, name, mask_file, range(8))
+    _, loaded, _ = build(toy, name, mask_file)
+    loaded.load_state_dict(state["session"])
+    for number in ("heads_expected", "heads_kept"):
+        assert loaded.metrics()[number] == pytest.approx(session.metrics()[number], abs=1e-6), number
