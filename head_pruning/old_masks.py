@@ -26,15 +26,14 @@ def read_old_mask(path: "str | Path", unit_map: UnitMap) -> HeadMask:
         HeadPruningError: the file is missing, holds something else, or is the mask of another architecture.
     """
     values = load_pickled(path, problem="is no head mask of the published code", cure="give a file such as mask12.pt")
+    other = f"{path} does not hold a matrix of zeros and ones; give a mask of the published code, such as mask12.pt."
     if (
         not isinstance(values, torch.Tensor)
         or values.layout is not torch.strided
         or values.is_quantized
         or values.is_complex()
     ):
-        raise HeadPruningError(
-            f"{path} does not hold a matrix of zeros and ones; give a mask of the published code, such as mask12.pt."
-        )
+        raise HeadPruningError(other)
     heads = {site.heads for site in unit_map.attention}
     shape = (len(unit_map.attention), *heads)
     if tuple(values.shape) != shape:
@@ -42,4 +41,7 @@ def read_old_mask(path: "str | Path", unit_map: UnitMap) -> HeadMask:
             f"{path} holds a mask of the shape {list(values.shape)}, but the model's sites and heads are "
             f"{list(shape)}; give the model that the mask was made for."
         )
-    return HeadMask(unit_map, values.detach().to(torch.float64).numpy())
+    keep = values.detach().to(torch.float64)
+    if not ((keep == 0) | (keep == 1)).all():
+        raise HeadPruningError(other)
+    return HeadMask(unit_map, keep.numpy())

@@ -10,6 +10,8 @@ from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.models.bart import BARTModel
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from torch import nn
 
@@ -60,6 +62,12 @@ def without_classes(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _needs_namespace(cfg: Any) -> bool:
+    """Whether fairseq loads the stored model with its options in a Namespace only, as it does a BART's."""
+    model = cfg.get("model") if isinstance(cfg, dict) else None
+    return issubclass(ARCH_MODEL_REGISTRY.get(getattr(model, "arch", None), object), BARTModel)
+
+
 def cut_heads(weights: dict, mask: HeadMask, before: Optional[dict]) -> tuple[dict, dict]:
     """Cut a model state dict.
 
@@ -103,6 +111,23 @@ def _tree(weights: dict) -> nn.Module:
     return tree
 
 
+def shared(weights: dict) -> dict:
+    """The same names, with one tensor for those that are equal.
+
+    What a model has under several names (an encoder of several languages) is stored once per name by a run on a GPU.
+    Tensors of one value (zeros, ones) are left alone; others are not equal by chance.
+    """
+    alike: dict[tuple, list[torch.Tensor]] = {}
+    found = {}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() != tensor.max():
+            others = alike.setdefault((tensor.shape, tensor.dtype, *tensor.flatten()[:4].tolist()), [])
+            tensor = next((other for other in others if torch.equal(other, tensor)), tensor)
+            others.append(tensor)
+        found[name] = tensor
+    return found
+
+
 def parameters(weights: dict) -> int:
     """The numbers in a model state dict; what is shared under several names counts once."""
     counted = {
@@ -127,6 +152,7 @@ class _Exported:
     mask: Optional[HeadMask]
     parameters: tuple[int, int]
     weights: WeightCount
+    namespace: bool
 
     def pruned(self) -> str:
         """What stays, for a line to print."""
@@ -151,7 +177,7 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     sizes, removed = [parameters(split_state(state["model"])[0])], {}
     try:
         for place, key in _weights(state):
-            own = split_state(place[key])[0]
+            own = shared(split_state(place[key])[0])
             zero_weights(own, masks)
             if compact:
                 assert mask is not None  # head_mask() raises where there is none
@@ -175,11 +201,14 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
     sizes.append(parameters(written))
     before_heads = {name: keep.numel() for name, keep in masks.items()}
     counts = count_weights(masks, written, removed=removed, dense=before_heads)
+    namespace = _needs_namespace(state.get("cfg"))
     for part in ("cfg", "extra_state", "optimizer_history", "task_state"):
         state[part] = without_classes(state.get(part))
+    if namespace:
+        state["cfg"]["model"] = argparse.Namespace(**state["cfg"]["model"])
     with atomic_path(target) as temporary:
         torch.save(state, temporary)
-    return _Exported(mask, (sizes[0], sizes[1]), sum_counts(counts))
+    return _Exported(mask, (sizes[0], sizes[1]), sum_counts(counts), namespace)
 
 
 def export_masked(source: "str | Path", target: "str | Path", mask: Optional[HeadMask] = None) -> Optional[HeadMask]:
@@ -228,7 +257,9 @@ def export_compact(source: "str | Path", target: "str | Path", mask: Optional[He
 
 def masked(source: Path, target: Path, mask: Optional[HeadMask]) -> str:
     """:func:`export_masked` for the command line: the line to print."""
-    return f"{target}: {_export(source, target, mask, compact=False).pruned()}, the others are zero"
+    done = _export(source, target, mask, compact=False)
+    line = f"{target}: {done.pruned()}, the others are zero"
+    return f"{line}; plain fairseq reads it with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 set" if done.namespace else line
 
 
 def compact(source: Path, target: Path, mask: Optional[HeadMask]) -> str:

@@ -2,7 +2,9 @@
 
 import pytest
 
+from head_pruning import HeadPruningError
 from tests.fairseq.command_lines import DSP
+from tests.fairseq.in_process import in_process
 
 
 @pytest.mark.parametrize(
@@ -17,17 +19,32 @@ from tests.fairseq.command_lines import DSP
         (f"{DSP} --min-heads-per-layer 1", "only 4 are kept"),
         (f"{DSP} --final-temperature 0", "must be above 0"),
         (f"{DSP} --annealing --initial-temperature 1e-9", "is below --final-temperature 1e-08, but annealing lowers"),
+        ("--pruner voita", "add --l0-penalty"),
+    ],
+)
+def test_bad_options(translation, tmp_path, options, words):
+    with pytest.raises(HeadPruningError, match=words):
+        in_process(translation.train(tmp_path / "run", options))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--num-of-heads 25 --joint-pruning", "more than the 24 heads"),
         (f"{DSP} --cooldown-steps -3", "--cooldown-steps"),
         (f"{DSP} --cooldown-steps 0.5 --max-update 0", "whose length is not known"),
-        ("--pruner voita", "add --l0-penalty"),
         ("--num-of-heads 4 --annealing", "no checkpoint was loaded"),
-        ("--num-of-heads 4 --annealing --restore-file missing.pt", "no checkpoint was loaded"),
+        pytest.param(
+            "--num-of-heads 4 --annealing --restore-file missing.pt",
+            "no checkpoint was loaded",
+            marks=pytest.mark.slow,
+        ),
         (f"{DSP} --lr 1e38 --warmup-init-lr 1e38", "is not finite after 1 updates; lower --lr"),
         (f"{DSP} --lr 1e38 --warmup-init-lr 1e38 --weight-decay 3.3 --max-update 1", "is not finite after 1 updates"),
         (f"{DSP} --fp16 --fp16-no-flatten-grads --fp16-init-scale 4 --min-loss-scale 2 --lr 1e4", "bf16 in"),
     ],
 )
-def test_bad_options(runner, translation, tmp_path, options, words):
+def test_the_command_ends_with_one_sentence(runner, translation, tmp_path, options, words):
     assert words in runner.fail("train", translation.train(tmp_path / "run", options))
     assert not list((tmp_path / "run").glob("*"))
 

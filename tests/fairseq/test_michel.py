@@ -245,6 +245,7 @@ def test_a_scorer_whose_package_is_missing_is_refused_with_one_sentence(data, de
         _quick(data, dense, tmp_path, "--scoring", "wer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, words",
     [

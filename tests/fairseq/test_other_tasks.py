@@ -27,6 +27,7 @@ def command(text, save_dir, task, model, *options):
     return [text, *shlex.split(own), *MACHINE, "--save-dir", save_dir, *(w for o in options for w in shlex.split(o))]
 
 
+@pytest.mark.slow
 def test_language_model(runner, text, tmp_path):
     model = "--arch transformer_lm --decoder-layers 3 --decoder-embed-dim 16 --decoder-ffn-embed-dim 24 \
         --decoder-attention-heads 4 --share-decoder-input-output-embed"

@@ -9,11 +9,12 @@ import shlex
 import socket
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 
-from head_pruning import HeadPruningError, Pruner, methods, register_pruner, registry
+from head_pruning import AttentionSite, HeadMask, HeadPruningError, Pruner, UnitMap, methods, register_pruner, registry
 from head_pruning.registry import option_fields, owners
 from hf_plugin.command_line import mistakes
 from hf_plugin.command_line.arguments import parse

@@ -74,6 +74,7 @@ class Odd(nn.Module):
 # -- models of one's own -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [JOINT, PIPELINED], ids=["joint", "pipelined"])
 @pytest.mark.parametrize("make, units", [(Own, None), (Odd, Odd.SITES)], ids=["around BERT", "by hand"])
 def test_a_model_without_a_config_trains(tmp_path, make, units, options):
