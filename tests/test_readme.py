@@ -108,6 +108,18 @@ def _surgery(code, folder):
     assert dense - left == 6 * 8 * (4 * 48 + 3)  # rows with a bias each of q, k, v; columns of the output
 
 
+def _units(code, folder):
+    pytest.importorskip("transformers")
+    from hf_plugin import unit_map
+    from tests.hf.tiny import tiny_bert
+
+    model = tiny_bert(num_hidden_layers=4, num_attention_heads=8, hidden_size=64, intermediate_size=1200)
+    exec(code, {"model": model})
+    left = unit_map(model)
+    assert [site.width for site in left.feed_forward] == [200, 1200, 1200, 1200]
+    assert [site.heads for site in left.attention] == [8, 8, 8, 6]
+
+
 def _mapped_by_hand(code, folder):
     pytest.importorskip("transformers")
     from tests.hf.tiny import tiny_bert
@@ -126,6 +138,7 @@ PYTHON = {
     "HeadPruningCallback(": _trainer,
     "hf_plugin.prune_heads(": _surgery,
     "by_hand = AttentionSite(": _mapped_by_hand,
+    "blocks = unit_map(model).feed_forward": _units,
 }
 # Blocks that follow each other in one file.
 TOGETHER = {"docs/adding-a-method.md"}
@@ -328,15 +341,17 @@ def known_flags():
     from hf_plugin.command_line.arguments import parse
     from hf_plugin.command_line.michel import parse_michel
 
-    training = options.get_training_parser()
-    line = "data --user-dir fairseq_plugin --task translation_head_pruning --arch transformer --optimizer adam"
-    more = "--lr-scheduler inverse_sqrt --criterion label_smoothed_cross_entropy"
-    options.parse_args_and_arch(training, [*line.split(), *more.split()])
-    parsers = [training, options.get_generation_parser(), options.get_preprocessing_parser(), get_parser()]
+    trainings = [options.get_training_parser() for _ in range(2)]
+    for training, task in zip(
+        trainings, ("translation_head_pruning --arch transformer", "language_modeling --arch transformer_lm")
+    ):
+        line = f"data --user-dir fairseq_plugin --task {task} --optimizer adam --lr-scheduler inverse_sqrt"
+        options.parse_args_and_arch(training, [*line.split(), "--criterion", "label_smoothed_cross_entropy"])
+    parsers = [*trainings, options.get_generation_parser(), options.get_preprocessing_parser(), get_parser()]
     commands = build_parser()._subparsers._group_actions[0].choices.values()
     found = {flag for parser in (*parsers, *commands) for action in parser._actions for flag in action.option_strings}
     printed = io.StringIO()
-    for script in ("run_dsp", "run_glue", "run_squad", "run_voita", "run_michel"):
+    for script in ("run_dsp", "run_glue", "run_squad", "run_voita", "run_GDbert_glue", "run_michel"):
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
             parse_michel(["--help"]) if script == "run_michel" else parse(["--help"], script)
     found |= set(re.findall(r"--\w+", printed.getvalue()))

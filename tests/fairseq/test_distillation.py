@@ -118,6 +118,7 @@ def test_heads_and_weights_are_exact_and_the_teacher_is_not_kept(beside, teacher
         assert len(values) >= UPDATES - 1 and 0 < values[-1] < values[0]
 
 
+@pytest.mark.slow
 def test_resumed(beside, translation, teacher, runner, tmp_path):
     """Bit-equal, also where the teacher lies elsewhere; another teacher is refused."""
     folder, _, options = beside

@@ -70,6 +70,7 @@ def test_masked_language_model(runner, text, tmp_path):
     assert all(np.isfinite(logged(done.out, "loss")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -314,6 +314,7 @@ def same_attention_shapes(checkpoint, mask):
         assert [weights[name].shape[0] for name in names if name in weights] == ([width] * 3 if width else [])
 
 
+@pytest.mark.slow
 def test_the_command_exports_a_compact_checkpoint(runner, runs, tmp_path):
     checkpoint, _ = runs[0]
     output = export(checkpoint, tmp_path / "compact.pt", "--to", "compact")

@@ -60,6 +60,7 @@ def check(two, alone) -> None:
         np.testing.assert_allclose(first[name], alone[name], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_ranks_agree_with_each_other_and_with_one_process(repo, two, tmp_path):
     alone = run(repo, tmp_path, *JOINT, ranks=1)
     for variant in JOINT:
