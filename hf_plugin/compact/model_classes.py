@@ -187,9 +187,10 @@ def remove(model: PreTrainedModel, recipe: Mapping[str, Any]) -> None:
             with torch.device("cpu"):  # not "meta": the indices that are cut need values
                 apply_recipe(model, here)
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:600] or repr(error)  # a name in the file may be of any length
         raise ValueError(
             f"The recipe of removed heads in config.json is damaged or not made for {type(model).__name__} "
-            f"({str(error) or repr(error)}); take the config.json that was saved with these weights."
+            f"({said}); take the config.json that was saved with these weights."
         ) from error
 
 
