@@ -13,8 +13,10 @@ _HOLD = """
 import multiprocessing, sys, time
 from head_pruning.files import take_folder
 take_folder(sys.argv[1])
-multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()  # as data are loaded
-print("taken", flush=True)
+def loads_data():
+    print("taken", flush=True)  # by the one that it has forked, whose own life has begun
+    time.sleep(60)
+multiprocessing.get_context("fork").Process(target=loads_data, daemon=True).start()
 time.sleep(60)
 """
 
