@@ -84,7 +84,7 @@ def install() -> None:
     _replace(checkpoint_utils, "torch_persistent_save", save_whole)
     _replace(PathManager, "copy", copy_whole)
     _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
-    _replace(checkpoint_utils, "load_checkpoint", report_what_is_over)
+    _replace(checkpoint_utils, "load_checkpoint", report_what_was_saved)
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
     _replace(MultilingualTransformerModel, "load_state_dict", load_pruned_languages)
     _replace(Trainer, "load_checkpoint", load_pruned_training)
@@ -382,13 +382,14 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     return saved
 
 
-def report_what_is_over(original, cfg, trainer, **options):
-    """A run that was killed behind its last checkpoint has left no reports on it."""
+def report_what_was_saved(original, cfg, trainer, **options):
+    """A run that was killed between a checkpoint and the reports on it has left none."""
     loaded, session = original(cfg, trainer, **options), getattr(trainer.task, "session", None)
     updates = trainer.get_num_updates()
-    if session is not None and updates >= (session.total_steps or math.inf):
+    over = session is not None and updates >= (session.total_steps or math.inf)
+    if session is not None and updates and (over or cfg.restore_file == "checkpoint_last.pt"):  # that of this run
         if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
-            write_beside(cfg.save_dir, trainer, log_heads=True)
+            write_beside(cfg.save_dir, trainer, log_heads=over)
     return loaded
 
 
