@@ -19,6 +19,7 @@ def test_json_is_one_object_with_the_promised_keys(repo):
     assert 0 < results["topk_ms_saturated_n144_k132"] and slow > 0
 
 
+@pytest.mark.slow
 def test_table_has_a_line_per_size(repo):
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.gates", "--repeats", "1"],

@@ -33,6 +33,7 @@ def test_stopped_run_goes_on(runner, translation, tmp_path, options, stop):
     same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on(runner, translation, tmp_path):
     options = f"{DSP} --cooldown-steps 20"
     runner.run("train", translation.train(tmp_path / "whole", options, updates=END))
