@@ -1,4 +1,4 @@
-"""GPP and DFD in fairseq: heads and feed-forward units fade out together, runs that were stopped go on, what is left."""
+"""GPP and DFD in fairseq: heads and feed-forward units fade out together, runs that were stopped, what is left."""
 
 import shutil
 
@@ -9,10 +9,11 @@ import torch
 from fairseq_plugin.exporting.checkpoints import export_compact, export_masked
 from fairseq_plugin.host import load
 from head_pruning.surgery.remaining import heads_left
-from tests.fairseq.checkpoints import mask_beside, read, same, same_training_state, session_of
+from tests.fairseq.checkpoints import mask_beside, read, same, same_training_state, session_of, weights_of
 from tests.fairseq.command_lines import decoded, same_decoding
 from tests.fairseq.runner import Runner, logged
 from tests.fairseq.test_distillation import write
+from tests.fairseq.test_two_ranks import WEIGHTS, record, run_two
 
 EPOCH = 16  # updates
 #: Pruning begins with update 2 and ends with update 6 of 8.
@@ -20,12 +21,17 @@ GPP = f"--pruner gpp --target-sparsity 0.5 --prepruning-finetune-epochs {2 / EPO
     --retrain-lr-factor 0.5 --save-interval-updates 1 --keep-interval-updates 9"
 
 
+def learning(translation, folder) -> str:
+    """Options that learn from a teacher, which is written."""
+    teacher = write(translation.train(folder, "--seed 5"), folder / "teacher.pt")
+    return f"--distill dfd --teacher-path {teacher} --window-size 2"
+
+
 @pytest.fixture(scope="module")
 def whole(translation, tmp_path_factory):
     """The folder of a run with a teacher, its options and its output."""
     folder = tmp_path_factory.mktemp("gpp")
-    teacher = write(translation.train(folder, "--seed 5"), folder / "teacher.pt")
-    options = f"{GPP} --distill dfd --teacher-path {teacher} --window-size 2"
+    options = f"{GPP} {learning(translation, folder)}"
     done = Runner(folder).run("train", translation.train(folder / "run", options))
     return folder / "run", options, done.out
 
@@ -71,3 +77,22 @@ def test_what_is_left_is_exported(whole, translation, runner, tmp_path):
     same_decoding(ours, gated)
     fc1 = torch.load(last, weights_only=True)["model"]["encoder.layers.0.fc1.weight"]
     assert len(fc1) == 24 > small.encoder.layers[0].fc1.out_features
+
+
+@pytest.mark.slow
+def test_two_ranks_are_as_one(translation, runner, tmp_path):
+    gpp = "--pruner gpp --prepruning-finetune-epochs 0.25 --prune-epochs 0.5 --retrain-lr-factor 0.5"
+    options, updates = f"{gpp} {learning(translation, tmp_path)} --dropout 0", 8
+    watched = f"{options} --user-dir {WEIGHTS} --task translation_watched_weights"
+    run_two(runner, translation.train(tmp_path / "two", watched, updates=updates), tmp_path / "watch")
+    for update in range(updates):
+        mine, other = (record(tmp_path / "watch", rank, update) for rank in (0, 1))
+        assert mine.keys() == other.keys() and all(np.array_equal(mine[name], other[name]) for name in mine), update
+    runner.run("train", translation.train(tmp_path / "one", options, "--update-freq 2", updates=updates))
+    two, one = (tmp_path / name / "checkpoint_last.pt" for name in ("two", "one"))
+    ours, theirs = session_of(two), session_of(one)
+    assert set(ours["gpp.z"]) == {0.0, 1.0} and np.array_equal(ours["gpp.z"], theirs["gpp.z"])
+    np.testing.assert_allclose(ours["gpp.learnt"], theirs["gpp.learnt"], rtol=1e-3, atol=1e-4)
+    weights = weights_of(one)
+    for name, value in weights_of(two).items():
+        np.testing.assert_allclose(value, weights[name], atol=2e-3, err_msg=name)
