@@ -29,7 +29,7 @@ LIMIT = 240.0  # seconds; what takes longer has been noticed
 # Module (or folder) to the tests that hold it, the quickest first.
 CORE = {
     "head_pruning/gates/engine/bank.py": ["core/test_importance.py", "core/test_session.py"],
-    "head_pruning/gates/subset.py": ["core/test_own_reference_gates.py", "core/test_subset.py"],
+    "head_pruning/gates/engine/top_k.py": ["core/test_own_reference_gates.py", "core/test_top_k.py"],
     "head_pruning/gates": ["core/test_own_reference_gates.py", "core/test_session.py", "core/test_methods.py"],
     "head_pruning/importance": ["core/test_importance.py", "core/test_own_reference_importance.py"],
     "head_pruning/surgery/zeros.py": ["core/test_zeros.py", "core/test_surgery.py"],
