@@ -59,7 +59,7 @@ from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
 from .options import TASK_SUFFIX, all_flags, pruners_to_decode, refuse_other_options, second_flags
-from .schedules import restart_schedule
+from .schedules import linear_warmup, restart_schedule
 
 logger = logging.getLogger(__name__)
 _MARK = "of_head_pruning"
@@ -336,6 +336,7 @@ def build_for_phase(original, self):
     step = getattr(self, "head_pruning_built_for", 0)
     session.enter_phase(step)
     original(self)
+    session.warmup_steps = linear_warmup(self.cfg)
     restart_schedule(self, *session.schedule_span(step))
 
 
