@@ -219,3 +219,13 @@ def test_a_loaded_run_counts_the_heads_that_it_kept(toy, mask_file, name):
     loaded.load_state_dict(state["session"])
     for number in ("heads_expected", "heads_kept"):
         assert loaded.metrics()[number] == pytest.approx(session.metrics()[number], abs=1e-6), number
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_loaded_run_is_at_its_target_where_it_was(toy, mask_file, name):
+    state, _, _ = train(toy, name, mask_file, range(UPDATES))
+    model, loaded, _ = build(toy, name, mask_file)
+    model.load_state_dict(state["model"])
+    loaded.load_state_dict(state["session"])
+    loaded.load_tensor_state(state["tensors"])
+    assert loaded.at_target() == state["at_target"]
