@@ -32,9 +32,9 @@ def write_beside(save_dir: str, trainer, log_heads: bool, numbers: Optional[dict
     mask, masks = session.head_mask(), session.weight_masks()
     if mask is None and not masks:
         return
-    numbers = session.metrics() if numbers is None else numbers
-    numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    entry = {"updates": trainer.get_num_updates(), "at_target": session.at_target(), **numbers}
+    measured = session.metrics() if numbers is None else numbers
+    finite = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+    entry = {"updates": trainer.get_num_updates(), "at_target": session.at_target(), **finite}
     history, versions = [*_history(folder, entry["updates"]), entry], {"fairseq": fairseq.__version__}
     if mask is not None:
         write_artifacts(

@@ -135,11 +135,12 @@ def parse_layout(line: str) -> dict[str, tuple[str, ...]]:
 
 
 def _projection(module: nn.Module, dotted: str) -> Optional[str]:
-    found: Optional[nn.Module] = module
+    found = module
     for part in dotted.split("."):
-        found = found._modules.get(part)
-        if found is None:
+        inner = found._modules.get(part)
+        if inner is None:
             return None
+        found = inner
     if features(found) is not None:
         return dotted
     # Some models wrap each projection, e.g. to clip what goes in.
