@@ -116,10 +116,13 @@ class Recorder:
         children.unlink(missing_ok=True)
         for test, module, found in [*self._lines(), *(each for line in told for each in json.loads(line))]:
             lines[test][module] |= set(found)
+        texts = {module: texts_of((self.tree / module).read_text(encoding="utf-8")) for module in self.modules}
         tests = {
             name: {
                 "seconds": round(cost, 3),
-                "lines": {module: sorted(found) for module, found in lines[name].items()},
+                "lines": {
+                    module: sorted({texts[module][line] for line in seen}) for module, seen in lines[name].items()
+                },
             }
             for name, cost in self.costs.items()
             if name not in self.failed
@@ -137,6 +140,17 @@ class Recorder:
                     by_test[test].append(line)
             for test, found in by_test.items():
                 yield test, module, found
+
+
+def texts_of(source: str) -> list[str]:
+    """The text of each line, from 1, with its number among equal ones: the same where others come and go."""
+    seen: Counter = Counter()
+    texts = [""]
+    for line in source.splitlines():
+        text = line.strip()
+        seen[text] += 1
+        texts.append(f"{text} #{seen[text]}")
+    return texts
 
 
 def fork_commands() -> None:
@@ -173,11 +187,10 @@ class Covering:
 
     def __init__(self, tree: Path, files: list[str], modules: list[str], work: Path) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
-        sources = "".join((tree / module).read_text(encoding="utf-8") for module in modules)
         work.mkdir(exist_ok=True)
         for file in files:
-            digest = hashlib.sha256(((tree / file).read_text(encoding="utf-8") + sources).encode()).hexdigest()[:16]
-            out = work / f"{Path(file).stem}-{digest}.json"
+            # What a change of the product changes here is little, and a choice of tests does not have to be exact.
+            out = work / f"{Path(file).stem}-{hashlib.sha256((tree / file).read_bytes()).hexdigest()[:16]}.json"
             if not out.exists():
                 part = out.with_suffix(".part")
                 verdict = run(tree, [file], out.with_suffix(".log"), Recorder(tree, modules, part))
@@ -190,9 +203,10 @@ class Covering:
 
         One case of each test function comes before the second case of any.
         """
-        found: list[str] = []
+        found, texts = [], texts_of(source)
         for lines in _where(source, line):
-            found = [name for name, test in self.tests.items() if lines & set(test["lines"].get(module, ()))]
+            wanted = {texts[each] for each in lines}
+            found = [name for name, test in self.tests.items() if not wanted.isdisjoint(test["lines"].get(module, ()))]
             if found:
                 break
         found.sort(key=lambda name: self.tests[name]["seconds"])

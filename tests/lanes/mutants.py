@@ -64,7 +64,7 @@ def copy_tree(target: Path) -> None:
             shutil.copy(ROOT / name, target / name)
 
 
-def serve(group: str, work: Path, count: int, seconds: float, fresh: bool) -> None:
+def serve(group: str, work: Path, count: int, seconds: float) -> None:
     """Try the mutants of a group that were not tried yet."""
     import importlib
 
@@ -95,7 +95,7 @@ def serve(group: str, work: Path, count: int, seconds: float, fresh: bool) -> No
         tests, cost = covering.of(mutant["module"], original, mutant["line"], seconds)
         limit = 30 + 4 * cost
         codes = new_code(str(place), original, mutant["source"])
-        if codes and not fresh:
+        if codes:
             swapped.append((mutant, str(place), codes, tests, limit))
             continue
         try:
@@ -172,7 +172,7 @@ def main(line: Optional[list[str]] = None) -> int:
     parser.add_argument("--group", action="append", choices=list(GROUPS), help="default: all")
     parser.add_argument("--count", type=int, default=220, help="mutants in all")
     parser.add_argument("--seconds", type=float, default=8.0, help="processor time of a mutant's tests")
-    parser.add_argument("--again", action="store_true", help="try unexplained survivors once more, from the start")
+    parser.add_argument("--again", action="store_true", help="try unexplained survivors once more")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "head-pruning-mutants")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page")
     options = parser.parse_args(line)
