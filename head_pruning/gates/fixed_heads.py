@@ -82,8 +82,7 @@ class RandomPruner(FixedPruner):
     name = "random"
 
     def check_options(self) -> None:
-        if self.config.num_of_heads is None:
-            raise HeadPruningError("random needs the number of heads to keep; add --num-of-heads K.")
+        self.require_count()
         super().check_options()
 
     def chosen(self) -> np.ndarray:

@@ -52,6 +52,7 @@ def test_a_schedule_that_ends_ends_with_its_phase(run):
     np.testing.assert_allclose(found, rates(lambda step: 1 - step / SECOND), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop", [SECOND, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (SECOND - 1, SECOND + 1))]
 )

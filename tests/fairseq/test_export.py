@@ -25,7 +25,7 @@ def plain_user_dir(folder):
 
 
 def _export(*arguments):
-    return forked.run("fairseq", ["-m", "head_pruning.cli", "export", *arguments, "--to", "masked"])
+    return forked.run("fairseq_plugin", ["-m", "head_pruning.cli", "export", *arguments, "--to", "masked"])
 
 
 def test_plain_fairseq_decodes_the_export_as_the_plugin_decodes_the_checkpoint(translation, runner, tmp_path):

@@ -99,6 +99,7 @@ def test_as_a_process(place):
     assert process.returncode == 1 and "Traceback" not in log and "gone.json cannot be read" in sentence
 
 
+@pytest.mark.slow
 def test_heads_are_pruned_on_version_2(here):
     words = "--pruner dsp --num_of_heads 8 --joint_pruning --annealing --cooldown_steps 0.5 --initial_temperature 1"
     results = squad(*DENSE, *TINY, *words.split(), "--version_2_with_negative", "--output_dir", "heads")
@@ -134,6 +135,7 @@ def test_evaluation_does_not_depend_on_batches_or_their_order(here):
     assert files[0] == files[1] and scores[0]["eval_f1"] == scores[1]["eval_f1"]
 
 
+@pytest.mark.slow
 @resumes
 def test_a_run_is_gone_on_with(here):
     line = [word for word in DENSE if word != "--overwrite_output_dir"] + [*TINY, "--save_steps", "6"]
@@ -148,6 +150,7 @@ def test_a_run_is_gone_on_with(here):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 @resumes
 def test_all_checkpoints(here):
     results = squad(*DENSE, *TINY, "--save_steps", "6", "--eval_all_checkpoints", "--output_dir", "checkpoints")

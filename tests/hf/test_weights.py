@@ -19,6 +19,7 @@ from head_pruning.surgery.removal import remove_heads
 from head_pruning.weights import load_weight_masks
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner, save_compact
 from hf_plugin.training.checkpoints import STATE_FILE
+from tests.few import few
 from tests.hf.test_trainer import METHODS as HEAD_METHODS
 from tests.hf.test_trainer import StopAt, same, same_session, weights
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
@@ -120,6 +121,7 @@ class TestResume:
             assert same_session(whole.session, parts.session)
             assert same(whole.session.tensor_state(), parts.session.tensor_state())
 
+    @pytest.mark.slow
     def test_with_head_gates(self, tmp_path):
         def build(folder, **more):
             heads = pruner("dsp", **HEAD_METHODS["dsp"])
@@ -164,7 +166,7 @@ class TestResume:
         assert seen == [True]
 
 
-@pytest.mark.parametrize("own_trainer", [True, False])
+@pytest.mark.parametrize("own_trainer", few([True, False], False))
 def test_evaluation_sees_masked_weights_and_training_does_not(tmp_path, own_trainer):
     options = {"eval_strategy": "steps", "eval_steps": 2}
     model = tiny_bert(**NO_DROPOUT)  # evaluation draws random numbers too

@@ -2,21 +2,19 @@
 
 import ast
 import hashlib
+import importlib
 import json
 import math
-import multiprocessing
 import os
 import resource
 import sys
 import time
 from collections import Counter, defaultdict
-from multiprocessing.util import Finalize, register_after_fork
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional
 
-from tests.lanes.forked import Child
+from tests.forked import ROOT, Child
 
-ROOT = Path(__file__).resolve().parents[2]
 START = 1.0  # seconds of processor time, about, that a file costs before its first test
 PLUGINS = ["pytest_timeout", "_hypothesis_pytestplugin"]
 WAIT = 900.0  # seconds until a run counts as one that waits for ever
@@ -86,16 +84,15 @@ class Recorder:
             data_file=None, config_file=False, include=[str(self.tree / module) for module in self.modules]
         )
         self.coverage.start()
-        # What a command in a process of its own runs counts for the test that started it.
-        register_after_fork(self, lambda _: Finalize(self, self._write, args=[self.out], exitpriority=1))
 
-    def _write(self, out: Path) -> None:
+    def _write(self) -> None:
+        """What a command in a process of its own runs counts for the test that started it."""
         lines = [[self.current, module, found] for test, module, found in self._lines() if test == self.current]
-        with open(out.with_suffix(".children"), "a", encoding="utf-8") as file:
+        with open(self.out.with_suffix(".children"), "a", encoding="utf-8") as file:
             file.write(json.dumps(lines) + "\n")
 
     def pytest_collection_finish(self) -> None:
-        fork_commands()
+        fork_commands(self._write)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.coverage.switch_context(nodeid)
@@ -153,11 +150,27 @@ def texts_of(source: str) -> list[str]:
     return texts
 
 
-def fork_commands() -> None:
-    """Let fairseq's commands be forked from the tests' process, which saves an import of fairseq for each mutant."""
-    runner = sys.modules.get("tests.fairseq.runner")
-    if runner is not None:
-        runner._CONTEXT = multiprocessing.get_context("fork")  # type: ignore[attr-defined]
+def fork_commands(at_end: Callable[[], object] = lambda: None) -> None:
+    """Let commands be forked from the tests' process, which has imported the host and the changed line already."""
+    forked = importlib.import_module("tests.forked")  # that of the copy
+    command = importlib.import_module("tests.forked_server").command
+    children: dict[int, Child] = {}
+
+    def work(request: dict) -> None:
+        try:
+            command(request)
+        finally:
+            at_end()
+
+    def ask(kind: str, **request: Any) -> Optional[int]:
+        if "poll" in request:
+            child = children[request["poll"]]
+            return child.wait() if child.ended() else None
+        child = forked.Child(lambda: work(request), Path(request["out"]), Path(request["err"]))
+        children[child.pid] = child
+        return child.pid
+
+    forked._ask = ask
 
 
 def _processor_time() -> float:

@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
-from tests.lanes.covering import PLUGINS, ROOT, Chosen, Covering, pytest_in, run
-from tests.lanes.forked import Child
+from tests.forked import ROOT, Child
+from tests.lanes.covering import PLUGINS, Chosen, Covering, pytest_in, run
 from tests.lanes.swapping import Swapping, new_code
 
 RESULTS = Path(__file__).parent / "results"

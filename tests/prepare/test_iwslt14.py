@@ -309,6 +309,7 @@ def test_other_settings_redo_their_step_only(made: Path, tmp_path: Path, capsys:
     assert len(read_lines(tmp_path / iwslt14.OUTPUT / "code")) == 21
 
 
+@pytest.mark.slow
 def test_script_survives_a_kill(archive: Path, tmp_path: Path, made: Path) -> None:
     """The shell entry, killed in the middle, then run again from the same current directory."""
     base = tmp_path / "with space"
