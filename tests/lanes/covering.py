@@ -17,7 +17,7 @@ from tests.forked import ROOT, Child
 
 START = 1.0  # seconds of processor time, about, that a file costs before its first test
 PLUGINS = ["pytest_timeout", "_hypothesis_pytestplugin"]
-WAIT = 900.0  # seconds until a run counts as one that waits for ever
+WAIT = 240.0  # seconds until a run counts as one that waits for ever
 
 
 def run(tree: Path, files: Iterable[str], log: Path, plugin: Any, seconds: float = math.inf) -> str:
