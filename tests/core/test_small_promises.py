@@ -1,5 +1,6 @@
 """What no other test noticed when a line of the product said something else: defaults, bounds, rare paths."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -16,8 +17,9 @@ from head_pruning.importance import ImportanceAccumulator
 from head_pruning.registry import methods
 from head_pruning.surgery.plans import plan_of
 from head_pruning.surgery.remaining import mask_of_original, recipe_of, sites_left
-from head_pruning.surgery.removal import remove_heads
+from head_pruning.surgery.removal import remove_heads, remove_query_heads
 from head_pruning.surgery.zeros import zero_heads
+from head_pruning.weights import weight_targets
 from tests.core import test_contract, test_gpp, test_spd, test_surgery, test_weights
 from tests.core.test_methods import mask_file, train  # noqa: F401
 from tests.core.test_session import build, update
@@ -194,6 +196,20 @@ def test_masks_of_a_cut_model_are_told_in_heads_of_the_whole_one(toy, units):  #
     assert mask.kept_heads() == {"encoder.0": [1], "encoder.1": [], "cross": [1], "decoder": [0, 2]}
 
 
+def test_a_site_that_keeps_its_query_heads_does_not_stop_the_next(toy):
+    def grouped(model, site):
+        """Each head is a key/value head with two query heads."""
+        plan = test_surgery.planner(model, site)
+        tensors = [(name, dim, ((2, 2),) if name.split(".")[-2] in ("q", "out") else blocks)
+                   for name, dim, blocks in plan.tensors]  # fmt: skip
+        return dataclasses.replace(plan, tensors=tuple(tensors), per_group=2)
+
+    model, unit_map = toy.make(0)
+    unit_map = dataclasses.replace(unit_map, planner=grouped)
+    sites = remove_query_heads(model, unit_map, {"encoder.0": [], "encoder.1": [0, 2, 4]})["sites"]
+    assert [sites[name].get("queries") for name in ("encoder.0", "encoder.1")] == [None, [1, 3, 5]]
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,3 +231,57 @@ def test_every_width_of_numbers_is_compressed(tmp_path, dtype):
     save_compressed(tmp_path / "c.safetensors", {"weight": weight})
     found = load_compressed(tmp_path / "c.safetensors")["weight"]
     assert found.dtype == dtype and torch.equal(found, weight)
+
+
+def test_what_is_protected_does_not_hide_what_follows():
+    names = {target.name for target in weight_targets(test_contract.make(0), test_contract.MAP)}  # embeddings first
+    assert {f"layers.{layer}.{name}.weight" for layer in range(3) for name in ("attention.q", "up", "down")} < names
+
+
+def test_sensitivity_is_platon_without_uncertainty(toy):
+    found = []
+    for case in ("sensitivity", "platon, smooth"):
+        model, optimizer, session, _ = test_weights.start(toy, case)
+        for step in range(10):
+            test_weights.update(toy, model, optimizer, session, step)
+        found.append(model)
+    assert test_weights.same(*(test_weights.bits(model) for model in found))
+
+
+def test_tracking_begins_early_enough_for_the_slower_average(toy):
+    """The average of uncertainty forgets all but a thousandth in 342 windows, that of sensitivity in 43."""
+    begins = []
+    for beta2 in (0.98, 0.5):
+        options = {"initial_warmup": 1000, "warmup_steps": 2, "deltaT": 2, "late_tracking": True, "beta2": beta2}
+        _, _, session, pruner = test_weights.start(toy, "platon", total=10_000, **options)
+        session.metrics()
+        assert pruner.start == 2000
+        begins.append(pruner.track_from)
+    assert begins == [2 * (1000 - 1 - 342), 2 * (1000 - 1 - 43)]
+
+
+def test_settled_steps_outlive_another_length_of_training(toy):
+    fractions = {"policy_begin_step": 0.25, "policy_end_step": 0.5}
+    _, _, first, pruner = test_weights.start(toy, "gradual_magnitude", total=40, **fractions)
+    first.metrics()
+    _, _, second, resumed = test_weights.start(toy, "gradual_magnitude", total=80, **fractions)
+    second.load_state_dict(first.state_dict())
+    second.metrics()
+    assert [resumed.steps[name] for name in fractions] == [10, 20] and resumed.steps == pruner.steps
+
+
+def test_a_mask_is_due_where_the_number_of_masks_rises():
+    options = {"sparsity": 0.5, "mask_frequency": 2, "num_prune_epochs": 600}
+    pruner = test_spd.build("spd_magnitude", **options)
+    test_spd.open_session(test_contract.make(0), pruner, total=3000).metrics()
+    assert [pruner.due(t) for t in (2, 3, 4, 1000, 1001, 1002)] == [True, False, True, True, False, True]
+
+
+def test_a_run_that_goes_back_before_its_end_gives_weights_back(toy):
+    model, optimizer, session, pruner = test_weights.start(toy, "magnitude")
+    for step in range(12):
+        test_weights.update(toy, model, optimizer, session, step)
+    state = session.state_dict()
+    session.harden()
+    session.load_state_dict(state)
+    assert not pruner.locked and not pruner.nested

@@ -187,12 +187,7 @@ def main(line: Optional[list[str]] = None) -> int:
         (options.work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in keep), encoding="utf-8")
     for name in options.group or GROUPS:
         log = options.work / f"{name}-server.log"
-        if (
-            Child(
-                lambda name=name: serve(name, options.work, options.count, options.seconds, options.again), log
-            ).wait()
-            != 0
-        ):
+        if Child(lambda name=name: serve(name, options.work, options.count, options.seconds), log).wait() != 0:
             raise SystemExit(f"{name} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
     rows = [row for name in GROUPS for row in _read(options.work / f"{name}.jsonl")]
     (options.results / "mutants.md").write_text(page(rows, len(drawn), reasons), encoding="utf-8")
