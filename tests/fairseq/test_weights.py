@@ -403,7 +403,7 @@ def test_language_model(runner, english, tmp_path):
         ("--weight-pruner magnitude --beta1 0.5", "the pruner of weights is magnitude"),
         ("--weight-pruner lock --no-prune-biases --target-sparsity 0.5", "--target-sparsity belongs to"),
         ("--weight-pruner dsp", "dsp is none of the methods that prune weights; choose it with --pruner dsp"),
-        ("--weight-pruner plato", "no pruner of weights plato; choose one of gradual_magnitude, lock"),
+        ("--weight-pruner plato", "no pruner of weights plato; choose one of custom_mask, gradual_magnitude, lock"),
         ("--pruner PLATON", "choose it with --weight-pruner"),
         (f"{PLATON} --final-threshold 10", "remaining ratio"),
         (f"{PLATON} --final-threshold 10 --encoder-attention-heads 5", "remaining ratio"),  # before a model is built
