@@ -11,14 +11,13 @@ result lies in the work folder); the tables and the plots are written anew after
 import argparse
 import dataclasses
 import json
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Mapping, Optional, Sequence
 
-from benchmarks.cells import run_cells
-from benchmarks.glue import ROOT, Bench, Cell, Task, shown
+from benchmarks.cells import add_options, run_bench
+from benchmarks.glue import Bench, Cell, Task, shown
 from benchmarks.weights_glue import SCHEDULE
 from benchmarks.weights_glue import TRAINING as PLATONS
 from head_pruning.files import atomic_path, write_json
@@ -218,28 +217,13 @@ def run(doc: str, bench: type[SpdBench], cells: Callable[[Optional[str]], list[C
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with the pretrained encoder")
     parser.add_argument("glue", type=Path, help="folder with the tasks' folders")
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, logs and single results")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--threads", type=int, default=1, help="threads per cell")
-    parser.add_argument("--only", help="regular expression on cell names")
+    add_options(parser)
     parser.add_argument("--rate", help="another learning rate of all students, to find out what serves them best")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the tables go")
     options = parser.parse_args()
 
     made = bench(options.model.resolve(), options.glue.resolve(), options.work.resolve(), options.threads)
-    order = [
-        cell
-        for cell in cells(options.rate)
-        if made.result(cell).exists() or not options.only or re.search(options.only, cell.name)
-    ]
-    run_cells(
-        order,
-        made.run,
-        jobs=options.jobs,
-        ready=lambda cell: cell.after is None or made.result(cell.after).exists(),
-        score="score",
-        kept="percent",
-        write=lambda rows: write_results(page, rows, options.results),
+    run_bench(
+        cells(options.rate), made, options, lambda rows: write_results(page, rows, options.results), kept="percent"
     )
 
 
