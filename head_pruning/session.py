@@ -419,6 +419,11 @@ class PruningSession:
         return any(getattr(getattr(pruner, hook), "__func__", None) is not base for pruner in self.pruners)
 
     @property
+    def in_step(self) -> bool:
+        """Whether :meth:`before_step` was called in this update, and neither of the hooks after it."""
+        return self._stepping
+
+    @property
     def changes_loss(self) -> bool:
         """Whether :meth:`loss` must be called for every micro-batch."""
         return self._changes_loss
