@@ -343,8 +343,10 @@ class WeightPruner(Pruner):
     def at_target(self) -> bool:
         if self.locked:
             return True
-        drawn = self.has_mask and self.final_at(self.t) and self.selected == self.final_density()
-        return drawn and self._same_heads()
+        if not self.has_mask:
+            return False
+        self._plan_once()  # which a session that was just loaded has not done
+        return self.final_at(self.t) and self.selected == self.final_density() and self._same_heads()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..compact.shapes import STEP, Either
+from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
 from ..registry import register_pruner
-from ..schedules import STEPS, gradual_sparsity, resolve_steps
+from ..schedules import STEPS, gradual_sparsity, resolve_steps, rewound_rate
 from .base import MaskConfig
 from .tensor_magnitude import TensorMagnitudePruner, TensorSparsityConfig
 
@@ -41,6 +43,13 @@ class GradualConfig(TensorSparsityConfig, MaskConfig):
     policy_end_step: float = field(
         default=1000, metadata={"help": "update by which the target is reached; below 1: a fraction of training"}
     )
+    lr_rewind: bool = field(
+        default=False,
+        metadata={
+            "help": "while the sparsity rises, the learning rate returns with each mask to where it was before; needs "
+            "a linear schedule"
+        },
+    )
 
 
 class GradualMagnitudePruner(TensorMagnitudePruner):
@@ -50,6 +59,11 @@ class GradualMagnitudePruner(TensorMagnitudePruner):
     default_policy = "retained"
     schedule_option = "policy_end_step"
     state_shapes = {**TensorMagnitudePruner.state_shapes, "schedule": Either((), (STEP,) * len(_STEPS))}
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if not config.lr_rewind:  # no host need change its learning rate
+            vars(self)["lr_factor"] = super().lr_factor
 
     def check_options(self) -> None:
         super().check_options()
@@ -106,6 +120,26 @@ class GradualMagnitudePruner(TensorMagnitudePruner):
 
     def final_at(self, t: int) -> bool:
         return t >= self.steps["policy_end_step"]
+
+    def lr_factor(self, step: int) -> float:
+        total, warmup = self.session.total_steps, self.session.warmup_steps
+        if not total or warmup is None:
+            raise HeadPruningError(
+                "--lr-rewind changes a learning rate that rises and falls linearly over a known number of updates; "
+                "choose the linear schedule, or tell the session total_steps and warmup_steps in a loop of your own."
+            )
+        self._plan_once()
+        if step < warmup or step >= total:
+            return 1.0
+        rate = rewound_rate(
+            step,
+            total=total,
+            warmup=warmup,
+            begin=self.steps["policy_begin_step"],
+            end=self.steps["policy_end_step"],
+            interval=self.config.pruning_frequency,
+        )
+        return rate * max(1, total - warmup) / (total - step)  # over that of the host
 
     def state_dict(self) -> dict[str, np.ndarray]:
         # Steps may have been given as fractions: a resumed run keeps those that it was started with.
