@@ -25,8 +25,8 @@ class CountConfig:
         default=None,
         metadata={
             "help": "BEGIN:END in updates, or (below 1) as fractions of training: the number of open heads falls from "
-            "all to K between them, fast at first; default: with subset and head_sensitivity 0:0.2 (0:0.9 where the "
-            "model is not trained), with others K from the start"
+            "all to K between them, fast at first; default: head_sensitivity 0:0.2, subset 0:0.4 (both 0:0.9 where "
+            "the model is not trained), others K from the start"
         },
     )
 
@@ -103,6 +103,10 @@ class FallingCount(HeadPruner):
         if self._open is None or self._open[0] != count:
             self._open = count, self.plan(count)
         return self._open[1]
+
+    @property
+    def choosing(self) -> bool:
+        return self.final is None and not self.fallen(self.step)
 
     def at_target(self) -> bool:
         return self.final is not None or super().at_target() and self.fallen(self.step + 1)

@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 class HeadSensitivityConfig(CountConfig, UnitsConfig, JointConfig, HeadCountConfig):
     """Options of accumulated sensitivity."""
 
+    site_discount: float = field(
+        default=1.0,
+        metadata={
+            "help": "divide a head's sensitivity by its rank within its site to this power, 0 or more; 1: the second "
+            "head of a site counts half, since heads of a site can do each other's work; 0: each counts alone"
+        },
+    )
     sensitivity_decay: float = field(
         default=0.98, metadata={"help": "decay rate, per update, of the average of the sensitivities, 0 to below 1"}
     )
@@ -52,6 +59,7 @@ class HeadSensitivityPruner(FallingCount):
     def check_options(self) -> None:
         self.require_count()
         super().check_options()
+        require(self.config, "site_discount", lambda value: value >= 0, "0 or more")
         require(self.config, "sensitivity_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
     def attach(self, session: SessionView) -> None:
@@ -63,7 +71,16 @@ class HeadSensitivityPruner(FallingCount):
         session.gates.set_evaluation(self.keep())
 
     def keep(self) -> np.ndarray:
-        return self.top_k(self.scores)
+        return self.top_k(self.discounted())
+
+    def discounted(self) -> np.ndarray:
+        """``float64[N]``: the sensitivities, each divided by its rank within its site (D'Hondt's method)."""
+        scores = self.scores.copy()
+        for row in self.unit_map.rows():
+            rank = np.empty(row.size)
+            rank[np.argsort(-scores[row], kind="stable")] = np.arange(1.0, row.size + 1.0)
+            scores[row] /= rank**self.config.site_discount
+        return scores
 
     def before_update(self, step: int) -> None:
         self._new = None
@@ -72,7 +89,7 @@ class HeadSensitivityPruner(FallingCount):
         if self.final is not None:
             self.session.gates.set_fixed(self.final)
             return
-        self.opened = self.top_k(self.scores, self.open_rounds(step)).astype(np.float64)
+        self.opened = self.top_k(self.discounted(), self.open_rounds(step)).astype(np.float64)
         self.session.gates.set_training(self.opened)
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
