@@ -196,7 +196,8 @@ READ = {
     "fairseq-train", "fairseq-generate", "fairseq-preprocess", "python -m fairseq_plugin.run_michel",
     "python -m hf_plugin.run_dsp", "python -m hf_plugin.run_squad", "python -m hf_plugin.run_glue", "head-pruning",
     "python -m prepare.glue", "python -m prepare.squad", "python -m prepare.demo_data",
-    "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh",
+    "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh", "python -m prepare.wikipedia",
+    "python -m hf_plugin.run_pretraining",
 }  # fmt: skip
 
 
@@ -252,6 +253,17 @@ def test_the_commands_of_distillation_parse():
     assert named == [[], ["spd_magnitude", "spd"], ["dsp", "logits"]]
 
 
+def test_the_commands_of_pretraining_parse():
+    pytest.importorskip("transformers")
+    from hf_plugin.command_line.arguments import parse
+    from prepare import wikipedia
+
+    for words in _lines("python -m hf_plugin.run_pretraining"):
+        assert parse([*words, "--use_cpu"], "run_pretraining").data.data_dir == "data/wikipedia"
+    for words in _lines("python -m prepare.wikipedia"):
+        assert wikipedia.parse(words).data_dir == Path("data/wikipedia")
+
+
 def test_the_preparing_commands_parse():
     pytest.importorskip("transformers")
     from prepare import glue, squad
@@ -305,7 +317,7 @@ def test_the_head_pruning_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = tiny_bert()
     mask = HeadMask(unit_map(model), torch.arange(8).numpy() % 4 == 0)
-    for name in ("dsp_output", "voita_output", "START"):
+    for name in ("dsp_output", "voita_output", "START", "glue-sweep"):
         save_pruned(model, mask, name, method="dsp")
         Path(name, "vocab.txt").write_text("[PAD]\n[UNK]\n", encoding="utf-8")
     Path("michel_masks").mkdir()
@@ -317,6 +329,10 @@ def test_the_head_pruning_commands_run(tmp_path, monkeypatch, capsys):
             continue  # a checkpoint of fairseq: tests/fairseq/test_export.py runs this
         if words[0] == "benchmark":
             words = [*words, "--rounds", "1"]
+        if words[0] == "sweep" and words[1] != "show":
+            (plan,) = blocks("yaml")
+            Path(words[1]).write_text(plan.text, encoding="utf-8")
+            words = [*words, "--dry-run"]
         main(words)
         ran += 1
     assert ran >= 6 and Path("small/config.json").is_file() and Path("OTHER/config.json").is_file()

@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, ContextManager, Iterator, Optional
 
 from datasets import Dataset
 from torch import nn
@@ -24,6 +24,7 @@ from head_pruning.report.weights import session_counts, sum_counts
 from ..command_line.arguments import Arguments
 from ..saving.card import dense_card
 from ..saving.folders import describe_pruned, save_pruned
+from ..saving.quantized import stored_form
 from ..training.callback import refuse_broken
 from ..training.checkpoints import Checkpoint, check_resumable, last_checkpoint
 from ..training.optimizers import check_resumed, trainer_options
@@ -282,12 +283,23 @@ class TaskRun:
                 (self.out / name).unlink(missing_ok=True)
         if mask is None:
             internal = bool(self.arguments.pruners)  # with the zeros of weight pruners
-            save_at_once(trainer, self.out, lambda place: Trainer.save_model(trainer, place, _internal_call=internal))
+            with self._form():
+                save_at_once(
+                    trainer, self.out, lambda place: Trainer.save_model(trainer, place, _internal_call=internal)
+                )
         elif trainer.is_world_process_zero():
             model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-            save_pruned(model, mask, self.out, processing_class=tokenizer, **self._about())
+            save_pruned(model, mask, self.out, processing_class=tokenizer, form=self._form, **self._about())
         if trainer.is_world_process_zero():
+            if self.arguments.pruners:
+                trainer.session.save_beside(self.out)
             self._describe_the_rest()
+
+    def _form(self) -> ContextManager[None]:
+        """Inside the block the model is in the form in which it is stored."""
+        if not self.arguments.pruners:
+            return contextlib.nullcontext()
+        return stored_form(self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.session)
 
     def describe(self) -> None:
         """Write anew what tells of the model, with its scores."""
