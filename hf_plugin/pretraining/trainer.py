@@ -25,8 +25,6 @@ class Pretrains(_Trainer):
     #: The layer that makes logits of words, to be left out of the model's forward pass; None: it is not.
     last_layer: Optional[LastLayer] = None
     loss_is_scaled_for_ga = False
-    # Also for versions that ask for this: the loss is a mean, which the Trainer divides by the micro-batches.
-    model_accepts_loss_kwargs = False
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -19,6 +20,7 @@ from hf_plugin.pretraining.batches import IGNORED, Masker, Template, word_starts
 from hf_plugin.pretraining.run import PretrainingRun, run
 from prepare.wikipedia import main as prepare
 from tests.hf.script_runs import ROOT, TINY, WORDS, write_model
+from tests.hf.test_two_ranks import free_port
 
 pytest.importorskip("sentencex")
 
@@ -267,3 +269,30 @@ def test_the_flags_of_the_published_script(here):
     assert (masks.name, masks.config.lr_rewind) == ("gradual_magnitude", True)
     assert (arguments.data.data_dir, arguments.data.whole_word_mask) == ("pairs", True)
     assert any("data_process_type is ignored" in note for note in arguments.notes)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_that_accumulates(here, teacher):
+    (line,) = lines_of("student_pruning.sh")
+    shutil.copytree("teacher", "still", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((here / "still" / "config.json").read_text())
+    dropped = {name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    (here / "still" / "config.json").write_text(json.dumps({**config, **dropped}))
+    own = "--model_name_or_path still --teacher_path still --max_steps 6 --policy_end_step 3".split()
+    words = [*line[2:], *SHORT, "--pruning_frequency", "1", "--end_pruning_step", "4", *own, "--logging_steps", "6"]
+    port, ranks = free_port(), []
+    for rank in range(2):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        command = [sys.executable, "-m", "hf_plugin.run_pretraining", *words, "--output_dir", "two"]
+        command += ["--ddp_backend", "gloo"]
+        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for process in ranks:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output[-3000:]
+    run(parse([*words, "--output_dir", "one", "--gradient_accumulation_steps", "2"], "run_pretraining"))
+    two, one = (load_file(f"{folder}/model.safetensors") for folder in ("two", "one"))
+    start = load_file("still/model.safetensors")
+    assert any(not torch.allclose(start[name], one[name], atol=1e-3) for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-4, msg=name)
