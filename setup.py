@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacrebleu>=2.0", "sacremoses>=0.1", "subword-nmt>=0.3.8", "tqdm", "babel"]
 HF = ["transformers>=5.0", "datasets>=3.0", "accelerate", "scikit-learn", "scipy", "tqdm"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
+SWEEPS = {"ray": ["ray>=2.40"], "slurm": ["submitit>=1.5"]}
 DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft"]
 
 setup(
@@ -20,10 +21,18 @@ setup(
     packages=find_packages(include=["head_pruning*", "fairseq_plugin*", "hf_plugin*", "prepare*"]),
     package_data={
         "prepare": ["*.sh"],
+        "head_pruning.report": ["templates/*"],
         **{name: ["py.typed"] for name in ("head_pruning", "fairseq_plugin", "hf_plugin")},
     },
-    install_requires=["torch>=2.6", "numpy", "safetensors", "matplotlib"],
-    extras_require={"fairseq": FAIRSEQ, "hf": HF, "onnx": ONNX, "dev": DEV, "all": FAIRSEQ + HF + ONNX + DEV},
+    install_requires=["torch>=2.6", "numpy", "safetensors", "matplotlib", "jinja2", "pyyaml", "tqdm"],
+    extras_require={
+        "fairseq": FAIRSEQ,
+        "hf": HF,
+        "onnx": ONNX,
+        "dev": DEV,
+        **SWEEPS,
+        "all": FAIRSEQ + HF + ONNX + DEV,
+    },
     entry_points={
         "console_scripts": [
             "head-pruning = head_pruning.cli:main",

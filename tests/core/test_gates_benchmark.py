@@ -23,6 +23,7 @@ def test_json_is_one_object_with_the_promised_keys(repo):
     assert results["subset_over_dsp_n144_k132"] < 1 and max(exact) < 4 * min(exact)
 
 
+@pytest.mark.slow
 def test_table_has_a_line_per_size(repo):
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.gates", "--repeats", "1"],
