@@ -8,6 +8,7 @@ FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacrebleu>=2.0", "sacremoses>=0.1", "subw
 HF = ["transformers>=5.0", "datasets>=3.0", "accelerate", "scikit-learn", "scipy", "tqdm"]
 INT8 = ["torchao>=0.18"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
+SWEEPS = {"ray": ["ray>=2.40"], "slurm": ["submitit>=1.5"]}
 DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft"]
 
 setup(
@@ -21,15 +22,17 @@ setup(
     packages=find_packages(include=["head_pruning*", "fairseq_plugin*", "hf_plugin*", "prepare*"]),
     package_data={
         "prepare": ["*.sh"],
+        "head_pruning.report": ["templates/*"],
         **{name: ["py.typed"] for name in ("head_pruning", "fairseq_plugin", "hf_plugin")},
     },
-    install_requires=["torch>=2.6", "numpy", "safetensors", "matplotlib"],
+    install_requires=["torch>=2.6", "numpy", "safetensors", "matplotlib", "jinja2", "pyyaml", "tqdm"],
     extras_require={
         "fairseq": FAIRSEQ,
         "hf": HF,
         "onnx": ONNX,
         "int8": INT8,
         "dev": DEV,
+        **SWEEPS,
         "all": FAIRSEQ + HF + ONNX + INT8 + DEV,
     },
     entry_points={

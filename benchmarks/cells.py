@@ -1,62 +1,54 @@
-"""Running the cells of a benchmark: several at a time, each after the one it starts from, failures at the end."""
+"""What benchmarks of many cells share: their options, and running the cells by the runner of sweeps."""
 
-import concurrent.futures
+import argparse
+import re
 import sys
+from pathlib import Path
 from typing import Any, Callable, Sequence
 
-from tqdm import tqdm
+from head_pruning import HeadPruningError
+from head_pruning.sweep.runner import run_cells
 
-from head_pruning.progress import bar_options
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def run_cells(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every such benchmark."""
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, logs and single results")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    parser.add_argument("--threads", type=int, default=1, help="threads per cell")
+    parser.add_argument("--only", help="regular expression on cell names")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the tables go")
+
+
+def run_bench(
     cells: Sequence[Any],
-    run: Callable[[Any], list[dict]],
-    *,
-    jobs: int,
-    ready: Callable[[Any], bool],
-    score: str,
-    kept: str = "heads",
+    bench: Any,
+    options: argparse.Namespace,
     write: Callable[[list[dict]], None],
+    *,
+    score: str = "score",
+    kept: str = "heads",
 ) -> None:
-    """Run ``cells`` in their order and end the process, with status 1 if one failed.
+    """Run those cells that are measured already or that ``--only`` matches.
 
     Args:
-        cells: what to run; each has a ``name``.
-        run: measures a cell, or reads what was measured; a RuntimeError is a failure.
-        jobs: cells at a time.
-        ready: whether the cell that one starts from has been measured.
+        cells: each has a ``name``, and ``after``, the cell that it starts from, or None.
+        bench: its ``result`` of a cell is the file of a measured one, its ``run`` measures it and returns its rows.
+        options: of :func:`add_options`.
+        write: is given the rows of all finished cells after each.
         score: key of a row's score, to be shown.
         kept: key of what a row's model keeps, to be shown.
-        write: is given the rows of all finished cells, in the order of ``cells``, after each.
     """
-    measured: dict[str, list[dict]] = {}
-    failed = 0
-    waiting = list(cells)
-    with (
-        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
-        tqdm(total=len(waiting), unit="cell", **bar_options()) as bar,
-    ):
-        running: dict[concurrent.futures.Future, Any] = {}
-        while waiting or running:
-            for cell in [cell for cell in waiting if ready(cell)][: jobs - len(running)]:
-                waiting.remove(cell)
-                running[pool.submit(run, cell)] = cell
-            if not running:
-                names = ", ".join(cell.name for cell in waiting)
-                sys.exit(f"error: {names} start from cells that were not measured; drop --only.")
-            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                cell = running.pop(future)
-                bar.update()
-                try:
-                    rows = measured[cell.name] = future.result()
-                except RuntimeError as error:
-                    failed += 1
-                    tqdm.write(f"error: {error}")
-                    continue
-                tqdm.write(f"{cell.name}: " + ", ".join(f"{row[kept]} {kept} {row[score]:.2f}" for row in rows))
-            rows = [row for cell in cells for row in measured.get(cell.name, [])]
-            if rows:
-                write(rows)
-    sys.exit(f"error: {failed} cells failed" if failed else 0)
+    wanted = [c for c in cells if not options.only or bench.result(c).exists() or re.search(options.only, c.name)]
+    try:
+        run_cells(
+            wanted,
+            bench.run,
+            jobs=options.jobs,
+            ready=lambda cell: cell.after is None or bench.result(cell.after).exists(),
+            tell=lambda rows: ", ".join(f"{row[kept]} {kept} {row[score]:.2f}" for row in rows),
+            write=lambda found: write([row for rows in found for row in rows]),
+        )
+    except HeadPruningError as error:
+        sys.exit(f"error: {error}")

@@ -2,6 +2,7 @@
 
 Compares the recursion written as a plain loop of K softmaxes in float64, with torch's autograd for its gradient, with
 SoftTopK: forward and backward together, one thread, the two taking turns, the lowest processor time of all turns.
+Beside them the exact subset: a draw of the conditional Bernoulli, its marginals and their gradient.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from head_pruning.gates import SoftTopK, gumbel, plan_rounds
+from head_pruning.gates.engine.conditional_bernoulli import ConditionalBernoulli
 from head_pruning.report import text_table
 
 TINY = torch.finfo(torch.float64).tiny
@@ -43,8 +45,8 @@ def lowest_times(candidates: list[Callable[[], None]], repeats: int) -> list[flo
     return [1000.0 * seconds for seconds in times]
 
 
-def measure(num_heads: int, keep_heads: int, temperature: float, repeats: int) -> tuple[float, float]:
-    """Milliseconds of the plain loop and of SoftTopK; raises AssertionError when they disagree."""
+def measure(num_heads: int, keep_heads: int, temperature: float, repeats: int) -> list[float]:
+    """Milliseconds of the plain loop, of SoftTopK (raises AssertionError when they disagree) and of the subset."""
     rng = np.random.default_rng(0)
     logits, gradient = rng.normal(size=num_heads), rng.normal(size=num_heads)
     noise = gumbel(rng.random(num_heads))
@@ -59,11 +61,15 @@ def measure(num_heads: int, keep_heads: int, temperature: float, repeats: int) -
     def closed_form() -> np.ndarray:
         return SoftTopK(logits + noise, rounds, temperature).backward(gradient)
 
+    def exact() -> np.ndarray:
+        subset = ConditionalBernoulli(logits, keep_heads)
+        subset.sample(np.random.default_rng([0, 1, 0]))
+        return subset.covariance_times(gradient)
+
     loop()
     expected = leaf.grad.numpy()
     np.testing.assert_allclose(closed_form(), expected, rtol=0, atol=1e-6 * max(1.0, np.abs(expected).max()))
-    slow, fast = lowest_times([loop, closed_form], repeats)
-    return slow, fast
+    return lowest_times([loop, closed_form, exact], repeats)
 
 
 def main() -> None:
@@ -77,19 +83,32 @@ def main() -> None:
     torch.set_num_threads(1)
     results, rows = {}, []
     for num_heads, keep_heads, temperature in (*SIZES, SATURATED):
-        slow, fast = measure(num_heads, keep_heads, temperature, options.repeats)
+        slow, fast, exact = measure(num_heads, keep_heads, temperature, options.repeats)
         name = f"n{num_heads}_k{keep_heads}"
         if temperature == SATURATED[2]:
             name = f"saturated_{name}"
+        else:
+            results[f"subset_ms_{name}"] = round(exact, 4)
+            results[f"subset_over_dsp_{name}"] = round(exact / fast, 3)
         results[f"topk_speedup_{name}"] = round(slow / fast, 3)
         results[f"topk_autograd_ms_{name}"] = round(slow, 4)
         results[f"topk_ms_{name}"] = round(fast, 4)
-        cells = (num_heads, keep_heads, f"{temperature:g}", f"{slow:.3f}", f"{fast:.3f}", f"{slow / fast:.1f}x")
+        cells = (
+            num_heads,
+            keep_heads,
+            f"{temperature:g}",
+            f"{slow:.3f}",
+            f"{fast:.3f}",
+            f"{slow / fast:.1f}x",
+            f"{exact:.3f}",
+        )
         rows.append(cells)
     if options.json:
         print(json.dumps(results))
     else:
-        print(text_table(("heads", "kept", "temperature", "autograd ms", "SoftTopK ms", "speed-up"), rows))
+        print(
+            text_table(("heads", "kept", "temperature", "autograd ms", "SoftTopK ms", "speed-up", "subset ms"), rows)
+        )
 
 
 if __name__ == "__main__":

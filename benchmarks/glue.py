@@ -22,7 +22,7 @@ from typing import Iterable, Optional, Sequence
 
 import torch
 
-from benchmarks.cells import run_cells
+from benchmarks.cells import add_options, run_bench
 from head_pruning.files import atomic_path, write_json
 from head_pruning.inference.environment import CPU_ENVIRONMENT
 from head_pruning.report.plots import plot_scores
@@ -322,24 +322,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with the pretrained encoder")
     parser.add_argument("data", type=Path, help="folder with the tasks' folders")
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, logs and single results")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--threads", type=int, default=1, help="threads per cell")
-    parser.add_argument("--only", help="regular expression on cell names")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the tables go")
+    add_options(parser)
     options = parser.parse_args()
 
     bench = Bench(options.model.resolve(), options.data.resolve(), options.work.resolve(), options.threads)
-    order = [c for c in cells() if bench.result(c).exists() or not options.only or re.search(options.only, c.name)]
     command = "python -m benchmarks.glue MODEL DATA --work DIR"
-    run_cells(
-        order,
-        bench.run,
-        jobs=options.jobs,
-        ready=lambda cell: cell.after is None or bench.result(cell.after).exists(),
-        score="score",
-        write=lambda rows: write_results(rows, options.results, command),
-    )
+    run_bench(cells(), bench, options, lambda rows: write_results(rows, options.results, command))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ measured is never run again (its result lies in the work folder); the table and 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from benchmarks.cells import run_cells
+from benchmarks.cells import add_options, run_bench
 from fairseq_plugin.demo import bleu_of
 from head_pruning import HeadMask
 from head_pruning.files import atomic_path, write_json
@@ -131,13 +130,13 @@ class Bench:
             *"--log-format simple --save-interval-updates 200 --keep-interval-updates 1".split(),
         ]
 
-    def result(self, name: str) -> Path:
+    def result(self, cell: "Cell | str") -> Path:
         """Where a measured cell lies."""
-        return self.work / "results" / f"{name}.json"
+        return self.work / "results" / f"{cell if isinstance(cell, str) else cell.name}.json"
 
     def run(self, cell: Cell) -> list[dict]:
         """Measure a cell (or read what was measured): one result per row of the table."""
-        result = self.result(cell.name)
+        result = self.result(cell)
         key = {"corpus": str(self.corpus), "updates": self.updates, "options": list(cell.options)}
         if result.exists():
             measured = json.loads(result.read_text())
@@ -223,30 +222,20 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="folder with the BPE'd corpus")
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, logs and single results")
+    add_options(parser)
     parser.add_argument("--updates", type=int, default=1000, help="updates per training (2000: the recorded setting)")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--threads", type=int, default=1, help="threads per cell")
-    parser.add_argument("--only", help="regular expression on cell names")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the table goes")
     parser.add_argument("--name", default="translation", help="file name of the table")
     options = parser.parse_args()
 
     bench = Bench(options.corpus.resolve(), options.work.resolve(), options.updates, options.threads)
     bench.prepare()
-    wanted = [
-        cell
-        for cell in cells(options.updates)
-        if not options.only or bench.result(cell.name).exists() or re.fullmatch(options.only, cell.name)
-    ]
     command = f"python -m benchmarks.translation CORPUS --work DIR --updates {options.updates}"
-    run_cells(
-        wanted,
-        bench.run,
-        jobs=options.jobs,
-        ready=lambda cell: cell.after is None or bench.result(cell.after).exists(),
+    run_bench(
+        cells(options.updates),
+        bench,
+        options,
+        lambda rows: write_results(rows, options.results, options.name, command),
         score="bleu",
-        write=lambda rows: write_results(rows, options.results, options.name, command),
     )
 
 

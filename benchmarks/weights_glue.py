@@ -9,12 +9,11 @@ result lies in the work folder); the tables and the plots are written anew after
 
 import argparse
 import json
-import re
 import statistics
 from pathlib import Path
 
-from benchmarks.cells import run_cells
-from benchmarks.glue import RECIPE, ROOT, Bench, Cell, Task, shown
+from benchmarks.cells import add_options, run_bench
+from benchmarks.glue import RECIPE, Bench, Cell, Task, shown
 from head_pruning.files import atomic_path, write_json
 from head_pruning.report.plots import plot_scores
 from head_pruning.report.tables import markdown_table
@@ -137,26 +136,13 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder with the pretrained encoder")
     parser.add_argument("glue", type=Path, help="folder with the tasks' folders")
     parser.add_argument("squad", type=Path, help="folder with SQuAD v1.1")
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, logs and single results")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--threads", type=int, default=1, help="threads per cell")
-    parser.add_argument("--only", help="regular expression on cell names")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the tables go")
+    add_options(parser)
     options = parser.parse_args()
 
     paths = (options.model.resolve(), options.glue.resolve(), options.squad.resolve(), options.work.resolve())
     bench = WeightBench(*paths, options.threads)
-    order = [c for c in cells() if bench.result(c).exists() or not options.only or re.search(options.only, c.name)]
     command = "python -m benchmarks.weights_glue MODEL GLUE SQUAD --work DIR"
-    run_cells(
-        order,
-        bench.run,
-        jobs=options.jobs,
-        ready=lambda cell: True,
-        score="score",
-        kept="percent",
-        write=lambda rows: write_results(rows, options.results, command),
-    )
+    run_bench(cells(), bench, options, lambda rows: write_results(rows, options.results, command), kept="percent")
 
 
 if __name__ == "__main__":

@@ -43,12 +43,23 @@ from .checkpoints.keeper import (
     warn_of_alignments,
 )
 from .checkpoints.reports import reported, write_beside
-from .checkpoints.stored import KEY, META, PruningState, norms_of, peek, reading, split_state, stored_task
+from .checkpoints.stored import (
+    KEY,
+    META,
+    NUMBERS,
+    PruningState,
+    norms_of,
+    peek,
+    reading,
+    split_state,
+    stored_task,
+    take_numbers,
+)
 from .checkpoints.weights import finish, mask_weights
 from .masters import carry_over
 from .modules.surgery import take_shape
 from .options import TASK_SUFFIX, all_flags, pruners_to_decode, refuse_other_options, second_flags
-from .schedules import restart_schedule
+from .schedules import linear_warmup, restart_schedule
 
 logger = logging.getLogger(__name__)
 _MARK = "of_head_pruning"
@@ -84,7 +95,7 @@ def install() -> None:
     _replace(checkpoint_utils, "torch_persistent_save", save_whole)
     _replace(PathManager, "copy", copy_whole)
     _replace(checkpoint_utils, "save_checkpoint", save_with_reports)
-    _replace(checkpoint_utils, "load_checkpoint", report_what_is_over)
+    _replace(checkpoint_utils, "load_checkpoint", report_what_was_saved)
     _replace(BaseFairseqModel, "load_state_dict", load_pruned_model)
     _replace(MultilingualTransformerModel, "load_state_dict", load_pruned_languages)
     _replace(Trainer, "load_checkpoint", load_pruned_training)
@@ -285,14 +296,17 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     extra_state = original(self, filename, *args, **kwargs)
     if extra_state is not None:
         extra_state.pop(KEY, None)
+        self.head_pruning_numbers = take_numbers(extra_state)
         if session is not None and not reset and self.get_num_updates():
             refuse_late_start(session, str(filename), stored)
     return extra_state
 
 
 def state_with_weights(original, self):
-    """The trainer's checkpoints keep the state of weight pruners."""
+    """The trainer's checkpoints keep the state of weight pruners, and the numbers that are reported on them."""
     state, keeper = original(self), keeper_of(self.get_model())
+    if getattr(self.task, "session", None) is not None:
+        state["extra_state"][NUMBERS] = self.task.session.metrics()
     of_weights = {} if keeper is None else keeper.of_weights(resumable=not self.cfg.checkpoint.no_save_optimizer_state)
     if of_weights:
         saved = [state["model"], *filter(None, [state["extra_state"].get("ema")])]
@@ -322,6 +336,7 @@ def build_for_phase(original, self):
     step = getattr(self, "head_pruning_built_for", 0)
     session.enter_phase(step)
     original(self)
+    session.warmup_steps = linear_warmup(self.cfg)
     restart_schedule(self, *session.schedule_span(step))
 
 
@@ -382,13 +397,14 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     return saved
 
 
-def report_what_is_over(original, cfg, trainer, **options):
-    """A run that was killed behind its last checkpoint has left no reports on it."""
+def report_what_was_saved(original, cfg, trainer, **options):
+    """A run that was killed between a checkpoint and the reports on it has left none."""
     loaded, session = original(cfg, trainer, **options), getattr(trainer.task, "session", None)
     updates = trainer.get_num_updates()
-    if session is not None and updates >= (session.total_steps or math.inf):
+    over = session is not None and updates >= (session.total_steps or math.inf)
+    if session is not None and updates and (over or cfg.restore_file == "checkpoint_last.pt"):  # that of this run
         if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
-            write_beside(cfg.save_dir, trainer, log_heads=True)
+            write_beside(cfg.save_dir, trainer, log_heads=over, numbers=trainer.head_pruning_numbers)
     return loaded
 
 

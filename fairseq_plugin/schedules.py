@@ -29,3 +29,16 @@ def restart_schedule(trainer: Any, begin: int, end: Optional[int]) -> None:
     step_update = schedule.step_update
     schedule.step_update = lambda num_updates: step_update(max(0, num_updates - begin))
     schedule.step_update(trainer.get_num_updates())
+
+
+def linear_warmup(cfg: Any) -> Optional[int]:
+    """Updates in which the learning rate rises, where it falls linearly to 0 by the end of training; else None.
+
+    Args:
+        cfg: the trainer's configuration.
+    """
+    schedule = cfg.lr_scheduler
+    linear = getattr(schedule, "_name", None) == "polynomial_decay" and schedule.power == 1
+    if not linear or schedule.end_learning_rate or schedule.total_num_update != cfg.optimization.max_update:
+        return None
+    return int(schedule.warmup_updates)

@@ -1,8 +1,19 @@
 """The errors a user can cause: one sentence, naming the cause and the cure."""
 
+import re
+
+# All that a terminal would obey, or str.splitlines would break a line at, but the line feed.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+
 
 class HeadPruningError(ValueError):
-    """Bad input. The message is one sentence that names the cause and the cure."""
+    """Bad input. The message is one sentence that names the cause and the cure.
+
+    What it quotes may come from a damaged or a hostile file: its control characters are shown, not sent to a terminal.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(_CONTROL.sub(lambda found: ascii(found[0])[1:-1], message))
 
 
 class UnfiredSiteError(HeadPruningError):

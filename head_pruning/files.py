@@ -282,6 +282,12 @@ def read_metadata(path: "str | Path") -> tuple[list[str], dict[str, str]]:
         return list(handle.keys()), dict(handle.metadata() or {})
 
 
+def tensor_shapes(path: "str | Path") -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by its header. Raises as :func:`read_safetensors` does."""
+    with _safetensors(path, "numpy", "write it again") as handle:
+        return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+
+
 @contextlib.contextmanager
 def _safetensors(path: "str | Path", framework: str, cure: str) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Optional
 
@@ -13,6 +14,75 @@ from .unit_map import UnitMap
 HIDDEN_STATES, ATTENTIONS, EAGER_ATTENTION = "hidden_states", "attentions", "eager_attention"
 #: What a pruner may need of its host.
 NEEDS = frozenset({HIDDEN_STATES, ATTENTIONS, EAGER_ATTENTION})
+
+
+@dataclass(frozen=True)
+class Late:
+    """Logits that are not made yet: ``layer(features)``, which losses may make a chunk at a time.
+
+    Args:
+        features: ``[..., width]``.
+        layer: the model's last one.
+    """
+
+    features: torch.Tensor
+    layer: torch.nn.Linear
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the logits."""
+        return (*self.features.shape[:-1], self.layer.out_features)
+
+    def flat(self) -> "Late":
+        """As ``[rows, classes]``."""
+        return Late(self.features.flatten(0, -2), self.layer)
+
+    def __getitem__(self, rows: Any) -> "Late":
+        return Late(self.features[rows], self.layer)
+
+    def whole(self) -> torch.Tensor:
+        """The logits."""
+        return self.layer(self.features)
+
+
+def _input(features: torch.Tensor) -> torch.Tensor:
+    return features
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The layer that makes a model's largest logits, and how to leave it out of a call.
+
+    Args:
+        find: finds the layer in the model, and in one like it, such as its teacher; None where it has none.
+        layer: the model's.
+    """
+
+    find: Callable[[torch.nn.Module], Optional[torch.nn.Linear]]
+    layer: torch.nn.Linear
+
+    @classmethod
+    def of(
+        cls, model: torch.nn.Module, find: Callable[[torch.nn.Module], Optional[torch.nn.Linear]]
+    ) -> "Optional[LastLayer]":
+        """That of a model; None where it cannot be left out so that what the model gives tells of it."""
+        layer = find(model)
+        if type(layer) is not torch.nn.Linear or layer.in_features == layer.out_features:  # others compute more
+            return None
+        return cls(find, layer)
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside the block the model gives the layer's input in the place of its logits."""
+        vars(self.layer)["forward"] = _input
+        try:
+            yield
+        finally:
+            del vars(self.layer)["forward"]
+
+    def late(self, logits: torch.Tensor) -> "torch.Tensor | Late":
+        """The logits, or what stands in their place."""
+        return Late(logits, self.layer) if logits.shape[-1] == self.layer.in_features else logits
 
 
 @dataclass(frozen=True)
@@ -32,6 +102,7 @@ class Outputs:
             loss: 1 where that is a mean itself, the number of tokens where it is a sum over them.
         args: the positional arguments that the model was called with.
         kwargs: the others.
+        last: the layer that the model was called without; None: it was called as a whole.
     """
 
     raw: Any = None
@@ -43,11 +114,18 @@ class Outputs:
     weight: "float | torch.Tensor" = 1.0
     args: tuple = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    last: Optional[LastLayer] = None
 
     @property
     def logits(self) -> tuple[torch.Tensor, ...]:
         """``[..., classes]`` each: one for most tasks, that of the start and that of the end for spans of text."""
-        return logits_of(self.raw)
+        return tuple(each.whole() if isinstance(each, Late) else each for each in self.late_logits)
+
+    @property
+    def late_logits(self) -> "tuple[torch.Tensor | Late, ...]":
+        """:attr:`logits`, where the model was called without its last layer not made yet."""
+        found = logits_of(self.raw)
+        return found if self.last is None else tuple(map(self.last.late, found))
 
     def call(self, model: torch.nn.Module) -> Any:
         """What another model, such as a teacher, gives for the same micro-batch."""

@@ -24,6 +24,7 @@ class SessionView(Protocol):
     seed: int
     total_steps: Optional[int]
     steps_per_epoch: Optional[float]
+    warmup_steps: Optional[int]
     load_teacher: Optional[Callable[[str, frozenset], tuple[torch.nn.Module, Optional[UnitMap]]]]
     weights_come_later: bool
     gates: Any

@@ -82,3 +82,26 @@ def gradual_sparsity(step: int, *, initial: float, final: float, begin: int, end
         return final
     progress = (step - begin) / (end - begin)
     return initial + (final - initial) * (1.0 - min(max((1.0 - progress) ** 3, 0.0), 1.0))
+
+
+def rewound_rate(step: int, *, total: int, warmup: int, begin: int, end: int, interval: int) -> float:
+    """Learning rate under rewinding (Prune Once for All, Zafrir et al. 2021, section 4), as a share of its peak.
+
+    It rises linearly, then falls linearly to 0, but from ``begin`` to ``end`` it returns every ``interval`` steps to
+    where it was at ``begin``. Where the rise ends after ``begin``, it returns to above the peak, as published.
+
+    Args:
+        step: updates already made.
+        total: updates in training.
+        warmup: updates in which it rises.
+        begin: first update of the sparsity's rise.
+        end: first update after it.
+        interval: updates between two masks.
+    """
+    short = total - (end - begin)
+    fall = max(1, short - warmup)
+    if step < warmup:
+        return step / warmup
+    if begin <= step < end:
+        return max(0.0, (short - step + (step - begin) // interval * interval) / fall)
+    return max(0.0, ((short if step < begin else total) - step) / fall)

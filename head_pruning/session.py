@@ -29,7 +29,7 @@ from .compact.shapes import Whole
 from .errors import HeadPruningError, one_line
 from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
-from .outputs import NEEDS, Recorder, last_of
+from .outputs import NEEDS, LastLayer, Recorder, last_of
 from .pruner import Pruner
 from .registry import KINDS
 from .states import check_tensors, checked_entry
@@ -89,6 +89,8 @@ class PruningSession:
         steps_per_epoch: updates in one pass over the data if known, for lengths given in epochs.
         load_teacher: loads another model of the host by its path: ``load_teacher(path, needs)`` gives the model, in
             evaluation mode and able to give what :attr:`needs` says, and its unit map (None where ``needs`` is empty).
+        warmup_steps: updates in which the host's learning rate rises linearly, to fall linearly to 0 afterwards; None
+            where it has another schedule, or it is not known.
         weights_come_later: whether the host loads the model's trained weights after :meth:`attach`, so that a copy of
             the model as it is then teaches nothing.
 
@@ -125,6 +127,7 @@ class PruningSession:
         time_first: bool = False,
         read_attention: Callable[[Any], Optional[torch.Tensor]] = last_of,
         steps_per_epoch: Optional[float] = None,
+        warmup_steps: Optional[int] = None,
         load_teacher: Optional[Callable[[str, frozenset], tuple[nn.Module, Optional[UnitMap]]]] = None,
         weights_come_later: bool = False,
     ) -> None:
@@ -132,7 +135,7 @@ class PruningSession:
         self.unit_map = unit_map
         self.pruners = check_pruners(pruners)
         self.seed = seed
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.total_steps, self.steps_per_epoch, self.warmup_steps = total_steps, steps_per_epoch, warmup_steps
         self.load_teacher, self.weights_come_later = load_teacher, weights_come_later
         self.all_reduce = all_reduce
         self.fired_within = fired_within
@@ -249,6 +252,7 @@ class PruningSession:
         *,
         masks: Optional[Mapping[str, torch.Tensor]] = None,
         weight: "float | torch.Tensor" = 1.0,
+        last: Optional[LastLayer] = None,
     ) -> torch.Tensor:
         """The objective of one micro-batch: the task loss, unless a distiller replaces or adds terms.
 
@@ -260,6 +264,7 @@ class PruningSession:
             outputs: what the model gave; default: what it was seen to give.
             masks: ``bool[B, T]`` of the tokens that are no padding, by ``encoder`` and ``decoder``.
             weight: see :class:`~head_pruning.outputs.Outputs`.
+            last: the layer that the model was called without (``last.left_out()``).
 
         Raises:
             HeadPruningError: a pruner changes the loss, but the model was not called since :meth:`before_update` or
@@ -269,7 +274,7 @@ class PruningSession:
             return loss
         seen = self._recorder.take(masks)
         raw = seen.raw if outputs is None else outputs
-        given = dataclasses.replace(seen, raw=raw, weight=weight)
+        given = dataclasses.replace(seen, raw=raw, weight=weight, last=last)
         self._recorder.live = False  # a pruner may call the model
         for pruner in self.pruners:
             loss = pruner.loss(loss, inputs, given)
@@ -426,6 +431,11 @@ class PruningSession:
         """Whether a pruner does something in this hook."""
         base = getattr(Pruner, hook)
         return any(getattr(getattr(pruner, hook), "__func__", None) is not base for pruner in self.pruners)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether :meth:`before_step` was called in this update, and neither of the hooks after it."""
+        return self._stepping
 
     @property
     def changes_loss(self) -> bool:

@@ -24,6 +24,7 @@ from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_head
 from head_pruning.inference.programs import program_formats, write_openvino
 from head_pruning.quantization.engine.files import read_ranges
 from head_pruning.quantization.engine.qdq import dequantize, to_qdq
+from head_pruning.pickled import load_pickled
 from head_pruning.report.report_file import read_report
 from head_pruning.report.weights import WeightCount, count_weights, sum_counts, write_weight_artifacts
 from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
@@ -153,6 +154,9 @@ def load_model(path: Path) -> PreTrainedModel:
         with _quiet():
             config = AutoConfig.from_pretrained(path)
             _config(path)
+            if not any(path.glob("*.safetensors")):  # transformers believes what these files claim
+                for file in sorted(path.glob("pytorch_model*.bin")):
+                    load_pickled(file, cure="write it again")
             named = (config.architectures or [""])[0]
             model_class = getattr(transformers, named, AutoModel)
             return model_class.from_pretrained(path).eval()

@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import torch
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
 
+# A fifth of the time went into looking for garbage among what three frameworks keep: seldom, and not there.
+gc.set_threshold(50_000, 20, 10)
+
 REPO = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

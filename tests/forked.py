@@ -11,30 +11,96 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Mapping, Optional, Sequence
+from typing import IO, Callable, Mapping, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240.0  # seconds that a command may take
-#: What a command of each kind would import. torch._dynamo is what the first optimizer of a process imports.
-MODULES = {
-    "fairseq": ("torch._dynamo", "fairseq.trainer", "fairseq.sequence_generator", "hydra.experimental", "sacrebleu"),
-    "transformers": ("torch._dynamo", "transformers.trainer", "transformers.models.auto.modeling_auto", "accelerate"),
+#: By kind of server: the one that it is forked from (None: a fresh interpreter), and what it imports.
+#: torch._dynamo is what the first optimizer of a process imports, the slowest part of a short run.
+SERVERS: dict[str, tuple[Optional[str], tuple[str, ...]]] = {
+    "fairseq": (
+        None,
+        ("torch._dynamo", "fairseq.trainer", "fairseq.sequence_generator", "hydra.experimental", "sacrebleu"),
+    ),
+    "fairseq_plugin": ("fairseq", ("tests.fairseq.warm",)),
+    "transformers": (
+        None,
+        ("torch._dynamo", "transformers.trainer", "transformers.models.auto.modeling_auto", "accelerate"),
+    ),
 }
-_servers: dict[str, subprocess.Popen] = {}
+_servers: dict[str, tuple[IO[str], IO[str]]] = {}  # where requests are written, and answers read
 
 
-def _server(kind: str) -> subprocess.Popen:
-    if kind not in _servers or _servers[kind].poll() is not None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        _servers[kind] = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "forked_server.py"), *MODULES[kind]],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
+class Child:
+    """``work()`` in a forked process that writes to files; it ends as Python would with ``work`` as its script."""
+
+    def __init__(self, work: Callable[[], object], out: Path, err: Optional[Path] = None) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(_run(work, out, err or out))
+
+    def kill(self) -> None:
+        """kill -9, also if it has just ended."""
+        os.kill(self.pid, signal.SIGKILL)  # a child that nobody waited for still has its number
+
+    def ended(self) -> bool:
+        """Whether it has ended; says nothing about how."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def wait(self) -> int:
+        """Wait for the end: the exit code, negative if a signal killed it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _run(work: Callable[[], object], out: Path, err: Path) -> int:
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND, 0o644), descriptor)
+    code = 0
+    try:
+        work()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return code
+
+
+def _server(kind: str) -> tuple[IO[str], IO[str]]:
+    if kind not in _servers:
+        parent, modules = SERVERS[kind]
+        if parent is None:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.forked_server", *modules],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                cwd=ROOT,
+            )
+            _servers[kind] = process.stdin, process.stdout
+        else:
+            pipes = [Path(tempfile.mkdtemp(prefix="server-")) / name for name in ("requests", "answers")]
+            for pipe in pipes:
+                pipe.parent.mkdir(exist_ok=True)
+                os.mkfifo(pipe)
+            _ask(parent, serve=modules, pipes=[str(pipe) for pipe in pipes])
+            _servers[kind] = open(pipes[0], "w"), open(pipes[1])
     return _servers[kind]
+
+
+def _ask(kind: str, **request: object) -> Optional[int]:
+    """A server's answer: the number of the process that it started, or the exit code of one, None while it runs."""
+    requests, answers = _server(kind)
+    requests.write(json.dumps(request) + "\n")
+    requests.flush()
+    return json.loads(answers.readline())
 
 
 class Command:
@@ -42,23 +108,24 @@ class Command:
 
     def __init__(self, kind: str, argv: Sequence, cwd: Path = ROOT, env: Optional[Mapping[str, str]] = None) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="command-"))
-        self._code = self._folder / "code"
-        request = {
-            "argv": [str(word) for word in argv],
-            "cwd": str(cwd),
-            "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
-            **{name: str(self._folder / name) for name in ("out", "err", "code")},
-        }
-        server = _server(kind)
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        self.pid = int(server.stdout.readline())
+        self._kind, self._code = kind, None
+        self.pid = _ask(
+            kind,
+            argv=[str(word) for word in argv],
+            cwd=str(cwd),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
+            out=str(self._folder / "out"),
+            err=str(self._folder / "err"),
+        )
 
     def poll(self) -> Optional[int]:
         """The exit status, None while it runs."""
-        return int(self._code.read_text()) if self._code.exists() else None
+        if self._code is None:
+            self._code = _ask(self._kind, poll=self.pid)
+        return self._code
 
     def wait(self, timeout: float = LIMIT) -> int:
+        """Wait for the end; a command that takes too long is killed and fails the test."""
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -66,6 +133,16 @@ class Command:
                 raise AssertionError(f"the command did not end within {timeout} s\n{self.stdout[-2000:]}{self.stderr}")
             time.sleep(0.005)
         return self.returncode
+
+    def kill_once(self, condition: Callable[[], bool]) -> None:
+        """Send SIGKILL as soon as ``condition()`` holds."""
+        deadline = time.monotonic() + LIMIT
+        while not condition():
+            assert self.poll() is None, f"ended before it was killed\n{self.stdout[-2000:]}\n{self.stderr}"
+            assert time.monotonic() < deadline, "nothing to kill for"
+            time.sleep(0.002)
+        self.send_signal(signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
 
     def communicate(self, timeout: float = LIMIT) -> tuple[str, str]:
         self.wait(timeout)
@@ -89,6 +166,8 @@ class Command:
     @property
     def stderr(self) -> str:
         return self._read("err")
+
+    out, err = stdout, stderr
 
 
 def run(kind: str, argv: Sequence, cwd: Path = ROOT, env: Optional[Mapping[str, str]] = None) -> Command:

@@ -1,19 +1,22 @@
 """Imports the modules that it is given, then runs commands, each in a process forked from it: ``tests/forked.py``."""
 
+import functools
+import gc
 import importlib
 import json
+import logging
 import os
 import runpy
-import signal
 import sys
-import traceback
+import warnings
+from pathlib import Path
+
+from tests.forked import Child
 
 
 def run(argv: list[str]) -> None:
     """What ``python ARGV`` does."""
     while argv[0] == "-W":
-        import warnings
-
         action, _, category, module = (argv[1].split(":") + ["", "", ""])[:4]
         warnings.filterwarnings(action, category=getattr(__builtins__, category, Warning), module=module)
         argv = argv[2:]
@@ -28,57 +31,43 @@ def run(argv: list[str]) -> None:
         runpy.run_path(argv[0], run_name="__main__")
 
 
-def child(request: dict) -> int:
-    """Run one command; its exit status, as Python's own start-up counts it."""
-    for descriptor, path in ((1, request["out"]), (2, request["err"])):
-        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644), descriptor)
+def command(request: dict) -> None:
+    """One request, in the child."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    logging.getLogger().handlers.clear()  # importing fairseq has set one; a command sets its own first
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    try:
-        run(request["argv"])
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        hook = sys.excepthook
-        traceback.print_exc() if hook is sys.__excepthook__ else hook(*sys.exc_info())
-        return 1
-    return 0
+    run(request["argv"])
 
 
-def serve() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # monitors end by themselves
-    for line in sys.stdin:
+def serve_pipes(modules: list[str], pipes: list[str]) -> None:
+    """A server in a child, which has imported more."""
+    os.dup2(os.open(pipes[0], os.O_RDONLY), 0)
+    os.dup2(os.open(pipes[1], os.O_WRONLY), 1)
+    serve(modules)
+
+
+def serve(modules: list[str]) -> None:
+    """Import, then answer requests until there are no more."""
+    for name in modules:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # children neither look through nor copy what was imported
+    gc.set_threshold(50_000, 20, 10)
+    children: dict[int, Child] = {}
+    for line in open(0, closefd=False):
         request = json.loads(line)
-        read, write = os.pipe()
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.close(0)
-            pid = os.fork()
-            if pid == 0:
-                status = 1
-                try:
-                    status = child(request)
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                finally:
-                    os._exit(status)
-            os.write(write, str(pid).encode())
-            os.close(write)
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            with open(request["code"] + ".part", "w") as file:
-                file.write(str(status))
-            os.rename(request["code"] + ".part", request["code"])
-            os._exit(0)
-        os.close(write)
-        pid = os.read(read, 32)
-        os.close(read)
-        print(pid.decode(), flush=True)
+        if "poll" in request:
+            child = children[request["poll"]]
+            answer = child.wait() if child.ended() else None
+        elif "serve" in request:
+            answer = Child(functools.partial(serve_pipes, request["serve"], request["pipes"]), Path(os.devnull)).pid
+        else:
+            child = Child(functools.partial(command, request), Path(request["out"]), Path(request["err"]))
+            answer, children[child.pid] = child.pid, child
+        os.write(1, f"{json.dumps(answer)}\n".encode())
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
-    serve()
+    serve(sys.argv[1:])

@@ -38,13 +38,14 @@ def test_every_example_is_tested():
 
 
 def test_plain_loop(tmp_path):
-    printed = _python(tmp_path, str(EXAMPLES / "plain_loop.py"))
+    printed = _run(tmp_path, sys.executable, str(EXAMPLES / "plain_loop.py"))
     (score,) = re.findall(r"accuracy with 4 of 16 heads: ([\d.]+) %", printed)
     assert float(score) > 80
     mask = HeadMask.load(tmp_path / "plain_loop_masks.safetensors")
     assert (mask.kept, mask.keep.size) == (4, 16)
 
 
+@pytest.mark.slow
 def test_trainer(tmp_path):
     pytest.importorskip("transformers")
     printed = _python(tmp_path, str(EXAMPLES / "trainer.py"), "out")
@@ -58,6 +59,7 @@ def test_trainer(tmp_path):
     assert HeadMask.load(tmp_path / "out" / "pruned" / "masks.safetensors").kept == 4
 
 
+@pytest.mark.slow
 def test_own_method(tmp_path):
     pytest.importorskip("transformers")
     printed = _python(tmp_path, str(EXAMPLES / "own_method.py"))

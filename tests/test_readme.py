@@ -305,7 +305,7 @@ def test_the_head_pruning_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = tiny_bert()
     mask = HeadMask(unit_map(model), torch.arange(8).numpy() % 4 == 0)
-    for name in ("dsp_output", "voita_output", "START"):
+    for name in ("dsp_output", "voita_output", "START", "glue-sweep"):
         save_pruned(model, mask, name, method="dsp")
         Path(name, "vocab.txt").write_text("[PAD]\n[UNK]\n", encoding="utf-8")
     Path("michel_masks").mkdir()
@@ -317,6 +317,10 @@ def test_the_head_pruning_commands_run(tmp_path, monkeypatch, capsys):
             continue  # a checkpoint of fairseq: tests/fairseq/test_export.py runs this
         if words[0] == "benchmark":
             words = [*words, "--rounds", "1"]
+        if words[0] == "sweep" and words[1] != "show":
+            (plan,) = blocks("yaml")
+            Path(words[1]).write_text(plan.text, encoding="utf-8")
+            words = [*words, "--dry-run"]
         main(words)
         ran += 1
     assert ran >= 6 and Path("small/config.json").is_file() and Path("OTHER/config.json").is_file()

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Optional
 
 import fairseq
 import torch
@@ -21,17 +22,19 @@ from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 logger = logging.getLogger(__name__)
 
 
-def write_beside(save_dir: str, trainer, log_heads: bool) -> None:
+def write_beside(save_dir: str, trainer, log_heads: bool, numbers: Optional[dict[str, float]] = None) -> None:
     """Write pruning.json and masks.safetensors into ``save_dir``, with weight masks also their table and picture.
 
-    With ``log_heads`` also log the kept heads by site, and the kept weights by tensor.
+    With ``log_heads`` also log the kept heads by site, and the kept weights by tensor. ``numbers`` are those of the
+    session unless named: some are of the last update, which a session that was just loaded has not seen.
     """
     session, folder = trainer.task.session, Path(save_dir)
     mask, masks = session.head_mask(), session.weight_masks()
     if mask is None and not masks:
         return
-    numbers = {name: value if math.isfinite(value) else None for name, value in session.metrics().items()}
-    entry = {"updates": trainer.get_num_updates(), "at_target": session.at_target(), **numbers}
+    measured = session.metrics() if numbers is None else numbers
+    finite = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+    entry = {"updates": trainer.get_num_updates(), "at_target": session.at_target(), **finite}
     history, versions = [*_history(folder, entry["updates"]), entry], {"fairseq": fairseq.__version__}
     if mask is not None:
         write_artifacts(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
+from head_pruning.compact.shapes import Either, conform
 from head_pruning.errors import one_line
 from head_pruning.files import parse_json
 from head_pruning.session import STATE_VERSION
@@ -29,12 +30,23 @@ META = PREFIX + "meta.version1"
 RECIPE = PREFIX + "removed.version1"
 #: In ``extra_state``, for weight pruners. Not in the model's state: fairseq averages that, and loads it strictly.
 KEY = "head_pruning"
+#: In ``extra_state``, what the session measured up to the checkpoint, for the reports on it.
+NUMBERS = "head_pruning_numbers"
 DAMAGED = "The checkpoint's pruning state is damaged or of an unknown version; use the checkpoint before it."
 
 
 def damaged(what: str) -> HeadPruningError:
     """The error of a pruning state that cannot be what a run wrote; ``what`` says why."""
     return HeadPruningError(f"The checkpoint's pruning state is damaged ({what}); use the checkpoint before it.")
+
+
+def take_numbers(extra_state: dict[str, Any]) -> Optional[dict[str, float]]:
+    """Take what the session measured out of ``extra_state``; None where nothing is. HeadPruningError if damaged."""
+    numbers = extra_state.pop(NUMBERS, None)
+    try:
+        return None if numbers is None else conform(numbers, {str: Either(float, int)})
+    except ValueError as error:
+        raise damaged(f"its numbers: {error}") from error
 
 
 @dataclass(frozen=True)

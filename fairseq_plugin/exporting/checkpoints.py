@@ -23,7 +23,7 @@ from head_pruning.report.weights import WeightCount, count_weights, sum_counts
 from head_pruning.surgery.removal import remove_heads
 from head_pruning.surgery.zeros import removed_counts, zero_heads
 
-from ..checkpoints.stored import KEEP, KEY, META, RECIPE, PruningState, load_checkpoint, split_state
+from ..checkpoints.stored import KEEP, KEY, META, NUMBERS, RECIPE, PruningState, load_checkpoint, split_state
 from ..checkpoints.weights import zero_weights
 from ..modules.surgery import encode, plan_site
 from ..options import TASK_SUFFIX
@@ -196,7 +196,8 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
         plain_config(state["cfg"])
     # The optimizer's moments and the pruner's averages belong to weights that are gone.
     state.pop("last_optimizer_state", None)
-    (state.get("extra_state") or {}).pop(KEY, None)
+    for name in (KEY, NUMBERS):
+        (state.get("extra_state") or {}).pop(name, None)
     written = split_state(state["model"])[0]
     sizes.append(parameters(written))
     before_heads = {name: keep.numel() for name, keep in masks.items()}

@@ -6,6 +6,7 @@ from typing import Any, Callable
 
 LENGTH = 128  # tokens, unless --length says otherwise or a model has fewer positions
 RUNTIMES = ("torch", "onnxruntime")
+LAUNCHERS = ("local", "ray", "slurm")
 #: Flags of benchmark that are counts: default, and what is counted.
 COUNTS = {
     "batch": (8, "examples per pass for the throughput; the latency is of one"),
@@ -25,6 +26,8 @@ def add_commands(commands: Any) -> None:
     _add_export(commands)
     _add_benchmark(commands)
     _add_show_and_diff(commands)
+    _add_report(commands)
+    _add_sweep(commands)
 
 
 def _work(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
@@ -89,3 +92,33 @@ def _add_show_and_diff(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
     command.set_defaults(run=_work("masks", "diff"))
+
+
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser("report", help="one page about many runs: scores, sizes, kept heads, commands")
+    command.add_argument("folders", nargs="+", metavar="DIR", help="folder of a run, of several, or of a sweep")
+    command.add_argument("--output", default="report.html", metavar="HTML", help="default: %(default)s")
+    command.add_argument("--markdown", metavar="FILE", help="write Markdown too, its pictures beside it")
+    command.add_argument("--score", metavar="KEY", help="entry of all_results.json to compare runs by")
+    command.add_argument("--title", default="Pruned models", help="default: %(default)s")
+    command.set_defaults(run=_work("report"))
+
+
+def _add_sweep(commands: Any) -> None:
+    command = commands.add_parser("sweep", help="run many command lines by a plan; goes on where it was cut off")
+    command.add_argument("plan", nargs="+", metavar="[show] PLAN", help="YAML file; show: print what has been done")
+    command.add_argument("--out", metavar="DIR", help="folder for everything (default: the plan's name, and -sweep)")
+    command.add_argument("--dry-run", action="store_true", help="print the cells and their commands; run nothing")
+    command.add_argument("--only", metavar="REGEX", help="leave out the cells whose names it does not match")
+    command.add_argument("--jobs", type=int, default=0, metavar="N", help="cells at a time (default: by cores)")
+    command.add_argument("--threads", type=int, metavar="N", help="threads of a cell, instead of the plan's")
+    command.add_argument("--launcher", choices=LAUNCHERS, default="local", help="default: %(default)s")
+    command.add_argument(
+        "--launcher-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of ray.init, or of submitit, such as slurm_partition=gpu; may be repeated",
+    )
+    command.add_argument("--parquet", action="store_true", help="write results.parquet beside results.csv")
+    command.set_defaults(run=_work("sweep"))

@@ -216,14 +216,20 @@ def layer_pairs_of(given: Optional[str], mine: tuple, theirs: tuple, session: An
     return losses.layer_pairs(given, len(mine), len(theirs))
 
 
-def compared(mine: Outputs, theirs: Outputs) -> list[tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]]:
+def compared(mine: Outputs, theirs: Outputs, *, late: bool = False) -> list[tuple[Any, Any, Optional[torch.Tensor]]]:
     """The student's and the teacher's logits in pairs, and which rows of them are tokens, where that is known.
+
+    Args:
+        mine: what the student gave.
+        theirs: what the teacher gave.
+        late: whether logits may be :class:`~head_pruning.outputs.Late`, those of a whole vocabulary.
 
     Raises:
         HeadPruningError: they do not fit.
     """
     tokens = mine.tokens.get("decoder", mine.tokens.get("encoder"))
-    ours, targets = mine.logits, theirs.logits
+    ours: Any = mine.late_logits if late else mine.logits
+    targets: Any = theirs.late_logits if late else theirs.logits
     if [each.shape for each in ours] != [each.shape for each in targets]:
         raise HeadPruningError(
             f"The student's logits are of the shape {[list(each.shape) for each in ours]}, its teacher's of "

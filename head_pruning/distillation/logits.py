@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..options import require
-from ..outputs import Outputs
+from ..outputs import Late, Outputs
 from ..registry import methods, register_pruner
 from .base import TERMS, DistillConfig, Distiller, compared
 from .losses import divergence, mean_square
@@ -22,14 +22,21 @@ class LogitsConfig(DistillConfig):
         default=2.0, metadata={"help": "temperature of the logits in --distill logits, above 0"}
     )
     distill_task: float = field(default=1.0, metadata={"help": "weight of the task loss beside --distill logits"})
+    distill_sum: bool = field(
+        default=False,
+        metadata={
+            "help": "add up the losses of several logits, as of masked words and of the next sentence; default: their "
+            "mean, as for the start and the end of an answer"
+        },
+    )
 
 
 class LogitsDistiller(Distiller):
     """Adds what the teacher's logits say, and its hidden states and attentions if asked to, to the task loss.
 
     ``distill_task * task + distill_logits * T**2 * KL + distill_hidden * MSE + distill_attention * MSE`` (Hinton et
-    al. 2015; the form of the PruneOFA recipes). Several logits, as for spans of text, count in equal parts; one output
-    per example (regression) is compared by its squared difference.
+    al. 2015; the form of the PruneOFA recipes). Several logits, as for spans of text, count in equal parts, or in full
+    with ``distill_sum``; one output per example (regression) is compared by its squared difference.
     """
 
     name = "logits"
@@ -42,12 +49,16 @@ class LogitsDistiller(Distiller):
 
     def compare_logits(self, mine: Outputs, theirs: Outputs, task: torch.Tensor) -> torch.Tensor:
         terms = []
-        for ours, target, tokens in compared(mine, theirs):
-            if ours.shape[-1] == 1:
+        for ours, target, tokens in compared(mine, theirs, late=True):
+            if isinstance(ours, Late):
+                from .engine.vocabulary import divergence as late_divergence  # executes torch, which a list does not
+
+                terms.append(late_divergence(ours, target, self.config.distill_temperature, tokens))
+            elif ours.shape[-1] == 1:
                 terms.append(mean_square(ours, target, None))
             else:
                 terms.append(divergence(ours, target, self.config.distill_temperature, tokens))
-        return torch.stack(terms).mean()
+        return torch.stack(terms).sum() if self.config.distill_sum else torch.stack(terms).mean()
 
     def objective(self, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         return self.config.distill_task * loss + total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import weakref
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import HeadPruningError
-from ..outputs import Outputs
+from ..outputs import LastLayer, Outputs
 from ..pruner import SessionView
 from ..unit_map import UnitMap
 
@@ -66,9 +67,11 @@ class Teacher:
             self._follow()
             self._recorder.live = True
             try:
-                with torch.no_grad():
+                last = None if outputs.last is None else LastLayer.of(self.model, outputs.last.find)
+                with torch.no_grad(), contextlib.nullcontext() if last is None else last.left_out():
                     raw = outputs.call(self.model)
-                self._answer = dataclasses.replace(self._recorder.take(outputs.tokens), raw=raw, args=(), kwargs={})
+                seen = self._recorder.take(outputs.tokens)
+                self._answer = dataclasses.replace(seen, raw=raw, last=last, args=(), kwargs={})
             finally:
                 self._recorder.live = False
             self._asked = weakref.ref(outputs, self._forget)

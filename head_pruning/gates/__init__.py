@@ -6,13 +6,13 @@ from ..lazy import exports
 
 if TYPE_CHECKING:
     from .engine.bank import GateBank, HeadGate
-    from .subset import SoftTopK, gumbel, hard_top_k, plan_rounds
+    from .engine.top_k import SoftTopK, gumbel, hard_top_k, plan_rounds
 
 __all__ = ["GateBank", "HeadGate", "SoftTopK", "gumbel", "hard_top_k", "plan_rounds"]
 __getattr__ = exports(
     __name__,
     {
         **dict.fromkeys(("GateBank", "HeadGate"), "engine.bank"),
-        **dict.fromkeys(("SoftTopK", "gumbel", "hard_top_k", "plan_rounds"), "subset"),
+        **dict.fromkeys(("SoftTopK", "gumbel", "hard_top_k", "plan_rounds"), "engine.top_k"),
     },
 )

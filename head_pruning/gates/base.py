@@ -16,7 +16,7 @@ from ..options import require
 from ..pruner import Pruner, SessionView
 from ..unit_map import NUMBERED
 from .adam import GateAdam
-from .subset import Rounds, hard_top_k, plan_rounds
+from .engine.top_k import Rounds, hard_top_k, plan_rounds
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +51,42 @@ class UnitsConfig:
 
 
 @dataclass
-class HeadGateConfig(HeadCountConfig):
-    """Options of every method that learns gates."""
+class BudgetConfig(UnitsConfig, HeadCountConfig):
+    """Options of every method that ranks heads and units and keeps the first of them: how many these are."""
 
-    pruning_lr: float = field(default=0.2, metadata={"help": "learning rate of the gate logits (Adam)"})
+    keep_share: Optional[float] = field(
+        default=None,
+        metadata={"help": "keep this share of the heads, and of the units, in the place of num_of_heads"},
+    )
+    keep_macs: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "keep heads and units of at most this share of their multiply-accumulates, in the place of "
+            "num_of_heads"
+        },
+    )
+    macs_length: int = field(
+        default=128, metadata={"help": "tokens of an example, where multiply-accumulates are counted"}
+    )
+
+
+@dataclass
+class JointConfig:
+    """The option of every method that may leave the model as it is."""
+
     joint_pruning: bool = field(
         default=False,
         metadata={
             "help": "train the model together with the gates; without it only the gates are trained (pipelined)"
         },
     )
+
+
+@dataclass
+class HeadGateConfig(JointConfig, HeadCountConfig):
+    """Options of every method that learns gates."""
+
+    pruning_lr: float = field(default=0.2, metadata={"help": "learning rate of the gate logits (Adam)"})
     gate_clip_norm: float = field(
         default=1.0, metadata={"help": "clip the gradient norm of the gate logits, apart from the model's; 0: never"}
     )
@@ -90,15 +116,15 @@ class HeadPruner(Pruner):
         super().attach(session)
         assert session.unit_map is not None  # the session refuses pruners of heads without one
         self.unit_map = session.unit_map
-        self.rounds = self._plan_rounds() if isinstance(self.config, HeadCountConfig) else None
+        count = self.config.num_of_heads if isinstance(self.config, HeadCountConfig) else None
+        self.rounds = None if count is None else self.plan(count)
         self.final: Optional[np.ndarray] = None
 
-    def _plan_rounds(self) -> Optional[Rounds]:
-        if self.config.num_of_heads is None:
-            return None
+    def plan(self, count: int) -> Rounds:
+        """How ``count`` heads are chosen, with the minimum of each group; HeadPruningError if that cannot be."""
         return plan_rounds(
             self.unit_map.num_heads,
-            self.config.num_of_heads,
+            count,
             rows=self.unit_map.rows(),
             kinds=list(self.unit_map.kinds().values()),
             min_per_row=self.config.min_heads_per_layer,
@@ -119,10 +145,18 @@ class HeadPruner(Pruner):
     def head_mask(self) -> HeadMask:
         return HeadMask(self.unit_map, self.keep() if self.final is None else self.final)
 
-    def top_k(self, scores: np.ndarray) -> np.ndarray:
-        """``bool[N]``: the ``num_of_heads`` heads of highest score (``[N]``), with the minimum of each group."""
-        assert self.rounds is not None  # methods that use it require num_of_heads
-        return hard_top_k(scores, self.rounds)
+    def top_k(self, scores: np.ndarray, rounds: Optional[Rounds] = None) -> np.ndarray:
+        """``bool[N]``: the heads of highest score (``[N]``) that ``rounds`` choose; default: ``num_of_heads`` of them,
+        with the minimum of each group.
+        """
+        rounds = rounds or self.rounds
+        assert rounds is not None  # methods that use it require num_of_heads
+        return hard_top_k(scores, rounds)
+
+    def require_count(self) -> None:
+        """Raise unless the number of heads to keep was given."""
+        if self.config.num_of_heads is None:
+            raise HeadPruningError(f"{self.name} needs the number of heads to keep; add --num-of-heads K.")
 
     def harden(self) -> None:
         self.final = self.keep()
@@ -282,11 +316,6 @@ class HeadGatePruner(HeadPruner):
 
     def keep(self) -> np.ndarray:
         return self.top_k(self.logits)
-
-    def require_count(self) -> None:
-        """Raise unless the number of heads to keep was given."""
-        if self.config.num_of_heads is None:
-            raise HeadPruningError(f"{self.name} needs the number of heads to keep; add --num-of-heads K.")
 
     def state_dict(self) -> dict[str, np.ndarray]:
         state = {"logits": self.logits.copy(), "counts": np.array([self.clipped_steps, self.skipped_steps], float)}

@@ -15,7 +15,8 @@ from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import log_linear, resolve_steps
 from .base import HeadGateConfig, HeadGatePruner
-from .subset import SoftTopK, gumbel
+from .engine.top_k import SoftTopK, gumbel
+from .falling_count import CountConfig, FallingCount
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _SHORT = {"annealing": True, "initial_temperature": 10.0, "final_temperature": D
 
 
 @dataclass
-class DSPConfig(HeadGateConfig):
+class DSPConfig(CountConfig, HeadGateConfig):
     """Options of DSP."""
 
     annealing: bool = field(
@@ -64,6 +65,13 @@ class DSPConfig(HeadGateConfig):
             "trains on with the K heads that stay"
         },
     )
+    anneal_noise: bool = field(
+        default=False,
+        metadata={
+            "help": "let the Gumbel noise fall with the temperature: below 1 it is multiplied with it, so that the "
+            "last draws are the heads that stay"
+        },
+    )
 
 
 def _names_schedule(options: Mapping[str, Any]) -> bool:
@@ -75,13 +83,17 @@ def _unsaid(value: Any) -> bool:
     return value is None or value is False
 
 
-class DSPPruner(HeadGatePruner):
+class DSPPruner(FallingCount, HeadGatePruner):
     """Keeps exactly K heads: a relaxed subset of the perturbed logits whose temperature falls."""
 
     name = "dsp"
     bert_defaults = {**HeadGatePruner.bert_defaults, "initial_temperature": 1000.0, "cooldown_steps": 25000}
     schedule_option = "cooldown_steps"
-    state_shapes = {**HeadGatePruner.state_shapes, "schedule": (Whole(), STEP)}
+    state_shapes = {
+        **HeadGatePruner.state_shapes,
+        **FallingCount.state_shapes,
+        "schedule": (Whole(), STEP),
+    }
 
     def __init__(self, config: DSPConfig) -> None:
         defaults: dict[str, Any] = _PUBLISHED if _names_schedule(vars(config)) else _SHORT
@@ -107,7 +119,6 @@ class DSPPruner(HeadGatePruner):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
-        self.step = 0
         self.cooldown: Optional[int] = None
         self.sample: Optional[SoftTopK] = None
 
@@ -146,7 +157,7 @@ class DSPPruner(HeadGatePruner):
 
     def reset_optimizer(self) -> None:
         super().reset_optimizer()
-        self.step, self.cooldown = 0, None
+        self.cooldown = None
 
     def settled(self, step: int) -> bool:
         """Whether the annealing is over and the logits are frozen.
@@ -160,6 +171,7 @@ class DSPPruner(HeadGatePruner):
             and not self.config.noise_after_cooldown
             and self.config.final_temperature <= DEAD_TEMPERATURE
             and self.temperature(step) == self.config.final_temperature
+            and self.fallen(step)
         )
 
     def draw(self, step: int) -> np.ndarray:
@@ -167,8 +179,10 @@ class DSPPruner(HeadGatePruner):
         if self.settled(step):
             self.sample, self.gradient_norm = None, 0.0
             return self.keep().astype(np.float64)
-        assert self.rounds is not None
-        self.sample = SoftTopK(self.logits + gumbel(self.uniforms(step)), self.rounds, self.temperature(step))
+        temperature, noise = self.temperature(step), gumbel(self.uniforms(step))
+        if self.config.anneal_noise:
+            noise *= min(1.0, temperature)
+        self.sample = SoftTopK(self.logits + noise, self.open_rounds(step), temperature)
         return self.sample.mask
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
@@ -180,9 +194,13 @@ class DSPPruner(HeadGatePruner):
         return self.sample.backward(gradient)
 
     def at_target(self) -> bool:
+        if not super().at_target():
+            return False
         if self.final is not None or not self.config.annealing:
             return True
-        return self.cooldown is not None and self.step + 1 >= self.cooldown
+        # A session that was just loaded has not settled it yet; a fraction is in the state that it loaded.
+        cooldown = self.config.cooldown_steps if self.cooldown is None else self.cooldown
+        return cooldown >= 1 and self.step + 1 >= cooldown
 
     def metrics(self) -> dict[str, float]:
         return {"temperature": self.temperature(self.step), **super().metrics()}

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import HeadPruningError
 from ..registry import register_pruner
 from .base import HeadGateConfig, HeadGatePruner
-from .subset import hard_top_k
+from .engine.top_k import hard_top_k
 
 logger = logging.getLogger(__name__)
 

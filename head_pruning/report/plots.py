@@ -1,5 +1,6 @@
-"""Pictures of head masks and of scores over heads kept."""
+"""Pictures of head masks and of scores over what is kept: PNG, or SVG where the file's name ends so."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
@@ -72,33 +73,40 @@ def plot_scores(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     path: "str | Path",
     *,
-    dense: tuple[str, float],
     score: str,
-    total: float,
+    dense: Optional[tuple[str, float]] = None,
+    total: Optional[float] = None,
     spread: Optional[Mapping[str, Sequence[tuple[float, float, float]]]] = None,
     unit: str = "heads",
+    front: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Score over what is kept, one line per method.
 
     Args:
         curves: method to its (heads kept, score) points.
-        path: the PNG to write.
-        dense: label and score of the unpruned model, drawn as a level line.
+        path: the PNG or SVG to write.
         score: name of the score, for the axis.
-        total: number of heads of the unpruned model.
-        unit: what is kept, such as ``% of the weights`` (then ``total`` is 100).
+        dense: label and score of the unpruned model, drawn as a level line.
+        total: number of heads of the unpruned model; None where the axis is no count of what is kept.
         spread: method to its (heads kept, lowest, highest) of several runs, drawn as bars.
+        unit: what is kept, such as ``% of the weights`` (then ``total`` is 100), or without ``total`` the axis.
+        front: the points that no other beats in both, drawn as a broad band.
     """
     figure = _figure(6.4, 5.0)
     panel = figure.subplots()
-    panel.axhline(dense[1], color="#888888", linestyle=":", label=f"{dense[0]} ({total} {unit})")
-    for marker, (name, points) in zip("osD^vP*X<>", curves.items()):
+    if dense is not None:
+        panel.axhline(dense[1], color="#888888", linestyle=":", label=dense[0] + (f" ({total} {unit})" * bool(total)))
+    if len(front) > 1:
+        where, best = zip(*sorted(front))
+        panel.plot(where, best, color="#e3c565", linewidth=8, alpha=0.5, label="Pareto front", zorder=1)
+    for marker, (name, points) in zip(itertools.cycle("osD^vP*X<>"), curves.items()):
         points = sorted(points)
         (line,) = panel.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=5, label=name)
         for heads, low, high in (spread or {}).get(name, ()):
             panel.vlines(heads, low, high, color=line.get_color(), alpha=0.6)
-    panel.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
-    panel.set(xlabel=f"{unit} kept of {total}", ylabel=score)
+    if total is not None:
+        panel.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
+    panel.set(xlabel=unit if total is None else f"{unit} kept of {total}", ylabel=score)
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     _save(figure, path)
@@ -111,5 +119,12 @@ def _square(x: float, y: float, **style: Any) -> "Rectangle":
 
 
 def _save(figure: "Figure", path: "str | Path") -> None:
-    with atomic_path(Path(path).with_suffix(".png")) as temporary:
+    path = Path(path)
+    if path.suffix == ".svg":
+        from matplotlib import rc_context
+
+        with atomic_path(path) as temporary, rc_context({"svg.hashsalt": path.name}):
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+        return
+    with atomic_path(path.with_suffix(".png")) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Software": None})

@@ -33,6 +33,7 @@ REPORT = {
     "sparsity?": dict,
     "versions?": dict,
     "weights?": _WEIGHTS,
+    "kept_heads_by_site?": {str: [Whole()]},
 }
 
 

@@ -1,28 +1,13 @@
-"""Pruning by magnitude: on PLATON's schedule, and gradually per tensor (Zhu and Gupta 2017)."""
+"""Pruning by magnitude, on PLATON's schedule."""
 
 from __future__ import annotations
 
-import logging
-import math
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
 import torch
 
-from ..compact.shapes import STEP, Either
-from ..errors import HeadPruningError
-from ..options import require
-from ..pruner import SessionView
 from ..registry import register_pruner
-from ..schedules import STEPS, gradual_sparsity, resolve_steps
-from .base import MaskConfig, WeightPruner
+from .base import WeightPruner
 from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.portions import Portion
-
-logger = logging.getLogger(__name__)
-
-_STEPS = ("begin_pruning_step", "end_pruning_step", "policy_begin_step", "policy_end_step")
 
 
 class MagnitudeScores(WeightPruner):
@@ -41,138 +26,4 @@ class MagnitudePruner(MagnitudeScores, CubicPruner):
     name = "magnitude"
 
 
-@dataclass
-class GradualConfig(MaskConfig):
-    """Options of gradual magnitude pruning."""
-
-    target_sparsity: float = field(default=0.0, metadata={"help": "ratio of weights removed at the end, 0 to 1"})
-    initial_sparsity: float = field(default=0.0, metadata={"help": "ratio of weights removed at first, 0 to 1"})
-    threshold_decay: float = field(
-        default=0.0, metadata={"help": "weight of the previous threshold of a tensor in its next, 0 to below 1"}
-    )
-    pruning_frequency: int = field(default=100, metadata={"help": "updates from one mask to the next"})
-    begin_pruning_step: float = field(
-        default=0, metadata={"help": "first update (from 0) with a mask; below 1: a fraction of training"}
-    )
-    end_pruning_step: float = field(
-        default=-1,
-        metadata={"help": "last update that may move masks; below 1: a fraction of training; -1: never frozen"},
-    )
-    policy_begin_step: float = field(
-        default=0, metadata={"help": "update from which the sparsity rises; below 1: a fraction of training"}
-    )
-    policy_end_step: float = field(
-        default=1000, metadata={"help": "update by which the target is reached; below 1: a fraction of training"}
-    )
-
-
-class GradualMagnitudePruner(MagnitudeScores):
-    """Prunes the smallest weights of each tensor, a few more at each mask; pruned ones may come back."""
-
-    name = "gradual_magnitude"
-    inclusive = True
-    default_selection, default_policy = "tensor", "retained"
-    first_step = 0
-    schedule_option = "policy_end_step"
-    state_shapes = {**MagnitudeScores.state_shapes, "schedule": Either((), (STEP,) * len(_STEPS))}
-
-    def check_options(self) -> None:
-        super().check_options()
-        for option in ("target_sparsity", "initial_sparsity"):
-            require(self.config, option, lambda value: 0 <= value <= 1, "a removed ratio from 0 to 1")
-        require(self.config, "threshold_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
-        require(self.config, "pruning_frequency", lambda value: value >= 1, "1 or more updates")
-        for option in _STEPS:
-            if option != "end_pruning_step" or self.config.end_pruning_step != -1:
-                require(self.config, option, lambda value: value >= 0, STEPS)
-        self._target = self.config.target_sparsity
-        if self.selection.density is not None:
-            fixed = 1.0 - self.selection.density  # up to float error: 7:10 removes 0.3
-            if self._target and not math.isclose(self._target, fixed):
-                raise HeadPruningError(
-                    f"--weight-selection {self.config.weight_selection} removes {fixed:g} of the weights, which "
-                    f"contradicts --target-sparsity {self._target}; leave one of them out."
-                )
-            self._target = fixed
-        if self._target <= 0:
-            raise HeadPruningError("--target-sparsity is 0, so nothing would be pruned; give a ratio such as 0.9.")
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "target_sparsity": self._target}
-
-    def attach(self, session: SessionView) -> None:
-        self.steps: dict[str, int] = {}
-        super().attach(session)
-
-    def plan(self) -> None:
-        total = self.session.total_steps
-        for name in _STEPS:
-            value = getattr(self.config, name)
-            if name not in self.steps:
-                never = name == "end_pruning_step" and value == -1
-                self.steps[name] = -1 if never else resolve_steps(value, total, f"--{name.replace('_', '-')}")
-        if total and self.steps["policy_end_step"] >= total:
-            logger.warning(
-                "the sparsity rises until update %d but training has %d: the model will not be trained at the target; "
-                "lower --policy-end-step",
-                self.steps["policy_end_step"],
-                total,
-            )
-
-    def before_update(self, step: int) -> None:
-        super().before_update(step)
-        fresh = not self.has_mask and self.t == self.first_step - 1
-        if fresh and (self.config.initial_sparsity or self.config.threshold_decay):
-            self.mask_now(1.0 - self.config.initial_sparsity)
-
-    def _sparsity(self, t: int) -> float:
-        return gradual_sparsity(
-            t,
-            initial=self.config.initial_sparsity,
-            final=self._target,
-            begin=self.steps["policy_begin_step"],
-            end=self.steps["policy_end_step"],
-        )
-
-    def density_at(self, t: int) -> float:
-        return 1.0 - self._sparsity(t)
-
-    def due(self, t: int) -> bool:
-        begin, end = self.steps["begin_pruning_step"], self.steps["end_pruning_step"]
-        return t >= begin and (end == -1 or t <= end) and (t - begin) % self.config.pruning_frequency == 0
-
-    def final_at(self, t: int) -> bool:
-        return t >= self.steps["policy_end_step"]
-
-    def final_density(self) -> float:
-        return 1.0 - self._target
-
-    def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
-        decay = self.config.threshold_decay
-        if not decay:
-            return super().threshold(name, score, k)
-        # As in the published code: it starts from 0, and from the smallest score less 1 where nothing is pruned.
-        new = score.min() - 1.0 if k == 0 else super().threshold(name, score, k)
-        past = self.storage.thresholds
-        past[name] = decay * past.get(name, torch.zeros_like(new)) + (1.0 - decay) * new
-        return past[name]
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        # Steps may have been given as fractions: a resumed run keeps those that it was started with.
-        settled = [float(self.steps.get(name, -1)) for name in _STEPS] if self.steps else []
-        return {**super().state_dict(), "schedule": np.array(settled)}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        super().load_state_dict(state)
-        for name, step in zip(_STEPS, state["schedule"]):
-            if 0 < getattr(self.config, name) < 1:
-                self.steps[name] = int(step)
-
-
 register_pruner(name="magnitude", config=CubicConfig, pruner=MagnitudePruner, example=EXAMPLE)
-register_pruner(
-    name="gradual_magnitude",
-    config=GradualConfig,
-    pruner=GradualMagnitudePruner,
-    example={"target_sparsity": 0.8, "pruning_frequency": 2, "policy_end_step": 0.7},
-)

@@ -2,7 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Optional, Sequence
+
+from head_pruning import HeadPruningError
+from head_pruning.options import MACS_PER_ROUND, require
 
 from .fields import GlueArguments, ModelArguments
 from .old_flags import MICHEL_SPELLINGS, add_legacy_flags
@@ -41,6 +45,13 @@ class MichelArguments(ModelArguments):
     seed: int = field(default=42, metadata={"help": "seed"})
     no_cuda: bool = field(default=False, metadata={"help": "run on the CPU", "aliases": ["--use_cpu"]})
     num_of_heads: int = field(default=12, metadata={"help": "heads (or units) to remove per round"})
+    macs_per_round: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share of the multiply-accumulates of all heads and units (at max_seq_length tokens) to remove "
+            "per round, in the place of num_of_heads"
+        },
+    )
     exact_pruning: bool = field(default=False, metadata={"help": "measure the importance anew after every round"})
     prune_units: str = field(
         default="heads",
@@ -72,7 +83,7 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
     notes: list[str] = []
     fields = {f.name: f for f in dataclasses.fields(MichelArguments) if f.name != "notes"}
     model = [f.name for f in dataclasses.fields(ModelArguments)]
-    pruning = ["num_of_heads", *list(fields)[list(fields).index("exact_pruning") :]]
+    pruning = list(fields)[list(fields).index("num_of_heads") :]
     groups = {
         "model": model,
         "data and run": [name for name in fields if name not in (*model, *pruning)],
@@ -86,6 +97,10 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
     add_legacy_flags(parser, notes, MICHEL_SPELLINGS)
     given = parser.parse_set(argv)
     require_positive(given, "max_seq_length", "batch_size", "num_of_heads", "max_train_samples")
+    if given.get("macs_per_round") is not None:
+        require(SimpleNamespace(**given), *MACS_PER_ROUND)
+        if "num_of_heads" in given:
+            raise HeadPruningError("--num_of_heads and --macs_per_round both say what a round removes; give one.")
     if given.get("data_subset", -1) != -1:
         require_positive(given, "data_subset")
     return MichelArguments(**subset(given, fields.values()), notes=notes)

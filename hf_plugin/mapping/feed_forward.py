@@ -7,7 +7,7 @@ from torch import nn
 from head_pruning import AttentionSite, FeedForwardSite
 from head_pruning.compact.hooks import is_silent
 
-from .layouts import FEED_FORWARD_LAYOUTS, features, find_parts, parse_layout, widths
+from .layouts import FEED_FORWARD_LAYOUTS, features, find_parts, first_fit, parse_layout, widths
 from .module_tree import Tree
 
 LAYOUTS = tuple(parse_layout(line) for line in FEED_FORWARD_LAYOUTS)
@@ -63,7 +63,7 @@ def feed_forward_sites(
     taken: set[int] = set()
     sites = []
     for name, module in tree.modules.items():
-        parts = next((found for layout in LAYOUTS if (found := find_parts(module, layout))), None)
+        parts = first_fit(module, LAYOUTS)
         if parts is None or not keep(name):
             continue
         first, last = (module.get_submodule(parts[role]) for role in ("in", "out"))

@@ -1,7 +1,7 @@
 """How attention and feed-forward modules name their projections: adding a layout is adding a line."""
 
 import re
-from typing import Mapping, Optional
+from typing import Mapping, Optional, Sequence
 
 from torch import nn
 
@@ -135,15 +135,16 @@ def parse_layout(line: str) -> dict[str, tuple[str, ...]]:
 
 
 def _projection(module: nn.Module, dotted: str) -> Optional[str]:
-    found: Optional[nn.Module] = module
+    found = module
     for part in dotted.split("."):
-        found = found._modules.get(part) if found is not None else None
+        inner = found._modules.get(part)
+        if inner is None:
+            return None
+        found = inner
     if features(found) is not None:
         return dotted
     # Some models wrap each projection, e.g. to clip what goes in.
-    if found is not None and features(found._modules.get("linear")) is not None:
-        return f"{dotted}.linear"
-    return None
+    return f"{dotted}.linear" if features(found._modules.get("linear")) is not None else None
 
 
 def find_parts(module: nn.Module, layout: Mapping[str, tuple[str, ...]]) -> Optional[dict[str, str]]:
@@ -155,3 +156,10 @@ def find_parts(module: nn.Module, layout: Mapping[str, tuple[str, ...]]) -> Opti
             return None
         parts[role] = name
     return parts
+
+
+def first_fit(module: nn.Module, layouts: Sequence[Mapping[str, tuple[str, ...]]]) -> Optional[dict[str, str]]:
+    """:func:`find_parts` of the first layout that fits; most modules of a model have no parts and fit none."""
+    return (
+        next((parts for layout in layouts if (parts := find_parts(module, layout))), None) if module._modules else None
+    )

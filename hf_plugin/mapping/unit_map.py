@@ -16,7 +16,7 @@ from .experts import expert_sites
 from .feed_forward import feed_forward_outputs, feed_forward_sites
 from .head_counts import count_heads
 from .head_plans import plan_site
-from .layouts import ATTENTION_LAYOUTS, features, find_parts, parse_layout
+from .layouts import ATTENTION_LAYOUTS, features, find_parts, first_fit, parse_layout
 from .module_tree import Tree
 
 LAYOUTS = tuple(parse_layout(line) for line in ATTENTION_LAYOUTS)
@@ -144,7 +144,7 @@ def _candidates(tree: Tree) -> list[tuple[str, dict[str, nn.Module]]]:
     """Name and projections of each module that fits a layout; a projection belongs to the innermost of them."""
     found: list[tuple[str, dict[str, nn.Module]]] = []
     for name, module in tree.modules.items():
-        relative = next((parts for layout in LAYOUTS if (parts := find_parts(module, layout))), None)
+        relative = first_fit(module, LAYOUTS)
         if relative is not None and relative["out"] not in feed_forward_outputs(module):
             found.append((name, {role: module.get_submodule(dotted) for role, dotted in relative.items()}))
     taken: set[int] = set()
@@ -216,7 +216,7 @@ class Unmapped:
 
 def _parts(module: nn.Module) -> tuple[str, list[str]]:
     """The best guess of the output projection, the last that is called so or the last one, and of the others."""
-    known = next(filter(None, (find_parts(module, layout) for layout in LAYOUTS)), None)
+    known = first_fit(module, LAYOUTS)
     if known is not None:
         return known["out"], [part for role, part in known.items() if role != "out"]
     inside = [name for name, child in module.named_modules() if name and features(child) is not None]

@@ -13,7 +13,7 @@ import torch.distributed
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
 from head_pruning.compact.shapes import Either, conform
@@ -275,6 +275,9 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 "HeadPruningTrainer opens one on each model)."
             )
         self.session.total_steps = state.max_steps
+        self.session.warmup_steps = (
+            args.get_warmup_steps(state.max_steps) if args.lr_scheduler_type == SchedulerType.LINEAR else None
+        )
         for notice in notices_on(self.session.model):
             notice.in_checkpoints = True  # on_save() sees to it
         self._saved_step = None

@@ -224,7 +224,7 @@ def read_tensor_state(folder: "str | Path", step: int) -> dict[str, torch.Tensor
     written = metadata.get("step")
     if written != str(step):
         raise HeadPruningError(
-            f"{path} is of update {written} but its {TRAINER_STATE_NAME} of update {step}; resume from another "
-            "checkpoint."
+            f"{path} is of update {one_line(ValueError(written)):.40} but its {TRAINER_STATE_NAME} of update {step}; "
+            "resume from another checkpoint."
         )
     return state

@@ -119,3 +119,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, new):
     with pytest.raises(HeadPruningError, match="holds code, of which nothing was run") as told:
         load_pickled("code.pt")
     assert "weights_only" not in str(told.value) and not (tmp_path / "ran").exists()
+
+
+def test_what_a_refusal_quotes_breaks_no_line_and_obeys_no_terminal():
+    assert str(HeadPruningError("of update c\x1d\x85\u2028\x1b[2J\r here,\nthe lines\tof ours")) == (
+        "of update c\\x1d\\x85\\u2028\\x1b[2J\\r here,\nthe lines\\tof ours"
+    )

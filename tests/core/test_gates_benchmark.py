@@ -17,8 +17,13 @@ def test_json_is_one_object_with_the_promised_keys(repo):
     slow, fast = results["topk_autograd_ms_n144_k132"], results["topk_ms_n144_k132"]
     assert results["topk_speedup_n144_k132"] == pytest.approx(slow / fast, rel=1e-2)
     assert 0 < results["topk_ms_saturated_n144_k132"] and slow > 0
+    exact = [results[f"subset_ms_n144_k{k}"] for k in (12, 72, 132)]
+    assert results["subset_over_dsp_n144_k132"] == pytest.approx(exact[-1] / fast, rel=0.05)
+    # Far from what is measured (0.1; within 1.2 of each other): other programs may take turns here, too.
+    assert results["subset_over_dsp_n144_k132"] < 1 and max(exact) < 4 * min(exact)
 
 
+@pytest.mark.slow
 def test_table_has_a_line_per_size(repo):
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.gates", "--repeats", "1"],

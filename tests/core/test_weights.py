@@ -15,6 +15,7 @@ from head_pruning import AttentionSite, FeedForwardSite, HeadPruningError, Pruni
 from head_pruning.registry import get_method, methods, option_fields
 from head_pruning.weights import load_weight_masks, save_weight_masks, weight_targets
 from head_pruning.weights.engine.portions import cut_into_portions, each
+from tests.few import few
 
 TOTAL = 24
 CUBIC = {"final_threshold": 0.3, "warmup_steps": 4, "initial_warmup": 1, "final_warmup": 1, "deltaT": 3}
@@ -216,7 +217,7 @@ def test_an_early_end_gives_the_final_density(toy):
     assert zeros(pruner) == int(number * 0.7) - 1 and session.at_target()
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", few(OPTIONS, "platon, nested", "gradual_magnitude"))
 def test_resume_is_bit_equal(toy, case):
     """Killed after each of some updates: before masks, within windows, in the final phase, after the end."""
     model, optimizer, session, _ = start(toy, case)
@@ -482,7 +483,7 @@ def test_nothing_to_prune_is_no_crash(toy, first, last):
     assert zeros(pruner) == 0 and session.at_target()
 
 
-@pytest.mark.parametrize("name", ["platon", "magnitude", "random_weights"])
+@pytest.mark.parametrize("name", few(["platon", "magnitude", "random_weights"], "platon"))
 def test_portions_side_by_side_give_the_same(toy, name, monkeypatch):
     def trained(threads: int) -> list[torch.Tensor]:
         model, optimizer, session, _ = start(toy, name)

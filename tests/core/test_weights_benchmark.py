@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_json_has_the_promised_keys(repo):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.pruner_step", "--json", "--threads", "1", "--rounds", "2",

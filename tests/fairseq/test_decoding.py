@@ -103,8 +103,8 @@ def validated(line, capsys) -> str:
     [
         ("pruned", "--head-mask-file {file}", "has a head mask of its own"),
         ("dense", "--head-mask-file nowhere.safetensors", "There is no file nowhere.safetensors"),
-        ("dense", "--num-of-heads 4", "--num-of-heads takes a training"),
-        ("dense", "--num-of-heads 4 --pruner random", "takes a training"),
+        pytest.param("dense", "--num-of-heads 4", "--num-of-heads takes a training", marks=pytest.mark.slow),
+        pytest.param("dense", "--num-of-heads 4 --pruner random", "takes a training", marks=pytest.mark.slow),
         ("dense", "--annealing", "--annealing takes a training"),
         ("dense", "--head-mask-file {file} --weight-pruner lock", "--weight-pruner"),
         (
@@ -128,7 +128,7 @@ def test_options_of_the_stored_run_are_not_those_of_the_command(models):
     assert "--num-of-heads takes a training" in sentence_of(caught.value)
 
 
-@pytest.mark.parametrize("last", [(0, 2), ()])
+@pytest.mark.parametrize("last", [(0, 2), pytest.param((), marks=pytest.mark.slow)])
 def test_alignments_are_those_of_the_heads_that_stay(translation, models, capsys, last):
     file, compact = models.masked(f"last{len(last)}", last)
     found = []

@@ -14,6 +14,7 @@ from tests.fairseq.command_lines import DSP
 from tests.fairseq.in_process import in_process
 from tests.fairseq.runner import Runner, logged
 from tests.fairseq.test_weights import KEPT_OF_LEFT, PLATON, UPDATES, nonzero, pruned_of
+from tests.few import few
 
 english = test_other_tasks.text  # a fixture
 LOSS = "--distill-logits 0.5 --distill-temperature 3 --distill-hidden 0.2"
@@ -64,7 +65,7 @@ def step(trainer, sample):
     return float(total), float(loss), sample, size
 
 
-@pytest.mark.parametrize("average", ["", "--sentence-avg"])
+@pytest.mark.parametrize("average", few(["", "--sentence-avg"], ""))
 def test_the_objective(translation, teacher, tmp_path, average):
     options = f"--dropout 0 --criterion cross_entropy --teacher-path {teacher} {average}"
     bleu = "--eval-bleu --eval-bleu-args {} --eval-bleu-detok space"
@@ -134,7 +135,7 @@ def test_resumed(beside, translation, teacher, runner, tmp_path):
     same(read(first)["extra_state"]["head_pruning"], read(second)["extra_state"]["head_pruning"])
 
 
-@pytest.mark.parametrize("task", MODELS)
+@pytest.mark.parametrize("task", few(MODELS, "language_modeling"))
 def test_tasks_of_one_language(english, tmp_path, task):
     def line(*options):
         return test_other_tasks.command(english, tmp_path, f"{task}_head_pruning", MODELS[task], *options)

@@ -10,16 +10,25 @@ from tests.fairseq.in_process import in_process
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--num-of-heads 25 --joint-pruning", "more than the 24 heads"),
         ("--num-of-heads 0 --joint-pruning", "from 1 to 24"),
-        ("--num-of-heads 4 --use-ste --l0-penalty 5 --joint-pruning", "choose one with --pruner"),
-        ("--num-of-heads 4 --pruner nothing", "no pruner nothing; choose one of dsp"),
-        ("--annealing --joint-pruning", "no pruner is chosen"),
+        pytest.param(
+            "--num-of-heads 4 --use-ste --l0-penalty 5 --joint-pruning",
+            "choose one with --pruner",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--num-of-heads 4 --pruner nothing", "no pruner nothing; choose one of dsp", marks=pytest.mark.slow
+        ),
+        pytest.param("--annealing --joint-pruning", "no pruner is chosen", marks=pytest.mark.slow),
         ("--pruner dsp --annealing --joint-pruning", "add --num-of-heads"),
-        (f"{DSP} --min-heads-per-layer 1", "only 4 are kept"),
+        pytest.param(f"{DSP} --min-heads-per-layer 1", "only 4 are kept", marks=pytest.mark.slow),
         (f"{DSP} --final-temperature 0", "must be above 0"),
-        (f"{DSP} --annealing --initial-temperature 1e-9", "is below --final-temperature 1e-08, but annealing lowers"),
-        ("--pruner voita", "add --l0-penalty"),
+        pytest.param(
+            f"{DSP} --annealing --initial-temperature 1e-9",
+            "is below --final-temperature 1e-08, but annealing lowers",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("--pruner voita", "add --l0-penalty", marks=pytest.mark.slow),
     ],
 )
 def test_bad_options(translation, tmp_path, options, words):
@@ -31,7 +40,7 @@ def test_bad_options(translation, tmp_path, options, words):
     "options, words",
     [
         ("--num-of-heads 25 --joint-pruning", "more than the 24 heads"),
-        (f"{DSP} --cooldown-steps -3", "--cooldown-steps"),
+        pytest.param(f"{DSP} --cooldown-steps -3", "--cooldown-steps", marks=pytest.mark.slow),
         (f"{DSP} --cooldown-steps 0.5 --max-update 0", "whose length is not known"),
         ("--num-of-heads 4 --annealing", "no checkpoint was loaded"),
         pytest.param(
@@ -40,8 +49,16 @@ def test_bad_options(translation, tmp_path, options, words):
             marks=pytest.mark.slow,
         ),
         (f"{DSP} --lr 1e38 --warmup-init-lr 1e38", "is not finite after 1 updates; lower --lr"),
-        (f"{DSP} --lr 1e38 --warmup-init-lr 1e38 --weight-decay 3.3 --max-update 1", "is not finite after 1 updates"),
-        (f"{DSP} --fp16 --fp16-no-flatten-grads --fp16-init-scale 4 --min-loss-scale 2 --lr 1e4", "bf16 in"),
+        pytest.param(
+            f"{DSP} --lr 1e38 --warmup-init-lr 1e38 --weight-decay 3.3 --max-update 1",
+            "is not finite after 1 updates",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            f"{DSP} --fp16 --fp16-no-flatten-grads --fp16-init-scale 4 --min-loss-scale 2 --lr 1e4",
+            "bf16 in",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_command_ends_with_one_sentence(runner, translation, tmp_path, options, words):

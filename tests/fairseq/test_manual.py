@@ -212,6 +212,7 @@ def test_voita(manual):
     check_pruned(manual, "voita_checkpoints", "checkpoint_last.pt", GENERATE_VOITA)
 
 
+@pytest.mark.slow
 def test_pipelined(manual):
     save_dir = "dropout_checkpoints/pipelined"
     # The dense model has two epochs, so this is one: half of it, although fairseq goes on counting epochs.

@@ -2,9 +2,7 @@
 
 import json
 import shlex
-import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from tests import forked
 from tests.fairseq.command_lines import HEADS
 from tests.fairseq.runner import PLUGIN
 from tests.fairseq.test_host import LANGUAGE, untrained  # noqa: F401  (a fixture)
+from tests.few import few
 
 # The manual's line; what follows it is appended.
 MANUAL = """-s de -t en -a transformer_iwslt_de_en --restore-file {checkpoint}
@@ -46,7 +45,7 @@ def _command(data, dense, save_dir, *more):
 
 
 def _run(command):
-    return forked.run("fairseq", command)
+    return forked.run("fairseq_plugin", command)
 
 
 #: Options of a run that takes a second: the full model, one round of importance, and the last.
@@ -88,14 +87,9 @@ def test_the_manuals_command_prunes_round_by_round(data, dense, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_rounds(data, dense, tmp_path):
     options = ("--max-len-b", "5", "--beam", "1")
     assert _run(_command(data, dense, tmp_path / "whole", *options)).returncode == 0
-    process = forked.Command("fairseq", _command(data, dense, tmp_path / "killed", *options))
+    process = forked.Command("fairseq_plugin", _command(data, dense, tmp_path / "killed", *options))
     report = tmp_path / "killed" / "michel_rounds.json"
-    deadline = time.monotonic() + 120
-    while not (report.exists() and len(_rounds(tmp_path / "killed")) >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill_once(lambda: report.exists() and len(_rounds(tmp_path / "killed")) >= 2)
     before = len(_rounds(tmp_path / "killed"))
     assert before < len(_rounds(tmp_path / "whole"))
     assert _run(_command(data, dense, tmp_path / "killed", *options)).returncode == 0
@@ -164,9 +158,9 @@ def test_rounds_of_other_settings_are_neither_taken_nor_replaced(data, dense, tm
 @pytest.mark.parametrize(
     "change, words",
     [
-        (("--num-of-heads", "99"), "from 1 to 24"),
-        (("--num-of-heads", "0"), "from 1 to 24"),
-        (("--score-at", "four"), "--score-at is four"),
+        pytest.param(("--num-of-heads", "99"), "from 1 to 24", marks=pytest.mark.slow),
+        pytest.param(("--num-of-heads", "0"), "from 1 to 24", marks=pytest.mark.slow),
+        pytest.param(("--score-at", "four"), "--score-at is four", marks=pytest.mark.slow),
         (("--restore-file", "nothing.pt"), "There is no checkpoint nothing.pt"),
     ],
 )
@@ -219,7 +213,7 @@ def _plain(part) -> dict:
     return part if isinstance(part, dict) else vars(part)
 
 
-@pytest.mark.parametrize("name", ["bleu", "sacrebleu", "chrf"])
+@pytest.mark.parametrize("name", few(["bleu", "sacrebleu", "chrf"], "sacrebleu"))
 def test_every_round_is_scored_anew(data, dense, tmp_path, name, capsys):
     """The score of a round is that of its own translations, and not of those of the rounds before."""
     scored = []
@@ -328,3 +322,16 @@ def test_units_are_removed_by_their_importance(data, dense, tmp_path):
     assert mask.unit_map.units == "ffn" and mask.keep.size - mask.kept == 60
     importance = np.array(rounds[1]["importance"])
     assert (importance[mask.keep].min() >= importance[~mask.keep].max()) and importance.max() == 1.0
+
+
+def test_rounds_of_equal_macs(data, dense, tmp_path):
+    line = _command(data, dense, tmp_path, *shlex.split(QUICK), "--prune-units", "both", "--macs-per-round", "0.4")[2:]
+    rounds = run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))
+    found = [entry["macs_percent"] for entry in rounds]
+    assert found[0] == 100 and found[-1] == 0 and len(found) == 4
+    assert 58 < found[1] <= 60 and 18 < found[2] <= 20
+    mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{rounds[1]['heads']}.safetensors")
+    assert mask.words.count(" of ") == 2
+    line += ["--score-at", "4"]
+    with pytest.raises(HeadPruningError, match="--score-at names numbers of heads"):
+        run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))

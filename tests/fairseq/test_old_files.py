@@ -11,6 +11,7 @@ from tests.fairseq.before_rooms.make import END, HERE, OPTIONS, corpus, decoding
 from tests.fairseq.checkpoints import mask_in_state, read
 from tests.fairseq.command_lines import decoded
 from tests.fairseq.runner import PLUGIN, Runner
+from tests.few import few
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def export(source, target, kind, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "both"])
+@pytest.mark.parametrize("name", few([name for name in OPTIONS if name != "both"], "dsp"))
 def test_a_run_goes_on_to_the_end_that_it_had(words, runner, tmp_path, name):
     (tmp_path / "run").mkdir()
     last = unpack(name, tmp_path / "run").rename(tmp_path / "run" / "checkpoint_last.pt")
@@ -53,7 +54,7 @@ def test_a_run_of_heads_and_weights_goes_on_to_the_target_of_what_is_left(words,
     )
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, "compact"])
+@pytest.mark.parametrize("name", few([*OPTIONS, "compact"], "both", "compact"))
 def test_a_checkpoint_decodes_as_it_did(words, runner, tmp_path, name):
     found = decoded(runner.run("generate", decoding(words, unpack(name, tmp_path), PLUGIN)).out)
     expected = json.loads((HERE / "decoded.json").read_text(encoding="utf-8"))[name]

@@ -56,10 +56,24 @@ def test_the_distiller_takes_part_and_can_run_alone(whole, translation, runner, 
     assert not (ends["echo"][name] == ends["dense"][name]).all()
 
 
-@pytest.mark.parametrize("options, sentence", [
-    ("--echo-strength 0.5", "--echo-strength belongs to echo, but no distiller is chosen; drop it or add --distill "),
-    ("--pruner steady", "steady is none of the methods that prune heads; choose it with --weight-pruner steady."),
-    (f"{HEADS} --steadiness 0.5", "--steadiness belongs to steady, but no pruner of weights is chosen; drop it or "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (
+            "--echo-strength 0.5",
+            "--echo-strength belongs to echo, but no distiller is chosen; drop it or add --distill ",
+        ),
+        pytest.param(
+            "--pruner steady",
+            "steady is none of the methods that prune heads; choose it with --weight-pruner steady.",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            f"{HEADS} --steadiness 0.5",
+            "--steadiness belongs to steady, but no pruner of weights is chosen; drop it or ",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_mistakes(translation, runner, tmp_path, options, sentence):
     assert runner.fail("train", translation.train(tmp_path / "run", OWN, options)).startswith(f"error: {sentence}")

@@ -13,6 +13,7 @@ from head_pruning.session import STATE_VERSION
 from tests.fairseq.checkpoints import logits_of, mask_beside, read, session_of, weights_of
 from tests.fairseq.command_lines import DSP, PIPELINED, VOITA
 from tests.fairseq.runner import Runner
+from tests.few import few
 
 RESTORED = pytest.param("--restore-file {} --reset-optimizer", marks=pytest.mark.slow)
 
@@ -60,7 +61,7 @@ def test_another_pruner_starts_new_gates(runner, translation, pruned, tmp_path):
     torch.testing.assert_close(weights_of(after)[name], weights_of(pruned)[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", [DSP, VOITA], ids=["same", "another"])
+@pytest.mark.parametrize("options", [DSP, pytest.param(VOITA, marks=pytest.mark.slow)], ids=["same", "another"])
 def test_finetuning_a_pruned_model_resets_the_optimizer(runner, translation, pruned, tmp_path, options):
     start = f"{options} --pruning-lr 1e-6 --finetune-from-model {pruned}"
     for updates in (2, 3):  # the second command resumes what the first one left
@@ -83,6 +84,7 @@ def test_pipelined_leaves_the_model_as_it_was(runner, translation, dense, tmp_pa
     assert read(after)["optimizer_history"][-1]["num_updates"] == 12
 
 
+@pytest.mark.slow
 def test_pipelined_voita(runner, translation, dense, tmp_path):
     options = f"{VOITA} --l0-pipelined --finetune-from-model {dense}"
     runner.run("train", translation.train(tmp_path / "run", options, updates=3))
@@ -90,6 +92,7 @@ def test_pipelined_voita(runner, translation, dense, tmp_path):
     assert all(torch.equal(before[name], now[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_joint_pruning_from_a_dense_model(runner, translation, dense, tmp_path):
     options = f"{DSP} --finetune-from-model {dense} --lr 1e-7 --pruning-lr 0.2"
     runner.run("train", translation.train(tmp_path / "run", options, updates=3))
@@ -103,7 +106,7 @@ def test_joint_pruning_from_a_dense_model(runner, translation, dense, tmp_path):
     "options, sentence",
     [
         (f"{DSP} --num-of-heads 7", "was pruned with --num-of-heads 4, this run has --num-of-heads 7"),
-        (f"{DSP} --pruning-lr 0.9", "this run has --pruning-lr 0.9"),
+        pytest.param(f"{DSP} --pruning-lr 0.9", "this run has --pruning-lr 0.9", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_of_other_options_does_not_go_on(runner, translation, pruned, tmp_path, options, sentence):
@@ -114,7 +117,15 @@ def test_a_run_of_other_options_does_not_go_on(runner, translation, pruned, tmp_
 
 
 @pytest.mark.parametrize(
-    "options", [DSP, "--weight-pruner platon --final-threshold 0.3 --pruner-warmup-steps 2"], ids=["heads", "weights"]
+    "options",
+    [
+        pytest.param(DSP, id="heads"),
+        pytest.param(
+            "--weight-pruner platon --final-threshold 0.3 --pruner-warmup-steps 2",
+            id="weights",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_schedule_does_not_start_in_the_middle(runner, translation, dense, tmp_path, options):
     line = translation.train(tmp_path / "run", f"{options} --restore-file {dense}", updates=12)
@@ -131,6 +142,7 @@ class TestHeadsFromTheStart:
         Runner(folder).run("train", translation.train(folder, "--pruner random --num-of-heads 12", updates=2))
         return folder / "checkpoint_last.pt"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("start", ["--finetune-from-model {}", RESTORED])
     def test_a_new_run_has_its_own(self, runner, translation, twelve, tmp_path, start):
         few = f"--pruner random --num-of-heads 4 {start.format(twelve)}"
@@ -168,7 +180,7 @@ def test_an_average_of_different_masks_is_refused(translation, tmp_path):
             assert PruningState(state).head_mask().kept == kept
 
 
-@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("command", few(["train", "generate"], "train"))
 def test_a_checkpoint_that_was_cut_off(runner, translation, pruned, tmp_path, command):
     short = tmp_path / "short.pt"
     short.write_bytes(pruned.read_bytes()[:4000])

@@ -33,6 +33,7 @@ def test_stopped_run_goes_on(runner, translation, tmp_path, options, stop):
     same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on(runner, translation, tmp_path):
     options = f"{DSP} --cooldown-steps 20"
     runner.run("train", translation.train(tmp_path / "whole", options, updates=END))
@@ -61,6 +62,19 @@ def test_finished_run_is_left_as_it_is(runner, translation, tmp_path):
     assert "training was over after 8 updates" in done.out
     again = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert again == {**files, "pruning.json": rewritten}
+
+
+def test_run_killed_between_a_checkpoint_and_its_reports_loses_none(runner, translation, tmp_path):
+    line = translation.train(tmp_path / "run", DSP, "--save-interval-updates 2", updates=8)
+    runner.run("train", line)
+    report = json.loads((tmp_path / "run" / "pruning.json").read_text())
+    assert report["history"][0]["gate_norm"] > 0  # of the update before: the session that is loaded does not know it
+    (tmp_path / "run" / "checkpoint_1_2.pt").replace(tmp_path / "run" / "checkpoint_last.pt")
+    for name in ("masks.safetensors", "pruning.json"):
+        (tmp_path / "run" / name).unlink()
+    runner.run("train", line)
+    assert [entry["updates"] for entry in report["history"]] == [2, 4, 6, 8]
+    assert json.loads((tmp_path / "run" / "pruning.json").read_text()) == report
 
 
 @pytest.mark.slow

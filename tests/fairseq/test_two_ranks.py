@@ -38,7 +38,7 @@ def start_two(runner, line, watch) -> list:
 def run_two(runner, line, watch) -> None:
     """Run a training command line on two ranks."""
     for rank in start_two(runner, line, watch):
-        assert rank.wait().code == 0, rank.out[-2000:] + rank.err[-3000:]
+        assert rank.wait() == 0, rank.out[-2000:] + rank.err[-3000:]
 
 
 def record(watch, rank, update) -> dict:

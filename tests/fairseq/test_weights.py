@@ -22,6 +22,7 @@ from tests.fairseq.test_export import _export, plain_user_dir
 from tests.fairseq.test_precision_and_averaging import YAML
 from tests.fairseq.test_training_output import validated
 from tests.fairseq.test_two_ranks import record, run_two
+from tests.few import few
 
 # Of 14 updates: dense until 4, a mask every third until 10, at each from 11 on.
 PLATON = "--weight-pruner platon --initial-threshold 1 --final-threshold 0.1 --warmup-steps 4 --initial-warmup 1 \
@@ -325,7 +326,7 @@ class HalfPrecision:
         return {target.name: self.session.master_of(target.parameter) for target in self.session.pruners[0].targets}
 
 
-@pytest.mark.parametrize("flags", ["--fp16 --fp16-no-flatten-grads", "--fp16"])
+@pytest.mark.parametrize("flags", few(["--fp16 --fp16-no-flatten-grads", "--fp16"], "--fp16"))
 def test_half_precision_prunes_the_master_weights(monkeypatch, translation, tmp_path, flags):
     options = f"{PLATON} {flags} --fp16-init-scale 4 --min-loss-scale 1e-6 --clip-norm 0.5"
     run = HalfPrecision(monkeypatch, translation.train(tmp_path, options, updates=UPDATES))
@@ -359,7 +360,7 @@ def test_overflow_skips_the_pruner_too(monkeypatch, translation, tmp_path):
     assert 0 < done < UPDATES and run.session.pruners[0].t == done
 
 
-@pytest.mark.parametrize("flags", ["--memory-efficient-fp16", ""])
+@pytest.mark.parametrize("flags", few(["--memory-efficient-fp16", ""], "--memory-efficient-fp16"))
 def test_other_precisions_reach_the_density(monkeypatch, translation, tmp_path, flags):
     line = translation.train(tmp_path, PLATON, flags, "--fp16-init-scale 4 --min-loss-scale 1e-6", updates=UPDATES)
     run = HalfPrecision(monkeypatch, line)
@@ -399,13 +400,27 @@ def test_language_model(runner, english, tmp_path):
     "options, words",
     [
         ("--final-threshold 0.1", "--final-threshold belongs to"),
-        ("--warmup-steps 10", "--pruner-warmup-steps belongs to"),
-        ("--weight-pruner magnitude --beta1 0.5", "the pruner of weights is magnitude"),
-        ("--weight-pruner lock --no-prune-biases --target-sparsity 0.5", "--target-sparsity belongs to"),
-        ("--weight-pruner dsp", "dsp is none of the methods that prune weights; choose it with --pruner dsp"),
-        ("--weight-pruner plato", "no pruner of weights plato; choose one of gradual_magnitude, lock"),
-        ("--pruner PLATON", "choose it with --weight-pruner"),
-        (f"{PLATON} --final-threshold 10", "remaining ratio"),
+        pytest.param("--warmup-steps 10", "--pruner-warmup-steps belongs to", marks=pytest.mark.slow),
+        pytest.param(
+            "--weight-pruner magnitude --beta1 0.5", "the pruner of weights is magnitude", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "--weight-pruner lock --no-prune-biases --target-sparsity 0.5",
+            "--target-sparsity belongs to",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--weight-pruner dsp",
+            "dsp is none of the methods that prune weights; choose it with --pruner dsp",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--weight-pruner plato",
+            "no pruner of weights plato; choose one of custom_mask, gradual_magnitude, lock",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("--pruner PLATON", "choose it with --weight-pruner", marks=pytest.mark.slow),
+        pytest.param(f"{PLATON} --final-threshold 10", "remaining ratio", marks=pytest.mark.slow),
         (f"{PLATON} --final-threshold 10 --encoder-attention-heads 5", "remaining ratio"),  # before a model is built
         (f"{PLATON} {PIPELINED}", "add --joint-pruning"),
         (f"{PLATON} --ddp-backend slowmo", "not pruned with --ddp-backend slowmo"),
@@ -419,9 +434,9 @@ def test_bad_options(translation, tmp_path, options, words):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--weight-pruner lock", "no checkpoint was loaded"),
+        pytest.param("--weight-pruner lock", "no checkpoint was loaded", marks=pytest.mark.slow),
         (f"{PLATON} --restore-file HERE", "trained with movement, this run uses platon"),
-        (f"{DSP} --restore-file HERE", "this run uses no such method"),
+        pytest.param(f"{DSP} --restore-file HERE", "this run uses no such method", marks=pytest.mark.slow),
     ],
 )
 def test_refused(runner, translation, platon, tmp_path, options, words):

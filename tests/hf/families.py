@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
+from tests.few import few
+
 WIDTH, HEADS, LAYERS, VOCABULARY, POSITIONS = 32, 4, 2, 60, 64
 PARAMETERS = 400_000  # at most: a model with more has ignored its overrides
 # Where a family's configuration differs in an older release it is skipped; on this release or a newer one it fails.
@@ -266,6 +268,13 @@ FAMILIES = [
         ),
     ),
 ]
+
+
+def one_of_each() -> list:
+    """The families as parameters: by default one of each layout, all of them in the slow tests."""
+    kept = """albert bert deberta-v2 distilbert funnel longformer luke mobilebert modernbert xlm beit swinv2 codegen
+        deepseek_v3 falcon gpt2 gpt_bigcode llama mixtral mpt qwen3 phi3 bart fsmt t5""".split()
+    return few(FAMILIES, *(family for family in FAMILIES if family.name in kept))
 
 
 def covered() -> list[str]:

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -10,11 +11,16 @@ import torch
 from hf_plugin import HeadPruningTrainer, pruner
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
+EPOCH = 8  # updates
+
 
 def pruners(variant: str) -> list:
     """Of heads; in ``weights`` of weights too, with masks after updates 2, 4 and from 6 on."""
     if variant == "spd":  # two phases, grafted layers
         return [pruner("spd_magnitude", sparsity=0.8), pruner("spd", replacing_rate=0.5)]
+    if variant == "gpp":  # three phases: pruning begins with update 2 and ends with update 6
+        gpp = pruner("gpp", prepruning_finetune_epochs=2 / EPOCH, prune_epochs=4 / EPOCH, retrain_lr_factor=0.5)
+        return [gpp, pruner("dfd", window_size=2)]
     if variant == "voita":
         return [pruner("voita", l0_penalty=0.05, joint_pruning=True)]
     schedule = {"annealing": True, "cooldown_steps": 6, "initial_temperature": 1.0}
@@ -47,19 +53,24 @@ def train(folder: Path, variant: str, resume: bool) -> None:
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resume else None)
     values = {name: value.numpy() for name, value in model.state_dict().items()}
     if trainer.head_mask is not None:
-        values["logits"] = trainer.session.pruners[0].logits
+        state = trainer.session.pruners[0].state_dict()
+        values.update({name: state[name] for name in ("logits", "z", "learnt") if name in state})
         values["gradients"] = trainer.session.gates.gradients.numpy()
     values.update({f"mask.{name}": mask.numpy() for name, mask in trainer.session.weight_masks().items()})
     np.savez(folder / f"rank{os.environ.get('RANK', '0')}.npz", **values)
 
 
-def main() -> None:
+def train_all(folder: Path, options: Sequence[str]) -> None:
     """One training after another."""
-    torch.set_num_threads(1)
-    folder, options = Path(sys.argv[1]), sys.argv[2:]
     for variant in options:
         if variant != "resume":
             train(folder / variant, variant, "resume" in options)
+
+
+def main() -> None:
+    """Command line."""
+    torch.set_num_threads(1)
+    train_all(Path(sys.argv[1]), sys.argv[2:])
 
 
 if __name__ == "__main__":

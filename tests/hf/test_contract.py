@@ -12,6 +12,7 @@ from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pru
 from hf_plugin.training import checkpoints
 from hf_plugin.training.wrapping import token_masks
 from tests.contract import FACTORS, SECOND, UPDATE, UPDATES, Probe, expected, watching
+from tests.few import few
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 LR = 1e-3
@@ -46,10 +47,13 @@ def trainer_of(folder, own, *callbacks, seed=0, pruners=None, **training):
 
 
 OWN = pytest.mark.parametrize("own", [False, True], ids=["trainer", "callback"])
+MOSTLY_CALLBACK = pytest.mark.parametrize(
+    "own", [pytest.param(False, marks=pytest.mark.slow), True], ids=["trainer", "callback"]
+)
 
 
 @OWN
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", few([1, 2], 2))
 def test_hooks_in_order_and_learning_rates(tmp_path, own, accumulation):
     trainer, session, probe = trainer_of(tmp_path, own, gradient_accumulation_steps=accumulation)
     with watching(probe):
@@ -98,7 +102,7 @@ def test_an_overflow_ends_in_a_skipped_update(tmp_path):
     assert rates == {trainer.lr_scheduler.get_last_lr()[0]}
 
 
-@OWN
+@MOSTLY_CALLBACK
 @pytest.mark.parametrize(
     "stop", [SECOND, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (SECOND - 1, SECOND + 1))]
 )
@@ -118,7 +122,7 @@ def test_resumed_in_either_phase(tmp_path, own, stop):
     assert parts.optimizer.state_dict()["state"][0]["step"] == UPDATES - SECOND
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["trainer", "callback"])
+@OWN
 def test_a_checkpoint_is_read_and_checked_once(tmp_path, own, monkeypatch):
     training = {"save_strategy": "steps", "save_steps": 2}
     trainer_of(tmp_path, own, StopAt(2), **training)[0].train()

@@ -14,17 +14,27 @@ from head_pruning import AttentionSite
 from head_pruning.gates.engine.bank import GateBank
 from hf_plugin.mapping.layouts import features
 from hf_plugin.mapping.unit_map import unit_map
-from tests.hf.families import FAMILIES, HEADS, LAYERS, build, covered, make, missing
+from tests.hf.families import FAMILIES, HEADS, LAYERS, build, covered, make, missing, one_of_each
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
 def host(request):
     """One family's model, its batch and its unit map."""
-    reason = missing(request.param)
+    return host_of(request.param)
+
+
+@pytest.fixture(scope="module", params=one_of_each(), ids=str)
+def layout(request):
+    """That of one family of each layout."""
+    return host_of(request.param)
+
+
+def host_of(family):
+    reason = missing(family)
     if reason:
         pytest.skip(reason)
-    host = make(request.param)
-    host.family = request.param
+    host = make(family)
+    host.family = family
     host.unit_map = unit_map(host.model)
     return host
 
@@ -172,7 +182,8 @@ def test_eager_and_sdpa_agree(host):
         assert furthest([eager], [sdpa]) < 1e-4
 
 
-def test_a_deep_copy_has_gates_of_its_own(host):
+def test_a_deep_copy_has_gates_of_its_own(layout):
+    host = layout
     mask = np.arange(host.unit_map.num_heads) % 2
     with gated(host, mask) as bank:
         masked = run(host)
@@ -206,8 +217,8 @@ def gate_gradients(host, bank: GateBank) -> tuple[np.ndarray, int]:
     return bank.gradients.numpy().copy(), len(calls)
 
 
-def test_gradient_checkpointing_keeps_gate_gradients(host):
-    model = host.model
+def test_gradient_checkpointing_keeps_gate_gradients(layout):
+    host, model = layout, layout.model
     if not model.supports_gradient_checkpointing:
         pytest.skip(f"{host.family} has no gradient checkpointing")
     model.train()
@@ -224,7 +235,8 @@ def test_gradient_checkpointing_keeps_gate_gradients(host):
     np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_attaching_leaves_the_saved_model_alone(host, tmp_path):
+def test_attaching_leaves_the_saved_model_alone(layout, tmp_path):
+    host = layout
     before = {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
     host.model.save_pretrained(tmp_path / "plain")
     with gated(host, some_gates(host)):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from head_pruning import build_pruner
+from head_pruning import HeadMask, build_pruner
 from head_pruning.distillation.engine.fusion import fused_loss
-from head_pruning.gates.gpp import selected, squared_cosine
+from head_pruning.gates.gpp import PENALTY, selected, squared_cosine
 from head_pruning.registry import get_method
 from head_pruning.surgery.removal import remove_heads
 from hf_plugin import open_session
@@ -74,9 +74,9 @@ def cut(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value[:, :longest] if value.dim() > 1 else value for name, value in batch.items()}
 
 
-def open_gpp(student, teacher, *, flooding_b=0.01, total=1, per_epoch=1.0, gpp=None):
+def open_gpp(student, teacher, *, flooding_b=0.01, total=1, per_epoch=1.0, gpp=None, gated=True):
     gpp = build("gpp", **{"published_gradients": True, **(gpp or {})})
-    pruners = [gpp]
+    pruners = [gpp] if gated else []
     if teacher is not None:
         pruners.append(build("dfd", teacher_path="recorded", flooding_b=flooding_b, **PARITY))
     session = open_session(
@@ -95,6 +95,7 @@ STEPS = {  # the loss of teacher and flooding, the indicators' name, and whether
     "no_teacher": (False, "", 0.01, None),
     "heads_only": (True, "", 0.01, "structured_heads"),
     "retrain": (True, "01", 0.01, None),
+    "finetune": (True, None, 0.01, None),  # dfd alone
 }
 
 
@@ -105,9 +106,12 @@ def test_losses_and_gradients_of_a_step(read, case):
     teacher = bert(read("gpp_teacher.npz"), 2).eval() if taught else None
     student = bert(read("gpp_student.npz"), 2).train()
     options = {} if kind is None else {"pruning_type": kind}
-    session, gpp = open_gpp(student, teacher, flooding_b=flooding_b, gpp=options, total=10)
-    gpp.z = np.concatenate([recorded[f"z_{part}{which}"].reshape(-1) for part in ("head", "int")][: 1 if kind else 2])
-    gpp._set = lambda sparsity: None
+    gated = which is not None
+    session, gpp = open_gpp(student, teacher, flooding_b=flooding_b, gpp=options, total=10, gated=gated)
+    if gated:
+        parts = [recorded[f"z_{part}{which}"].reshape(-1) for part in ("head", "int")]
+        gpp.z = np.concatenate(parts[: 1 if kind else 2])
+        gpp._set = lambda sparsity: None
     step = 1 if case != "retrain" else 6
     session.enter_phase(step)
     session.before_update(step)
@@ -116,8 +120,8 @@ def test_losses_and_gradients_of_a_step(read, case):
     np.testing.assert_allclose(out.logits.detach(), recorded[f"{case}.logits"], atol=1e-6)
     loss = session.loss(out.loss, batch, out)
     indicators = recorded[f"{case}.indicator"]
-    told = session.metrics()["indicator_loss"]
     if np.isfinite(indicators) and case != "retrain":
+        told = session.metrics()["indicator_loss"]
         np.testing.assert_allclose(told, indicators, rtol=1e-6)
     added = float(indicators) if np.isfinite(indicators) else 0.0
     np.testing.assert_allclose(loss.item() + added, recorded[f"{case}.total"], rtol=1e-6)
@@ -127,7 +131,7 @@ def test_losses_and_gradients_of_a_step(read, case):
             np.testing.assert_allclose(
                 parameter.grad, recorded[f"{case}.grad.{name}"], rtol=1e-5, atol=1e-7, err_msg=name
             )
-    if case == "retrain":
+    if case in ("retrain", "finetune"):
         return
     session.after_backward()
     session.after_step()
@@ -135,12 +139,27 @@ def test_losses_and_gradients_of_a_step(read, case):
     np.testing.assert_allclose(gpp.gradient(), np.concatenate(expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["legacy", "sane"])
-def test_runs_of_50_updates(read, reference, case):
+def set_anew(session, gpp, micro_batches):
+    """Set the indicators between two micro-batches, by the gradients so far, as the published code does."""
+    begin, length = gpp._plan()
+    if (gpp.step - begin) % gpp.period:
+        return
+    gradient = gpp.gradient() + session.gates.gradients.numpy() + PENALTY / micro_batches
+    kinds = [selected(gradient[where], gpp.sparsity, published=True) for where in gpp._types()]
+    gpp.z = np.where(np.concatenate(kinds), 1.0 - gpp.sparsity / gpp.target, 1.0)
+    session.gates.training_values.copy_(torch.from_numpy(gpp.z))
+
+
+ACCUMULATED = pytest.param("accum", 42, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case, models", [("legacy", 40), ("sane", 40), ACCUMULATED])
+def test_runs_of_50_updates(read, reference, case, models):
     recorded = read(f"gpp_loop_{case}.npz")
     told = json.loads((reference / "gpp_dfd" / f"gpp_loop_{case}.json").read_text())
-    teacher = bert(read("gpp_loop40_teacher.npz"), 2).eval()
-    student = bert(read("gpp_loop40_student.npz"), 2).train()
+    teacher = bert(read(f"gpp_loop{models}_teacher.npz"), 2).eval()
+    student = bert(read(f"gpp_loop{models}_student.npz"), 2).train()
+    micro_batches = told.get("acc", 1)
     per_epoch = told["steps"] / told["ep"]
     session, gpp = open_gpp(
         student,
@@ -152,7 +171,7 @@ def test_runs_of_50_updates(read, reference, case):
             "prune_epochs": float(told["pe"]),
             "prepruning_finetune_epochs": float(told["pf"]),
             "retrain_lr_factor": told["rlr"] / told["lr"],
-            "published_gradients": case == "legacy",
+            "published_gradients": not told["sane"],
         },
     )
     parameters = dict(student.named_parameters())
@@ -171,14 +190,20 @@ def test_runs_of_50_updates(read, reference, case):
         optimizer.zero_grad()
         session.before_update(step)
         indicators = np.concatenate([recorded[f"z_{part}"][step].reshape(-1) for part in ("head", "int")])
-        np.testing.assert_allclose(gpp.z, indicators, atol=1e-6, err_msg=str(step))
-        batch = cut(batch_of(recorded, recorded["batches"][step]))
-        out = student(**batch)
-        loss = session.loss(out.loss, batch, out)
-        np.testing.assert_allclose(
-            loss.item() + session.metrics()["indicator_loss"], recorded["total"][step], rtol=1e-6, err_msg=str(step)
-        )
-        loss.backward()
+        first = step * micro_batches
+        for place in range(first, first + micro_batches):
+            penalty = session.metrics()["indicator_loss"] / micro_batches
+            if place > first and step < told["prune_steps"]:
+                set_anew(session, gpp, micro_batches)
+            elif place > first and step == told["prune_steps"]:
+                penalty = 0.0  # pruning ends between two micro-batches
+            if place == first + micro_batches - 1:
+                np.testing.assert_allclose(gpp.z, indicators, atol=1e-6, err_msg=str(step))
+            batch = cut(batch_of(recorded, recorded["batches"][place]))
+            out = student(**batch)
+            loss = session.loss(out.loss, batch, out) / micro_batches
+            np.testing.assert_allclose(loss.item() + penalty, recorded["total"][place], rtol=1e-6, err_msg=str(place))
+            loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), told["clip"])
         np.testing.assert_allclose(norm, recorded["clip_norm"][step], rtol=1e-5, err_msg=str(step))
         session.after_backward()
@@ -186,7 +211,7 @@ def test_runs_of_50_updates(read, reference, case):
         np.testing.assert_allclose(optimizer.param_groups[0]["lr"], recorded["lr"][step], rtol=1e-6)
         optimizer.step()
         session.after_step()
-        if step <= told["prune_steps"]:
+        if step < told["prune_steps"] + (micro_batches == 1):
             expected = np.concatenate([recorded[f"G_{part}"][step].reshape(-1) for part in ("head", "int")])
             np.testing.assert_allclose(gpp.gradient(), expected, atol=5e-6, rtol=1e-6, err_msg=str(step))
         for name, key in (
@@ -208,3 +233,27 @@ def test_runs_of_50_updates(read, reference, case):
     remove_heads(small, unit_map(small), mask)
     with torch.no_grad():
         np.testing.assert_allclose(small(**rows).logits, recorded["final_masked_logits"], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["plain", "emptied"])
+def test_cutting_heads_and_units_out(read, case):
+    """An emptied sub-layer keeps bias and norm: as the masked model of the published code, unlike the cut one."""
+    recorded = read("gpp_physical.npz")
+    model = bert(read("gpp_student.npz"), 2).eval()
+    keep = [recorded[f"{case}.z_{part}"].reshape(-1) > 0 for part in ("head", "int")]
+    units = unit_map(model).numbering("both")
+    before = sum(parameter.numel() for parameter in model.parameters())
+    remove_heads(model, units, HeadMask(units, np.concatenate(keep)))
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    with torch.no_grad():
+        logits = model(**{name: torch.from_numpy(recorded[name]) for name in names}).logits
+    np.testing.assert_allclose(logits, recorded[f"{case}.masked_logits"], atol=1e-6)
+    params = recorded[f"{case}.params"]
+    if case == "plain":
+        np.testing.assert_allclose(logits, recorded["plain.pruned_logits"], atol=1e-6)
+        assert before - sum(parameter.numel() for parameter in model.parameters()) == params[0] - params[1]
+        layers = model.bert.encoder.layer
+        assert [layer.attention.self.query.out_features for layer in layers] == recorded["plain.query_rows"].tolist()
+        assert [layer.intermediate.dense.out_features for layer in layers] == recorded["plain.ffn_rows"].tolist()
+    else:
+        assert np.abs(logits.numpy() - recorded["emptied.pruned_logits"]).max() > 0.1

@@ -18,6 +18,7 @@ from hf_plugin.command_line.arguments import parse
 from hf_plugin.glue.run import run
 from hf_plugin.mapping.unit_map import unit_map
 from hf_plugin.training.attention import ask_for_probabilities, switch_to_eager
+from tests.few import few
 from tests.hf.families import FAMILIES, build, make, missing
 from tests.hf.few_models import batch_of
 from tests.hf.few_models import make as make_few
@@ -34,7 +35,6 @@ SILENT = ("modernbert", "vit", "t5") if OLDEST else ()
 CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
 )
-BY_DEFAULT = ("CoLA", "STS-B")  # classes, a number
 QUICK = "--per_gpu_train_batch_size 8 --num_train_epochs 4 --num_prune_epochs 2 --use_cpu --disable_tqdm True".split()
 
 
@@ -92,7 +92,7 @@ def test_every_family_is_grafted_by_its_layers(name):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "bart", "t5"])
+@pytest.mark.parametrize("name", few(["bert", "llama", "bart", "t5"], "bert", "t5"))
 def test_plain_distillation_pulls_a_model_to_its_teacher(name):
     if name in SILENT:
         pytest.skip(f"transformers {transformers.__version__} hides the attention probabilities of {name}")
@@ -145,9 +145,7 @@ def test_a_model_is_compiled_while_it_is_grafted():
 # -- scripts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "task", [task if task in BY_DEFAULT else pytest.param(task, marks=pytest.mark.slow) for task in FOLDERS]
-)
+@pytest.mark.parametrize("task", few(FOLDERS, "STS-B"))
 def test_both_manual_lines_on_every_task(place, task, monkeypatch):
     monkeypatch.chdir(place)
     parse(spd_teacher(task), "run_glue")
@@ -190,7 +188,7 @@ def test_a_killed_run_ends_bit_equal(place, monkeypatch):
     assert not (place / "whole" / "checkpoint-12" / "teacher").exists() and logs
 
 
-@pytest.mark.parametrize("method", ["dsp", "platon"])
+@pytest.mark.parametrize("method", few(["dsp", "platon"], "platon"))
 def test_distillation_beside_another_method(place, monkeypatch, method):
     monkeypatch.chdir(place)
     if not (place / "teacher" / "RTE" / "model.safetensors").is_file():
@@ -304,7 +302,7 @@ def test_the_teacher_computes_in_the_precision_of_its_student(tmp_path):
     assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("published", few([False, True], False))
 def test_the_optimizer_of_the_second_phase(tmp_path, published):
     """It begins anew; the published code's goes on, and so it does where the run is resumed."""
 

@@ -57,7 +57,9 @@ def answers_score_as_reported(folder: str, results: dict, version: str = "1.1") 
         assert all((predictions[key] == "") == (odds[key] > 0) for key in odds)
 
 
-@pytest.mark.parametrize("line", [PLATON_BERT, PLATON_DEBERTA], ids=["bert", "deberta"])
+@pytest.mark.parametrize(
+    "line", [pytest.param(PLATON_BERT, marks=pytest.mark.slow), PLATON_DEBERTA], ids=["bert", "deberta"]
+)
 def test_the_manuals_commands(here, line):
     folder = "log/deberta-v3-base/PLATON/"
     results = squad(*line, *TINY, *SHORT)
@@ -99,6 +101,7 @@ def test_as_a_process(place):
     assert process.returncode == 1 and "Traceback" not in log and "gone.json cannot be read" in sentence
 
 
+@pytest.mark.slow
 def test_heads_are_pruned_on_version_2(here):
     words = "--pruner dsp --num_of_heads 8 --joint_pruning --annealing --cooldown_steps 0.5 --initial_temperature 1"
     results = squad(*DENSE, *TINY, *words.split(), "--version_2_with_negative", "--output_dir", "heads")
@@ -134,6 +137,7 @@ def test_evaluation_does_not_depend_on_batches_or_their_order(here):
     assert files[0] == files[1] and scores[0]["eval_f1"] == scores[1]["eval_f1"]
 
 
+@pytest.mark.slow
 @resumes
 def test_a_run_is_gone_on_with(here):
     line = [word for word in DENSE if word != "--overwrite_output_dir"] + [*TINY, "--save_steps", "6"]
@@ -148,6 +152,7 @@ def test_a_run_is_gone_on_with(here):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 @resumes
 def test_all_checkpoints(here):
     results = squad(*DENSE, *TINY, "--save_steps", "6", "--eval_all_checkpoints", "--output_dir", "checkpoints")

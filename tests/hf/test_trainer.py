@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from head_pruning import HeadMask, HeadPruningError
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner
 from hf_plugin.training.checkpoints import last_checkpoint
 from tests.disks import held, no_file_above
+from tests.few import few
 from tests.hf.tiny import HEADS, arguments, collate, sentences, tiny_bert
 
 DSP = {"num_of_heads": 3, "annealing": True, "initial_temperature": 1.0, "final_temperature": 1e-4}
@@ -72,7 +74,7 @@ class Record(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", few(METHODS, "dsp", "voita"))
 def test_joint_training_moves_model_and_mask(tmp_path, method):
     trainer = trainer_of(tmp_path, method)
     before, logits = weights(trainer.model), trainer.session.state_dict()
@@ -85,7 +87,7 @@ def test_joint_training_moves_model_and_mask(tmp_path, method):
     assert trainer.head_mask.keep.size == HEADS
 
 
-@pytest.mark.parametrize("method", PIPELINED)
+@pytest.mark.parametrize("method", few(PIPELINED, "dsp"))
 def test_pipelined_training_leaves_the_model_bit_identical(tmp_path, method):
     trainer = trainer_of(tmp_path, method, PIPELINED[method], weight_decay=0.1)
     before, logits = weights(trainer.model), trainer.session.state_dict()[f"{method}.logits"]
@@ -143,8 +145,8 @@ class TestResume:
                 id="voita",
                 marks=pytest.mark.slow,
             ),
-            pytest.param("ste", METHODS["ste"], {"gradient_accumulation_steps": 2}, id="ste"),
-            pytest.param("dsp", PIPELINED["dsp"], {}, id="pipelined"),
+            pytest.param("ste", METHODS["ste"], {"gradient_accumulation_steps": 2}, id="ste", marks=pytest.mark.slow),
+            pytest.param("dsp", PIPELINED["dsp"], {}, id="pipelined", marks=pytest.mark.slow),
         ],
     )
     @pytest.mark.parametrize("stop", [4, pytest.param(8, marks=pytest.mark.slow)])
@@ -190,6 +192,13 @@ class TestResume:
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
         assert resumed.state.best_global_step == 3 and resumed.session.at_target()
 
+    @pytest.fixture(scope="class")
+    def two(self, tmp_path_factory):
+        """The folder of a run that saved both of its updates."""
+        folder = tmp_path_factory.mktemp("two")
+        trainer_of(folder, max_steps=2, save_strategy="steps", save_steps=1).train()
+        return folder
+
     @pytest.mark.parametrize(
         "name, harm, sentence",
         [
@@ -204,8 +213,8 @@ class TestResume:
             ("trainer_state.json", b"[]", "is not whole"),
         ],
     )
-    def test_lacking_and_damaged_parts(self, tmp_path, name, harm, sentence):
-        trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    def test_lacking_and_damaged_parts(self, two, tmp_path, name, harm, sentence):
+        shutil.copytree(two, tmp_path, dirs_exist_ok=True)
         path = tmp_path / "checkpoint-2" / name
         whole = path.read_bytes()
         if harm is None:
@@ -230,6 +239,7 @@ class TestResume:
         with pytest.raises(HeadPruningError, match="checkpoint-2 lacks optimizer.pt .--save_only_model"):
             trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
+    @pytest.mark.slow
     def test_damaged_pruning_state(self, tmp_path):
         trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
         path = tmp_path / "checkpoint-2" / "trainer_state.json"
@@ -484,7 +494,9 @@ class TestRefusals:
 class TestBrokenTraining:
     """Losses that are not finite are noticed where nothing logs them."""
 
-    @pytest.mark.parametrize("logging", [{"logging_steps": 100}, {"logging_strategy": "no"}])
+    @pytest.mark.parametrize(
+        "logging", [{"logging_steps": 100}, pytest.param({"logging_strategy": "no"}, marks=pytest.mark.slow)]
+    )
     def test_at_the_end_and_before_a_checkpoint(self, tmp_path, logging):
         class Broken(HeadPruningTrainer):
             def compute_loss(self, *args, **options):
@@ -528,7 +540,7 @@ def test_a_trainer_that_cannot_be_built_leaves_the_model_alone(tmp_path):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("own", few([True, False], False))
 def test_what_push_to_hub_saves_is_the_pruned_model(tmp_path, own):
     """``push_to_hub`` calls save_model(_internal_call=True) without a folder, then uploads that of the run."""
     model = tiny_bert()

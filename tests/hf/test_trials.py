@@ -45,6 +45,7 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pruners",
     [pytest.param([("dsp", DSP)], marks=pytest.mark.slow), [("dsp", DSP), ("platon", PLATON)]],

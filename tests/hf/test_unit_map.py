@@ -152,6 +152,7 @@ def test_lora_through_peft():
     assert not any("gate" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_model_follows_its_gates(backend):
     torch.manual_seed(5)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import time
 
 import pytest
 import torch
@@ -96,6 +94,7 @@ def test_another_pruner_of_weights_on_the_same_schedule(here):
     assert "## Results on GLUE MNLI" in card and "eval_mm_accuracy" in card and "needs no other package" in card
 
 
+@pytest.mark.slow
 def test_without_an_evaluation_the_counts_are_written_too(here):
     line = [word for word in [*LINE, *PLATON, "--output_dir", "unscored"] if word != "--do_eval"]
     results = run(parse(line, "run_glue"))
@@ -183,12 +182,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(place):
     whole = start(place, *command, "--output_dir", "whole")
     killed = start(place, *command, "--output_dir", "killed")
     marks = [place / "killed" / f"checkpoint-{step}" / "trainer_state.json" for step in (20, 60)]
-    deadline = time.monotonic() + 240
-    while not marks[0].exists():  # in the cubic phase, within a window
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.kill_once(marks[0].exists)  # in the cubic phase, within a window
     _, log = whole.communicate(timeout=240)
     assert whole.returncode == 0, log[-3000:]
     assert not marks[1].exists()

@@ -19,6 +19,7 @@ from head_pruning.surgery.removal import remove_heads
 from head_pruning.weights import load_weight_masks
 from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner, save_compact
 from hf_plugin.training.checkpoints import STATE_FILE
+from tests.few import few
 from tests.hf.test_trainer import METHODS as HEAD_METHODS
 from tests.hf.test_trainer import StopAt, same, same_session, weights
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
@@ -96,6 +97,7 @@ def test_masks_come_and_go_as_the_schedule_says(tmp_path):
 class TestResume:
     """A run that was stopped goes on to the bits of one that was not: in the cubic phase and in the final one."""
 
+    @pytest.mark.parametrize("stop", few([5, 10], 5))
     @pytest.mark.parametrize(
         "method, training",
         [
@@ -106,20 +108,19 @@ class TestResume:
             pytest.param("gradual_magnitude", {}, id="retained", marks=pytest.mark.slow),
         ],
     )
-    def test_bit_equal(self, tmp_path, method, training):
+    def test_bit_equal(self, tmp_path, method, training, stop):
         whole = trainer_of(tmp_path / "whole", method, **training)
         whole.train()
-        for stop in (5, 10):
-            training |= {"save_strategy": "steps", "save_steps": stop}
-            folder = tmp_path / str(stop)
-            trainer_of(folder, method, callbacks=[StopAt(stop)], **training).train()
-            parts = trainer_of(folder, method, model=tiny_bert(seed=1), **training)
-            parts.train(resume_from_checkpoint=True)
-            assert parts.state.global_step == 12
-            assert same(weights(whole.model), weights(parts.model))
-            assert same_session(whole.session, parts.session)
-            assert same(whole.session.tensor_state(), parts.session.tensor_state())
+        training = {**training, "save_strategy": "steps", "save_steps": stop}
+        trainer_of(tmp_path / "parts", method, callbacks=[StopAt(stop)], **training).train()
+        parts = trainer_of(tmp_path / "parts", method, model=tiny_bert(seed=1), **training)
+        parts.train(resume_from_checkpoint=True)
+        assert parts.state.global_step == 12
+        assert same(weights(whole.model), weights(parts.model))
+        assert same_session(whole.session, parts.session)
+        assert same(whole.session.tensor_state(), parts.session.tensor_state())
 
+    @pytest.mark.slow
     def test_with_head_gates(self, tmp_path):
         def build(folder, **more):
             heads = pruner("dsp", **HEAD_METHODS["dsp"])
@@ -164,7 +165,7 @@ class TestResume:
         assert seen == [True]
 
 
-@pytest.mark.parametrize("own_trainer", [True, False])
+@pytest.mark.parametrize("own_trainer", few([True, False], False))
 def test_evaluation_sees_masked_weights_and_training_does_not(tmp_path, own_trainer):
     options = {"eval_strategy": "steps", "eval_steps": 2}
     model = tiny_bert(**NO_DROPOUT)  # evaluation draws random numbers too

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
-from tests.lanes.forked import Child
+from tests.forked import Child
 from tests.lanes.moments import count, moments, watch
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,0 +1,110 @@
+"""``head-pruning sweep``: run the cells of a plan, or go on with them; see :mod:`head_pruning.sweep.plan`."""
+
+import argparse
+import re
+import signal
+from pathlib import Path
+from typing import Any, Sequence
+
+import yaml
+
+from ..errors import HeadPruningError
+from ..files import alone_in
+from ..sweep.cell import Job
+from ..sweep.launchers import open_launcher
+from ..sweep.plan import Cell, Plan, read_plan
+from ..sweep.results import RESULTS, state_table, told, write_csv, write_parquet
+from ..sweep.runner import run_cells
+
+SHOW = "show"
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command."""
+    *words, name = args.plan
+    if words not in ([], [SHOW]):
+        raise HeadPruningError(f"A sweep has one plan; {words[0]} is one too many.")
+    plan = read_plan(name)
+    work = Path(args.out or f"{Path(name).stem}-sweep")
+    cells = [cell for cell in plan.cells(work) if not args.only or re.search(args.only, cell.name)]
+    if not cells:
+        raise HeadPruningError(f"The plan {name} has no cell here; look at its grid, exclude and --only.")
+    if args.threads:
+        plan = Plan(**{**vars(plan), "threads": args.threads})
+    jobs = jobs_of(plan, cells, work)
+    if args.dry_run:
+        print("\n".join(f"{cell.name}\n" + "\n".join(f"    {line}" for line in cell.lines) for cell in cells))
+    elif words:
+        print(state_table(jobs))
+    else:
+        with alone_in(work):
+            _run(args, plan, jobs, work)
+
+
+def jobs_of(plan: Plan, cells: Sequence[Cell], work: Path) -> list[Job]:
+    """What runs each cell."""
+    started_from = {name for cell in cells for name in cell.after}
+    return [
+        Job(
+            cell=cell,
+            work=work.absolute(),
+            here=Path.cwd(),
+            scores=plan.scores,
+            score_pattern=plan.score_pattern,
+            measure=plan.measure,
+            env=plan.env,
+            threads=plan.threads,
+            go_on=plan.go_on,
+            keep_model=plan.keep_models or cell.name in started_from,
+        )
+        for cell in cells
+    ]
+
+
+def _run(args: argparse.Namespace, plan: Plan, jobs: Sequence[Job], work: Path) -> None:
+    by_name = {job.cell.name: job for job in jobs}
+    done = {name: found for name, job in by_name.items() if (found := job.finished()) is not None}
+    left = [job.cell for job in jobs if job.cell.name not in done]
+    print(f"{len(done)} of {len(jobs)} cells are finished", flush=True)
+
+    def write(found: Sequence[dict[str, Any]]) -> None:
+        done.update((each["name"], each) for each in found)
+        write_csv([done[name] for name in by_name if name in done], work / RESULTS)
+
+    write([])
+    options = dict(_option(text) for text in args.launcher_option)
+    place = {"jobs": args.jobs, "threads": plan.threads, "gpus": plan.gpus, "options": options}
+    before = signal.signal(signal.SIGTERM, lambda number, frame: _stop(number))
+    try:
+        with open_launcher(args.launcher, **place) as (launch, jobs_at_a_time, stop):
+            run_cells(
+                left,
+                lambda cell: _succeeded(launch(by_name[cell.name])),
+                jobs=jobs_at_a_time,
+                ready=lambda cell: all(name not in by_name or by_name[name].result.is_file() for name in cell.after),
+                tell=told,
+                write=write,
+                stop=stop,
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if args.parquet and done:
+            write_parquet(list(done.values()), (work / RESULTS).with_suffix(".parquet"))
+        print(f"The results are in {work / RESULTS}; head-pruning report {work} draws them.")
+
+
+def _succeeded(found: dict[str, Any]) -> dict[str, Any]:
+    if "error" in found:
+        raise HeadPruningError(found["error"])
+    return found
+
+
+def _stop(number: int) -> None:
+    raise SystemExit(128 + number)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise HeadPruningError(f"--launcher-option {text} has no value; write it as NAME=VALUE.")
+    return name, yaml.safe_load(value)

@@ -1,0 +1,133 @@
+"""Accumulated sensitivity of heads: those whose gates the loss heeds most stay, while their number falls."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Optional
+
+import numpy as np
+
+from ..compact.shapes import FLAG, Number, Whole
+from ..errors import HeadPruningError
+from ..masks import HeadMask
+from ..options import require
+from ..pruner import SessionView
+from ..registry import register_pruner
+from .base import HeadCountConfig, JointConfig, UnitsConfig
+from .falling_count import CountConfig, FallingCount
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HeadSensitivityConfig(CountConfig, UnitsConfig, JointConfig, HeadCountConfig):
+    """Options of accumulated sensitivity."""
+
+    sensitivity_decay: float = field(
+        default=0.98, metadata={"help": "decay rate, per update, of the average of the sensitivities, 0 to below 1"}
+    )
+
+
+class HeadSensitivityPruner(FallingCount):
+    """Keeps the heads of largest averaged abs(dL/dgate), fewer with each update, until K are left.
+
+    Gates are 1 or 0. A closed head has a gradient too, and may come back while the number falls. The score is that of
+    Michel et al. 2019 (section 4.1), taken from the batches of training itself: it costs no pass of its own.
+    """
+
+    name = "head_sensitivity"
+    inherits = False
+    schedule_option = "count_schedule"
+    state_shapes = {**FallingCount.state_shapes, "scores": [Number(0)], "place": (Whole(), Whole()), "final": [FLAG]}
+
+    def __init__(self, config: HeadSensitivityConfig) -> None:
+        super().__init__(config)
+        self.freezes_model = not config.joint_pruning
+
+    @property
+    def count_schedule(self) -> Optional[str]:
+        return self.config.count_schedule or ("0:0.9" if self.freezes_model else "0:0.2")
+
+    def check_options(self) -> None:
+        self.require_count()
+        super().check_options()
+        require(self.config, "sensitivity_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+    def attach(self, session: SessionView) -> None:
+        super().attach(session)
+        self.scores = np.zeros(self.unit_map.num_heads)
+        self.skipped_steps = 0
+        self._new: Optional[np.ndarray] = None
+        self.opened = np.ones(self.scores.size)
+        session.gates.set_evaluation(self.keep())
+
+    def keep(self) -> np.ndarray:
+        return self.top_k(self.scores)
+
+    def before_update(self, step: int) -> None:
+        self._new = None
+        if self.final is None and self.fallen(step):
+            self.harden()
+        if self.final is not None:
+            self.session.gates.set_fixed(self.final)
+            return
+        self.opened = self.top_k(self.scores, self.open_rounds(step)).astype(np.float64)
+        self.session.gates.set_training(self.opened)
+
+    def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
+        if self.final is not None:
+            return
+        counts = np.array([denominator, micro_batches])
+        gradient, (denominator, _) = self.session.collect(self.session.gates.gradients, counts)
+        self._new = np.abs(gradient / (loss_scale * (denominator or 1.0)))
+
+    def after_step(self, step: int, lr_factor: float) -> None:
+        if self._new is None:
+            return
+        if np.isfinite(self._new).all():
+            self.scores += (1.0 - self.config.sensitivity_decay) * (self._new - self.scores)
+        else:
+            self.skipped_steps += 1
+            logger.warning("the gate gradients are not finite: this update does not count for the sensitivities")
+        self._new = None
+        self.session.gates.set_evaluation(self.keep())
+
+    def skip_update(self, step: int) -> None:
+        self._new = None
+
+    def metrics(self) -> dict[str, float]:
+        kept = self.opened if self.final is None else self.final
+        return {"heads_expected": float(kept.sum()), "heads_kept": float(self.keep().sum())}
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {
+            **super().state_dict(),
+            "scores": self.scores.copy(),
+            "place": np.array([self.step, self.skipped_steps], dtype=float),
+            "final": np.array([] if self.final is None else self.final, dtype=float),
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        if state["scores"].size != self.scores.size:
+            raise HeadPruningError(
+                f"The checkpoint has sensitivities of {state['scores'].size} heads but the model has "
+                f"{self.scores.size}; resume with the options that the run was started with."
+            )
+        super().load_state_dict(state)
+        self.scores = np.array(state["scores"], dtype=np.float64)
+        self.step, self.skipped_steps = (int(value) for value in state["place"])
+        self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
+        self.opened = (self.keep() if self.final is None else self.final).astype(np.float64)
+        if self.final is None:
+            self.session.gates.set_evaluation(self.keep())
+        else:
+            self.session.gates.set_fixed(self.final)
+
+
+register_pruner(
+    name="head_sensitivity",
+    config=HeadSensitivityConfig,
+    pruner=HeadSensitivityPruner,
+    example={"num_of_heads": 4, "joint_pruning": True, "count_schedule": "0:0.5"},
+)

@@ -1,0 +1,209 @@
+"""What runs leave, as one row each: the folders of single runs, and those of sweeps."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
+
+from ..compact.shapes import Number
+from ..errors import HeadPruningError
+from ..files import MASKS_FILE, REPORT_FILE, read_json, tensor_shapes
+from ..masks import HeadMask
+from .report_file import read_report
+
+RESULTS_FILE = "all_results.json"
+#: Where a sweep keeps what its finished cells left, a file each, and what such a file is.
+CELLS_FOLDER = "cells"
+CELL = {
+    "name": str,
+    "values": {str: object},
+    "commands": [str],
+    "folder": str,
+    "score_name": str,
+    "numbers": {str: Number()},
+    "seconds": Number(0),
+}
+#: The keys of all_results.json that are taken for the score, the first that is there.
+SCORES = tuple(
+    f"{split}{name}"
+    for split in ("eval_", "test_", "")
+    for name in ("combined_score", "matthews_correlation", "f1", "accuracy", "pearson", "bleu", "score", "loss")
+)
+#: What is told of a run beside its score, and how a table calls it.
+NUMBERS = {
+    "heads_kept": "heads",
+    "units_kept": "units",
+    "density": "density of weights",
+    "parameters": "parameters in the file",
+    "nonzero_parameters": "nonzero parameters",
+    "file_bytes": "file, bytes",
+    "latency_ms": "latency, ms",
+    "examples_per_second": "examples per second",
+    "macs": "MACs",
+}
+_TOLD = (*NUMBERS, "heads_total", "units_total")
+_MODELS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "checkpoint_last.pt")
+_DEEPEST = 6  # folders below one that is given
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model of a run.
+
+    Args:
+        name: unique among those of one report.
+        folder: where it lies.
+        method: registered names of its pruners, or what a sweep calls it; ``dense`` where nothing was pruned.
+        numbers: ``score``, if there is one, and of :data:`NUMBERS`, ``heads_total`` and ``units_total`` those that
+            are known.
+        score_name: key of the score.
+        values: what its sweep set for it, such as its seed.
+        commands: the command lines that made it; empty where nothing tells them.
+        options: the options of its method.
+        versions: package to version.
+        kept: the heads that stay, by site.
+    """
+
+    name: str
+    folder: Path
+    method: str
+    numbers: Mapping[str, float]
+    score_name: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    commands: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def score(self) -> Optional[float]:
+        """As the run wrote it."""
+        return self.numbers.get("score")
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing was pruned."""
+        pairs = (("heads_kept", "heads_total"), ("units_kept", "units_total"))
+        whole = all(self.numbers.get(kept) == self.numbers.get(total) for kept, total in pairs)
+        return self.method == "dense" or whole and self.numbers.get("density", 1.0) == 1.0
+
+    def mask(self) -> Optional[HeadMask]:
+        """Its head mask, if it left one."""
+        path = self.folder / MASKS_FILE
+        return HeadMask.load(path) if self.kept and path.is_file() else None
+
+
+def lower_is_better(score_name: str) -> bool:
+    """Whether a score of this name is the better the lower it is."""
+    return re.search(r"loss|ppl|perplexity|error|(?<![a-z])wer(?![a-z])", score_name) is not None
+
+
+def read_run(folder: "str | Path", scores: Sequence[str] = SCORES) -> Optional[Run]:
+    """The run that left its files in ``folder``; None where there are none.
+
+    Args:
+        folder: with ``all_results.json``, ``pruning.json`` or both.
+        scores: keys of all_results.json, of which the first that is there is the score.
+
+    Raises:
+        HeadPruningError: a file is damaged.
+    """
+    folder = Path(folder)
+    results, report = {}, read_report(folder / REPORT_FILE)
+    if (folder / RESULTS_FILE).is_file():
+        found = read_json(folder / RESULTS_FILE, {str: object}, cure="move it away, or run what wrote it again")
+        results = {name: value for name, value in found.items() if _finite(value)}
+    elif not report:
+        return None
+    weights = report.get("weights", {})
+    told = {**results, **report, **report.get("sparsity", {}), **({"density": weights["density"]} if weights else {})}
+    numbers = {name: told[name] for name in _TOLD if _finite(told.get(name))}
+    if "density" not in numbers and results.get("weights_total"):
+        numbers["density"] = results.get("weights_kept", 0.0) / results["weights_total"]
+    numbers |= {name: value for name, value in _sizes(folder).items() if value}
+    score = next((name for name in scores if name in results), "")
+    if score:
+        numbers["score"] = results[score]
+    return Run(
+        name=folder.name,
+        folder=folder,
+        method=report.get("method", "dense"),
+        numbers=numbers,
+        score_name=score,
+        options=report.get("options", {}),
+        versions={name: str(version) for name, version in report.get("versions", {}).items()},
+        kept=report.get("kept_heads_by_site", {}),
+    )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of the model in a folder."""
+    return next((found for found in (sorted(folder.glob(each)) for each in _MODELS) if found), [])
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """What the files of a model hold, by their headers; those of other formats are only measured."""
+    files = model_files(folder)
+    shapes = [shape for path in files if path.suffix == ".safetensors" for shape in tensor_shapes(path).values()]
+    return {"file_bytes": sum(path.stat().st_size for path in files), "parameters": sum(map(math.prod, shapes))}
+
+
+def find_runs(folders: Iterable["str | Path"], scores: Sequence[str] = SCORES) -> list[Run]:
+    """All runs in folders of runs and of sweeps, and below them; checkpoints of a run are none.
+
+    Raises:
+        HeadPruningError: there is no such folder, it holds no run, or a file is damaged.
+    """
+    found: dict[Path, Run] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise HeadPruningError(f"There is no folder {folder}; give the folder of a run or of a sweep.")
+        here = {run.folder.resolve(): run for run in _below(folder, folder, scores, 0)}
+        if not here:
+            raise HeadPruningError(
+                f"{folder} holds no {RESULTS_FILE}, {REPORT_FILE} or finished cells of a sweep; give the folder of a "
+                "run or of a sweep."
+            )
+        for place, run in here.items():
+            found.setdefault(place, run)
+    return list(found.values())
+
+
+def _below(folder: Path, top: Path, scores: Sequence[str], depth: int) -> Iterator[Run]:
+    cells = sorted((folder / CELLS_FOLDER).glob("*.json"))
+    for path in cells:
+        yield from _of_cell(read_json(path, CELL, cure="delete it and start the sweep again"), folder, scores, depth)
+    if cells:
+        return
+    run = read_run(folder, scores)
+    if run is not None:
+        name = (Path(top.name) / folder.relative_to(top)).as_posix()
+        yield Run(**{**vars(run), "name": name})
+    if depth < _DEEPEST:
+        for below in sorted(folder.iterdir()):
+            if below.is_dir() and not below.name.startswith((".", "checkpoint-")):
+                yield from _below(below, top, scores, depth + 1)
+
+
+def _of_cell(cell: Mapping[str, Any], sweep: Path, scores: Sequence[str], depth: int) -> Iterator[Run]:
+    """What a cell measured, with what its folder tells beside it, and the further models that it left there."""
+    folder = sweep / cell["folder"]
+    runs = list(_below(folder, folder, scores, depth)) if folder.is_dir() else []
+    own = {"name": cell["name"], "folder": folder, "score_name": cell["score_name"]}
+    told = {"values": cell["values"], "commands": cell["commands"]}
+    if not runs or runs[0].folder != folder:
+        runs.insert(0, Run(method="dense", numbers={}, **own))
+    first, *others = runs
+    method = cell["values"].get("method", first.method)
+    numbers = {**first.numbers, **cell["numbers"]}
+    yield Run(**{**vars(first), **own, **told, "method": str(method), "numbers": numbers})
+    for run in others:
+        name = f"{cell['name']}/{run.folder.relative_to(folder).as_posix()}"
+        yield Run(**{**vars(run), **told, "name": name, "method": str(method)})

@@ -1,0 +1,294 @@
+"""One cell of a sweep, on the machine where it runs: its commands, what is measured after them, the file of both."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+from ..errors import HeadPruningError
+from ..files import read_json, write_json
+from ..inference.environment import CPU_ENVIRONMENT
+from ..report.runs import CELL, CELLS_FOLDER, NUMBERS, SCORES, Run, model_files, read_run
+from .plan import MEASURES, TIMED, Cell, folder_of
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # a system without locks of this kind
+    fcntl = None
+
+_LAST_LINES = 12
+_GPUS = "CUDA_VISIBLE_DEVICES"
+_running: set[int] = set()  # process groups of this process's cells
+_ending = threading.Event()
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a machine needs to run a cell.
+
+    Args:
+        cell: the cell.
+        work: folder of the sweep.
+        here: the folder that its commands run in.
+        scores: keys of all_results.json for the score; empty for the usual ones.
+        score_pattern: finds the score in the log instead.
+        measure: of :data:`head_pruning.sweep.plan.MEASURES`.
+        env: variables of the environment.
+        threads: threads of its processes.
+        go_on: whether what a cell that was cut off left in its folder stays.
+        keep_model: whether its model stays once it has been measured.
+        gpus: the GPUs that it sees; None for what the machine gives it.
+    """
+
+    cell: Cell
+    work: Path
+    here: Path
+    scores: tuple[str, ...] = ()
+    score_pattern: Optional[str] = None
+    measure: tuple[str, ...] = ("score",)
+    env: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 1
+    go_on: bool = False
+    keep_model: bool = True
+    gpus: Optional[Sequence[str]] = None
+
+    @property
+    def folder(self) -> Path:
+        """What its commands know as ``{out}``."""
+        return folder_of(self.work, self.cell.name)
+
+    @property
+    def log(self) -> Path:
+        """What its commands print."""
+        return self.work / "logs" / f"{self.cell.name}.log"
+
+    @property
+    def result(self) -> Path:
+        """The file that says that it is finished."""
+        return self.work / CELLS_FOLDER / f"{self.cell.name}.json"
+
+    @property
+    def failure(self) -> Path:
+        """The file that says how it failed last."""
+        return self.work / "failed" / f"{self.cell.name}.json"
+
+    def finished(self) -> Optional[dict[str, Any]]:
+        """What it measured, if it has been.
+
+        Raises:
+            HeadPruningError: the file is damaged, or is of other commands.
+        """
+        if not self.result.is_file():
+            return None
+        found = read_json(self.result, CELL, cure="delete it to run the cell again")
+        if found["commands"] != self.cell.lines:
+            raise HeadPruningError(
+                f"{self.result} was measured with other commands than the plan's; delete it to run the cell again, or "
+                "choose another --out."
+            )
+        return found
+
+    def failed(self) -> Optional[str]:
+        """How it failed last, if it did."""
+        if not self.failure.is_file():
+            return None
+        return read_json(self.failure, {"error": str}, cure="delete it")["error"]
+
+    def running(self) -> bool:
+        """Whether a process of it lives, as far as this machine can tell."""
+        with contextlib.suppress(OSError), open(self._lock_file, "rb") as file:
+            return fcntl is not None and not _locked(file.fileno(), wait=False)
+        return False
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.work / "locks" / self.cell.name
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Run a cell and measure it, unless that has been done; its file appears last.
+
+    Returns:
+        What the file holds (:data:`head_pruning.report.runs.CELL`); or ``error``, how it failed, with the last lines
+        of its log. A failure is returned, not raised, so that it looks the same from every machine.
+    """
+    try:
+        with _alone(job) as lock:
+            found = job.finished()
+            if found is None:
+                found = _measured(job, lock)
+                write_json(job.result, found)
+            job.failure.unlink(missing_ok=True)
+            return found
+    except (HeadPruningError, OSError) as error:
+        said = {"error": str(error)}
+        if not _ending.is_set():  # else it did not fail by itself
+            with contextlib.suppress(HeadPruningError, OSError):
+                write_json(job.failure, {**said, "commands": job.cell.lines})
+        return said
+
+
+def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
+    begin = time.monotonic()
+    if job.folder.exists() and not job.go_on:
+        shutil.rmtree(job.folder)
+    for path in (job.folder, job.log.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    with job.log.open("w", encoding="utf-8") as stream:
+        for words in job.cell.commands:
+            stream.write(f"$ {shlex.join(words)}\n")
+            stream.flush()
+            _call(job, words, lock, stdout=stream)
+        run = read_run(job.folder, job.scores or SCORES)
+        score = _score_in_log(job) if job.score_pattern else None
+        if run is None and score is None:
+            raise HeadPruningError(
+                f"Its command ended well, but left neither all_results.json nor pruning.json in {job.folder}; let it "
+                "write there, or give the plan a score_pattern."
+            )
+        numbers = {} if run is None else dict(run.numbers)
+        if score is not None:
+            numbers["score"] = score
+        _check_score(job, run, numbers)
+        if any(name in TIMED for name in job.measure):
+            numbers |= _timed(job, lock, stream)
+    wanted = {number for name in job.measure for number in MEASURES[name]}
+    if not job.keep_model:
+        for path in model_files(job.folder):
+            path.unlink()
+    return {
+        "name": job.cell.name,
+        "values": dict(job.cell.values),
+        "commands": job.cell.lines,
+        "folder": os.path.relpath(job.folder, job.work),
+        "score_name": "score" if run is None or score is not None else run.score_name,
+        "numbers": {name: value for name, value in numbers.items() if name in wanted},
+        "seconds": round(time.monotonic() - begin, 3),
+    }
+
+
+def _check_score(job: Job, run: Optional[Run], numbers: Mapping[str, float]) -> None:
+    if "score" not in numbers and "score" in job.measure and job.scores:
+        raise HeadPruningError(
+            f"Its all_results.json has no {' or '.join(job.scores)}; name one of its entries as the plan's score."
+        )
+
+
+def _score_in_log(job: Job) -> float:
+    found = re.findall(job.score_pattern or "", job.log.read_text(encoding="utf-8", errors="replace"))
+    try:
+        return float(found[-1])
+    except (IndexError, ValueError):
+        raise HeadPruningError(f"{job.log} has no number where the plan's score_pattern looks for one.") from None
+
+
+def _timed(job: Job, lock: Optional[int], stream: Any) -> dict[str, float]:
+    """What ``head-pruning benchmark`` says of the model, without the heads that are gone."""
+    words = ("python", "-m", "head_pruning.cli", "benchmark", str(job.folder), "--json")
+    stream.write(f"$ {shlex.join(words)}\n")
+    stream.flush()
+    printed = _call(job, (*words, "--threads", str(job.threads)), lock, stdout=subprocess.PIPE, stderr=stream)
+    *_, smallest = json.loads(printed)["models"]
+    return {name: smallest[name] for name in NUMBERS if name in smallest and name != "parameters"}
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _alone(job: Job) -> Iterator[Optional[int]]:
+    """Inside the block no other process runs this cell; what a sweep that was killed left running has ended.
+
+    The lock is on a file whose descriptor the cell's processes inherit: it is free when all of them are gone.
+    """
+    path = job._lock_file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if fcntl is not None and not _locked(file.fileno(), wait=False):
+            file.seek(0)
+            host, _, group = file.read().decode("utf-8", "replace").partition(" ")
+            if host == socket.gethostname() and group.isdecimal():
+                _end(int(group))
+            _locked(file.fileno(), wait=True)
+        file.truncate(0)
+        yield file.fileno() if fcntl is not None else None
+
+
+def _locked(descriptor: int, *, wait: bool) -> bool:
+    """Whether the lock could be had; a file system without locks gives it to everybody."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _call(job: Job, words: Sequence[str], lock: Optional[int], stdout: Any, stderr: Any = subprocess.STDOUT) -> str:
+    """Run a command in a process group of its own. Raises HeadPruningError with its last lines where it fails."""
+    if _ending.is_set():
+        raise HeadPruningError("The sweep was ended; start it again to go on.")
+    env = {**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(job.threads), **job.env}
+    if job.gpus is not None:
+        env[_GPUS] = ",".join(job.gpus)
+    words = (sys.executable, *words[1:]) if words[0] == "python" else words
+    held = () if lock is None else (lock,)
+    options: dict[str, Any] = {"cwd": job.here, "env": env, "stdout": stdout, "stderr": stderr, "pass_fds": held}
+    try:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, text=True, **options)
+    except OSError as error:
+        raise HeadPruningError(
+            f"{words[0]} cannot be started ({error.strerror}); correct the plan's command."
+        ) from error
+    _running.add(process.pid)
+    try:
+        if lock is not None:
+            os.write(lock, f"{socket.gethostname()} {process.pid}".encode())
+        printed, _ = process.communicate()
+    finally:
+        if process.poll() is None:
+            _end(process.pid)
+            process.wait()
+        _running.discard(process.pid)
+        if lock is not None:
+            os.truncate(lock, 0)
+    if process.returncode:
+        raise HeadPruningError(
+            f"{shlex.join(words):.200} ended with status {process.returncode}; its log {job.log} ends with:\n"
+            + last_lines(job.log)
+        )
+    return printed or ""
+
+
+def last_lines(path: Path) -> str:
+    """The end of a log, indented."""
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        return "\n".join(f"    {line.rstrip():.300}" for line in deque(stream, _LAST_LINES))
+
+
+def end_all() -> None:
+    """End all cells that run in this process, with what they have started; none begins any more."""
+    _ending.set()
+    for group in list(_running):
+        _end(group)
+
+
+def _end(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)

@@ -1,0 +1,329 @@
+"""The plan of a sweep: a YAML file that says which command lines to run, and what to measure of what they leave.
+
+    command: python -m hf_plugin.run_glue --output_dir {out} --task_name {task} --seed {seed} {method}
+    grid:
+      task: [CoLA, MRPC]
+      seed: {from: 1, to: 3}
+      heads: [36, 18]
+      method:                       # a name, and the words that stand for it
+        dense: ""
+        dsp: --pruner dsp --num_of_heads {heads} --joint_pruning
+
+Each combination of the grid is a cell. Values that a cell's command does not use do not tell cells apart: ``dense``
+has one cell for each task and seed above. ``{out}`` is the cell's own folder, ``{out[method=dense]}`` that of the cell
+with this other value, which runs first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+import yaml
+
+from ..compact.shapes import Either, Number, Whole, conform
+from ..errors import HeadPruningError, one_line
+
+_SCALAR = Either(str, int, Number(), bool)
+_PLAN = {
+    "command": Either(str, [str]),
+    "grid?": {str: Either([_SCALAR], {str: _SCALAR}, _SCALAR)},
+    "include?": [{str: Either([_SCALAR], _SCALAR)}],
+    "exclude?": [{str: Either([_SCALAR], _SCALAR)}],
+    "score?": Either(str, [str]),
+    "score_pattern?": str,
+    "measure?": [str],
+    "env?": {str: _SCALAR},
+    "threads?": Whole(1),
+    "gpus?": Whole(),
+    "unfinished?": str,
+    "keep_models?": bool,
+    "search?": {str: {"low": Number(), "high": Number(), "log?": bool, "whole?": bool}},
+    "aim?": {str: Number()},
+}
+#: What can be measured, and the numbers that say it.
+MEASURES = {
+    "score": ("score",),
+    "heads": ("heads_kept", "heads_total"),
+    "units": ("units_kept", "units_total"),
+    "density": ("density",),
+    "parameters": ("parameters", "nonzero_parameters"),
+    "file_size": ("file_bytes",),
+    "latency": ("latency_ms",),
+    "throughput": ("examples_per_second",),
+    "macs": ("macs",),
+}
+#: Of them, what takes a run of ``head-pruning benchmark``.
+TIMED = ("latency", "throughput", "macs")
+_PLACE = re.compile(r"\{([A-Za-z_]\w*)(?:\[([^\]{}]*)\])?\}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Args:
+        name: unique in its sweep, and a file name.
+        values: the values that its command uses.
+        commands: command lines, run one after the other.
+        after: the names of the cells whose folders it reads.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    commands: tuple[tuple[str, ...], ...]
+    after: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """Its command lines, as a shell takes them."""
+        return [shlex.join(words) for words in self.commands]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a plan's file says; docs/sweeps.md says what is.
+
+    Args:
+        commands: the command lines of a cell, with places for its values.
+        axes: name to the values of the grid; of values with words, the names.
+        words: of an axis whose values have words: value to them.
+        include: cells beside the grid.
+        exclude: cells that are left out: where all values are among these.
+        scores: keys of all_results.json that a score is taken from, the first that is there; empty for the usual ones.
+        score_pattern: a regular expression; the last place in a cell's log that it finds is the score instead.
+        measure: of :data:`MEASURES`.
+        env: variables of the environment.
+        threads: of each cell.
+        gpus: of each cell.
+        go_on: whether the folder of a cell that was cut off is left as it is, for its command to go on there.
+        keep_models: whether models stay once they have been measured; those that cells start from always do.
+        search: parameters of a search: name to its range.
+        aim: the numbers that a search should reach; empty to look for the best score.
+    """
+
+    commands: tuple[tuple[str, ...], ...]
+    axes: Mapping[str, Sequence[Any]]
+    words: Mapping[str, Mapping[str, tuple[str, ...]]]
+    include: Sequence[Mapping[str, Sequence[Any]]] = ()
+    exclude: Sequence[Mapping[str, Sequence[Any]]] = ()
+    scores: tuple[str, ...] = ()
+    score_pattern: Optional[str] = None
+    measure: tuple[str, ...] = ("score", "heads", "units", "density", "parameters", "file_size")
+    env: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 1
+    gpus: int = 0
+    go_on: bool = False
+    keep_models: bool = True
+    search: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    aim: Mapping[str, float] = field(default_factory=dict)
+
+    def combinations(self) -> Iterator[dict[str, Any]]:
+        """The values of every cell, before those that a command does not use are left out."""
+        for grid in (self.axes, *self.include) if self.axes or not self.include else self.include:
+            for values in itertools.product(*grid.values()):
+                found = dict(zip(grid, values))
+                if not any(all(found.get(k) in v for k, v in out.items()) for out in self.exclude):
+                    yield found
+
+    def cells(self, work: Path) -> list[Cell]:
+        """All cells, in the order of the plan; their folders lie in ``work``, as it stands in their commands.
+
+        Raises:
+            HeadPruningError: a command has a place for a value that there is not, two cells have one name, or a cell
+                starts from one that is not in the plan.
+        """
+        found = Cells(self, work)
+        cells = {cell.name: cell for cell in map(found.cell, self.combinations())}
+        for cell in cells.values():
+            missing = [name for name in cell.after if name not in cells]
+            if missing:
+                raise HeadPruningError(
+                    f"The cell {cell.name} starts from {missing[0]}, which the plan leaves out; add it to the grid."
+                )
+        return list(cells.values())
+
+
+class Cells:
+    """Fills a plan's commands in.
+
+    Args:
+        plan: the plan.
+        work: folder of the sweep, as commands name it.
+    """
+
+    def __init__(self, plan: Plan, work: Path) -> None:
+        self.plan, self.work = plan, work
+        self._open: list[dict] = []  # the cells that are being filled in, to see circles
+        self._named: dict[str, Cell] = {}
+
+    def cell(self, values: Mapping[str, Any]) -> Cell:
+        """The cell of these values. Raises HeadPruningError, see :meth:`Plan.cells`."""
+        if dict(values) in self._open:
+            raise HeadPruningError(f"The cell of {_told(values)} starts from itself; name another in its out[...].")
+        self._open.append(dict(values))
+        used: dict[str, Any] = {}
+        after: dict[str, None] = {}
+        filled = [self._fill(words, values, used, after) for words in self.plan.commands]
+        self._open.pop()
+        own = {name: value for name, value in values.items() if name in used}
+        name = re.sub(r"[^\w.+-]+", "-", "-".join(_part(*item) for item in own.items())) or "cell"
+        folder = str(folder_of(self.work, name))
+        commands = tuple(tuple(word.replace("{out}", folder) for word in words) for words in filled)
+        cell = Cell(name, own, commands, tuple(after))
+        if self._named.setdefault(name, cell) != cell:
+            raise HeadPruningError(f"Two cells of the plan are called {name}; give their values names that differ.")
+        return cell
+
+    def _fill(self, words: Sequence[str], values: Mapping[str, Any], used: dict, after: dict) -> list[str]:
+        filled: list[str] = []
+        for word in words:
+            whole = _PLACE.fullmatch(word)
+            if whole and whole[1] in self.plan.words and whole[2] is None:
+                value = self._value(whole[1], values, used)
+                filled += self._fill(self.plan.words[whole[1]][value], values, used, after)
+            else:
+                filled.append(_PLACE.sub(lambda place: self._put(place, values, used, after), word))
+        return filled
+
+    def _put(self, place: re.Match, values: Mapping[str, Any], used: dict, after: dict) -> str:
+        name, others = place[1], place[2]
+        if name != "out":
+            if others is not None:
+                raise HeadPruningError(f"The plan has {place[0]}, but only out takes [...]; write {{{name}}}.")
+            return str(self._value(name, values, used))
+        if others is None:
+            return "{out}"
+        change = {}
+        for part in filter(None, (part.strip() for part in others.split(","))):
+            axis, sign, value = part.partition("=")
+            same = [each for each in self.plan.axes.get(axis, ()) if str(each) == value]
+            if not sign or not same:
+                raise HeadPruningError(f"The plan has {place[0]}, but no cell with {part}; name a value of the grid.")
+            change[axis] = same[0]
+        start = self.cell({**values, **change})
+        used |= {axis: value for axis, value in start.values.items() if axis not in change}
+        after[start.name] = None
+        return str(folder_of(self.work, start.name))
+
+    def _value(self, name: str, values: Mapping[str, Any], used: dict) -> Any:
+        if name not in values:
+            known = ", ".join(["out", *values])
+            raise HeadPruningError(
+                f"The plan's command has a place for {name}, which has no value here ({known} have)."
+            )
+        used[name] = values[name]
+        return values[name]
+
+
+def folder_of(work: Path, name: str) -> Path:
+    """Where the cell ``name`` leaves its files."""
+    return work / "runs" / name
+
+
+def _part(axis: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{axis}{value}"
+
+
+def _told(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads 1e-4 as a number too, as JSON and Python do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def read_plan(path: "str | Path") -> Plan:
+    """The plan in a YAML file.
+
+    Raises:
+        HeadPruningError: there is none, or it is not of this form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HeadPruningError(f"There is no plan {path}; check the path.")
+    try:
+        plan = conform(yaml.load(path.read_text(encoding="utf-8"), _Loader), _PLAN, "the plan")
+        known = [name.rstrip("?") for name in _PLAN]
+        more = [name for name in plan if name not in known]
+        if more:
+            raise ValueError(f"it has {more[0]}, but there is only {', '.join(known)}")
+        return _plan(plan)
+    except (yaml.YAMLError, ValueError) as error:
+        raise HeadPruningError(
+            f"{path} is no plan of a sweep ({one_line(error):.300}); docs/sweeps.md says what is."
+        ) from error
+
+
+def _plan(plan: Mapping[str, Any]) -> Plan:
+    axes: dict[str, Sequence[Any]] = {}
+    words = {}
+    for axis, values in plan.get("grid", {}).items():
+        if isinstance(values, dict) and values.keys() <= {"from", "to", "step"} and {"from", "to"} <= values.keys():
+            axes[axis] = _steps(axis, values["from"], values["to"], values.get("step", 1))
+        elif isinstance(values, dict):
+            words[axis] = {name: tuple(shlex.split(str(text))) for name, text in values.items()}
+            axes[axis] = tuple(values)
+        else:
+            axes[axis] = tuple(values) if isinstance(values, list) else (values,)
+        if not axes[axis]:
+            raise ValueError(f"{axis} of its grid has no values")
+    measure = tuple(plan.get("measure", Plan.measure))
+    unknown = [name for name in measure if name not in MEASURES]
+    if unknown:
+        raise ValueError(f"{unknown[0]} cannot be measured, only {', '.join(MEASURES)}")
+    unfinished = plan.get("unfinished", "restart")
+    if unfinished not in ("restart", "continue"):
+        raise ValueError(f"unfinished is {unfinished}, not restart or continue")
+    if "score_pattern" in plan and _groups(plan["score_pattern"]) != 1:
+        raise ValueError("score_pattern has not one pattern in parentheses, that of the number")
+    lines = plan["command"] if isinstance(plan["command"], list) else [plan["command"]]
+    commands = [tuple(shlex.split(line)) for line in lines]
+    if not all(commands):
+        raise ValueError("its command is empty")
+    if not any("{out}" in text for text in (*lines, *map(str, words.values()))):
+        raise ValueError("its command has no {out}, so the runs would write over each other")
+    score = plan.get("score", ())
+    return Plan(
+        commands=tuple(commands),
+        axes=axes,
+        words=words,
+        include=[_lists(each) for each in plan.get("include", ())],
+        exclude=[_lists(each) for each in plan.get("exclude", ())],
+        scores=(score,) if isinstance(score, str) else tuple(score),
+        score_pattern=plan.get("score_pattern"),
+        measure=measure,
+        env={name: str(value) for name, value in plan.get("env", {}).items()},
+        threads=plan.get("threads", 1),
+        gpus=plan.get("gpus", 0),
+        go_on=unfinished == "continue",
+        keep_models=plan.get("keep_models", True),
+        search=plan.get("search", {}),
+        aim=plan.get("aim", {}),
+    )
+
+
+def _groups(pattern: str) -> int:
+    try:
+        return re.compile(pattern).groups
+    except re.error:
+        return -1
+
+
+def _lists(values: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    return {name: tuple(value) if isinstance(value, list) else (value,) for name, value in values.items()}
+
+
+def _steps(axis: str, low: float, high: float, step: float) -> tuple[float, ...]:
+    if any(isinstance(value, (str, bool)) for value in (low, high, step)) or step <= 0 or high < low:
+        raise ValueError(f"{axis} of its grid goes from {low} to {high} by {step}; give numbers, and a step above 0")
+    return tuple(round(low + step * i, 12) for i in range(int((high - low) / step + 1e-9) + 1))
