@@ -16,10 +16,10 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Optional
 
 from benchmarks import glue, translation
-from benchmarks.cells import run_cells
+from benchmarks.cells import add_options, run_bench
 from benchmarks.spd_glue import TRAINING
 from fairseq_plugin.demo import ANNEAL, Demo
 from head_pruning import HeadMask, HeadPruningError
@@ -62,6 +62,8 @@ class Cell:
     heads: int
     seed: int
     distilled: bool = False
+
+    after = None  # what a task's cells start from is trained by the first of them
 
     @property
     def name(self) -> str:
@@ -160,16 +162,29 @@ class Recorded:
 class Bench:
     """Runs cells; what is measured lies in ``work/results``."""
 
-    def __init__(self, work: Path, settings: dict) -> None:
-        self.work, self.settings = work, settings
+    def __init__(self, work: Path, makers: dict[str, Callable[[], Any]]) -> None:
+        self.work, self.makers = work, makers
+        self.settings: dict[str, Any] = {}
+        self.lock = threading.Lock()
+
+    def result(self, cell: Cell) -> Path:
+        """Where a measured cell lies."""
+        return self.work / "results" / f"{cell.name}.json"
+
+    def setting(self, task: str) -> Any:
+        """What trains a task's cells; made when it is first used."""
+        with self.lock:
+            if task not in self.settings:
+                self.settings[task] = self.makers[task]()
+            return self.settings[task]
 
     def run(self, cell: Cell) -> list[dict]:
         """Measure a cell, or read what was measured."""
-        result = self.work / "results" / f"{cell.name}.json"
+        result = self.result(cell)
         if result.exists():
             return [read_json(result)]
         try:
-            score, folder = self.settings[cell.task].score(cell)
+            score, folder = self.setting(cell.task).score(cell)
         except HeadPruningError as error:
             raise RuntimeError(str(error)) from error
         mask = HeadMask.load(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
@@ -219,36 +234,24 @@ def write_results(rows: list[dict], folder: Path, command: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, logs and single results")
+    add_options(parser)
     parser.add_argument("--model", type=Path, help="folder with a pretrained encoder of 72 heads, for SST-2")
     parser.add_argument("--data", type=Path, help="folder with SST-2/, for SST-2")
     parser.add_argument("--corpus", type=Path, help="folder with the BPE'd Multi30k, for the recorded setting")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each (default: %(default)s)")
-    parser.add_argument("--only", help="regular expression on cell names, such as ui-strings-subset-4-s1")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the tables go")
     options = parser.parse_args()
     if (options.model is None) != (options.data is None):
         parser.error("--model and --data belong together")
-
     work = options.work.resolve()
-    makers: dict = {"ui-strings": lambda: Translation(work)}
+    makers: dict[str, Callable[[], Any]] = {"ui-strings": lambda: Translation(work)}
     if options.model:
         makers["SST-2"] = lambda: Classification(work, options.model.resolve(), options.data.resolve())
     if options.corpus:
         makers["multi30k"] = lambda: Recorded(work, options.corpus.resolve())
-    done = {path.stem for path in (work / "results").glob("*.json")}
+    bench = Bench(work, makers)
     cells = [cell for task in TASKS.values() for cell in cells_of(task)]
-    asked = [c for c in cells if c.task in makers and (not options.only or re.fullmatch(options.only, c.name))]
-    cells = [c for c in cells if c in asked or c.name in done]
-    bench = Bench(work, {name: makers[name]() for name in {c.task for c in asked if c.name not in done}})
-    run_cells(
-        cells,
-        bench.run,
-        jobs=options.jobs,
-        ready=lambda cell: True,
-        score="score",
-        write=lambda rows: write_results(rows, options.results, "python -m benchmarks.heads --work DIR"),
-    )
+    cells = [cell for cell in cells if cell.task in makers or bench.result(cell).exists()]
+    command = "python -m benchmarks.heads --work DIR --model MODEL --data GLUE"
+    run_bench(cells, bench, options, lambda rows: write_results(rows, options.results, command))
 
 
 if __name__ == "__main__":

@@ -342,7 +342,7 @@ def test_the_head_pruning_commands_run(tmp_path, monkeypatch, capsys):
 # -- flags -----------------------------------------------------------------------------------------------------------
 
 # Flags of programs that are not this project's, or of its Makefile's.
-OTHERS = {"--no-build-isolation", "--no-deps"}
+OTHERS = {"--no-build-isolation", "--no-deps", "--nproc_per_node"}  # of pip and torchrun
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +356,8 @@ def known_flags():
     from head_pruning.cli import build_parser
     from hf_plugin.command_line.arguments import parse
     from hf_plugin.command_line.michel import parse_michel
+    from hf_plugin.command_line.scripts import SCRIPTS
+    from prepare import wikipedia
 
     trainings = [options.get_training_parser() for _ in range(2)]
     for training, task in zip(
@@ -367,9 +369,11 @@ def known_flags():
     commands = build_parser()._subparsers._group_actions[0].choices.values()
     found = {flag for parser in (*parsers, *commands) for action in parser._actions for flag in action.option_strings}
     printed = io.StringIO()
-    for script in ("run_dsp", "run_glue", "run_squad", "run_voita", "run_GDbert_glue", "run_michel"):
+    for script in (*SCRIPTS, "run_michel"):
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
             parse_michel(["--help"]) if script == "run_michel" else parse(["--help"], script)
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        wikipedia.parse(["--help"])
     found |= set(re.findall(r"--\w+", printed.getvalue()))
     for path in (*(ROOT / "prepare").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         found |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', read(path)))

@@ -46,7 +46,7 @@ class HeadSensitivityPruner(FallingCount):
     name = "head_sensitivity"
     inherits = False
     schedule_option = "count_schedule"
-    state_shapes = {**FallingCount.state_shapes, "scores": [Number(0)], "place": (Whole(), Whole()), "final": [FLAG]}
+    state_shapes = {**FallingCount.state_shapes, "scores": [Number(0)], "skipped": (Whole(),), "final": [FLAG]}
 
     def __init__(self, config: HeadSensitivityConfig) -> None:
         super().__init__(config)
@@ -121,7 +121,7 @@ class HeadSensitivityPruner(FallingCount):
         return {
             **super().state_dict(),
             "scores": self.scores.copy(),
-            "place": np.array([self.step, self.skipped_steps], dtype=float),
+            "skipped": np.array([float(self.skipped_steps)]),
             "final": np.array([] if self.final is None else self.final, dtype=float),
         }
 
@@ -133,7 +133,7 @@ class HeadSensitivityPruner(FallingCount):
             )
         super().load_state_dict(state)
         self.scores = np.array(state["scores"], dtype=np.float64)
-        self.step, self.skipped_steps = (int(value) for value in state["place"])
+        self.skipped_steps = int(state["skipped"][0])
         self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
         self.opened = (self.keep() if self.final is None else self.final).astype(np.float64)
         if self.final is None:
