@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import math
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
@@ -362,6 +363,19 @@ class PruningSession:
             for pruner in self.pruners:
                 stack.enter_context(pruner.evaluating())
             yield
+
+    @contextlib.contextmanager
+    def stored(self) -> Iterator[None]:
+        """Inside the block the model is in the form in which the outcome is stored."""
+        with contextlib.ExitStack() as stack:
+            for pruner in self.pruners:
+                stack.enter_context(pruner.stored())
+            yield
+
+    def save_beside(self, folder: "str | Path") -> None:
+        """Write into the folder of the stored outcome what goes with it."""
+        for pruner in self.pruners:
+            pruner.save_beside(Path(folder))
 
     def harden(self) -> Optional[HeadMask]:
         """Fix the outcome (exactly K heads, the target density) and return the head mask, None without one."""

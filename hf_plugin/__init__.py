@@ -1,5 +1,6 @@
 """Head pruning for transformers (v5): prune while training, in a Trainer or any loop, without copied model code."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from head_pruning.lazy import exports
@@ -76,3 +77,5 @@ __getattr__ = exports(
     },
 )
 register_when_loaded()
+for _name in ("torchao", "torch.utils._pytree"):  # what torchao says when transformers imports it
+    logging.getLogger(_name).setLevel(logging.ERROR)

@@ -68,6 +68,11 @@ class WeightPruner(Pruner):
         "heads": (Whole(), Rest(FLAG)),
     }
 
+    @property
+    def needs_unit_map(self) -> bool:  # type: ignore[override]
+        """Whether nothing else tells the parameters to prune."""
+        return not self.config.weights_include
+
     # -- for methods -------------------------------------------------------------------------------------------------
 
     def plan(self) -> None:

@@ -38,6 +38,8 @@ def mask_file(toy, tmp_path):
 def build(toy, name: str, mask_file, seed: int = 0, **options):
     """Model, attached session and pruner, with the options of the method's example and joint training."""
     method = methods(None)[name]
+    if method.kind == "quantizes":
+        pytest.importorskip("torchao", reason="needs torchao")
     options = {**method.example, **options}
     for option, known in method.options.items():
         if known.metadata.get("by_content"):

@@ -464,6 +464,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
         "options of several pruners of weights",
         *with_own_options("weights", "pruner"),
         *("options of several distillers", *with_own_options("distils", "distiller")),
+        *with_own_options("quantizes", "quantizer"),
         "old spellings",
     ]
     text = dict(zip(titles, groups.values()))

@@ -114,7 +114,7 @@ def find_targets(
     for name, parameter in model.named_parameters():
         if id(parameter) in protected or not parameter.is_floating_point():
             continue
-        if id(parameter) in adapters and wanted is None:
+        if id(parameter) in adapters and wanted is None or _is_cut_out(owners[id(parameter)], parameter):
             continue
         bias = parameter.dim() < 2 or name.endswith("bias")
         outside = wanted is None and not f"{name}.".startswith(places)
@@ -195,6 +195,12 @@ def _around(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
     """The modules that hold a parameter, but for the model itself."""
     while name := name.rpartition(".")[0]:
         yield model.get_submodule(name)
+
+
+def _is_cut_out(owner: torch.nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is of a layer that no head is left of: empty, and no shard, which would be flat."""
+    weight = owner._parameters.get("weight")
+    return parameter.numel() == 0 and weight is not None and weight.dim() > 1
 
 
 def require_whole(name: str, parameter: torch.Tensor) -> None:
