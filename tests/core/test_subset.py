@@ -196,3 +196,13 @@ def test_noise_that_anneals_leaves_the_last_draws_on_the_heads_that_stay(toy):
         kept = session.head_mask().keep
         overlap[anneal] = np.mean([each[kept].sum() for each in gates[6:]])
     assert overlap[True] > 3.9 > overlap[False]
+
+
+def test_the_second_head_of_a_site_counts_half(toy):
+    scores = np.array([9.0, 8, 7, 1, 5, 2, 6, 4, 3, 0, 0, 0])
+    kept = {}
+    for discount in (0.0, 1.0):
+        pruner = opened(toy, "head_sensitivity", site_discount=discount).pruners[0]
+        pruner.scores = scores
+        kept[discount] = np.flatnonzero(pruner.keep()).tolist()
+    assert kept == {0.0: [0, 1, 2, 6], 1.0: [0, 1, 4, 6]}

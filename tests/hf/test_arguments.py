@@ -129,7 +129,8 @@ def test_all_options_of_a_method_can_be_set():
         for option, found in option_fields([name]).items():
             kinds = {bool: "True", int: "3", float: "0.25", str: "ffn"}
             value = "0:0.5" if option == "count_schedule" else kinds[_KINDS.get(found.type, found.type)]
-            options = options_of(parse(line(f"--num_of_heads 3 {extra} --{option} {value}"), script))
+            count = "" if option in ("keep_share", "keep_macs") else "--num_of_heads 3"  # in the place of a count
+            options = options_of(parse(line(f"{count} {extra} --{option} {value}"), script))
             assert options[option] == {"True": True, "3": 3, "0.25": 0.25}.get(value, value), option
 
 
@@ -250,7 +251,7 @@ def test_flags_of_other_methods_are_refused(script, words, sentence, cure):
 
 
 @pytest.mark.parametrize("script, words, sentence", [
-    ("run_glue", "--pruner dsq", "There is no pruner dsq; choose one of dsp, "),
+    ("run_glue", "--pruner dsq", "There is no pruner dsq; choose one of custom_mask, dsp, "),
     ("run_glue", "--use_ste --l0_penalty 1", "The options fit several pruners (ste, voita); choose one with "),
     ("run_glue", "--intermediate_masks", "--intermediate_masks saves head masks, but no pruner is chosen; drop it "),
     ("run_voita", "--joint_pruning --l0_pipelined", "joint_pruning and l0_pipelined contradict each other; give one "),
@@ -474,7 +475,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
         in text["options of several pruners"]
     )
     assert (
-        "attention layer [dsp, head_sensitivity, random, ste, subset, voita] (default: 0)"
+        "attention layer [dsp, head_sensitivity, random, ste, subset, unit_magnitude, voita] (default: 0)"
         in text["options of several pruners"]
     )
     assert "--cooldown_steps X" in text["pruner dsp"] and "in the BERT scripts 25000" in text["pruner dsp"]
