@@ -1,8 +1,12 @@
 """The command line of run_michel."""
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Optional, Sequence
+
+from head_pruning import HeadPruningError
 
 from .fields import GlueArguments, ModelArguments
 from .old_flags import MICHEL_SPELLINGS, add_legacy_flags
@@ -41,6 +45,15 @@ class MichelArguments(ModelArguments):
     seed: int = field(default=42, metadata={"help": "seed"})
     no_cuda: bool = field(default=False, metadata={"help": "run on the CPU", "aliases": ["--use_cpu"]})
     num_of_heads: int = field(default=12, metadata={"help": "heads (or units) to remove per round"})
+    save_at: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "numbers of heads, such as 72,36,18: the model of each is cut, trained on and saved in "
+            "sizes/headsN; their heads are nested"
+        },
+    )
+    finetune_updates: int = field(default=0, metadata={"help": "updates that each model of save_at is trained on"})
+    finetune_learning_rate: float = field(default=2e-5, metadata={"help": "their learning rate, linear to 0"})
     exact_pruning: bool = field(default=False, metadata={"help": "measure the importance anew after every round"})
     prune_units: str = field(
         default="heads",
@@ -61,6 +74,11 @@ class MichelArguments(ModelArguments):
     )
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def sizes(self) -> list[int]:
+        """What ``save_at`` says."""
+        return [] if self.save_at is None else [int(count) for count in self.save_at.split(",")]
+
 
 def parse_michel(argv: Sequence[str]) -> MichelArguments:
     """Read a command line of ``run_michel``; ``argv`` may start with a JSON or YAML file.
@@ -72,7 +90,7 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
     notes: list[str] = []
     fields = {f.name: f for f in dataclasses.fields(MichelArguments) if f.name != "notes"}
     model = [f.name for f in dataclasses.fields(ModelArguments)]
-    pruning = ["num_of_heads", *list(fields)[list(fields).index("exact_pruning") :]]
+    pruning = ["num_of_heads", *list(fields)[list(fields).index("save_at") :]]
     groups = {
         "model": model,
         "data and run": [name for name in fields if name not in (*model, *pruning)],
@@ -88,6 +106,12 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
     require_positive(given, "max_seq_length", "batch_size", "num_of_heads", "max_train_samples")
     if given.get("data_subset", -1) != -1:
         require_positive(given, "data_subset")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given.get("save_at") or "1"):
+        raise HeadPruningError(f"--save_at {given['save_at']} is no list of counts; write it as 72,36,18.")
+    if given.get("finetune_updates", 0) < 0 or not 0 < given.get("finetune_learning_rate", 1) < math.inf:
+        raise HeadPruningError("--finetune_updates must be 0 or more, --finetune_learning_rate above 0; correct them.")
+    if "save_at" not in given and "finetune_updates" in given:
+        raise HeadPruningError("--finetune_updates trains the models of --save_at; add the one or drop the other.")
     return MichelArguments(**subset(given, fields.values()), notes=notes)
 
 
