@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 REQUIREMENTS := requirements/torch.txt requirements/fairseq.txt requirements/hf.txt requirements/dev.txt
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# A worker runs whole files, in their order: the last ones are short.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # All versions are pinned, so nothing but torch's step looks for more (its builds differ in what they need); modules are
 # compiled to bytecode when they are first imported, not all at once.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
@@ -40,8 +41,10 @@ demo: $(STAMP)
 demo-hf: $(STAMP)
 	$(BIN)/python -m hf_plugin.demo
 
-test: $(STAMP) lint types
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+# The types are checked beside the tests; what is wrong with them is told after the tests.
+test: $(STAMP) lint
+	@$(BIN)/mypy >$(VENV)/types 2>&1 & checked=$$!; OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST); tested=$$?; \
+		wait $$checked || { cat $(VENV)/types; exit 1; }; exit $$tested
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow

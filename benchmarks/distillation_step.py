@@ -1,4 +1,4 @@
-"""What a step of SPD costs: ``python -m benchmarks.distillation_step [--json] [--results]``.
+"""What a step of SPD or GPP costs: ``python -m benchmarks.distillation_step [--json] [--results]``.
 
 Sparse progressive distillation of a BERT of the base's shape with random weights, beside the least that any
 distillation must do: the student's forward and backward pass and the teacher's forward pass. Both in one process, in
@@ -11,6 +11,11 @@ the teacher's and has none.
 Memory is the peak of a process of its own after two updates with AdamW, less what it held before there was a model:
 ours, and the straightforward way with deep copies (a student and a teacher of two stacks of layers each, gradients for
 all parameters), as the published code has it. Encoders are counted by the parameters that are alive.
+
+A step of GPP with DFD, with indicators on all heads and feed-forward units, is taken beside the same floor, of models
+without indicators; forward passes of the student are counted. The fusion of DFD alone is measured on random hidden
+states, forward and backward, in maps (one hidden state): beside it the definition step by step, whose fused states are
+all alive until the gradients are there. The gradients of all states, one map for each layer, are in both.
 """
 
 import argparse
@@ -30,6 +35,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from head_pruning import PruningSession
+from head_pruning.distillation.engine.fusion import fused_loss
 from head_pruning.files import atomic_path, write_json
 from head_pruning.report import text_table
 from hf_plugin import open_session, pruner
@@ -43,6 +49,12 @@ SIZES = {
     "length": (128, "tokens of each"),
 }
 RATES = (1.0, 0.8)
+GPP = "GPP + DFD"
+# Of the results: key to name.
+KEYS = {"spd_step_over_floor": "SPD at 1", "spd_step_over_floor_at_0.8": "SPD at 0.8", "gpp_step_over_floor": GPP}
+WINDOW = 3
+# Whose memory is measured, each in a process of its own.
+MEMORY = ("ours", "copies", "fusion", "step by step")
 UPDATES = 1000  # of the schedule; the steps measured are in its first phase, where masks move
 
 
@@ -100,6 +112,9 @@ class Contest:
     def ours(self, rate: float) -> None:
         """One update of SPD but for the optimizer."""
         self.spd.rate = rate
+        self._update()
+
+    def _update(self) -> None:
         self.session.before_update(self.step)
         tokens = {"encoder": self.batch["attention_mask"].bool()}
         self.session.loss(self.student(**self.batch).loss, self.batch, masks=tokens).backward()
@@ -109,33 +124,45 @@ class Contest:
         self.student.zero_grad()
         self.step += 1
 
-    def time(self, action: Callable[[], Any]) -> float:
-        """Milliseconds."""
-        gpu = self.options.device == "cuda"
-        clock = time.perf_counter if gpu else time.process_time
-        if gpu:
-            torch.cuda.synchronize()
-        start = clock()
-        action()
-        if gpu:
-            torch.cuda.synchronize()
-        return 1000.0 * (clock() - start)
+
+class GppContest(Contest):
+    """A student with GPP and DFD on it, and the floor on a twin without indicators."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.student, self.batch = options, model(options), batch(options)
+        self.twin = copy.deepcopy(self.student)
+        dfd = pruner("dfd")
+        self.session = open_session(self.student, [pruner("gpp"), dfd], total_steps=UPDATES)
+        self.teacher, self.step, self.forwards = dfd.teacher.model, 20, 0
+        self.student.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: tuple) -> None:
+        self.forwards += 1
+
+    def floor(self) -> None:
+        with torch.no_grad():
+            self.teacher(**self.batch)
+        self.twin(**self.batch).loss.backward()
+        self.twin.zero_grad()
+
+    def ours(self, rate: float) -> None:
+        """One update of GPP and DFD but for the optimizer."""
+        self._update()
 
 
-def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds of the floor, and of SPD by its rate; ratios by ``ratio RATE``."""
-    contest = Contest(options)
+def measure(options: argparse.Namespace, contest: Contest, rates: dict[float, str]) -> dict[str, list[float]]:
+    """Milliseconds of the floor, and of the contest's method by its name for each rate; ratios by ``ratio NAME``."""
     found: dict[str, list[float]] = {"floor": []}
     contest.floor()
     contest.ours(1.0)
     for _ in range(options.rounds):
-        for rate in RATES:
-            before = contest.time(contest.floor)
-            taken = contest.time(functools.partial(contest.ours, rate))
-            after = contest.time(contest.floor)
+        for rate, name in rates.items():
+            before = _time(options, contest.floor)
+            taken = _time(options, functools.partial(contest.ours, rate))
+            after = _time(options, contest.floor)
             found["floor"] += [before, after]
-            found.setdefault(f"SPD at {rate:g}", []).append(taken)
-            found.setdefault(f"ratio {rate:g}", []).append(2.0 * taken / (before + after))
+            found.setdefault(name, []).append(taken)
+            found.setdefault(f"ratio {name}", []).append(2.0 * taken / (before + after))
     return found
 
 
@@ -218,6 +245,38 @@ def memory(kind: str, options: argparse.Namespace) -> dict[str, float]:
     return {"peak_mib": round(peak, 1), "encoders": round((number - copies_outside) / encoder, 3)}
 
 
+def fusion(kind: str, options: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of the loss between fused states and its gradients, beyond the states, in hidden states."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch, options.length, options.hidden)
+    mine, theirs = (
+        [(torch.randn(shape, generator=generator) + 0.3).to(options.device) for _ in range(options.layers)]
+        for _ in range(2)
+    )
+    leaves = [state.requires_grad_() for state in mine]
+    of_a_map = leaves[0].numel() * leaves[0].element_size() / 2**20
+    before = _held(options)
+    loss = fused_loss(leaves, theirs, WINDOW) if kind == "fusion" else step_by_step(leaves, theirs, WINDOW)
+    forward = _held(options, peak=True) - before
+    loss.backward()
+    return {"forward": round(forward / of_a_map, 2), "in_all": round((_held(options, True) - before) / of_a_map, 2)}
+
+
+def step_by_step(mine: list[torch.Tensor], theirs: list[torch.Tensor], window: int) -> torch.Tensor:
+    """The loss of DFD as its definition reads."""
+    targets = list(theirs)
+    for i in range(len(targets) - 1, 0, -1):
+        own, above = targets[i - 1].sum(), targets[i].sum()
+        targets[i - 1] = (targets[i - 1] * own + targets[i] * above) / (own + above)
+    padded = [*mine, *[mine[-1]] * (window - 1)]
+    terms = []
+    for i, target in enumerate(targets):
+        sums = torch.stack([state.sum() for state in padded[i : i + window]])
+        fused = sum(state * share for state, share in zip(padded[i : i + window], sums / sums.sum()))
+        terms.append(nn.functional.mse_loss(fused, target))
+    return torch.stack(terms).sum()
+
+
 def _held(options: argparse.Namespace, peak: bool = False) -> float:
     """MiB that the process holds, or held at its peak."""
     if options.device == "cuda":
@@ -234,21 +293,134 @@ def in_a_process(kind: str, options: argparse.Namespace) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# -- a vocabulary -----------------------------------------------------------------------------------------------------
+
+
+def vocabulary(options: argparse.Namespace) -> dict[str, Any]:
+    """Distillation of masked words, as in Prune Once for All, in chunks of logits.
+
+    ``pruneofa_step_over_floor``: an update of a student of BERT-base's shape that learns from its teacher, over the
+    student's two passes (both its losses, from all logits) and the teacher's one.
+    ``kd_vocab_peak_over_floor``: the most that the divergence of all tokens holds beside what it is given and the
+    gradients that it gives, over the logits of both models for one chunk.
+    """
+    from transformers import BertForPreTraining
+
+    from head_pruning.distillation.engine.vocabulary import _CHUNK, cross_entropy, divergence
+    from head_pruning.outputs import LastLayer, Late
+
+    torch.manual_seed(0)
+    config = model(options).config
+    student = BertForPreTraining(config).to(options.device).train()
+    given = batch(options)
+    del given["labels"]
+    tokens = given["attention_mask"].bool()
+    rows = tokens & (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.15).to(tokens.device)
+    rows = rows.flatten().nonzero()[:, 0]
+    words, follows = given["input_ids"].flatten()[rows], torch.arange(options.batch, device=options.device) % 2
+    labels = torch.full_like(given["input_ids"], -100)
+    labels.view(-1)[rows] = words
+    kd = pruner("logits", distill_task=0.5, distill_logits=0.5, distill_sum=True)
+    session = open_session(student, [kd], total_steps=UPDATES)
+    last, teacher = LastLayer.of(student, lambda each: each.get_output_embeddings()), kd.teacher.model
+    assert last is not None
+
+    def floor() -> None:
+        with torch.no_grad():
+            teacher(**given)
+        student(**given, labels=labels, next_sentence_label=follows).loss.backward()
+        student.zero_grad()
+
+    def ours() -> None:
+        session.before_update(0)
+        with last.left_out():
+            outputs = student(**given)
+        late = last.late(outputs.prediction_logits)
+        assert isinstance(late, Late)
+        task = cross_entropy(late.flat()[rows], words)
+        task = task + torch.nn.functional.cross_entropy(outputs.seq_relationship_logits, follows)
+        session.loss(task, given, outputs, masks={"encoder": tokens}, last=last).backward()
+        session.after_backward()
+        session.before_step()
+        session.after_step()
+        student.zero_grad()
+
+    ratios = []
+    floor()
+    ours()
+    for _ in range(options.rounds):
+        before, taken, after = (_time(options, each) for each in (floor, ours, floor))
+        ratios.append(2.0 * taken / (before + after))
+    numel = config.vocab_size * max(1, _CHUNK[options.device] // config.vocab_size)
+    layers = [nn.Linear(options.hidden, config.vocab_size).to(options.device) for _ in range(2)]
+    chunk = numel // config.vocab_size
+    features = torch.randn(8 * chunk, options.hidden, device=options.device, requires_grad=True)
+    mine, theirs = (Late(each, layer) for each, layer in zip((features, features.detach()), layers))
+    kept = sum(each.numel() for each in (features, *layers[0].parameters())) * 4
+    peak = _peak(options, lambda: divergence(mine, theirs, 2.0))
+    return {
+        "pruneofa_step_over_floor": round(float(np.median(ratios)), 4),
+        "pruneofa_quartiles": np.quantile(ratios, (0.25, 0.75)).round(4).tolist(),
+        "kd_vocab_peak_over_floor": round((peak - kept) / (2 * 4 * numel), 4),
+        "chunk_rows": chunk,
+    }
+
+
+def _peak(options: argparse.Namespace, action: Callable[[], Any]) -> float:
+    """Bytes of tensors that ``action`` held at its peak beside those that were there."""
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def _time(options: argparse.Namespace, action: Callable[[], Any]) -> float:
+    """Milliseconds."""
+    gpu = options.device == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
+    if gpu:
+        torch.cuda.synchronize()
+    start = clock()
+    action()
+    if gpu:
+        torch.cuda.synchronize()
+    return 1000.0 * (clock() - start)
+
+
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
 def summary(options: argparse.Namespace) -> dict[str, Any]:
     """What ``--json`` prints."""
-    times = measure(options)
-    ours, copies = in_a_process("ours", options), in_a_process("copies", options)
+    times = measure(options, Contest(options), {rate: f"SPD at {rate:g}" for rate in RATES})
+    contest = GppContest(options)
+    gpp = measure(options, contest, {1.0: GPP})
+    ours, copies, fused, stepwise = (in_a_process(kind, options) for kind in MEMORY)
+    times |= {name: values for name, values in gpp.items() if name != "floor"}
     return {
-        "spd_step_over_floor": round(float(np.median(times["ratio 1"])), 4),
-        "spd_step_over_floor_at_0.8": round(float(np.median(times["ratio 0.8"])), 4),
+        "spd_step_over_floor": round(float(np.median(times["ratio SPD at 1"])), 4),
+        "spd_step_over_floor_at_0.8": round(float(np.median(times["ratio SPD at 0.8"])), 4),
         "encoders_resident": ours["encoders"],
         "encoders_resident_copies": copies["encoders"],
         "peak_mib": ours["peak_mib"],
         "peak_mib_copies": copies["peak_mib"],
-        "quartiles": {f"{r:g}": np.quantile(times[f"ratio {r:g}"], (0.25, 0.75)).round(4).tolist() for r in RATES},
+        **vocabulary(options),
+        "gpp_step_over_floor": round(float(np.median(times[f"ratio {GPP}"])), 4),
+        "gpp_forwards": contest.forwards / (options.rounds + 1),
+        "fusion_maps": fused,
+        "fusion_maps_step_by_step": stepwise,
+        "quartiles": {
+            name: np.quantile(times[f"ratio {name}"], (0.25, 0.75)).round(4).tolist() for name in KEYS.values()
+        },
         "ms": {name: round(min(values), 1) for name, values in times.items() if not name.startswith("ratio")},
         **{name: getattr(options, name) for name in ("threads", "rounds", "device", *SIZES)},
     }
@@ -259,13 +431,13 @@ def table(outcome: dict[str, Any]) -> str:
     rows = [
         ("floor", f"{outcome['ms']['floor']:.0f}", "1", ""),
         *(
-            (f"SPD at {r:g}", f"{outcome['ms'][f'SPD at {r:g}']:.0f}", f"{outcome[key]:.3f}", "{} {}".format(*q))
-            for r, key, q in zip(
-                RATES,
-                ("spd_step_over_floor", "spd_step_over_floor_at_0.8"),
-                (outcome["quartiles"][f"{r:g}"] for r in RATES),
-            )
+            (name, f"{outcome['ms'][name]:.0f}", f"{outcome[key]:.3f}", "{} {}".format(*outcome["quartiles"][name]))
+            for key, name in KEYS.items()
         ),
+    ]
+    maps = [
+        (name, *(f"{outcome[key][part]:g}" for part in ("forward", "in_all")))
+        for name, key in (("ours", "fusion_maps"), ("step by step", "fusion_maps_step_by_step"))
     ]
     memory_rows = [
         ("ours", f"{outcome['encoders_resident']:g}", f"{outcome['peak_mib']:.0f}"),
@@ -275,6 +447,7 @@ def table(outcome: dict[str, Any]) -> str:
         [
             text_table(("step", "ms", "of the floor", "25 % and 75 %"), rows),
             text_table(("", "encoders", "peak MiB"), memory_rows),
+            text_table(("fusion", "maps in the forward pass", "in all"), maps),
         ]
     )
 
@@ -306,15 +479,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: %(default)s)")
-    parser.add_argument("--memory", choices=("ours", "copies"), help="measure the memory of one of them only")
+    parser.add_argument("--memory", choices=MEMORY, help="measure the memory of one of them only")
+    parser.add_argument("--vocabulary", action="store_true", help="measure the distillation of masked words only")
     for name, (value, words) in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{words} (default: %(default)s)")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
     torch.set_num_threads(options.threads)
+    if options.vocabulary:
+        print(json.dumps(vocabulary(options)))
+        return
     if options.memory:
-        print(json.dumps(memory(options.memory, options)))
+        measured = memory if options.memory in MEMORY[:2] else fusion
+        print(json.dumps(measured(options.memory, options)))
         return
     outcome = summary(options)
     if options.results:

@@ -12,7 +12,9 @@ import argparse
 import dataclasses
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, Mapping, Optional, Sequence
 
 from benchmarks.cells import add_options, run_bench
 from benchmarks.glue import Bench, Cell, Task, shown
@@ -95,16 +97,15 @@ class SpdBench(Bench):
 
     def train(self, cell: Cell) -> dict:
         """Train and score on the validation set."""
-        task, dense = TASKS[cell.task], cell.method == "dense"
+        task, dense = self.tasks[cell.task], cell.method == "dense"
         teacher = self.work / "runs" / cell.dense.name
         options = tuple(str(teacher) if word == TEACHER else word for word in cell.options)
         epochs = DENSE_EPOCHS[cell.task] if dense else task.epochs
         start = self.model if dense else teacher
         out = self.fine_tune(dataclasses.replace(cell, options=options), start, epochs, TRAINING)
         results = json.loads((out / "all_results.json").read_text())
-        density = 1.0
+        kept = self.kept(cell, out)
         if not dense:
-            density = json.loads((out / "pruning.json").read_text())["weights"]["density"]
             (out / "model.safetensors").unlink()
         sets = [f"eval_{task.metric}", f"eval_mm_{task.metric}"]  # MNLI has two
         score = statistics.mean(results[name] for name in sets if name in results)
@@ -112,43 +113,79 @@ class SpdBench(Bench):
             "task": cell.task,
             "method": cell.method,
             "percent": cell.keep or 100,
-            "density": density,
+            **kept,
             "seed": cell.seed,
             "score": 100.0 * score,
         }
 
+    def kept(self, cell: Cell, out: Path) -> dict:
+        """What is left of a cell's model, which lies in ``out``."""
+        if cell.method == "dense":
+            return {"density": 1.0}
+        return {"density": json.loads((out / "pruning.json").read_text())["weights"]["density"]}
 
-def write_results(rows: list[dict], folder: Path, command: str) -> None:
+
+@dataclass(frozen=True)
+class Page:
+    """What the files of results are called, and what they say beside the numbers.
+
+    Args:
+        name: the files' name.
+        title: the headline.
+        tasks: in the order of the tables.
+        percents: what is kept, in the order of the columns.
+        unit: of what.
+        shown: rows of one method, task and percentage, of several seeds, as text.
+        about: tasks that have rows to a paragraph.
+    """
+
+    name: str
+    title: str
+    tasks: Mapping[str, Task]
+    percents: Sequence[int]
+    unit: str
+    shown: Callable[[list[dict]], str]
+    about: Callable[[set[str]], str]
+
+
+def write_results(page: Page, rows: list[dict], folder: Path) -> None:
     """Write the JSON, the tables and the plots."""
+    command = f"python -m benchmarks.{page.name} MODEL GLUE --work DIR"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "spd_glue.json", {"command": command, "rows": rows})
-    about = _about({row["task"] for row in rows})
-    parts = ["# Sparse students of a fine-tuned teacher", "", f"`{command}`", "", about, ""]
-    for task in TASKS.values():
-        table: dict[str, dict[int, list[float]]] = {}
+    write_json(folder / f"{page.name}.json", {"command": command, "rows": rows})
+    parts = [f"# {page.title}", "", f"`{command}`", "", page.about({row["task"] for row in rows}), ""]
+    for task in page.tasks.values():
+        table: dict[str, dict[int, list[dict]]] = {}
         for row in rows:
             if row["task"] == task.name:
-                table.setdefault(row["method"], {}).setdefault(row["percent"], []).append(row["score"])
-        dense = table.pop("dense", {}).get(100)
+                table.setdefault(row["method"], {}).setdefault(row["percent"], []).append(row)
+        dense = _scores(table.pop("dense", {}).get(100, []))
         if not table:
             continue
-        percents = [round(100 * (1 - sparsity)) for sparsity in SPARSITIES]
-        body = [(method, *(shown(line[p]) if p in line else "" for p in percents)) for method, line in table.items()]
+        body = [
+            (method, *(page.shown(line[p]) if p in line else "" for p in page.percents))
+            for method, line in table.items()
+        ]
         title = f"{task.name}, {task.metric} x 100" + (f"; teacher {shown(dense)}" if dense else "")
-        heads = ("method", *(f"{p} % of the weights" for p in percents))
+        heads = ("method", *(f"{p} {page.unit}" for p in page.percents))
         parts += [f"## {title}", "", markdown_table(heads, body), ""]
         if dense:
+            lines = {m: [(p, _scores(found)) for p, found in line.items()] for m, line in table.items()}
             plot_scores(
-                {m: [(p, statistics.mean(v)) for p, v in line.items()] for m, line in table.items()},
-                folder / f"spd_glue-{task.name}.png",
+                {m: [(p, statistics.mean(v)) for p, v in line] for m, line in lines.items()},
+                folder / f"{page.name}-{task.name}.png",
                 dense=("teacher", statistics.mean(dense)),
                 score=f"{task.name} {task.metric} x 100",
                 total=100,
-                spread={m: [(p, min(v), max(v)) for p, v in line.items() if len(v) > 1] for m, line in table.items()},
-                unit="% of the weights",
+                spread={m: [(p, min(v), max(v)) for p, v in line if len(v) > 1] for m, line in lines.items()},
+                unit=page.unit,
             )
-    with atomic_path(folder / "spd_glue.md") as temporary:
+    with atomic_path(folder / f"{page.name}.md") as temporary:
         temporary.write_text("\n".join(parts).rstrip() + "\n")
+
+
+def _scores(rows: list[dict]) -> list[float]:
+    return [row["score"] for row in rows]
 
 
 def _about(tasks: "set[str]") -> str:
@@ -164,20 +201,35 @@ def _about(tasks: "set[str]") -> str:
     )
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PAGE = Page(
+    name="spd_glue",
+    title="Sparse students of a fine-tuned teacher",
+    tasks=TASKS,
+    percents=[round(100 * (1 - sparsity)) for sparsity in SPARSITIES],
+    unit="% of the weights",
+    shown=lambda rows: shown(_scores(rows)),
+    about=_about,
+)
+
+
+def run(doc: str, bench: type[SpdBench], cells: Callable[[Optional[str]], list[Cell]], page: Page) -> None:
+    """The command line of a benchmark of students."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with the pretrained encoder")
     parser.add_argument("glue", type=Path, help="folder with the tasks' folders")
     add_options(parser)
     parser.add_argument("--rate", help="another learning rate of all students, to find out what serves them best")
     options = parser.parse_args()
 
-    bench = SpdBench(options.model.resolve(), options.glue.resolve(), options.work.resolve(), options.threads)
-    command = "python -m benchmarks.spd_glue MODEL GLUE --work DIR"
+    made = bench(options.model.resolve(), options.glue.resolve(), options.work.resolve(), options.threads)
     run_bench(
-        cells(options.rate), bench, options, lambda rows: write_results(rows, options.results, command), kept="percent"
+        cells(options.rate), made, options, lambda rows: write_results(page, rows, options.results), kept="percent"
     )
+
+
+def main() -> None:
+    """Command line."""
+    run(__doc__, SpdBench, cells, PAGE)
 
 
 if __name__ == "__main__":

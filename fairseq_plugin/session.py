@@ -4,7 +4,7 @@ from typing import Sequence
 
 from torch import nn
 
-from head_pruning import Pruner, PruningSession
+from head_pruning import HeadPruningError, Pruner, PruningSession
 from head_pruning.outputs import ATTENTIONS
 from head_pruning.session import LAYERDROP_UPDATES
 
@@ -24,7 +24,16 @@ def open_session(model: nn.Module, pruners: Sequence[Pruner], **options) -> Prun
 
     Returns:
         The attached session; its ``detach()`` leaves the model as it was.
+
+    Raises:
+        HeadPruningError: the model cannot be mapped, a method does not fit it, or quantizes.
     """
+    quantizer = next((pruner.name for pruner in pruners if pruner.kind == "quantizes"), None)
+    if quantizer is not None:
+        raise HeadPruningError(
+            f"The quantizer {quantizer} is not for fairseq, whose attention computes with the weights of its linear "
+            "layers and does not call them; drop it, or train a model of transformers with it (hf_plugin)."
+        )
     options.setdefault("fired_within", LAYERDROP_UPDATES if _drops_layers(model) else 1)
     options = {"time_first": True, "read_attention": probabilities, **options}
     session = PruningSession(model, unit_map(model), pruners, **options).attach()

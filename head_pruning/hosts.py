@@ -23,6 +23,7 @@ from torch import nn
 from .errors import HeadPruningError
 from .files import MASKS_FILE, read_metadata
 from .masks import HeadMask, full_mask
+from .quantization.engine.tensors import flattened
 from .surgery.remaining import heads_left, mask_of_original, recipe_of
 from .surgery.removal import remove_heads
 from .surgery.zeros import zeroed_heads
@@ -124,7 +125,7 @@ def compressed_format(load: Callable[[Path, Optional[HeadMask]], HostModel]) -> 
             raise HeadPruningError(f"{target} is a folder; name a file to write the tensors to.")
         loaded = load(source, mask)
         with contextlib.nullcontext() if loaded.mask is None else zeroed_heads(loaded.model, loaded.mask):
-            save_compressed(target, loaded.model.state_dict())
+            save_compressed(target, flattened(loaded.model.state_dict()))
         dense = sum(parameter.nbytes for parameter in loaded.model.parameters())
         share = target.stat().st_size / dense
         return f"{target}: {share:.1%} of the model's {dense:,} bytes; head_pruning.weights.load_compressed reads it"

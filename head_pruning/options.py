@@ -51,3 +51,7 @@ def require(config: Any, option: str, holds: Callable[[float], bool], words: str
     value = getattr(config, option)
     if not (isinstance(value, (int, float)) and math.isfinite(value) and holds(value)):
         raise HeadPruningError(f"{dashed(option)} is {value!r}; it must be {words}.")
+
+
+#: What :func:`require` needs to check the share that a round of Michel et al. removes.
+MACS_PER_ROUND = ("macs_per_round", lambda value: 0 < value <= 1, "a share above 0, up to 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any, Callable, ContextManager, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
@@ -72,6 +73,8 @@ class Pruner:
     takes_zeroed_heads = False
     #: Whether the method goes on from a trained model only.
     needs_trained_model = False
+    #: Whether it works by the sites and layers of the model.
+    needs_unit_map = True
     #: Whether trainable parameters get no gradient in some updates.
     skips_parameters = False
     #: Whether a new phase goes on with the host's optimizer, and only the learning-rate schedule begins anew.
@@ -100,6 +103,11 @@ class Pruner:
     def units(self) -> str:
         """What is gated, where gates are needed: one of :data:`head_pruning.unit_map.NUMBERED`."""
         return getattr(self.config, "prune_units", "heads")
+
+    @property
+    def choosing(self) -> bool:
+        """Whether this update's gradients tell a method what will stay, on its way to fewer heads."""
+        return False
 
     @classmethod
     def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,6 +206,13 @@ class Pruner:
     def evaluating(self) -> ContextManager[None]:
         """Inside the block the model is what would be kept if training ended now; reversible, bit for bit."""
         return contextlib.nullcontext()
+
+    def stored(self) -> ContextManager[None]:
+        """Inside the block the model is in the form in which the outcome is stored; reversible, bit for bit."""
+        return contextlib.nullcontext()
+
+    def save_beside(self, folder: Path) -> None:
+        """Write into the folder of the stored outcome what goes with it."""
 
     def harden(self) -> None:
         """Fix the outcome: from now on training and evaluation use the final mask."""

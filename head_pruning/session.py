@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import math
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
@@ -363,6 +364,19 @@ class PruningSession:
                 stack.enter_context(pruner.evaluating())
             yield
 
+    @contextlib.contextmanager
+    def stored(self) -> Iterator[None]:
+        """Inside the block the model is in the form in which the outcome is stored."""
+        with contextlib.ExitStack() as stack:
+            for pruner in self.pruners:
+                stack.enter_context(pruner.stored())
+            yield
+
+    def save_beside(self, folder: "str | Path") -> None:
+        """Write into the folder of the stored outcome what goes with it."""
+        for pruner in self.pruners:
+            pruner.save_beside(Path(folder))
+
     def harden(self) -> Optional[HeadMask]:
         """Fix the outcome (exactly K heads, the target density) and return the head mask, None without one."""
         for pruner in sorted(self.pruners, key=lambda pruner: not pruner.needs_gates):  # weights go with their heads
@@ -417,6 +431,11 @@ class PruningSession:
         """Whether a pruner does something in this hook."""
         base = getattr(Pruner, hook)
         return any(getattr(getattr(pruner, hook), "__func__", None) is not base for pruner in self.pruners)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether :meth:`before_step` was called in this update, and neither of the hooks after it."""
+        return self._stepping
 
     @property
     def changes_loss(self) -> bool:

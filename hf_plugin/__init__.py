@@ -1,5 +1,6 @@
 """Head pruning for transformers (v5): prune while training, in a Trainer or any loop, without copied model code."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from head_pruning.lazy import exports
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from .saving.adapters import load_pruned_peft, merge_and_cut, merge_pruned
     from .saving.folders import save_compact, save_pruned
     from .training.callback import HeadPruningCallback
+    from .training.pruning_scheduler import PruningScheduler, pruning_scheduler_factory
     from .training.session import open_session
     from .training.trainer import HeadPruningTrainer
 
 __all__ = [
     "HeadPruningCallback",
     "HeadPruningTrainer",
+    "PruningScheduler",
     "head_importance",
     "head_mask",
     "least_important",
@@ -37,6 +40,7 @@ __all__ = [
     "prune_heads",
     "pruned_heads",
     "pruner",
+    "pruning_scheduler_factory",
     "remove_query_heads",
     "restore_heads",
     "save_compact",
@@ -49,6 +53,7 @@ __getattr__ = exports(
     {
         "HeadPruningCallback": "training.callback",
         "HeadPruningTrainer": "training.trainer",
+        "PruningScheduler": "training.pruning_scheduler",
         "head_importance": "heads.importance",
         "head_mask": "heads.masking",
         "least_important": "heads.importance",
@@ -63,6 +68,7 @@ __getattr__ = exports(
         "prune_heads": "heads.pruning",
         "pruned_heads": "heads.pruning",
         "pruner": "command_line.defaults",
+        "pruning_scheduler_factory": "training.pruning_scheduler",
         "remove_query_heads": "heads.pruning",
         "restore_heads": "heads.masking",
         "save_compact": "saving.folders",
@@ -71,3 +77,5 @@ __getattr__ = exports(
     },
 )
 register_when_loaded()
+for _name in ("torchao", "torch.utils._pytree"):  # what torchao says when transformers imports it
+    logging.getLogger(_name).setLevel(logging.ERROR)

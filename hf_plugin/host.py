@@ -21,7 +21,10 @@ from head_pruning.compact.shapes import Either
 from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE, read_json, temporary_folder
 from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_heads
-from head_pruning.inference.programs import program_formats
+from head_pruning.inference.programs import program_formats, write_openvino
+from head_pruning.pickled import load_pickled
+from head_pruning.quantization.engine.files import read_ranges
+from head_pruning.quantization.engine.qdq import dequantize, to_qdq
 from head_pruning.report.report_file import read_report
 from head_pruning.report.weights import WeightCount, count_weights, sum_counts, write_weight_artifacts
 from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
@@ -151,6 +154,9 @@ def load_model(path: Path) -> PreTrainedModel:
         with _quiet():
             config = AutoConfig.from_pretrained(path)
             _config(path)
+            if not any(path.glob("*.safetensors")):  # transformers believes what these files claim
+                for file in sorted(path.glob("pytorch_model*.bin")):
+                    load_pickled(file, cure="write it again")
             named = (config.architectures or [""])[0]
             model_class = getattr(transformers, named, AutoModel)
             return model_class.from_pretrained(path).eval()
@@ -288,13 +294,46 @@ def _describe_cut_weights(folder: Path, loaded: HostModel, before: Mapping[str, 
     return f", {sum_counts(counts)}"
 
 
+def in_floats(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; its quantized layers have float weights of the same values now."""
+    dequantize(model)
+    return model
+
+
+def export_int8(kind: str, source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
+    """Write a model that was trained with quantization as one forward pass with 8-bit linear layers.
+
+    Args:
+        kind: ``onnx`` or ``openvino``.
+        source: its folder, with the ranges of the layers' inputs.
+        target: the file.
+        mask: as for all exports.
+
+    Raises:
+        HeadPruningError: it was not trained so, or cannot be exported.
+    """
+    ranges = read_ranges(source)
+    loaded = load(source, mask)
+    words, number = cut_out(loaded), to_qdq(loaded.model, ranges["inputs"] if ranges else {})
+
+    def write(file: Path) -> float:
+        return export_onnx(loaded.model, loaded.example, file, integers=True)
+
+    difference = write(target) if kind == "onnx" else write_openvino(target, write)
+    return (
+        f"{target}: {words}, {number} linear layers of 8 bits; largest difference between onnxruntime and torch "
+        f"{difference:.1e}"
+    )
+
+
 exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
     "masked": export_masked,
     "compact": export_compact,
     **program_formats(
         load,
-        lambda loaded, target: export_onnx(loaded.model, loaded.example, target),
-        lambda loaded, target: export_program(loaded.model, loaded.example, target),
+        lambda loaded, target: export_onnx(in_floats(loaded.model), loaded.example, target),
+        lambda loaded, target: export_program(in_floats(loaded.model), loaded.example, target),
     ),
+    **{f"{kind}-int8": functools.partial(export_int8, kind) for kind in ("onnx", "openvino")},
     **compressed_format(load),
 }

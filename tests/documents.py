@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 METHODS = ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- options: written by python -m tests.documents -->\n", "<!-- end of options -->\n"
 # Of the registry's methods.
-KINDS = ("heads", "weights", "distils")
+KINDS = ("heads", "weights", "distils", "quantizes")
 
 
 @dataclass(frozen=True)

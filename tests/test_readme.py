@@ -196,7 +196,8 @@ READ = {
     "fairseq-train", "fairseq-generate", "fairseq-preprocess", "python -m fairseq_plugin.run_michel",
     "python -m hf_plugin.run_dsp", "python -m hf_plugin.run_squad", "python -m hf_plugin.run_glue", "head-pruning",
     "python -m prepare.glue", "python -m prepare.squad", "python -m prepare.demo_data",
-    "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh",
+    "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh", "python -m prepare.wikipedia",
+    "python -m hf_plugin.run_pretraining",
 }  # fmt: skip
 
 
@@ -250,6 +251,17 @@ def test_the_commands_of_distillation_parse():
     found = [parse([*words, "--use_cpu"], "run_glue") for words in _lines("python -m hf_plugin.run_glue")]
     named = [[pruner.name for pruner in each.pruners] for each in found]
     assert named == [[], ["spd_magnitude", "spd"], ["dsp", "logits"]]
+
+
+def test_the_commands_of_pretraining_parse():
+    pytest.importorskip("transformers")
+    from hf_plugin.command_line.arguments import parse
+    from prepare import wikipedia
+
+    for words in _lines("python -m hf_plugin.run_pretraining"):
+        assert parse([*words, "--use_cpu"], "run_pretraining").data.data_dir == "data/wikipedia"
+    for words in _lines("python -m prepare.wikipedia"):
+        assert wikipedia.parse(words).data_dir == Path("data/wikipedia")
 
 
 def test_the_preparing_commands_parse():

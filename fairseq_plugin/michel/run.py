@@ -19,9 +19,11 @@ from head_pruning import HeadMask, HeadPruningError
 from head_pruning.files import alone_in
 from head_pruning.gates import GateBank
 from head_pruning.importance import ImportanceAccumulator, normalize_importance, pruning_rounds
+from head_pruning.importance.michel import macs_words
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
 from head_pruning.progress import bar_options
 from head_pruning.report.tables import head_table, text_table
+from head_pruning.surgery.per_unit import unit_macs
 from head_pruning.unit_map import NUMBERED
 
 from ..modules.attention import UnfusedAttention
@@ -45,6 +47,18 @@ def get_parser():
     parser.set_defaults(arch="transformer", required_batch_size_multiple=1)
     group = parser.add_argument_group("Michel pruning")
     group.add_argument("--num-of-heads", type=int, default=4, help="heads to remove per round (default: %(default)s)")
+    group.add_argument(
+        "--macs-per-round",
+        type=float,
+        help="share of the multiply-accumulates of all heads and units to remove per round, in the place of "
+        "--num-of-heads",
+    )
+    group.add_argument(
+        "--macs-length",
+        type=int,
+        default=128,
+        help="tokens of a sentence, where these are counted (default: %(default)s)",
+    )
     group.add_argument("--exact-pruning", action="store_true", help="measure the importance anew after every round")
     group.add_argument(
         "--signed-importance",
@@ -198,7 +212,8 @@ def run(args) -> list[dict]:
     score_at = read_score_at(args.score_at)
     cfg = convert_namespace_to_omegaconf(args)
     run = MichelRun(cfg, args)
-    check_score_at(score_at, run.unit_map, args.num_of_heads)
+    if args.macs_per_round is None:
+        check_score_at(score_at, run.unit_map, args.num_of_heads)
     with alone_in(cfg.checkpoint.save_dir):
         return _all_rounds(run, score_at)
 
@@ -213,6 +228,8 @@ def _all_rounds(run: MichelRun, score_at: Collection[int]) -> list[dict]:
     elif report.start is not None:
         logger.info("going on after the round that left %d heads", report.start.mask.kept)
         run.epoch = len(report.entries) - 1
+    by_macs = args.macs_per_round is not None
+    macs = unit_macs(run.model, run.unit_map, args.macs_length) if by_macs else None
     for result in pruning_rounds(
         run.unit_map,
         run.importance,
@@ -220,12 +237,16 @@ def _all_rounds(run: MichelRun, score_at: Collection[int]) -> list[dict]:
         heads_per_round=args.num_of_heads,
         exact=args.exact_pruning,
         start=report.start,
+        costs=macs,
+        cost_per_round=args.macs_per_round,
     ):
         scored, final = run.read, {}
         if result.mask.kept in score_at:
             final = {"final_score": run.score(result.mask, None, args.score_beam), "final_sentences": run.read[0]}
-        report.add(result, sentences=scored[0], **final)
-        logger.info("%s left: %s %.2f on %d of %d sentences", result.mask.words, run.metric, result.score, *scored)
+        cost = result.cost_told(macs)
+        report.add(result, sentences=scored[0], **cost, **final)
+        told = result.mask.words, macs_words(cost), run.metric, result.score, *scored
+        logger.info("%s left%s: %s %.2f on %d of %d sentences", *told)
         if 0 < result.mask.kept <= 2 * args.num_of_heads:
             logger.info("kept heads by site:\n%s", head_table(result.mask))
     entries = report.entries

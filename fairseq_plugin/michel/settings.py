@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from head_pruning import HeadPruningError, UnitMap
 from head_pruning.importance.michel import round_sizes
 from head_pruning.importance.rounds import fingerprint
+from head_pruning.options import MACS_PER_ROUND, require
 
 from ..options import pruners_to_decode
 
@@ -62,6 +63,8 @@ def settings(cfg: DictConfig, args: Any, score_at: Iterable[int]) -> dict[str, A
         found["scoring"] = cfg.scoring._name
     if args.prune_units != "heads":
         found["prune_units"] = args.prune_units
+    if args.macs_per_round is not None:
+        found |= {"macs_per_round": args.macs_per_round, "macs_length": args.macs_length}
     if cfg.dataset.required_batch_size_multiple != 1:
         found["required_batch_size_multiple"] = cfg.dataset.required_batch_size_multiple
     if score_at and args.score_beam != SCORE_BEAM:
@@ -82,7 +85,7 @@ def _changed(cfg: DictConfig, config: type, names: Iterable[str]) -> dict[str, A
 def flags() -> dict[str, str]:
     """How the command line spells the settings of any run."""
     names = ["remove_bpe", "importance_sentences", "score_sentences", "score_at", "score_beam", "train_subset"]
-    names += ["prune_units", "required_batch_size_multiple"]
+    names += ["prune_units", "macs_per_round", "macs_length", "required_batch_size_multiple"]
     for config in (GenerationConfig, *REGISTRIES["scoring"]["dataclass_registry"].values()):
         names += _names(config)
     return {name: _flag(name) for name in names} | _SPELLED
@@ -92,9 +95,13 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+#: Options of this command that methods have too.
+_SHARED = ("num_of_heads", "prune_units", "macs_length")
+
+
 def refuse_pruners(args: Any) -> None:
     """Raise HeadPruningError when a task's options ask for another method, or for heads to be gone before."""
-    own = {name: value for name, value in vars(args).items() if name not in ("num_of_heads", "prune_units")}
+    own = {name: value for name, value in vars(args).items() if name not in _SHARED}
     if pruners_to_decode(SimpleNamespace(**own)):
         raise HeadPruningError("--head-mask-file removes heads before the first round; leave it out.")
 
@@ -106,6 +113,14 @@ def check_counts(args: Any) -> None:
         if value is not None and value < 1:
             rest = "" if "beam" in name else ", or leave it out for all sentences"
             raise HeadPruningError(f"{_flag(name)} is {value}; give 1 or more{rest}.")
+    if args.macs_length < 1:
+        raise HeadPruningError(f"--macs-length is {args.macs_length}; give 1 or more.")
+    if args.macs_per_round is not None:
+        require(args, *MACS_PER_ROUND)
+        if args.score_at:
+            raise HeadPruningError(
+                "--score-at names numbers of heads, which rounds of --macs-per-round do not aim at."
+            )
 
 
 def read_score_at(given: Optional[str]) -> set[int]:

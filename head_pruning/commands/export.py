@@ -16,12 +16,13 @@ def run(args: argparse.Namespace) -> None:
     """The command."""
     source, target = Path(args.model), Path(args.output)
     host = find_host(source)
-    if args.to not in host.exports:
+    form = f"{args.to}-int8" if args.int8 else args.to
+    if form not in host.exports:
         raise HeadPruningError(
-            f"A model of {host.name} cannot be exported to {args.to}; choose one of {', '.join(host.exports)}."
+            f"A model of {host.name} cannot be exported to {form}; choose one of {', '.join(host.exports)}."
         )
     if target.exists() and source.samefile(target):
         raise HeadPruningError(f"{target} is the model itself; give another output.")
     mask = given_mask(args.mask)
     note(f"exporting {source}")
-    print(host.exports[args.to](source, target, mask))
+    print(host.exports[form](source, target, mask))

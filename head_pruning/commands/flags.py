@@ -56,8 +56,13 @@ def _add_export(commands: Any) -> None:
         required=True,
         metavar="FORMAT",
         help="masked: an ordinary model whose removed heads are zero; compact: a smaller and faster model; onnx and "
-        "torch-export: one forward pass of the compact model, for a runtime; compressed: one file of tensors without "
-        "their zeros",
+        "torch-export: one forward pass of the compact model, for a runtime; openvino: the same for OpenVINO; "
+        "compressed: one file of tensors without their zeros",
+    )
+    command.add_argument(
+        "--int8",
+        action="store_true",
+        help="with 8-bit linear layers, to onnx or openvino, of a model that was trained with --do_quantization",
     )
     command.add_argument("--mask", metavar="FILE", help="head mask to apply instead of the model's own")
     command.set_defaults(run=_work("export"))

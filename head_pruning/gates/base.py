@@ -51,6 +51,26 @@ class UnitsConfig:
 
 
 @dataclass
+class BudgetConfig(UnitsConfig, HeadCountConfig):
+    """Options of every method that ranks heads and units and keeps the first of them: how many these are."""
+
+    keep_share: Optional[float] = field(
+        default=None,
+        metadata={"help": "keep this share of the heads, and of the units, in the place of num_of_heads"},
+    )
+    keep_macs: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "keep heads and units of at most this share of their multiply-accumulates, in the place of "
+            "num_of_heads"
+        },
+    )
+    macs_length: int = field(
+        default=128, metadata={"help": "tokens of an example, where multiply-accumulates are counted"}
+    )
+
+
+@dataclass
 class JointConfig:
     """The option of every method that may leave the model as it is."""
 

@@ -198,7 +198,9 @@ class DSPPruner(FallingCount, HeadGatePruner):
             return False
         if self.final is not None or not self.config.annealing:
             return True
-        return self.cooldown is not None and self.step + 1 >= self.cooldown
+        # A session that was just loaded has not settled it yet; a fraction is in the state that it loaded.
+        cooldown = self.config.cooldown_steps if self.cooldown is None else self.cooldown
+        return cooldown >= 1 and self.step + 1 >= cooldown
 
     def metrics(self) -> dict[str, float]:
         return {"temperature": self.temperature(self.step), **super().metrics()}

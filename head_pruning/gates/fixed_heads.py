@@ -13,13 +13,14 @@ from ..compact.shapes import FLAG
 from ..errors import HeadPruningError
 from ..masks import HeadMask
 from ..old_masks import read_old_mask
+from ..options import require
 from ..pruner import SessionView
 from ..registry import register_pruner
-from .base import HeadCountConfig, HeadPruner, UnitsConfig
+from .base import BudgetConfig, HeadPruner
 
 
 @dataclass
-class RandomConfig(UnitsConfig, HeadCountConfig):
+class RandomConfig(BudgetConfig):
     """Options of the random baseline."""
 
     random_heads_seed: Optional[int] = field(
@@ -76,18 +77,62 @@ class FixedPruner(HeadPruner):
         return np.array_equal(kept, self.kept)
 
 
-class RandomPruner(FixedPruner):
+class RankedPruner(FixedPruner):
+    """Keeps the first of a ranking: so many heads and units, a share of each kind, or what a budget of MACs buys."""
+
+    def check_options(self) -> None:
+        budgets = ("num_of_heads", "keep_share", "keep_macs")
+        given = [name for name in budgets if getattr(self.config, name) is not None]
+        if len(given) != 1:
+            raise HeadPruningError(
+                f"{self.name} needs the number of heads to keep; add --num-of-heads K, or one of --keep-share and "
+                "--keep-macs in its place."
+            )
+        least = self.config.min_heads_per_layer or self.config.min_heads_per_kind
+        if given != ["num_of_heads"]:
+            require(self.config, given[0], lambda value: 0 < value <= 1, "a share above 0, up to 1")
+            if least:
+                raise HeadPruningError(
+                    "--min-heads-per-layer and --min-heads-per-kind are for a number of heads; give --num-of-heads."
+                )
+        require(self.config, "macs_length", lambda value: value >= 1, "a number of tokens, 1 or more")
+        super().check_options()
+
+    def first(self, scores: np.ndarray) -> np.ndarray:
+        """``bool[N]``: those of the highest ``scores`` (``[N]``) that stay."""
+        from ..surgery.per_unit import affordable, of_each_kind  # executes torch, which listing methods does not need
+
+        config = self.config
+        if config.keep_macs is not None:
+            costs = self.macs()
+            return affordable(scores, costs, config.keep_macs * costs.sum())
+        if config.keep_share is not None:
+            return of_each_kind(self.unit_map, scores, config.keep_share)
+        return self.top_k(scores)
+
+    def macs(self) -> np.ndarray:
+        """``float64[N]``: what each head or unit costs."""
+        from ..surgery.per_unit import unit_macs
+
+        return unit_macs(self.session.model, self.unit_map, self.config.macs_length)
+
+    def summary(self) -> str:
+        if self.config.keep_macs is None:
+            return super().summary()
+        costs = self.macs()
+        share, length = costs[self.kept].sum() / costs.sum(), self.config.macs_length
+        told = f"{self.head_mask().words} stay, with {share:.2%} of their MACs at {length} tokens"
+        return f"{super().summary()}; {told}"
+
+
+class RandomPruner(RankedPruner):
     """Draws K heads once and trains the model with only them."""
 
     name = "random"
 
-    def check_options(self) -> None:
-        self.require_count()
-        super().check_options()
-
     def chosen(self) -> np.ndarray:
         seed = self.session.seed if self.config.random_heads_seed is None else self.config.random_heads_seed
-        return self.top_k(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads))
+        return self.first(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads))
 
     def goes_on(self, kept: np.ndarray) -> bool:
         return kept.sum() == self.kept.sum()  # a draw is that of the run's start, whatever the seed now

@@ -1,8 +1,10 @@
 """Head importance of Michel, Levy and Neubig 2019, "Are Sixteen Heads Really Better than One?" (section 4.1)."""
 
 import contextlib
+import math
 from dataclasses import dataclass
-from typing import Callable, Iterator, Optional
+from types import SimpleNamespace
+from typing import Callable, Iterator, Mapping, Optional
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ import torch
 from ..errors import HeadPruningError
 from ..gates.engine.bank import GateBank
 from ..masks import HeadMask, full_mask
+from ..options import MACS_PER_ROUND, require
+from ..surgery.per_unit import affordable
 from ..unit_map import UnitMap
 
 
@@ -97,6 +101,15 @@ class PruningRound:
     score: Optional[float]
     importance: Optional[np.ndarray]
 
+    def cost_told(self, macs: Optional[np.ndarray]) -> dict[str, float]:
+        """``macs_percent``: what is left of ``macs`` (``[N]``, of each head or unit); nothing where they are None."""
+        return {} if macs is None else {"macs_percent": float(100.0 * macs[self.mask.keep].sum() / macs.sum())}
+
+
+def macs_words(told: Mapping[str, float]) -> str:
+    """What :meth:`PruningRound.cost_told` tells, behind a number of heads in a line of the log."""
+    return f", {told['macs_percent']:.2f}% of their MACs" if told else ""
+
 
 def round_sizes(unit_map: UnitMap, heads_per_round: int) -> list[int]:
     """How many heads the full model and each round leave.
@@ -120,8 +133,12 @@ def pruning_rounds(
     heads_per_round: int,
     exact: bool = False,
     start: Optional[PruningRound] = None,
+    costs: Optional[np.ndarray] = None,
+    cost_per_round: Optional[float] = None,
 ) -> Iterator[PruningRound]:
     """Remove the ``heads_per_round`` least important heads per round until none is left, scoring after each round.
+
+    With ``cost_per_round`` each round removes this share of all ``costs`` instead.
 
     Args:
         unit_map: the model's sites.
@@ -130,15 +147,20 @@ def pruning_rounds(
         heads_per_round: heads removed per round.
         exact: measure the importance anew after every round (``--exact-pruning``).
         start: the last round of an interrupted run, to go on after it.
+        costs: ``[N]``, what each head or unit costs, such as its multiply-accumulates.
+        cost_per_round: above 0, up to 1; what stays never costs more than it leaves, and at most one unit less.
 
     Yields:
         The full model first (unless ``start`` is given), then each round; the round that removes the last heads is
         scored too.
 
     Raises:
-        HeadPruningError: ``heads_per_round`` is below 1, or more than the model has.
+        HeadPruningError: ``heads_per_round`` is below 1, or more than the model has; ``cost_per_round`` is no share.
     """
-    round_sizes(unit_map, heads_per_round)
+    if cost_per_round is None:
+        round_sizes(unit_map, heads_per_round)
+    else:
+        require(SimpleNamespace(macs_per_round=cost_per_round), *MACS_PER_ROUND)
     if start is None:
         mask = full_mask(unit_map)
         start = PruningRound(mask, score(mask), None)
@@ -149,6 +171,10 @@ def pruning_rounds(
             scores = importance(mask)
         left = np.flatnonzero(mask.keep)
         keep = mask.keep.copy()
-        keep[left[np.argsort(scores[left], kind="stable")[:heads_per_round]]] = False
+        if costs is None or cost_per_round is None:
+            keep[left[np.argsort(scores[left], kind="stable")[:heads_per_round]]] = False
+        else:
+            done = math.floor((1 - costs[left].sum() / costs.sum()) / cost_per_round + 1e-9)
+            keep[left] = affordable(scores[left], costs[left], costs.sum() * (1 - cost_per_round * (done + 1)))
         mask = HeadMask(unit_map, keep)
         yield PruningRound(mask, score(mask), scores)

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import HeadPruningError
-from ..files import atomic_path
+from ..files import appearing_at_once, atomic_path
 from ..hosts import HostModel, cut_out
 from ..masks import HeadMask
 from .runtimes import NEEDS_ONNX, onnx_pass, onnx_session
@@ -72,8 +73,12 @@ def program_formats(
 
         return export
 
+    def openvino(loaded: HostModel, target: Path) -> float:
+        return write_openvino(target, lambda file: onnx(loaded, file))
+
     return {
         "onnx": exporter(onnx, "onnxruntime and torch"),
+        "openvino": exporter(openvino, "onnxruntime and torch"),
         "torch-export": exporter(program, "the exported program and the model"),
     }
 
@@ -131,6 +136,30 @@ def check_onnx(model: nn.Module, target: Path) -> None:
     check_file(target, ".onnx")
     if sum(p.numel() * p.element_size() for p in model.parameters()) >= LIMIT:
         raise HeadPruningError("An ONNX file holds less than 2 GB of weights; export the model compact instead.")
+
+
+def write_openvino(target: Path, write: Callable[[Path], float]) -> float:
+    """Write ``target`` and the weights beside it (``.xml``, ``.bin``), which OpenVINO runs, by way of an ONNX file.
+
+    Args:
+        target: ends in ``.xml``.
+        write: writes the ONNX file, and returns its largest difference from the model.
+
+    Raises:
+        HeadPruningError: OpenVINO is not installed, or ``target`` is another kind of file; errors of ``write``.
+    """
+    check_file(target, ".xml")
+    if target.suffix != ".xml":
+        raise HeadPruningError(f"OpenVINO's models are two files, .xml and .bin; name the first, {target.stem}.xml.")
+    try:
+        import openvino
+    except ImportError as error:
+        raise HeadPruningError("openvino is needed for this; install it: pip install openvino.") from error
+    with appearing_at_once(target.parent) as folder, tempfile.TemporaryDirectory() as elsewhere:
+        file = Path(elsewhere, "model.onnx")
+        difference = write(file)
+        openvino.save_model(openvino.convert_model(file), folder / target.name, compress_to_fp16=False)
+    return difference
 
 
 def write_program(program: torch.export.ExportedProgram, target: Path, check: Check) -> float:

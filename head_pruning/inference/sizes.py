@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..quantization.engine.tensors import stored_bytes
 from ..unit_map import UnitMap
 
 
@@ -70,7 +71,7 @@ def measure_sizes(model: nn.Module, unit_map: UnitMap, inputs: Mapping[str, Any]
     outermost = [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]
     return Sizes(
         parameters=sum(p.numel() for p in parameters),
-        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        bytes=sum(map(stored_bytes, parameters)),
         macs=counter.get_total_flops() // 2,
         attention_macs=sum(by_module[f"{root}.{name}"] for name in outermost) // 2,
     )

@@ -8,6 +8,7 @@ import torch
 from ..errors import HeadPruningError
 from ..files import MASKS_FILE, REPORT_FILE, atomic_path, write_json
 from ..masks import HeadMask
+from ..quantization.engine.tensors import entries
 from ..session import PruningSession
 from ..surgery.zeros import removed_counts
 from ..weights.files import save_weight_masks
@@ -59,7 +60,7 @@ def count_weights(
     found = {}
     for name in dict.fromkeys([*names, *dense]):
         tensor = parameters.get(name)
-        kept, size = (0, 0) if tensor is None else (int(torch.count_nonzero(tensor.detach())), tensor.numel())
+        kept, size = (0, 0) if tensor is None else (int(torch.count_nonzero(entries(tensor))), tensor.numel())
         found[name] = WeightCount(kept, size - removed.get(name, 0), dense.get(name, size))
     return found
 
@@ -71,9 +72,12 @@ def sum_counts(counts: Mapping[str, WeightCount]) -> WeightCount:
 
 def session_counts(session: PruningSession) -> dict[str, WeightCount]:
     """Of the tensors that a session's pruners have masked: what its outcome has, were it fixed now."""
-    masks, mask, parameters = session.weight_masks(), session.head_mask(), dict(session.model.named_parameters())
-    tensors = {name: parameters[name].detach() * keep.to(parameters[name].device) for name, keep in masks.items()}
-    return count_weights(masks, tensors, removed={} if mask is None else removed_counts(session.model, mask))
+    masks, mask = session.weight_masks(), session.head_mask()
+    removed = {} if mask is None else removed_counts(session.model, mask)
+    with session.stored():
+        parameters = dict(session.model.named_parameters())
+        tensors = {name: entries(parameters[name]) * keep.to(parameters[name].device) for name, keep in masks.items()}
+    return count_weights(masks, tensors, removed=removed)
 
 
 def _counts_of_masks(masks: Mapping[str, torch.Tensor]) -> dict[str, WeightCount]:
@@ -139,7 +143,7 @@ def weight_report(
         left_dense: names and sizes of the matrices that were not pruned.
     """
     every = sum(tensor.numel() for tensor in parameters.values())
-    nonzero = sum(int(torch.count_nonzero(tensor.detach())) for tensor in parameters.values())
+    nonzero = sum(int(torch.count_nonzero(entries(tensor))) for tensor in parameters.values())
     gone = {name: count.dense - count.left for name, count in counts.items() if count.dense != count.left}
     return {
         "method": method,

@@ -50,14 +50,17 @@ class HeadWeights:
             if not removed.size:
                 continue
             if site.name not in self._parts:
-                self._parts[site.name] = list(_parts(self._model, self._unit_map, site))
+                self._parts[site.name] = list(owned_parts(self._model, self._unit_map, site))
             for tensor, dim, owner in self._parts[site.name]:
                 places = np.flatnonzero(np.isin(owner, removed))
                 if places.size:
                     yield self._names[id(tensor)], tensor, dim, torch.from_numpy(places)
 
 
-def _parts(model: nn.Module, unit_map: UnitMap, site: Site) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
+def owned_parts(model: nn.Module, unit_map: UnitMap, site: Site) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
+    """The tensors with slices of a site's heads, each with a dimension, and along it the head, or -1 for what heads
+    share. Raises HeadPruningError: the map is of another model.
+    """
     out = _plain(model.get_submodule(site.out_proj))
     dim = 0 if hasattr(out, "nf") else 1  # a Conv1D keeps its weight as [in, out]
     if out.weight.shape[dim] != site.heads * site.head_dim:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from dataclasses import dataclass, field
@@ -49,6 +50,10 @@ class WeightPruner(Pruner):
     signed = False
     #: Whether the k-th smallest score itself is pruned (k zeros) or only what lies below it (k - 1 zeros).
     inclusive = False
+    #: Whether pruned weights are trained with the gradients that they would have if they were not pruned.
+    straight_through = False
+    #: Whether projections outside of the unit map's sites, such as poolers and heads of tasks, may be masked, too.
+    masks_everywhere = False
     #: Names of the float32 states with one value per weight.
     kinds: tuple[str, ...] = ()
     #: One of them that is above 0: its signs can hold the mask.
@@ -63,6 +68,11 @@ class WeightPruner(Pruner):
         "heads": (Whole(), Rest(FLAG)),
     }
 
+    @property
+    def needs_unit_map(self) -> bool:  # type: ignore[override]
+        """Whether nothing else tells the parameters to prune."""
+        return not self.config.weights_include
+
     # -- for methods -------------------------------------------------------------------------------------------------
 
     def plan(self) -> None:
@@ -75,6 +85,20 @@ class WeightPruner(Pruner):
     def count_removed(self, density: float, number: int) -> int:
         """How many of ``number`` weights, blocks or neighbours a mask of this density removes."""
         return count_of(1.0 - density, number)
+
+    def density_of(self, name: str, density: float) -> float:
+        """The remaining ratio of one tensor where that of all of them is ``density``."""
+        return density
+
+    @property
+    def masks_biases(self) -> bool:
+        """Whether biases of the chosen modules are pruned, too."""
+        return getattr(self.config, "prune_biases", False) and not self.selection.structured
+
+    @property
+    def drops_gradients(self) -> bool:
+        """Whether gradients of pruned weights go as they come: then they do not count where the host clips."""
+        return self.policy == "retained" and not self.kinds and not self.straight_through
 
     def due(self, t: int) -> bool:
         """Whether update ``t`` ends with a mask."""
@@ -150,8 +174,9 @@ class WeightPruner(Pruner):
             session.unit_map,
             include=options.weights_include,
             exclude=options.weights_exclude,
-            biases=getattr(options, "prune_biases", False) and not self.selection.structured,
+            biases=self.masks_biases,
             frozen=self.masks_frozen,
+            everywhere=self.masks_everywhere,
         )
         self.targets = self.found.chosen
         if self.selection.structured:
@@ -185,6 +210,13 @@ class WeightPruner(Pruner):
         self._left = 0  # how many weights counted then
         self._gradients: list[torch.Tensor] = []  # of the update, before those of pruned weights were zeroed
         self._numbers: Optional[LateNumbers] = None
+        trained = [target for target in self.targets if target.parameter.requires_grad and self.drops_gradients]
+        self._hooks = [t.parameter.register_hook(functools.partial(self._drop_gradient, t.name)) for t in trained]
+
+    def _drop_gradient(self, name: str, gradient: torch.Tensor) -> Optional[torch.Tensor]:
+        """A parameter's gradient without that of its pruned weights; None where nothing is pruned yet."""
+        keep = self.storage.state.get("mask", {}).get(name) if self.has_mask else None
+        return None if keep is None else torch.where(keep, gradient, 0.0)
 
     def _refuse_shared_targets(self, pruners: Sequence[Pruner]) -> None:
         mine = {target.name for target in self.targets}
@@ -197,7 +229,9 @@ class WeightPruner(Pruner):
 
     def detach(self) -> None:
         super().detach()
-        self.targets, self._numbers = [], None
+        for hook in self._hooks:
+            hook.remove()
+        self.targets, self._hooks, self._numbers = [], [], None
         self.storage.release()
 
     def _plan_once(self) -> None:
@@ -219,7 +253,8 @@ class WeightPruner(Pruner):
 
     @no_grad
     def before_step(self, step: int) -> None:
-        """Retained policy: the optimizer steps the retained weights, with gradients of those that stay only.
+        """Retained policy: the optimizer steps the retained weights, with gradients of those that stay only (of all,
+        where they go straight through).
 
         Averages see all gradients (those of movement are the straight-through ones of Sanh et al. 2020, section 3): a
         pruned weight's score goes on moving, so that the weight can come back.
@@ -230,7 +265,8 @@ class WeightPruner(Pruner):
         self._lay_out()
         self.storage.restore_originals()
         self._gradients = [gradient.clone() for gradient in self.storage.gradients()] if self.kinds else []
-        self.storage.mask_gradients()
+        if not self.straight_through and len(self._hooks) < len(self.targets):
+            self.storage.mask_gradients()
 
     @no_grad
     def after_step(self, step: int, lr_factor: float) -> None:
@@ -312,8 +348,10 @@ class WeightPruner(Pruner):
     def at_target(self) -> bool:
         if self.locked:
             return True
-        drawn = self.has_mask and self.final_at(self.t) and self.selected == self.final_density()
-        return drawn and self._same_heads()
+        if not self.has_mask:
+            return False
+        self._plan_once()  # which a session that was just loaded has not done
+        return self.final_at(self.t) and self.selected == self.final_density() and self._same_heads()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -507,7 +545,7 @@ class WeightConfig(TargetConfig):
 
 
 @dataclass
-class MaskConfig(WeightConfig):
+class SelectionConfig(WeightConfig):
     """Options of every weight pruner that draws masks."""
 
     weight_selection: Optional[str] = field(
@@ -515,14 +553,6 @@ class MaskConfig(WeightConfig):
         metadata={
             "help": "global (one threshold), tensor (one per tensor), N:M such as 2:4 (N of M neighbours stay), or "
             "ROWSxCOLUMNS such as 4x4 (whole blocks); default: the method's own"
-        },
-    )
-    mask_policy: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "revive (pruned weights are trained on between two masks), nested (a pruned weight never comes "
-            "back) or retained (pruned weights keep their last value aside and may come back with it, while their "
-            "scores go on); default: the method's own"
         },
     )
     start_from_zeros: bool = field(
@@ -534,4 +564,18 @@ class MaskConfig(WeightConfig):
     )
     block_pooling: str = field(
         default="avg", metadata={"help": "score of a block of weights: avg or max of its weights' scores"}
+    )
+
+
+@dataclass
+class MaskConfig(SelectionConfig):
+    """Options of every weight pruner that draws masks again and again."""
+
+    mask_policy: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "revive (pruned weights are trained on between two masks), nested (a pruned weight never comes "
+            "back) or retained (pruned weights keep their last value aside and may come back with it, while their "
+            "scores go on); default: the method's own"
+        },
     )

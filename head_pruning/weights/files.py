@@ -74,9 +74,9 @@ def load_weight_masks(path: "str | Path") -> dict[str, torch.Tensor]:
 def save_compressed(path: "str | Path", state: Mapping[str, torch.Tensor], *, min_sparsity: float = 0.25) -> None:
     """Write tensors to a safetensors file without their zeros, atomically.
 
-    A float tensor with at least ``min_sparsity`` zeros becomes a packed mask and its other values, in row-major
-    order: at 10 % density 0.131 of its float32 size. Other tensors are written as they are. Nothing is rounded:
-    :func:`load_compressed` gives the same bits.
+    A tensor of floats or int8 with at least ``min_sparsity`` zeros becomes a packed mask and its other values, in
+    row-major order: at 10 % density 0.131 of its float32 size, 0.225 of its int8 size. Other tensors are written as
+    they are. Nothing is rounded: :func:`load_compressed` gives the same bits.
     """
     from safetensors.torch import save_file
 
@@ -94,7 +94,7 @@ def save_compressed(path: "str | Path", state: Mapping[str, torch.Tensor], *, mi
         tensor = tensor.detach().cpu().contiguous()
         bits = (
             tensor.view(getattr(torch, _INTEGERS[tensor.element_size()]))
-            if tensor.is_floating_point() and tensor.dim()
+            if (tensor.is_floating_point() or tensor.dtype is torch.int8) and tensor.dim()
             else None
         )
         keep = None if bits is None else bits != 0  # of the bits: -0.0 is a value

@@ -4,9 +4,11 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Optional, Sequence
 
 from head_pruning import HeadPruningError
+from head_pruning.options import MACS_PER_ROUND, require
 
 from .fields import GlueArguments, ModelArguments
 from .old_flags import MICHEL_SPELLINGS, add_legacy_flags
@@ -54,6 +56,13 @@ class MichelArguments(ModelArguments):
     )
     finetune_updates: int = field(default=0, metadata={"help": "updates that each model of save_at is trained on"})
     finetune_learning_rate: float = field(default=2e-5, metadata={"help": "their learning rate, linear to 0"})
+    macs_per_round: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share of the multiply-accumulates of all heads and units (at max_seq_length tokens) to remove "
+            "per round, in the place of num_of_heads"
+        },
+    )
     exact_pruning: bool = field(default=False, metadata={"help": "measure the importance anew after every round"})
     prune_units: str = field(
         default="heads",
@@ -90,7 +99,7 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
     notes: list[str] = []
     fields = {f.name: f for f in dataclasses.fields(MichelArguments) if f.name != "notes"}
     model = [f.name for f in dataclasses.fields(ModelArguments)]
-    pruning = ["num_of_heads", *list(fields)[list(fields).index("save_at") :]]
+    pruning = list(fields)[list(fields).index("num_of_heads") :]
     groups = {
         "model": model,
         "data and run": [name for name in fields if name not in (*model, *pruning)],
@@ -104,6 +113,12 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
     add_legacy_flags(parser, notes, MICHEL_SPELLINGS)
     given = parser.parse_set(argv)
     require_positive(given, "max_seq_length", "batch_size", "num_of_heads", "max_train_samples")
+    if given.get("macs_per_round") is not None:
+        require(SimpleNamespace(**given), *MACS_PER_ROUND)
+        if "num_of_heads" in given:
+            raise HeadPruningError("--num_of_heads and --macs_per_round both say what a round removes; give one.")
+        if "save_at" in given:
+            raise HeadPruningError("Rounds of --macs_per_round leave no counts for --save_at; give --num_of_heads.")
     if given.get("data_subset", -1) != -1:
         require_positive(given, "data_subset")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given.get("save_at") or "1"):

@@ -15,11 +15,12 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 from head_pruning import HeadMask, HeadPruningError, UnitMap
 from head_pruning.files import alone_in, write_json, writing
 from head_pruning.importance import pruning_rounds
-from head_pruning.importance.michel import round_sizes
+from head_pruning.importance.michel import macs_words, round_sizes
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
 from head_pruning.report.report_file import counts_told
 from head_pruning.report.runs import RESULTS_FILE
 from head_pruning.report.tables import head_table, text_table
+from head_pruning.surgery.per_unit import unit_macs
 
 from ..command_line.michel import MichelArguments
 from ..heads.importance import head_importance
@@ -41,7 +42,7 @@ logger = logging.getLogger("hf_plugin.run_michel")
 # What the heads that are removed depend on, beside the model and its data.
 _CHOICE = (
     *("num_of_heads", "exact_pruning", "dont_normalize_importance_by_layer", "dont_normalize_global_importance"),
-    *("per_example", "max_train_samples", "prune_units"),
+    *("per_example", "max_train_samples", "prune_units", "macs_per_round"),
 )
 _SETTINGS = ("model_name_or_path", "task_name", "data_dir", "data_subset", *_CHOICE, "max_seq_length", "batch_size")
 _FLAGS = {"model_checksum": "set of weights, from --model_name_or_path or drawn with --seed"}
@@ -62,6 +63,8 @@ class MichelRun:
             check_files(task, arguments.data_dir, ("train", "validation"))
         tokenizer, self.model, self.task = load_pieces(arguments, task, fits=self._check_sizes)
         self.unit_map = self._numbered(self.model).told()
+        by_macs = arguments.macs_per_round is not None
+        self.macs = unit_macs(self.model, self.unit_map, arguments.max_seq_length) if by_macs else None
         self.data = load_task(
             self.task,
             tokenizer=tokenizer,
@@ -104,7 +107,7 @@ class MichelRun:
 
     def _check_sizes(self, twin: nn.Module) -> None:
         """Raise HeadPruningError if the rounds do not fit models like ``twin``, or leave no count of ``--save_at``."""
-        left = round_sizes(self._numbered(twin), self.arguments.num_of_heads)
+        left = round_sizes(self._numbered(twin), self._per_round)
         missing = [count for count in self.arguments.sizes if count not in left]
         if missing:
             raise HeadPruningError(
@@ -114,6 +117,10 @@ class MichelRun:
 
     def _numbered(self, model: nn.Module) -> UnitMap:
         return unit_map(model).numbering(self.arguments.prune_units)
+
+    @property
+    def _per_round(self) -> int:
+        return 1 if self.arguments.macs_per_round else self.arguments.num_of_heads
 
     def settings(self) -> dict[str, Any]:
         """What the rounds depend on; rounds of other settings are not gone on with.
@@ -184,12 +191,15 @@ class MichelRun:
             self.unit_map,
             self.importance,
             self.score,
-            heads_per_round=arguments.num_of_heads,
+            heads_per_round=self._per_round,
             exact=arguments.exact_pruning,
             start=report.start,
+            costs=self.macs,
+            cost_per_round=arguments.macs_per_round,
         ):
-            report.add(result, scores=dict(self.scores))
-            logger.info("%s left: %s %.2f", result.mask.words, self.metric, result.score)
+            told = result.cost_told(self.macs)
+            report.add(result, scores=dict(self.scores), **told)
+            logger.info("%s left%s: %s %.2f", result.mask.words, macs_words(told), self.metric, result.score)
             if 0 < result.mask.kept <= 2 * arguments.num_of_heads:
                 logger.info("kept heads by site:\n%s", head_table(result.mask))
 

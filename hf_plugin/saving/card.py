@@ -5,6 +5,7 @@ from typing import Any, Mapping, Optional
 from torch import nn
 
 from head_pruning import HeadMask
+from head_pruning.quantization.engine.linears import is_fake_quantized
 from head_pruning.report.tables import head_table, markdown_table
 from head_pruning.report.weights import DENSITY_PICTURE, WeightCount, sum_counts
 from head_pruning.surgery.remaining import recipe_of
@@ -44,7 +45,7 @@ def model_card(
         lines += ["", *_numbers(*parameters), "", "## Loading", "", *_loading(model)]
     elif recipe_of(model) is None:
         lines[-1] += "The weights of the removed heads are zero, so"
-        lines += ["the model loads with `from_pretrained` and needs no other package.", ""]
+        lines += [f"the model loads with `from_pretrained` and needs {_packages(model)}.", ""]
     else:
         lines[-1] += "The weights of the removed heads are zero;"
         lines += ["others were cut out before.", "", "## Loading", "", *_loading(model)]
@@ -81,7 +82,8 @@ def weight_card(
         lines += ["the others are zero, in the adapter that this folder holds or in its base model, and load with", ""]
         lines += ["`PeftModel.from_pretrained`. Merged by `hf_plugin.merge_pruned` the base model's zeros stay.", ""]
     elif recipe_of(model) is None:
-        lines += ["the others are zero, so the model loads with `from_pretrained` and needs no other package.", ""]
+        needed = _packages(model)
+        lines += [f"the others are zero, so the model loads with `from_pretrained` and needs {needed}.", ""]
     else:
         lines += ["the others are zero. Heads were cut out before.", "", "## Loading", "", *_loading(model)]
     lines += _results(scores, dataset)
@@ -99,6 +101,8 @@ def dense_card(model: nn.Module, scores: Optional[Mapping[str, float]], dataset:
     base = getattr(model.config, "_name_or_path", "") or "the model"
     lines = ["---", "library_name: transformers", "---", "", f"# {type(model).__name__}", ""]
     lines += [f"Made from `{base}`{f' by fine-tuning on {dataset}' if dataset else ''}; nothing was pruned.", ""]
+    if is_fake_quantized(model):
+        lines += [f"The model loads with `from_pretrained` and needs {_packages(model)}.", ""]
     return "\n".join([*lines, *_results(scores, dataset)])
 
 
@@ -112,6 +116,11 @@ def weight_section(counts: Mapping[str, WeightCount], left_dense: Mapping[str, i
         number, matrices = sum(left_dense.values()), "matrices" if len(left_dense) > 1 else "matrix"
         lines += [f"Not pruned: {number:,} weights of {len(left_dense)} {matrices}, {numbered(left_dense)}.", ""]
     return [*lines, f"![densities]({DENSITY_PICTURE})", ""]
+
+
+def _packages(model: nn.Module) -> str:
+    """What a model that is saved needs beside transformers."""
+    return "torchao, as its linear layers hold 8-bit integers" if is_fake_quantized(model) else "no other package"
 
 
 def _top(model: nn.Module, left: str, tag: str, method: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence, cast
+from typing import Any, Callable, ContextManager, Mapping, Optional, Sequence, cast
 
 import torch
 import transformers
@@ -11,6 +11,7 @@ from torch import nn
 from head_pruning import HeadMask, HeadPruningError, Pruner
 from head_pruning.files import appearing_at_once
 from head_pruning.pruner import options_of
+from head_pruning.quantization.engine.tensors import entries
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.surgery.remaining import heads_left
@@ -35,6 +36,7 @@ def save_pruned(
     scores: Optional[Mapping[str, float]] = None,
     dataset: Optional[str] = None,
     history: Optional[list] = None,
+    form: Callable[[], ContextManager[None]] = contextlib.nullcontext,
 ) -> None:
     """Write the pruned model: a folder that plain ``from_pretrained`` loads, with the outputs of the gated model.
 
@@ -53,6 +55,7 @@ def save_pruned(
         scores: metrics for the model card.
         dataset: what the scores were measured on.
         history: one entry per scored state.
+        form: inside its block the model is in the form to be stored in, such as an integer one.
 
     Raises:
         HeadPruningError: the model has no ``save_pretrained``.
@@ -67,8 +70,9 @@ def save_pruned(
     options = dict(options or options_of(pruners))
     with appearing_at_once(folder) as temporary:
         with quiet_saving(model), contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
-            saved.save_pretrained(temporary)
-            sizes = None if adapter else (_size(model), _nonzero(model))
+            with form():
+                saved.save_pretrained(temporary)
+                sizes = None if adapter else (_size(model), _nonzero(model))
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
         _describe(temporary, model, mask, sizes, None, method, options, history, scores, dataset)
@@ -180,4 +184,4 @@ def _size(model: nn.Module) -> int:
 
 
 def _nonzero(model: nn.Module) -> int:
-    return int(torch.stack([torch.count_nonzero(parameter.detach()) for parameter in model.parameters()]).sum())
+    return int(torch.stack([torch.count_nonzero(entries(parameter)) for parameter in model.parameters()]).sum())

@@ -6,6 +6,7 @@ from pathlib import Path
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.files import MASKS_FILE, REPORT_FILE
 from head_pruning.hosts import holds_heads
+from head_pruning.quantization.engine.files import QUANTIZATION_FILE
 from head_pruning.report.weights import DENSITY_PICTURE
 from head_pruning.surgery.remaining import sites_left
 
@@ -13,7 +14,7 @@ from ..host import recipe
 from ..saving.folders import PICTURE
 
 #: What a run writes about its model, beside it.
-REPORTS = ("README.md", REPORT_FILE, MASKS_FILE, PICTURE, DENSITY_PICTURE, "weight_density.txt")
+REPORTS = ("README.md", REPORT_FILE, MASKS_FILE, PICTURE, DENSITY_PICTURE, "weight_density.txt", QUANTIZATION_FILE)
 # What a run must not write over unasked.
 _WRITTEN = ("*.safetensors", "config.json", *REPORTS)
 

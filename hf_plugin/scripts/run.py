@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, ContextManager, Iterator, Optional
 
 from datasets import Dataset
 from torch import nn
@@ -24,6 +24,7 @@ from head_pruning.report.weights import session_counts, sum_counts
 from ..command_line.arguments import Arguments
 from ..saving.card import dense_card
 from ..saving.folders import describe_pruned, save_pruned
+from ..saving.quantized import stored_form
 from ..training.callback import refuse_broken
 from ..training.checkpoints import Checkpoint, check_resumable, last_checkpoint
 from ..training.optimizers import check_resumed, trainer_options
@@ -71,12 +72,12 @@ class _Ordered(_Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
-class _DenseTrainer(_Ordered, Trainer):
-    pass
+class DenseTrainer(_Ordered, Trainer):
+    """That of a run without pruners."""
 
 
-class _PruningTrainer(_Ordered, HeadPruningTrainer):
-    pass
+class PruningTrainer(_Ordered, HeadPruningTrainer):
+    """That of a run with pruners."""
 
 
 class TaskRun:
@@ -88,6 +89,7 @@ class TaskRun:
 
     #: Whether evaluation must keep the dataset's order.
     in_order = False
+    dense_trainer, pruning_trainer = DenseTrainer, PruningTrainer
 
     trainer: Trainer
     #: What the scores were measured on, for the model card.
@@ -190,14 +192,16 @@ class TaskRun:
         options = {"args": arguments.training, **trainer_options(arguments.optimizer, arguments.training), **options}
         options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
         if not arguments.pruners:
-            trainer = _DenseTrainer(**options)
+            trainer = self.dense_trainer(**options)
             wrap_end(trainer, lambda: 0 if self.resume is None else self.resume.step)
             wrap_checkpoints(trainer)
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
         hub = {name: value for name, value in arguments.model.hub_options().items() if name != "revision"}
-        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub)
+        trainer = self.pruning_trainer(
+            **options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub
+        )
         trainer.in_order = self.in_order
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())
@@ -279,12 +283,23 @@ class TaskRun:
                 (self.out / name).unlink(missing_ok=True)
         if mask is None:
             internal = bool(self.arguments.pruners)  # with the zeros of weight pruners
-            save_at_once(trainer, self.out, lambda place: Trainer.save_model(trainer, place, _internal_call=internal))
+            with self._form():
+                save_at_once(
+                    trainer, self.out, lambda place: Trainer.save_model(trainer, place, _internal_call=internal)
+                )
         elif trainer.is_world_process_zero():
             model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-            save_pruned(model, mask, self.out, processing_class=tokenizer, **self._about())
+            save_pruned(model, mask, self.out, processing_class=tokenizer, form=self._form, **self._about())
         if trainer.is_world_process_zero():
+            if self.arguments.pruners:
+                trainer.session.save_beside(self.out)
             self._describe_the_rest()
+
+    def _form(self) -> ContextManager[None]:
+        """Inside the block the model is in the form in which it is stored."""
+        if not self.arguments.pruners:
+            return contextlib.nullcontext()
+        return stored_form(self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.session)
 
     def describe(self) -> None:
         """Write anew what tells of the model, with its scores."""

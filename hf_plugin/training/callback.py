@@ -1,6 +1,7 @@
 """A pruning session driven from the events of a Trainer."""
 
 import contextlib
+import functools
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ from head_pruning.weights import save_weight_masks
 
 from ..saving.folders import save_pruned
 from ..saving.notices import notices_on, quiet_saving
+from ..saving.quantized import stored_form
 from .checkpoints import (
     Checkpoint,
     check_resumable,
@@ -183,12 +185,16 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         """
         weights, mask = self.session.of_kind("weights"), self.session.head_mask()
         folder, model = Path(output_dir or trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+        form = functools.partial(stored_form, model, self.session)
         with self.session.evaluating(), quiet_saving(model):
             if mask is None:
-                save_at_once(trainer, folder, lambda place: save_model(place, _internal_call=True))
+                with form():
+                    save_at_once(trainer, folder, lambda place: save_model(place, _internal_call=True))
             elif trainer.is_world_process_zero():
                 tokenizer, pruners = trainer.processing_class, self.session.pruners
-                save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners)
+                save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners, form=form)
+            if trainer.is_world_process_zero():
+                self.session.save_beside(folder)
             if weights and trainer.is_world_process_zero():
                 save_weight_masks_and_report(folder, model, self.session)
 

@@ -12,6 +12,7 @@ from head_pruning.session import LAYERDROP_UPDATES, check_pruners, needs_of
 from ..heads.masking import masked_heads
 from ..mapping.module_tree import check_model
 from ..mapping.unit_map import unit_map as map_units
+from ..saving.card import is_adapted
 from ..saving.notices import watch_session
 from .attention import ask_for_probabilities, switch_to_eager
 from .teachers import load_teacher
@@ -54,8 +55,13 @@ def open_session(
     options.setdefault("fired_within", LAYERDROP_UPDATES if _drops_layers(model) else 1)
     gated = any(pruner.needs_gates for pruner in pruners)
     needs = needs_of(pruners)
-    if unit_map is None and (gated or needs or not all(getattr(p.config, "weights_include", None) for p in pruners)):
+    if unit_map is None and (gated or needs or any(pruner.needs_unit_map for pruner in pruners)):
         unit_map = map_units(model)
+    if is_adapted(model) and any(pruner.kind == "quantizes" for pruner in pruners):
+        raise HeadPruningError(
+            "A model with adapters is not quantized in training, as its adapters alone are saved; merge them first "
+            "(hf_plugin.merge_pruned, which keeps zeros) and train the merged model."
+        )
     if gated and masked_heads(model) is not None:
         raise HeadPruningError(
             "Heads of the model are masked by mask_heads; call restore_heads(model) before a session is opened on it, "

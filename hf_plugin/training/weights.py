@@ -61,9 +61,10 @@ def save_weight_masks_and_report(
     pruners = session.pruners if mask is None else session.of_kind("weights")
     method = "+".join(pruner.name for pruner in pruners)
     options = options_of(pruners)
-    with contextlib.nullcontext() if mask is None or is_adapted(model) else zeroed_heads(model, mask):
+    removed = {} if mask is None else removed_counts(model, mask)
+    zeroed = contextlib.nullcontext() if mask is None or is_adapted(model) else zeroed_heads(model, mask)
+    with zeroed, session.stored():
         parameters = dict(model.named_parameters())
-        removed = {} if mask is None else removed_counts(model, mask)
         counts, left_dense = count_weights(masks, parameters, removed=removed), session.left_dense()
         write_weight_artifacts(
             folder,

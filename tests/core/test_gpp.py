@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from head_pruning import FeedForwardSite, HeadPruningError, PruningSession, UnitMap, build_pruner
 from head_pruning.distillation.engine.fusion import fused_loss, shares
@@ -233,3 +234,41 @@ def test_a_student_learns_beside_gpp():
     train(session, range(1, UPDATES), rate=1e-3)
     assert 0 < session.metrics()["dfd_hidden_loss"] < first
     assert session.harden().counts() == {"heads": (3, 6), "units": (18, 36)}
+
+
+def test_an_update_waits_for_the_device_only_where_indicators_are_set_anew():
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list = []
+    teacher = model(7)
+    session = opened(model(8), build("gpp"), build("dfd", teacher_path="recorded"), total_steps=400,
+                     load_teacher=lambda path, needs: (teacher, units()))  # fmt: skip
+    gpp = session.pruners[0]
+    read = reads_of(gpp)
+    assert gpp.period == 4
+    with Waits():
+        for step in range(9):
+            session.before_update(step)
+            inputs, labels = batch(step)
+            session.loss(nn.functional.cross_entropy(session.model(inputs), labels), inputs).backward()
+            session.after_backward()
+            session.before_step()
+            session.after_step()
+    assert not seen and read == [0, 4, 8]
+
+
+def reads_of(gpp) -> list[int]:
+    """The updates in which the sums of gradients are read, while they happen."""
+    found: list[int] = []
+    original = gpp.gradient
+
+    def gradient():
+        found.append(gpp.step)
+        return original()
+
+    gpp.gradient = gradient
+    return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from head_pruning import HeadMask, HeadPruningError, PruningSession, UnitMap, build_pruner, methods
+from head_pruning.weights import save_weight_masks, weight_targets
 from tests.few import few
 from tests.own_methods import registered
 
@@ -26,15 +27,19 @@ def own_methods():
 
 @pytest.fixture
 def mask_file(toy, tmp_path):
-    """What an option that names a file is given: a mask of five heads."""
+    """What an option that names a file is given: a mask of five heads, and of half of the weights."""
     path = tmp_path / "masks.safetensors"
-    HeadMask(toy.make()[1], np.arange(12) % 5 < 2).save(path)
+    model, unit_map = toy.make()
+    masks = {target.name: target.parameter.detach() > 0 for target in weight_targets(model, unit_map, biases=False)}
+    save_weight_masks(path, masks, HeadMask(unit_map, np.arange(12) % 5 < 2))
     return path
 
 
 def build(toy, name: str, mask_file, seed: int = 0, **options):
     """Model, attached session and pruner, with the options of the method's example and joint training."""
     method = methods(None)[name]
+    if method.kind == "quantizes":
+        pytest.importorskip("torchao", reason="needs torchao")
     options = {**method.example, **options}
     for option, known in method.options.items():
         if known.metadata.get("by_content"):
@@ -115,6 +120,8 @@ def test_attach_and_detach_leave_the_model_bit_for_bit(toy, mask_file, name):
     assert list(model.state_dict()) == list(before.state_dict())
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in before.named_parameters()]
     update(toy, model.eval(), session, 0)
+    for parameter, keep in session.weight_masks().items():
+        before.get_parameter(parameter).data[~keep] = 0.0  # what is pruned stays so
     session.detach()
     same(model.state_dict(), before.state_dict())
     assert hooks(model) == 0
@@ -219,3 +226,13 @@ def test_a_loaded_run_counts_the_heads_that_it_kept(toy, mask_file, name):
     loaded.load_state_dict(state["session"])
     for number in ("heads_expected", "heads_kept"):
         assert loaded.metrics()[number] == pytest.approx(session.metrics()[number], abs=1e-6), number
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_loaded_run_is_at_its_target_where_it_was(toy, mask_file, name):
+    state, _, _ = train(toy, name, mask_file, range(UPDATES))
+    model, loaded, _ = build(toy, name, mask_file)
+    model.load_state_dict(state["model"])
+    loaded.load_state_dict(state["session"])
+    loaded.load_tensor_state(state["tensors"])
+    assert loaded.at_target() == state["at_target"]

@@ -97,7 +97,8 @@ def test_options_imply_their_method(options, name):
 def test_a_named_method_wins_over_implied_ones():
     assert choose_method(given(num_of_heads=4), "random").name == "random"
     with pytest.raises(
-        HeadPruningError, match="There is no pruner dps; choose one of dsp, given, gpp, random, ste, voita"
+        HeadPruningError,
+        match="There is no pruner dps; choose one of dsp, given, gpp, head_sensitivity, random",
     ):
         choose_method(given(num_of_heads=4), "dps")
 
@@ -162,8 +163,9 @@ def test_a_run_has_methods_of_every_kind(more_kinds, options, names):
      "answers."),
     ({"beta1": 0.5}, "--beta1 belongs to platon, sensitivity, but no pruner of weights is chosen; drop it or add "
      "--weight-pruner platon."),
-    ({"prune_biases": False}, "--prune-biases belongs to gradual_magnitude, lock, magnitude, movement, platon, "
-     "random_weights, sensitivity, but no pruner of weights is chosen; drop it or add --weight-pruner platon."),
+    ({"prune_biases": False}, "--prune-biases belongs to custom_mask, gradual_magnitude, lock, magnitude, movement, "
+     "neural_wiring, one_shot_magnitude, platon, random_weights, sensitivity, but no pruner of "
+     "weights is chosen; drop it or add --weight-pruner platon."),
     ({"quantizer": "int8,answers"}, "answers is none of the methods that quantize; choose it with --distill answers."),
     ({"weight_pruner": "lock,platon"}, "--weight-pruner platon and lock both prune weights, of which a run takes one; "
      "choose one of them."),

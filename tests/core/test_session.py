@@ -499,6 +499,10 @@ def test_target_is_reached_when_the_annealing_ends(toy):
         reached.append(session.at_target())
     assert reached == [False] * 7 + [True] * 3
     assert session.metrics()["temperature"] == 1e-8
+    _, loaded, _ = build(toy)
+    assert not loaded.at_target()
+    loaded.load_state_dict(session.state_dict())
+    assert loaded.at_target()
 
 
 def test_after_the_annealing_the_model_trains_with_the_heads_it_keeps(toy):

@@ -483,7 +483,7 @@ def test_nothing_to_prune_is_no_crash(toy, first, last):
     assert zeros(pruner) == 0 and session.at_target()
 
 
-@pytest.mark.parametrize("name", ["platon", "magnitude", "random_weights"])
+@pytest.mark.parametrize("name", few(["platon", "magnitude", "random_weights"], "platon"))
 def test_portions_side_by_side_give_the_same(toy, name, monkeypatch):
     def trained(threads: int) -> list[torch.Tensor]:
         model, optimizer, session, _ = start(toy, name)

@@ -66,7 +66,9 @@ def test_resumed_in_either_phase(run, tmp_path, stop):
 
 
 @pytest.mark.parametrize(
-    "options", ["", "--fp16 --fp16-no-flatten-grads --fp16-init-scale 4"], ids=["float32", "fp16"]
+    "options",
+    ["", pytest.param("--fp16 --fp16-no-flatten-grads --fp16-init-scale 4", marks=pytest.mark.slow)],
+    ids=["float32", "fp16"],
 )
 def test_the_optimizer_of_the_second_phase(translation, tmp_path, options):
     """It is a new one, whose averages begin anew; its float32 copies and loss scale are those of the first."""

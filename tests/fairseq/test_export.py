@@ -62,6 +62,7 @@ def test_plain_fairseq_decodes_the_export_as_the_plugin_decodes_the_checkpoint(t
     assert decoded(runner.run("generate", line, **setting).out) != pruned
 
 
+@pytest.mark.slow
 def test_export_applies_a_mask_file_to_a_dense_checkpoint(translation, runner, tmp_path):
     runner.run("train", translation.train(tmp_path / "dense", task="translation", updates=2))
     runner.run("train", translation.train(tmp_path / "pruned", DSP, updates=2))

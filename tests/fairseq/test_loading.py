@@ -57,6 +57,7 @@ def test_ensemble_of_differently_pruned_models(runner, translation, runs):
     assert ours != decoded(runner.run("generate", translation.generate(runs.first)).out)
 
 
+@pytest.mark.slow
 def test_interactive(runner, translation, data, runs, tmp_path):
     (tmp_path / "input").write_text("w1 w2 w3\nge@@ w5 w4\n", encoding="utf-8")
     outputs = []
@@ -67,6 +68,7 @@ def test_interactive(runner, translation, data, runs, tmp_path):
     assert len(outputs[0]) == 2
 
 
+@pytest.mark.slow
 def test_validate(runner, data, runs):
     rest = shlex.split("--valid-subset valid --batch-size 5 --cpu --num-workers 0 --log-format json")
     losses = []

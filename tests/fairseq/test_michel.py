@@ -322,3 +322,16 @@ def test_units_are_removed_by_their_importance(data, dense, tmp_path):
     assert mask.unit_map.units == "ffn" and mask.keep.size - mask.kept == 60
     importance = np.array(rounds[1]["importance"])
     assert (importance[mask.keep].min() >= importance[~mask.keep].max()) and importance.max() == 1.0
+
+
+def test_rounds_of_equal_macs(data, dense, tmp_path):
+    line = _command(data, dense, tmp_path, *shlex.split(QUICK), "--prune-units", "both", "--macs-per-round", "0.4")[2:]
+    rounds = run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))
+    found = [entry["macs_percent"] for entry in rounds]
+    assert found[0] == 100 and found[-1] == 0 and len(found) == 4
+    assert 58 < found[1] <= 60 and 18 < found[2] <= 20
+    mask = HeadMask.load(tmp_path / "michel_masks" / f"heads{rounds[1]['heads']}.safetensors")
+    assert mask.words.count(" of ") == 2
+    line += ["--score-at", "4"]
+    with pytest.raises(HeadPruningError, match="--score-at names numbers of heads"):
+        run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))

@@ -93,6 +93,7 @@ def test_criteria(runner, translation, tmp_path, options):
     assert mask_beside(tmp_path / "run" / "checkpoint_last.pt").kept == 4
 
 
+@pytest.mark.slow
 def test_layerdrop(runner, translation, tmp_path):
     # Layers that were skipped at random in the first update are not taken for sites that never run.
     drop = "--encoder-layerdrop 0.5 --decoder-layerdrop 0.5"

@@ -142,6 +142,7 @@ class TestHeadsFromTheStart:
         Runner(folder).run("train", translation.train(folder, "--pruner random --num-of-heads 12", updates=2))
         return folder / "checkpoint_last.pt"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("start", ["--finetune-from-model {}", RESTORED])
     def test_a_new_run_has_its_own(self, runner, translation, twelve, tmp_path, start):
         few = f"--pruner random --num-of-heads 4 {start.format(twelve)}"

@@ -10,7 +10,7 @@ import pytest
 from head_pruning import HeadMask
 from tests.fairseq.checkpoints import logits_of, read, session_of
 from tests.fairseq.command_lines import DSP, VOITA
-from tests.fairseq.runner import logged
+from tests.fairseq.runner import Runner, logged
 
 
 def validated(line: list) -> list:
@@ -63,11 +63,19 @@ def test_validation_scores_the_hard_mask(runner, translation, tmp_path):
     assert losses[0][-1] == float(losses[1][-1])
 
 
-def test_log_and_artifacts(runner, translation, tmp_path):
-    done = runner.run("train", translation.train(tmp_path / "run", DSP, "--final-temperature 1e-4", updates=20))
-    report = json.loads((tmp_path / "run" / "pruning.json").read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def run(translation, tmp_path_factory):
+    """The folder of a run of two epochs, and its output."""
+    folder = tmp_path_factory.mktemp("run")
+    line = translation.train(folder / "run", DSP, "--final-temperature 1e-4", updates=25)
+    return folder / "run", Runner(folder).run("train", validated(line))
+
+
+def test_log_and_artifacts(run):
+    folder, done = run
+    report = json.loads((folder / "pruning.json").read_text(encoding="utf-8"))
     updates = [entry["updates"] for entry in report["history"]]
-    assert updates == sorted(set(updates)) and updates[-1] == 20 and len(updates) > 1
+    assert updates == sorted(set(updates)) and updates[-1] == 25 and len(updates) > 1
     temperature = logged(done.out, "temperature")
     assert math.isclose(temperature[0], 0.1) and math.isclose(temperature[10], 1e-4)
     assert math.isclose(temperature[3], 0.1 * (1e-4 / 0.1) ** (3 / 6), rel_tol=1e-2)
@@ -75,10 +83,10 @@ def test_log_and_artifacts(runner, translation, tmp_path):
     assert all(math.isclose(value, 4, abs_tol=0.01) for value in logged(done.out, "heads_expected"))
     assert max(logged(done.out, "gate_norm")) > 0 and set(logged(done.out, "penalty")) == {0}
 
-    mask = HeadMask.load(tmp_path / "run" / "masks.safetensors")
-    logits = logits_of(tmp_path / "run" / "checkpoint_last.pt")
+    mask = HeadMask.load(folder / "masks.safetensors")
+    logits = logits_of(folder / "checkpoint_last.pt")
     assert sorted(np.flatnonzero(mask.keep)) == sorted(np.argsort(-logits)[:4])
-    report = json.loads((tmp_path / "run" / "pruning.json").read_text())
+    report = json.loads((folder / "pruning.json").read_text())
     assert report["method"] == "dsp" and report["options"]["num_of_heads"] == 4
     assert report["heads_kept"] == 4 and report["heads_total"] == 24
     assert report["kept_heads_by_site"] == mask.kept_heads()
@@ -88,12 +96,12 @@ def test_log_and_artifacts(runner, translation, tmp_path):
     assert removed == 20 * (4 * 16 * 4 + 3 * 4)  # 20 heads of width 4: four projections of 16, three biases
 
 
-def test_table_of_kept_heads(runner, translation, tmp_path):
-    done = runner.run("train", validated(translation.train(tmp_path / "run", DSP, updates=25)))
+def test_table_of_kept_heads(run):
+    folder, done = run
     rows = re.findall(r"^([a-z]+coder\.layers\.\d\.\w+) +([#.]{4}) +(\d)/4$", done.out, re.MULTILINE)
     assert len(rows) == 12  # six sites, at the end of the first epoch and at the end of training
     assert sum(int(count) for _, _, count in rows[6:]) == 4
-    mask = HeadMask.load(tmp_path / "run" / "masks.safetensors")
+    mask = HeadMask.load(folder / "masks.safetensors")
     assert {name: [c == "#" for c in heads] for name, heads, _ in rows[6:]} == mask.by_site()
 
 

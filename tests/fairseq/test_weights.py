@@ -416,7 +416,7 @@ def test_language_model(runner, english, tmp_path):
         ),
         pytest.param(
             "--weight-pruner plato",
-            "no pruner of weights plato; choose one of gradual_magnitude, lock",
+            "no pruner of weights plato; choose one of custom_mask, gradual_magnitude, lock",
             marks=pytest.mark.slow,
         ),
         pytest.param("--pruner PLATON", "choose it with --weight-pruner", marks=pytest.mark.slow),

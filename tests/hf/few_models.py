@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from head_pruning import UnitMap
+from tests.hf.tiny import built
 
 VOCABULARY = 40
 # A larger initializer_range than usual, so that single heads matter.
@@ -54,8 +55,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"bert": _bert, "llama": _llama, "b
 
 def make(name: str) -> nn.Module:
     """The model, the same each time, without dropout, in evaluation mode."""
-    torch.manual_seed(7)
-    return MODELS[name]().eval()
+    return built(7, MODELS[name])
 
 
 def batch_of(name: str, step: int = 0, examples: int = 3) -> dict[str, torch.Tensor]:

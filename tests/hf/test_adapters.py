@@ -21,6 +21,7 @@ from hf_plugin import (
     pruner,
     save_pruned,
 )
+from tests.few import few
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 DSP = {"num_of_heads": 3, "joint_pruning": True}
@@ -226,7 +227,7 @@ def test_lock_keeps_the_zeros_under_adapters(tmp_path):
         assert torch.equal(merged.get_parameter(name) == 0, zero)
 
 
-@pytest.mark.parametrize("name", ["platon", "magnitude", "movement"])
+@pytest.mark.parametrize("name", few(["platon", "magnitude", "movement"], "movement"))
 def test_weights_under_adapters_are_not_pruned_unnoticed(tmp_path, caplog, name):
     options = {"final_threshold": 0.5, "warmup_steps": 2, "initial_warmup": 0, "final_warmup": 1}
     model = adapted(tiny_bert())

@@ -8,6 +8,7 @@ import pytest
 
 TINY = ("--layers", "2", "--hidden", "48", "--heads", "12", "--rounds", "2", "--seconds", "0", "--runtimes", "torch")
 KEEPS = ["12 heads", "6 heads", "2 heads", "2 heads in 2 layers", "0 heads"]
+KEEPS += ["12 heads, 1/2 of the units", "2 heads, 1/4 of the units"]
 
 
 @pytest.fixture
@@ -30,18 +31,19 @@ def test_json_holds_speed_ups_bounds_and_sizes_and_a_second_run_goes_on(run, tmp
         assert row["fraction_of_bound"] == pytest.approx(row["speed_up"] / row["mac_bound"], abs=1e-3)
     assert found["min_fraction_of_bound"] == min(row["fraction_of_bound"] for row in rows[1:])
     assert rows[3]["mac_bound"] == rows[4]["mac_bound"] > rows[2]["mac_bound"] > 1.0
+    assert rows[7]["mac_bound"] > 2 > rows[6]["mac_bound"] > rows[1]["mac_bound"]
     dense, none = found["sizes"]["dense"], found["sizes"]["0 heads"]
     # Without heads each layer keeps the output projection's bias.
     assert dense["parameters"] - none["parameters"] == 2 * (4 * 48 * 48 + 3 * 48)
     assert all(0 < size["file_bytes"] - size["parameter_bytes"] < 10_000 for size in found["sizes"].values())
 
     longer = json.loads(run("--json", "--results", tmp_path, "--lengths", "8", "16", "--batches", "1"))
-    assert longer["rows"][:6] == rows and len(longer["rows"]) == 12
+    assert longer["rows"][:8] == rows and len(longer["rows"]) == 16
     table = (tmp_path / "inference.md").read_text(encoding="utf-8")
-    assert table.count("| torch | 8 | 1 |") == table.count("| torch | 16 | 1 |") == 6
+    assert table.count("| torch | 8 | 1 |") == table.count("| torch | 16 | 1 |") == 8
 
 
 @pytest.mark.slow
 def test_table_has_a_line_per_model(run):
     lines = run("--lengths", "8", "--batches", "2").splitlines()
-    assert [" ".join(line.split()[3:-4]) for line in lines[2:8]] == ["dense", *KEEPS]
+    assert [" ".join(line.split()[3:-4]) for line in lines[2:10]] == ["dense", *KEEPS]

@@ -14,6 +14,7 @@ from head_pruning import HeadMask, HeadPruningError
 from head_pruning.importance.rounds import RoundsReport
 from head_pruning.masks import full_mask
 from head_pruning.report.runs import find_runs
+from head_pruning.surgery.per_unit import unit_macs
 from head_pruning.weights import save_weight_masks
 from hf_plugin import head_mask
 from hf_plugin.command_line.arguments import parse
@@ -329,6 +330,26 @@ def test_the_published_name_of_a_metric_scores_the_rounds(here):
     assert rounds[-1]["score"] == pytest.approx(100 * results["eval_accuracy"])
 
 
+def test_rounds_of_equal_macs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    options = ("--prune_units", "both", "--macs_per_round", "0.3", "--max_seq_length", "16", "--data_subset", "4")
+    entries = run(parse_michel([*LINE, "--output_dir", "macs", *options]))
+    model = AutoModelForSequenceClassification.from_pretrained("dense")
+    units = unit_map(model).numbering("both")
+    macs, spent = unit_macs(model, units, 16), []
+    for entry in entries:
+        kept = entry["kept_heads_by_site"]
+        keep = [unit in kept[site.name] for site in units.sites for unit in range(site.heads)]
+        spent.append(100 * macs[keep].sum() / macs.sum())
+        assert entry["macs_percent"] == pytest.approx(spent[-1])
+    most = 100 * macs.max() / macs.sum()
+    assert len(entries) == 5 and all(goal - most < found <= goal for goal, found in zip((70, 40, 10), spent[1:]))
+    assert "another --macs_per_round" in refused("macs", "--prune_units", "both", "--data_subset", "4", heads=5)
+    for words, sentence in (("0", "macs.per.round is 0.0; it must be a share"), ("0.1 --num_of_heads 3", "give one")):
+        with pytest.raises(HeadPruningError, match=sentence):
+            parse_michel([*LINE, "--output_dir", "macs", "--macs_per_round", *words.split()])
+
+
 def test_heads_and_units_by_one_ranking(place, monkeypatch):
     monkeypatch.chdir(place)
     units = unit_map(AutoModelForSequenceClassification.from_pretrained("dense")).numbering("both")
@@ -398,6 +419,8 @@ def test_many_sizes_from_one_run(here, monkeypatch, capsys):
     (["--finetune_updates", "3"], "--finetune_updates trains the models of --save_at; add the one or drop the other."),
     (["--save_at", "12", "--finetune_updates", "-1"], "--finetune_updates must be 0 or more, "
      "--finetune_learning_rate above 0; correct them."),
+    (["--save_at", "12", "--macs_per_round", "0.2"], "Rounds of --macs_per_round leave no counts for --save_at; give "
+     "--num_of_heads."),
     (["--save_at", "12,7"], "No round leaves the 7 heads of --save_at, only 24, 12; choose among these, or another "
      "--num_of_heads than 12."),
 ])  # fmt: skip

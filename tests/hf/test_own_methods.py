@@ -90,4 +90,4 @@ def test_the_help_has_them_in_their_groups(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--distill VALUE methods that learn from a teacher, by registered name; several with commas" in text
     assert "distiller echo (Holds the model near to what it said before training; it keeps no state):" in text
-    assert "--unit_pruner" not in text and "--quantizer" not in text  # nothing of these kinds is registered
+    assert "--unit_pruner" not in text  # nothing of this kind is registered

@@ -57,7 +57,9 @@ def answers_score_as_reported(folder: str, results: dict, version: str = "1.1") 
         assert all((predictions[key] == "") == (odds[key] > 0) for key in odds)
 
 
-@pytest.mark.parametrize("line", [PLATON_BERT, PLATON_DEBERTA], ids=["bert", "deberta"])
+@pytest.mark.parametrize(
+    "line", [pytest.param(PLATON_BERT, marks=pytest.mark.slow), PLATON_DEBERTA], ids=["bert", "deberta"]
+)
 def test_the_manuals_commands(here, line):
     folder = "log/deberta-v3-base/PLATON/"
     results = squad(*line, *TINY, *SHORT)

@@ -160,7 +160,7 @@ def test_a_folder_is_written_read_inspected_and_exported(make_model, tmp_path, c
         == parameters(small.model)
         == dense - removed_parameters(model, unit_map(model), mask)
     )
-    for format in ("onnx", "torch-export"):
+    for format in ("onnx", "torch-export") if make_model is gpt2 else ():  # slow
         printed = command_host.exports[format](tmp_path / "compact", tmp_path / format, None)
         assert float(printed.split()[-1]) < 1e-5
     main(["diff", str(tmp_path / "masked"), str(tmp_path / "compact"), "--plot", str(tmp_path / "picture.png")])

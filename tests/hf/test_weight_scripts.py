@@ -94,6 +94,7 @@ def test_another_pruner_of_weights_on_the_same_schedule(here):
     assert "## Results on GLUE MNLI" in card and "eval_mm_accuracy" in card and "needs no other package" in card
 
 
+@pytest.mark.slow
 def test_without_an_evaluation_the_counts_are_written_too(here):
     line = [word for word in [*LINE, *PLATON, "--output_dir", "unscored"] if word != "--do_eval"]
     results = run(parse(line, "run_glue"))

@@ -97,6 +97,7 @@ def test_masks_come_and_go_as_the_schedule_says(tmp_path):
 class TestResume:
     """A run that was stopped goes on to the bits of one that was not: in the cubic phase and in the final one."""
 
+    @pytest.mark.parametrize("stop", few([5, 10], 5))
     @pytest.mark.parametrize(
         "method, training",
         [
@@ -107,19 +108,17 @@ class TestResume:
             pytest.param("gradual_magnitude", {}, id="retained", marks=pytest.mark.slow),
         ],
     )
-    def test_bit_equal(self, tmp_path, method, training):
+    def test_bit_equal(self, tmp_path, method, training, stop):
         whole = trainer_of(tmp_path / "whole", method, **training)
         whole.train()
-        for stop in (5, 10):
-            training |= {"save_strategy": "steps", "save_steps": stop}
-            folder = tmp_path / str(stop)
-            trainer_of(folder, method, callbacks=[StopAt(stop)], **training).train()
-            parts = trainer_of(folder, method, model=tiny_bert(seed=1), **training)
-            parts.train(resume_from_checkpoint=True)
-            assert parts.state.global_step == 12
-            assert same(weights(whole.model), weights(parts.model))
-            assert same_session(whole.session, parts.session)
-            assert same(whole.session.tensor_state(), parts.session.tensor_state())
+        training = {**training, "save_strategy": "steps", "save_steps": stop}
+        trainer_of(tmp_path / "parts", method, callbacks=[StopAt(stop)], **training).train()
+        parts = trainer_of(tmp_path / "parts", method, model=tiny_bert(seed=1), **training)
+        parts.train(resume_from_checkpoint=True)
+        assert parts.state.global_step == 12
+        assert same(weights(whole.model), weights(parts.model))
+        assert same_session(whole.session, parts.session)
+        assert same(whole.session.tensor_state(), parts.session.tensor_state())
 
     @pytest.mark.slow
     def test_with_head_gates(self, tmp_path):

@@ -120,7 +120,8 @@ def _make(root: Path, module: str, name: str, occurrence: int) -> "Mutant | None
             return None
     except SyntaxError:
         return None
-    old, new = source.splitlines(), changed.splitlines()
-    line = next((i for i, pair in enumerate(zip(old, new)) if pair[0] != pair[1]), min(len(old), len(new)))
-    before, after = (re.sub(r"\s+", " ", each[line].strip()) if line < len(each) else "" for each in (old, new))
-    return Mutant(module, line + 1, before, after, name, changed)
+    # What removes a decorator removes the empty line above it, too.
+    old, new = ([(i, line) for i, line in enumerate(text.splitlines(), 1) if line] for text in (source, changed))
+    at = next((i for i, pair in enumerate(zip(old, new)) if pair[0][1] != pair[1][1]), min(len(old), len(new)) - 1)
+    before, after = (re.sub(r"\s+", " ", each[at][1].strip()) for each in (old, new))
+    return Mutant(module, old[at][0], before, after, name, changed)

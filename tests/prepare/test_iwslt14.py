@@ -26,6 +26,7 @@ from prepare.download import download
 from prepare.files import PrepareError, read_lines, sha256_file, write_lines
 from prepare.parallel import map_lines
 from prepare.stages import Stages, only_run
+from tests.few import few
 
 REPO = Path(__file__).resolve().parents[2]
 DATA = REPO.parent / "shared" / "data"
@@ -349,7 +350,7 @@ def test_missing_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "does not exist" in fails(capsys, tmp_path, "--archive", tmp_path / "none.tgz")
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "no tar", "checksum"])
+@pytest.mark.parametrize("damage", few(["cut", "flipped", "no tar", "checksum"], "flipped", "checksum"))
 def test_damaged_archive(damage: str, archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = bytearray(archive.read_bytes())
     if damage == "cut":

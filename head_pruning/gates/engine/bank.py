@@ -122,7 +122,7 @@ class GateBank:
     """
 
     def __init__(self, model: nn.Module, unit_map: UnitMap) -> None:
-        self.unit_map = unit_map
+        self._model, self.unit_map = model, unit_map
         modules = dict(model.named_modules())
         self._targets: list[tuple[nn.Module, HeadGate]] = []
         for site in unit_map.sites:
@@ -178,6 +178,10 @@ class GateBank:
         """Put the hooks on. Idempotent."""
         if self._handles:
             return
+        # A pruner of the session may have put another module in a place since.
+        modules = dict(self._model.named_modules())
+        places = zip(self.unit_map.sites, self._targets)
+        self._targets = [(modules.get(site.out_proj, module), gate) for site, (module, gate) in places]
         self.follow_device()
         self._handles = [module.register_forward_pre_hook(gate.scale) for module, gate in self._targets]
         _forget_compiled()

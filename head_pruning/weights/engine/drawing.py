@@ -36,6 +36,8 @@ class Scorer(Protocol):
 
     def count_removed(self, density: float, number: int) -> int: ...
 
+    def density_of(self, name: str, density: float) -> float: ...
+
 
 def draw_masks(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Store masks that keep the ``density`` of the active weights with the highest scores.
@@ -98,7 +100,7 @@ def _draw_each(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.Tens
     draw = {"tensor": _draw_tensor, "pattern": _draw_pattern, "block": _draw_blocks}[pruner.selection.scope]
     for target, portion in zip(storage.active, storage.portions):
         (score,) = pruner.masked_scores(portion)
-        keep = draw(pruner, density, target, score, portion)
+        keep = draw(pruner, pruner.density_of(target.name, density), target, score, portion)
         if pruner.nested:
             keep &= pruner.floor(portion)[0]
         storage.masks.store(portion, [keep])

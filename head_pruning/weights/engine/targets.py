@@ -49,11 +49,13 @@ class Targets:
         chosen: the pruned parameters, in the model's order, each once.
         left: names and sizes of the matrices that stay dense, but for embeddings.
         overlooked: those of them that lie in a layer of the unit map, and were neither excluded nor are routers.
+        outside: names of the chosen ones that lie outside of the unit map's sites.
     """
 
     chosen: list[Target]
     left: dict[str, int]
     overlooked: list[str]
+    outside: set[str]
 
 
 def weight_targets(
@@ -76,6 +78,7 @@ def find_targets(
     exclude: Optional[str] = None,
     biases: bool = True,
     frozen: bool = False,
+    everywhere: bool = False,
 ) -> Targets:
     """The parameters to prune, and the matrices that stay dense.
 
@@ -92,6 +95,7 @@ def find_targets(
         exclude: regular expression of names to leave out.
         biases: also the biases of the chosen modules.
         frozen: also those that are not trained.
+        everywhere: without ``include`` also those of linear layers and convolutions outside of the sites.
 
     Raises:
         HeadPruningError: nothing is left to prune, a pattern is no regular expression, or a parameter is sharded.
@@ -99,21 +103,23 @@ def find_targets(
     wanted, unwanted = name_pattern(include, "--weights-include"), name_pattern(exclude, "--weights-exclude")
     if wanted is None and unit_map is None:
         raise HeadPruningError("Without a unit map the weights to prune must be named; add --weights-include.")
-    protected = {id(parameter) for module in model.modules() if _is_protected(module) for parameter in _own(module)}
+    protected = {id(parameter) for module in model.modules() if is_protected(module) for parameter in _own(module)}
     by_sites = unit_map if wanted is None else None
     places = () if by_sites is None else tuple(_places(by_sites))
     layers = () if by_sites is None else tuple(f"{layer}." for layer in by_sites.layers)
     experts = {name: site.transposed for site in (unit_map.experts if unit_map else ()) for name in site.weights}
     owners = {id(parameter): module for module in model.modules() for parameter in _own(module)}
-    adapters = _of_adapters(model)
-    found, kept_frozen, adapted = Targets([], {}, []), [], 0
+    adapters = of_adapters(model)
+    found, kept_frozen, adapted = Targets([], {}, [], set()), [], 0
     for name, parameter in model.named_parameters():
         if id(parameter) in protected or not parameter.is_floating_point():
             continue
-        if id(parameter) in adapters and wanted is None:
+        if id(parameter) in adapters and wanted is None or _is_cut_out(owners[id(parameter)], parameter):
             continue
         bias = parameter.dim() < 2 or name.endswith("bias")
-        fits = bool(wanted.search(name)) if wanted is not None else f"{name}.".startswith(places)
+        outside = wanted is None and not f"{name}.".startswith(places)
+        fits = wanted.search(name) is not None if wanted is not None else not outside
+        fits = fits or everywhere and outside and _projects(owners[id(parameter)])
         excluded = unwanted is not None and bool(unwanted.search(name))
         trained = parameter.requires_grad or frozen
         if fits and not excluded and trained and (biases or not bias):
@@ -121,6 +127,8 @@ def find_targets(
             layout = None if bias else _layout(owners[id(parameter)], name, parameter, experts.get(name))
             found.chosen.append(Target(name, parameter, layout))
             adapted += id(parameter) in adapters
+            if outside:
+                found.outside.add(name)
             continue
         if fits and not excluded and not trained:
             kept_frozen.append(name)
@@ -151,7 +159,7 @@ def find_targets(
     return found
 
 
-def _of_adapters(model: torch.nn.Module) -> set[int]:
+def of_adapters(model: torch.nn.Module) -> set[int]:
     """The parameters that adapters of PEFT have beside the layers that they are on."""
     found: set[int] = set()
     for module in model.modules():
@@ -159,6 +167,11 @@ def _of_adapters(model: torch.nn.Module) -> set[int]:
         if base_layer is not None:
             found |= {id(each) for each in module.parameters()} - {id(each) for each in base_layer().parameters()}
     return found
+
+
+def _projects(owner: torch.nn.Module) -> bool:
+    """Whether a module multiplies with a matrix: a linear layer, a convolution, a Conv1D of transformers."""
+    return isinstance(owner, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)) or hasattr(owner, "nf")
 
 
 def _layout(
@@ -182,6 +195,12 @@ def _around(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
     """The modules that hold a parameter, but for the model itself."""
     while name := name.rpartition(".")[0]:
         yield model.get_submodule(name)
+
+
+def _is_cut_out(owner: torch.nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is of a layer that no head is left of: empty, and no shard, which would be flat."""
+    weight = owner._parameters.get("weight")
+    return parameter.numel() == 0 and weight is not None and weight.dim() > 1
 
 
 def require_whole(name: str, parameter: torch.Tensor) -> None:
@@ -224,7 +243,8 @@ def _places(unit_map: UnitMap) -> Iterator[str]:
         yield from (f"{name}." for name in (*experts.weights, *experts.biases))
 
 
-def _is_protected(module: torch.nn.Module) -> bool:
+def is_protected(module: torch.nn.Module) -> bool:
+    """Whether a module's weights are never pruned: those of embeddings and normalisations."""
     return isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) or "norm" in type(module).__name__.lower()
 
 

@@ -1,0 +1,171 @@
+"""Pruning each tensor by magnitude: what a target is of, and one mask for good (one shot)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+
+from ..errors import HeadPruningError
+from ..options import require
+from ..pruner import SessionView
+from ..registry import register_pruner
+from ..schedules import count_of
+from .base import SelectionConfig
+from .engine.allocation import STRATEGIES, erdos_renyi, mapped, parse_map
+from .magnitude import MagnitudeScores
+
+
+@dataclass
+class TensorSparsityConfig(SelectionConfig):
+    """Options of every method that removes the smallest weights of each tensor."""
+
+    target_sparsity: float = field(default=0.0, metadata={"help": "ratio of weights removed at the end, 0 to 1"})
+    threshold_decay: float = field(
+        default=0.0, metadata={"help": "weight of the previous threshold of a tensor in its next, 0 to below 1"}
+    )
+    init_strategy: str = field(
+        default="uniform",
+        metadata={
+            "help": "uniform (the target is that of each tensor), er or erk (Erdos-Renyi allocation: of all together, "
+            "small tensors stay denser; erk counts the kernels of convolutions too); the last two leave biases dense"
+        },
+    )
+    weight_sparsity_map: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "JSON of regular expressions of parameters and the ratio removed of these where it is not the "
+            'target, such as {"layer.0": 0.5}'
+        },
+    )
+
+
+class TensorMagnitudePruner(MagnitudeScores):
+    """Removes a ratio of each tensor, the same of all or not, by magnitude."""
+
+    inclusive = True
+    default_selection = "tensor"
+    first_step = 0
+
+    def check_options(self) -> None:
+        super().check_options()
+        require(self.config, "target_sparsity", lambda value: 0 <= value <= 1, "a removed ratio from 0 to 1")
+        require(self.config, "threshold_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        #: The removed ratio of the outcome, and the one that it rises to on the way there.
+        self._target = self._ramp = self.config.target_sparsity
+        self._map = parse_map(self.config.weight_sparsity_map)
+        self._check_allocation()
+        if self.selection.density is not None:
+            fixed = 1.0 - self.selection.density  # up to float error: 7:10 removes 0.3
+            size = self.selection.size[0]
+            # As in the published code, 0.85 of each 8 are 6: the ratio rises to 0.85, the number to 6.
+            if self._target and count_of(self._target, size) != size - self.selection.keep:
+                raise HeadPruningError(
+                    f"--weight-selection {self.config.weight_selection} removes {fixed:g} of the weights, which "
+                    f"contradicts --target-sparsity {self._target}; leave one of them out."
+                )
+            self._target, self._ramp = fixed, self._target or fixed
+        if self._target <= 0 and not self._map:
+            raise HeadPruningError("--target-sparsity is 0, so nothing would be pruned; give a ratio such as 0.9.")
+
+    def _check_allocation(self) -> None:
+        strategy, uneven = self.config.init_strategy, []
+        if strategy not in STRATEGIES:
+            raise HeadPruningError(f"--init-strategy is {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
+        uneven += [f"--init-strategy {strategy}"] if strategy != "uniform" else []
+        uneven += ["--weight-sparsity-map"] if self._map else []
+        if len(uneven) > 1:
+            raise HeadPruningError(f"{' and '.join(uneven)} both say what each tensor loses; drop one of them.")
+        if uneven and self.selection.scope in ("global", "pattern"):
+            raise HeadPruningError(
+                f"{uneven[0]} gives each tensor a ratio of its own, which --weight-selection {self.selection} does "
+                "not; drop one of them, or choose tensor or blocks."
+            )
+        if self.config.threshold_decay and self.selection.scope in ("global", "pattern"):
+            raise HeadPruningError(
+                "--threshold-decay is about the threshold of each tensor, of which --weight-selection "
+                f"{self.selection} has none; drop one of them."
+            )
+
+    @property
+    def masks_biases(self) -> bool:
+        return super().masks_biases and self.config.init_strategy == "uniform"
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no update has ended and no mask was drawn."""
+        return not self.has_mask and self.t == self.first_step - 1
+
+    @property
+    def first_sparsity(self) -> float:
+        """The removed ratio that all tensors start from."""
+        return 0.0
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "target_sparsity": self._target}
+
+    def attach(self, session: SessionView) -> None:
+        super().attach(session)
+        self._each, sizes = self._allot(), self.storage.sizes
+        if self._each:
+            total = sum(sizes.values())
+            self._target = self._ramp = sum(self._each[name] * size for name, size in sizes.items()) / total
+
+    def _allot(self) -> dict[str, float]:
+        """The removed ratio of each tensor in the end; empty where it is the same."""
+        if self._map:
+            return mapped(list(self.storage.sizes), self._map, self.config.target_sparsity)
+        if self.config.init_strategy == "uniform":
+            return {}
+        shapes = {target.name: target.parameter.shape for target in self.targets}
+        return erdos_renyi(shapes, self.config.target_sparsity, kernels=self.config.init_strategy == "erk")
+
+    def density_of(self, name: str, density: float) -> float:
+        if not self._each:
+            return density
+        first, last = self.first_sparsity, self._each[name]
+        if density == self.final_density():
+            return 1.0 - last
+        # All tensors are equally far on their way from the first ratio to their own.
+        return 1.0 - (first + (last - first) * (1.0 - density - first) / (self._target - first))
+
+    def final_density(self) -> float:
+        return 1.0 - self._target
+
+    def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
+        decay = self.config.threshold_decay
+        if not decay:
+            return super().threshold(name, score, k)
+        # As in the published code: it starts from 0, and from the smallest score less 1 where nothing is pruned.
+        new = score.min() - 1.0 if k == 0 else super().threshold(name, score, k)
+        past = self.storage.thresholds
+        past[name] = decay * past.get(name, torch.zeros_like(new)) + (1.0 - decay) * new
+        return past[name]
+
+
+class OneShotMagnitudePruner(TensorMagnitudePruner):
+    """Removes the smallest weights of each tensor before the first update, for good."""
+
+    name = "one_shot_magnitude"
+
+    @property
+    def drops_gradients(self) -> bool:
+        return True
+
+    def before_update(self, step: int) -> None:
+        super().before_update(step)
+        if self.fresh:
+            self.mask_now(self.final_density())
+            self.locked = True
+
+    def density_at(self, t: int) -> float:
+        return self.final_density()
+
+
+register_pruner(
+    name="one_shot_magnitude",
+    config=TensorSparsityConfig,
+    pruner=OneShotMagnitudePruner,
+    example={"target_sparsity": 0.8},
+)

@@ -1,0 +1,151 @@
+"""Quantization-aware training in a Trainer: what is stored, zeros, resume, compact models, what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from head_pruning import HeadPruningError
+from head_pruning.cli import main
+from hf_plugin import HeadPruningTrainer, mark_compact, open_session, prune_heads, pruner
+from tests.hf.test_trainer import StopAt, same, same_session
+from tests.hf.tiny import arguments, collate, sentences, tiny_bert
+
+pytest.importorskip("torchao", reason="needs torchao")
+
+IDS = torch.randint(5, 40, (3, 9), generator=torch.Generator().manual_seed(0))
+FFN = r"(intermediate|layer\.\d\.output)\.dense\.weight"
+
+
+def student(compact: bool = False):
+    """The tiny BERT with zeros in its layers; compact, its second layer has no heads."""
+    model = tiny_bert()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "encoder" in name and parameter.dim() == 2:
+                parameter[:, ::3] = 0.0
+    if compact:
+        prune_heads(model, {0: [1, 2], 1: [0, 1, 2, 3]})
+        mark_compact(model)
+    return model
+
+
+def trainer_of(folder, model, ranges="average", callbacks=(), others=(), **training):
+    lock = pruner("lock", weights_include=FFN)
+    qat = pruner("qat", quantization_begin=0.25, not_to_quantize="classifier", input_ranges=ranges)
+    return HeadPruningTrainer(
+        model=model,
+        args=arguments(folder, **training),
+        pruners=[*others, lock, qat],
+        train_dataset=sentences(32),
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder, trainer and model of two runs with lock: one of a whole model, one of a compact one."""
+    found = {}
+    for name, ranges in (("whole", "average"), ("compact", "token")):
+        folder = tmp_path_factory.mktemp(name)
+        trainer = trainer_of(folder, student(name == "compact"), ranges, save_strategy="steps", save_steps=4)
+        trainer.train()
+        trainer.save_model(folder / "model")
+        found[name] = folder / "model", trainer
+    return found
+
+
+def test_the_stored_model_computes_what_was_trained(trained):
+    folder, trainer = trained["compact"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.testing.assert_close(logits(model), logits(trainer.session.model), rtol=0, atol=0)
+    assert model.classifier.weight.is_floating_point() and not hasattr(model.classifier.weight, "qdata")
+    assert model.bert.encoder.layer[0].attention.self.query.weight.qdata.shape == (8, 16)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "torchao" and config["removed_heads"]["sites"]
+
+
+def test_averaged_ranges_are_near_to_those_of_tokens(trained):
+    folder, trainer = trained["whole"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    ours, stored = logits(trainer.session.model), logits(model)
+    assert 0 < (ours - stored).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("name", ["whole", "compact"])
+def test_zeros_stay_zeros_and_are_counted_as_stored(trained, name):
+    folder, trainer = trained[name]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    names = trainer.session.weight_masks()
+    parameters = dict(model.named_parameters())
+    kept = 0
+    for tensor, mask in names.items():
+        value = parameters[tensor]
+        integers = getattr(value, "qdata", value)
+        assert mask[:, 1::3].all() and not mask[:, ::3].any() and not integers[~mask].any(), tensor
+        kept += int(torch.count_nonzero(integers))
+    report = json.loads((folder / "pruning.json").read_text())["weights"]
+    assert report["weights_kept"] == kept and kept < sum(int(mask.sum()) for mask in names.values())
+
+
+def test_a_resumed_run_ends_bit_equal(trained, tmp_path):
+    _, whole = trained["whole"]
+    trainer_of(tmp_path, student(), save_strategy="steps", save_steps=4, callbacks=[StopAt(4)]).train()
+    resumed = trainer_of(tmp_path, student(), save_strategy="steps", save_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    same(resumed.session.model.state_dict(), whole.session.model.state_dict())
+    same_session(resumed.session, whole.session)
+
+
+def test_the_model_is_float_before_and_after(trained):
+    model = student()
+    expected = logits(model)
+    session = open_session(model, [pruner("qat", quantization_begin=3)], total_steps=9)
+    session.before_update(2)
+    assert not session.at_target() and torch.equal(logits(model), expected)
+    session.before_update(3)
+    assert session.at_target() and not torch.equal(logits(model), expected)
+    session.detach()
+    assert torch.equal(logits(model), expected) and type(model.classifier) is torch.nn.Linear
+
+
+def test_it_learns_from_a_teacher_beside(tmp_path):
+    distiller = pruner("logits")
+    trainer = trainer_of(tmp_path, student(), others=[distiller], max_steps=2)
+    trainer.train()
+    teacher = trainer.session.of_kind("distils")[0]
+    assert all(type(module).__name__ != "FakeQuantizedLinear" for module in teacher.teacher.model.modules())
+
+
+def test_heads_go_to_zero_before_weights_are_rounded(tmp_path, capsys):
+    dsp = pruner("dsp", num_of_heads=3, joint_pruning=True)
+    trainer = trainer_of(tmp_path, student(), others=[dsp], max_steps=2)
+    trainer.train()
+    trainer.save_model(tmp_path / "model")
+    mask = trainer.head_mask.by_site()["bert.encoder.layer.0.attention"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    columns = model.bert.encoder.layer[0].attention.output.dense.weight.qdata.reshape(16, 4, 4)
+    assert [bool(columns[:, head].any()) for head in range(4)] == list(mask)
+    with pytest.raises(SystemExit):
+        main(["export", "--to", "compact", str(tmp_path / "model"), str(tmp_path / "cut")])
+    assert "quantiz" in capsys.readouterr().err and not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"input_ranges": "batch"}, "--input-ranges is 'batch'; choose one of token, average."),
+    ({"not_to_quantize": "("}, "--not-to-quantize is no regular expression"),
+    ({"not_to_quantize": "."}, "The model has no linear layer"),
+    ({"quantization_begin": -1.0}, "--quantization-begin is -1.0; give a number of updates"),
+])  # fmt: skip
+def test_mistakes(options, sentence):
+    model = tiny_bert()
+    with pytest.raises(HeadPruningError, match=sentence.replace("(", r"\(")):
+        open_session(model, [pruner("qat", **options)])
+    assert all(type(module).__name__ != "FakeQuantizedLinear" for module in model.modules())
