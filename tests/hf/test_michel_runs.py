@@ -419,10 +419,13 @@ def test_many_sizes_from_one_run(here, monkeypatch, capsys):
     (["--finetune_updates", "3"], "--finetune_updates trains the models of --save_at; add the one or drop the other."),
     (["--save_at", "12", "--finetune_updates", "-1"], "--finetune_updates must be 0 or more, "
      "--finetune_learning_rate above 0; correct them."),
-    (["--save_at", "12", "--macs_per_round", "0.2"], "Rounds of --macs_per_round leave no counts for --save_at; give "
-     "--num_of_heads."),
     (["--save_at", "12,7"], "No round leaves the 7 heads of --save_at, only 24, 12; choose among these, or another "
      "--num_of_heads than 12."),
 ])  # fmt: skip
 def test_sizes_that_cannot_be_had(here, words, sentence):
     assert refused("no-sizes", *words) == sentence
+
+
+def test_rounds_of_macs_leave_no_sizes():
+    with pytest.raises(HeadPruningError, match="--macs_per_round leave no counts for --save_at; give --num_of_heads"):
+        parse_michel([*LINE, "--output_dir", "out", "--macs_per_round", "0.2", "--save_at", "12"])
