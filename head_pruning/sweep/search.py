@@ -69,7 +69,7 @@ def run_search(
         for name, space in plan.search.items()
     }
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, constant_liar=True))
-    done = list(finished)
+    done = [dict(each) for each in finished]
     for each in finished:  # what is finished is known from its file: there is no other memory of a search
         parameters = {name: each["values"][name] for name in spaces}
         value = loss_of(plan, each)
