@@ -17,7 +17,7 @@ PIP := $(BIN)/python $(INSTALL)
 # Optimising what fairseq compiles against torch's headers takes minutes, and its fast loops of Python say -O3 themselves.
 FAST_BUILD := CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0"
 
-.PHONY: setup demo demo-hf test test-slow test-oldest test-fuzz test-kill test-mutants docs lint types format clean
+.PHONY: setup quick demo demo-hf test test-slow test-oldest test-fuzz test-kill test-mutants docs lint types format clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ $(STAMP): $(REQUIREMENTS) setup.py
 		-r requirements/dev.txt; installed=$$?; wait $$built && exit $$installed
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
+
+quick: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m hf_plugin.quick
 
 demo: $(STAMP)
 	$(BIN)/python -m fairseq_plugin.demo
@@ -99,4 +102,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DOCS) $(MUTANTS) .mypy_cache build site *.egg-info demo-output demo-hf-output
+	rm -rf $(VENV) $(OLDEST) $(DOCS) $(MUTANTS) .mypy_cache build site *.egg-info demo-output demo-hf-output quick-output

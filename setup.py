@@ -8,7 +8,7 @@ FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacrebleu>=2.0", "sacremoses>=0.1", "subw
 HF = ["transformers>=5.0", "datasets>=3.0", "accelerate", "scikit-learn", "scipy", "sentencex>=1.0", "tqdm"]
 INT8 = ["torchao>=0.18"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
-SWEEPS = {"ray": ["ray>=2.40"], "slurm": ["submitit>=1.5"]}
+SWEEPS = {"ray": ["ray>=2.40"], "slurm": ["submitit>=1.5"], "optuna": ["optuna>=4.0"]}
 DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft"]
 
 setup(

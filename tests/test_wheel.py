@@ -27,6 +27,7 @@ def test_fairseq_trains_with_the_user_dir_of_the_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         assert "prepare/prepare-iwslt14.sh" in archive.namelist()
+        assert "head_pruning/report/templates/report.html" in archive.namelist()
         assert {"hf_plugin/run_dsp.py", "hf_plugin/glue/tasks.py"} <= set(archive.namelist())
         typed = {f"{package}/py.typed" for package in ("head_pruning", "fairseq_plugin", "hf_plugin")}
         assert typed <= set(archive.namelist())  # so that type checkers read the hints of what is installed

@@ -120,5 +120,6 @@ def _add_sweep(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="of ray.init, or of submitit, such as slurm_partition=gpu; may be repeated",
     )
+    command.add_argument("--optuna", type=int, metavar="N", help="search: measure N cells that Optuna proposes")
     command.add_argument("--parquet", action="store_true", help="write results.parquet beside results.csv")
     command.set_defaults(run=_work("sweep"))

@@ -1,20 +1,24 @@
 """``head-pruning sweep``: run the cells of a plan, or go on with them; see :mod:`head_pruning.sweep.plan`."""
 
 import argparse
+import contextlib
+import dataclasses
 import re
 import signal
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import yaml
 
 from ..errors import HeadPruningError
-from ..files import alone_in
+from ..files import alone_in, read_json
+from ..report.runs import CELL, CELLS_FOLDER
 from ..sweep.cell import Job
-from ..sweep.launchers import open_launcher
-from ..sweep.plan import Cell, Plan, read_plan
+from ..sweep.launchers import Launcher, open_launcher
+from ..sweep.plan import Cell, Cells, Plan, read_plan
 from ..sweep.results import RESULTS, state_table, told, write_csv, write_parquet
 from ..sweep.runner import run_cells
+from ..sweep.search import run_search
 
 SHOW = "show"
 
@@ -25,12 +29,16 @@ def run(args: argparse.Namespace) -> None:
     if words not in ([], [SHOW]):
         raise HeadPruningError(f"A sweep has one plan; {words[0]} is one too many.")
     plan = read_plan(name)
+    if args.threads:
+        plan = dataclasses.replace(plan, threads=args.threads)
     work = Path(args.out or f"{Path(name).stem}-sweep")
+    if args.optuna is not None:
+        with alone_in(work):
+            _search(args, plan, work)
+        return
     cells = [cell for cell in plan.cells(work) if not args.only or re.search(args.only, cell.name)]
     if not cells:
         raise HeadPruningError(f"The plan {name} has no cell here; look at its grid, exclude and --only.")
-    if args.threads:
-        plan = Plan(**{**vars(plan), "threads": args.threads})
     jobs = jobs_of(plan, cells, work)
     if args.dry_run:
         print("\n".join(f"{cell.name}\n" + "\n".join(f"    {line}" for line in cell.lines) for cell in cells))
@@ -72,11 +80,8 @@ def _run(args: argparse.Namespace, plan: Plan, jobs: Sequence[Job], work: Path) 
         write_csv([done[name] for name in by_name if name in done], work / RESULTS)
 
     write([])
-    options = dict(_option(text) for text in args.launcher_option)
-    place = {"jobs": args.jobs, "threads": plan.threads, "gpus": plan.gpus, "options": options}
-    before = signal.signal(signal.SIGTERM, lambda number, frame: _stop(number))
     try:
-        with open_launcher(args.launcher, **place) as (launch, jobs_at_a_time, stop):
+        with _launcher(args, plan) as (launch, jobs_at_a_time, stop):
             run_cells(
                 left,
                 lambda cell: _succeeded(launch(by_name[cell.name])),
@@ -87,10 +92,56 @@ def _run(args: argparse.Namespace, plan: Plan, jobs: Sequence[Job], work: Path) 
                 stop=stop,
             )
     finally:
-        signal.signal(signal.SIGTERM, before)
         if args.parquet and done:
             write_parquet(list(done.values()), (work / RESULTS).with_suffix(".parquet"))
         print(f"The results are in {work / RESULTS}; head-pruning report {work} draws them.")
+
+
+def _search(args: argparse.Namespace, plan: Plan, work: Path) -> None:
+    starts = list(plan.combinations())
+    if len(starts) != 1:
+        raise HeadPruningError(
+            f"A search needs a grid with one cell, not {len(starts)}; give its axes one value each."
+        )
+
+    def job_of(parameters: Mapping[str, Any]) -> Job:
+        (job,) = jobs_of(plan, [Cells(plan, work).cell({**starts[0], **parameters})], work)
+        return job
+
+    found = [read_json(path, CELL, cure="delete it") for path in sorted((work / CELLS_FOLDER).glob("*.json"))]
+    jobs = [job_of({name: each["values"][name] for name in plan.search}) for each in found]
+    done = [each for job in jobs if (each := job.finished()) is not None]
+
+    def write(each: dict[str, Any]) -> None:
+        write_csv([*done, each], work / RESULTS)
+        done.append(each)
+
+    with _launcher(args, plan) as (launch, jobs_at_a_time, stop):
+        best = run_search(
+            plan,
+            args.optuna,
+            job_of=job_of,
+            finished=done,
+            run=launch,
+            jobs=jobs_at_a_time,
+            tell=lambda line: print(line, flush=True),
+            write=write,
+            stop=stop,
+        )
+    print(f"The best of {len(done)}: {best['name']}: {told(best)}")
+
+
+@contextlib.contextmanager
+def _launcher(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Launcher, int, Callable[[], None]]]:
+    """The launcher that the command line asks for; SIGTERM ends the block as Ctrl-C does."""
+    options = dict(_option(text) for text in args.launcher_option)
+    place = {"jobs": args.jobs, "threads": plan.threads, "gpus": plan.gpus, "options": options}
+    before = signal.signal(signal.SIGTERM, lambda number, frame: _stop(number))
+    try:
+        with open_launcher(args.launcher, **place) as found:
+            yield found
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _succeeded(found: dict[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def read_run(folder: "str | Path", scores: Sequence[str] = SCORES) -> Optional[R
     numbers = {name: told[name] for name in _TOLD if _finite(told.get(name))}
     if "density" not in numbers and results.get("weights_total"):
         numbers["density"] = results.get("weights_kept", 0.0) / results["weights_total"]
-    numbers |= {name: value for name, value in _sizes(folder).items() if value}
+    numbers |= {name: value for name, value in file_sizes(folder).items() if value}
     score = next((name for name in scores if name in results), "")
     if score:
         numbers["score"] = results[score]
@@ -148,8 +148,8 @@ def model_files(folder: Path) -> list[Path]:
     return next((found for found in (sorted(folder.glob(each)) for each in _MODELS) if found), [])
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """What the files of a model hold, by their headers; those of other formats are only measured."""
+def file_sizes(folder: Path) -> dict[str, int]:
+    """The bytes of a model's files, and the parameters in them by their headers: 0 of formats without any."""
     files = model_files(folder)
     shapes = [shape for path in files if path.suffix == ".safetensors" for shape in tensor_shapes(path).values()]
     return {"file_bytes": sum(path.stat().st_size for path in files), "parameters": sum(map(math.prod, shapes))}

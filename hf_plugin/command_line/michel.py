@@ -1,6 +1,8 @@
 """The command line of run_michel."""
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Optional, Sequence
@@ -45,6 +47,15 @@ class MichelArguments(ModelArguments):
     seed: int = field(default=42, metadata={"help": "seed"})
     no_cuda: bool = field(default=False, metadata={"help": "run on the CPU", "aliases": ["--use_cpu"]})
     num_of_heads: int = field(default=12, metadata={"help": "heads (or units) to remove per round"})
+    save_at: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "numbers of heads, such as 72,36,18: the model of each is cut, trained on and saved in "
+            "sizes/headsN; their heads are nested"
+        },
+    )
+    finetune_updates: int = field(default=0, metadata={"help": "updates that each model of save_at is trained on"})
+    finetune_learning_rate: float = field(default=2e-5, metadata={"help": "their learning rate, linear to 0"})
     macs_per_round: Optional[float] = field(
         default=None,
         metadata={
@@ -71,6 +82,11 @@ class MichelArguments(ModelArguments):
         },
     )
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[int]:
+        """What ``save_at`` says."""
+        return [] if self.save_at is None else [int(count) for count in self.save_at.split(",")]
 
 
 def parse_michel(argv: Sequence[str]) -> MichelArguments:
@@ -101,8 +117,16 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
         require(SimpleNamespace(**given), *MACS_PER_ROUND)
         if "num_of_heads" in given:
             raise HeadPruningError("--num_of_heads and --macs_per_round both say what a round removes; give one.")
+        if "save_at" in given:
+            raise HeadPruningError("Rounds of --macs_per_round leave no counts for --save_at; give --num_of_heads.")
     if given.get("data_subset", -1) != -1:
         require_positive(given, "data_subset")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given.get("save_at") or "1"):
+        raise HeadPruningError(f"--save_at {given['save_at']} is no list of counts; write it as 72,36,18.")
+    if given.get("finetune_updates", 0) < 0 or not 0 < given.get("finetune_learning_rate", 1) < math.inf:
+        raise HeadPruningError("--finetune_updates must be 0 or more, --finetune_learning_rate above 0; correct them.")
+    if "save_at" not in given and "finetune_updates" in given:
+        raise HeadPruningError("--finetune_updates trains the models of --save_at; add the one or drop the other.")
     return MichelArguments(**subset(given, fields.values()), notes=notes)
 
 

@@ -18,6 +18,7 @@ from head_pruning.importance import pruning_rounds
 from head_pruning.importance.michel import macs_words, round_sizes
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
 from head_pruning.report.report_file import counts_told
+from head_pruning.report.runs import RESULTS_FILE
 from head_pruning.report.tables import head_table, text_table
 from head_pruning.surgery.per_unit import unit_macs
 
@@ -34,6 +35,7 @@ from . import compute_metrics, find_task, load_task
 from .features import check_files
 from .metrics import find_metric
 from .run import load_pieces
+from .sizes import SIZES_FOLDER, save_sizes, sizes_left
 
 logger = logging.getLogger("hf_plugin.run_michel")
 
@@ -59,9 +61,7 @@ class MichelRun:
         set_seed(arguments.seed)
         if arguments.data_dir is not None:
             check_files(task, arguments.data_dir, ("train", "validation"))
-        tokenizer, self.model, self.task = load_pieces(
-            arguments, task, fits=lambda twin: round_sizes(self._numbered(twin), self._per_round)
-        )
+        tokenizer, self.model, self.task = load_pieces(arguments, task, fits=self._check_sizes)
         self.unit_map = self._numbered(self.model).told()
         by_macs = arguments.macs_per_round is not None
         self.macs = unit_macs(self.model, self.unit_map, arguments.max_seq_length) if by_macs else None
@@ -77,24 +77,43 @@ class MichelRun:
         subset = arguments.data_subset if arguments.data_subset > 0 else None
         self.validation = {name: first_examples(part, subset) for name, part in self.data.validation.items()}
         self.collator = DataCollatorWithPadding(tokenizer)
-        self.trainer = Trainer(
-            model=self.model,
+        self.tokenizer = tokenizer
+        self.trainer = self.trainer_of(self.model)
+        self.device = self.trainer.args.device
+        self.scores: dict[str, float] = {}
+        self.measured: dict[int, dict[str, float]] = {}
+
+    def trainer_of(self, model: nn.Module, **options: Any) -> Trainer:
+        """A Trainer of a model on the run's data; ``options`` of its TrainingArguments."""
+        arguments = self.arguments
+        return Trainer(
+            model=model,
             args=TrainingArguments(
                 output_dir=arguments.output_dir,
+                per_device_train_batch_size=arguments.batch_size,
                 per_device_eval_batch_size=arguments.batch_size,
                 report_to="none",
                 dataloader_pin_memory=not arguments.no_cuda and torch.cuda.is_available(),
                 use_cpu=arguments.no_cuda,
                 disable_tqdm=not sys.stderr.isatty(),
                 seed=arguments.seed,
+                **options,
             ),
+            train_dataset=first_examples(self.data.train, arguments.max_train_samples),
             data_collator=self.collator,
-            processing_class=tokenizer,
+            processing_class=self.tokenizer,
             compute_metrics=compute_metrics(self.task),
         )
-        self.device = self.trainer.args.device
-        self.scores: dict[str, float] = {}
-        self.measured: dict[int, dict[str, float]] = {}
+
+    def _check_sizes(self, twin: nn.Module) -> None:
+        """Raise HeadPruningError if the rounds do not fit models like ``twin``, or leave no count of ``--save_at``."""
+        left = round_sizes(self._numbered(twin), self._per_round)
+        missing = [count for count in self.arguments.sizes if count not in left]
+        if missing:
+            raise HeadPruningError(
+                f"No round leaves the {missing[0]} heads of --save_at, only {', '.join(map(str, left[:-1]))}; choose "
+                f"among these, or another --num_of_heads than {self.arguments.num_of_heads}."
+            )
 
     def _numbered(self, model: nn.Module) -> UnitMap:
         return unit_map(model).numbering(self.arguments.prune_units)
@@ -114,6 +133,8 @@ class MichelRun:
         for name in ("tokenizer_name", "config_name"):
             given = getattr(arguments, name)
             found[name] = None if given == arguments.model_name_or_path else given
+        if arguments.save_at is not None:
+            found |= {name: getattr(arguments, name) for name in ("finetune_updates", "finetune_learning_rate")}
         usual = find_metric(None, self.task)
         if (self.scored, self.metric) != usual:
             found["metric_name"] = self.metric if self.scored == usual[0] else f"{self.scored}/{self.metric}"
@@ -138,17 +159,22 @@ class MichelRun:
 
     def evaluate(self, mask: HeadMask) -> dict[str, float]:
         """All metrics of all (first) validation examples, under the names that the scripts that train give them."""
-        metrics: dict[str, float] = {}
         with head_mask(self.model, mask):
-            for i, (name, part) in enumerate(self.validation.items()):
-                prefix = "eval" if i == 0 else f"eval_{name.rpartition('-')[2]}"
-                found = self.trainer.evaluate(part, metric_key_prefix=prefix)
-                # Where a training went before, there is no preparation, and the epoch is the training's.
-                other = ("epoch", f"{prefix}_model_preparation_time")
-                metrics |= {key: value for key, value in found.items() if key not in other}
-                metrics[f"{prefix}_samples"] = len(part)
-                self.scores[name] = 100.0 * metrics[f"{prefix}_{self.metric}"]
-        self.measured[mask.kept] = metrics
+            metrics = self.measured[mask.kept] = self.metrics_of(self.trainer)
+        for i, name in enumerate(self.validation):
+            self.scores[name] = 100.0 * metrics[f"{_prefix(i, name)}_{self.metric}"]
+        return metrics
+
+    def metrics_of(self, trainer: Trainer) -> dict[str, float]:
+        """All metrics of a Trainer's model."""
+        metrics: dict[str, float] = {}
+        for i, (name, part) in enumerate(self.validation.items()):
+            prefix = _prefix(i, name)
+            found = trainer.evaluate(part, metric_key_prefix=prefix)
+            # Where a training went before, there is no preparation, and the epoch is the training's.
+            other = ("epoch", f"{prefix}_model_preparation_time")
+            metrics |= {key: value for key, value in found.items() if key not in other}
+            metrics[f"{prefix}_samples"] = len(part)
         return metrics
 
     def score(self, mask: HeadMask) -> float:
@@ -205,6 +231,10 @@ class MichelRun:
         return text_table(("heads kept", "removed %", *(f"{name} {self.metric} x 100" for name in names)), rows)
 
 
+def _prefix(place: int, validation: str) -> str:
+    return "eval" if place == 0 else f"eval_{validation.rpartition('-')[2]}"
+
+
 def run(arguments: MichelArguments) -> list[dict]:
     """All rounds; returns and saves one entry per round, and saves the model at the end.
 
@@ -228,17 +258,16 @@ def _all_rounds(michel: MichelRun) -> list[dict]:
     report = RoundsReport(michel.out, michel.settings(), michel.unit_map, flags=_FLAGS, cure=_CURE)
     if report.start is None:
         (michel.out / RESULTS_FILE).unlink(missing_ok=True)  # of some other run; that of this one says that it is done
-    if report.finished and (michel.out / RESULTS_FILE).exists():
+    if report.finished and (michel.out / RESULTS_FILE).exists() and sizes_left(michel, report) == []:
         logger.info("this run is finished already (--overwrite_output_dir starts anew)")
     else:
         michel.prune(report)
+        save_sizes(michel, report)
         michel.save(report)
     print(michel.table(report))
     logger.info("rounds are in %s", report.path)
     return report.entries
 
-
-RESULTS_FILE = "all_results.json"
 
 # Beside the tokenizer's files.
 _MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "compact_heads.py")
@@ -271,7 +300,8 @@ def clear(out: Path) -> None:
     """Remove what an earlier Michel run wrote; a folder without one is left as it is."""
     if not (out / ROUNDS_FILE).exists():
         return
-    shutil.rmtree(out / MASKS_FOLDER, ignore_errors=True)
+    for folder in (MASKS_FOLDER, SIZES_FOLDER):
+        shutil.rmtree(out / folder, ignore_errors=True)
     written = (RESULTS_FILE, *REPORTS, *_MODEL)
     for path in out.iterdir():
         ours = COMPANIONS.fullmatch(path.name) or any(path.match(pattern) for pattern in written)

@@ -289,6 +289,29 @@ def test_launchers_that_are_not_there(here, monkeypatch):
         main(["sweep", "plan.yaml", "--launcher-option", "a=1"])
 
 
+def test_a_search_goes_on_from_what_it_has_measured(here, capsys):
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    write_plan(
+        grid={"seed": [1]},
+        command="python program.py {out} {heads} {seed}",
+        search={"heads": {"low": 1, "high": 72, "whole": True}},
+        aim={"heads_kept": 18},
+    )
+    main(["sweep", "plan.yaml", "--optuna", "3", "--jobs", "1"])
+    first = ran()
+    main(["sweep", "plan.yaml", "--optuna", "12", "--jobs", "2"])
+    assert len(first) == 3 and ran()[:3] == first and len(list(Path("plan-sweep/cells").iterdir())) == len(set(ran()))
+    with open("plan-sweep/results.csv", newline="") as stream:
+        kept = [int(row["heads_kept"]) for row in csv.DictReader(stream)]
+    best = min(kept, key=lambda heads: abs(heads - 18))
+    assert f"The best of {len(kept)}: heads{best}-seed1" in capsys.readouterr().out.splitlines()[-1].replace(
+        f"seed1-heads{best}", f"heads{best}-seed1"
+    )
+    write_plan(grid={"seed": [1, 2]}, command="python program.py {out} 3 {seed}")
+    with pytest.raises(SystemExit, match="A search needs a grid with one cell, not 2"):
+        main(["sweep", "plan.yaml", "--optuna", "3"])
+
+
 # -- the runner, which benchmarks use too ----------------------------------------------------------------------------
 
 

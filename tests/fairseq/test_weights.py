@@ -425,6 +425,7 @@ def test_language_model(runner, english, tmp_path):
         (f"{PLATON} --final-threshold 10 --encoder-attention-heads 5", "remaining ratio"),  # before a model is built
         (f"{PLATON} {PIPELINED}", "add --joint-pruning"),
         (f"{PLATON} --ddp-backend slowmo", "not pruned with --ddp-backend slowmo"),
+        (f"{PLATON} --ddp-backend fully_sharded", "not pruned with --ddp-backend fully_sharded"),
     ],
 )
 def test_bad_options(translation, tmp_path, options, words):

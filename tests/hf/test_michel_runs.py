@@ -13,6 +13,7 @@ from benchmarks.glue import Bench, Cell
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.importance.rounds import RoundsReport
 from head_pruning.masks import full_mask
+from head_pruning.report.runs import find_runs
 from head_pruning.surgery.per_unit import unit_macs
 from head_pruning.weights import save_weight_masks
 from hf_plugin import head_mask
@@ -369,3 +370,62 @@ def test_heads_and_units_by_one_ranking(place, monkeypatch):
     assert widths == [
         sum(mask.by_site()[site.name]) for site in mask.unit_map.feed_forward if any(mask.by_site()[site.name])
     ]
+
+
+# -- many sizes from one run -----------------------------------------------------------------------------------------
+
+
+def test_many_sizes_from_one_run(here, monkeypatch, capsys):
+    line = ["--save_at", "24,16,8", "--finetune_updates", "2", "--finetune_learning_rate", "1e-3"]
+    from hf_plugin.glue import sizes
+
+    written = sizes.write_json
+
+    def cut_off(path, data):
+        if path.parent.name == "heads8":
+            raise KeyboardInterrupt
+        written(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sizes, "write_json", cut_off)
+        michel("sizes", *line, heads=8)
+    assert not (here / "sizes" / "all_results.json").exists()
+    first = (here / "sizes/sizes/heads16/model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(MichelRun, "importance", None)  # the rounds are there
+    rounds = {entry["heads"]: entry for entry in michel("sizes", *line, heads=8)}
+    assert (here / "sizes/sizes/heads16/model.safetensors").stat().st_mtime_ns == first
+    parameters = []
+    for count in (24, 16, 8):
+        folder = here / "sizes" / "sizes" / f"heads{count}"
+        results, report = (json.loads((folder / name).read_text()) for name in ("all_results.json", "pruning.json"))
+        assert results["heads_kept"] == count and report["options"]["finetune_updates"] == 2
+        assert HeadMask.load(folder / "masks.safetensors").kept_heads() == rounds[count]["kept_heads_by_site"]
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        parameters.append(sum(parameter.numel() for parameter in model.parameters()))
+        assert np.isfinite(results["eval_loss"])
+    assert parameters == sorted(set(parameters), reverse=True)
+    found = {run.folder.name: run for run in find_runs(["sizes"])}
+    assert found["heads8"].numbers["parameters"] == parameters[-1] and found["heads24"].dense
+    # Trained on: not the weights of the start, of which the masked model is made.
+    places = ("dense", "sizes/sizes/heads24")
+    dense, same = (AutoModelForSequenceClassification.from_pretrained(place) for place in places)
+    assert not torch.equal(dense.classifier.weight, same.classifier.weight)
+    # Finished, nothing is run again; other settings of the training are another run's.
+    assert "--finetune_updates was 2 and is now 3" in refused("sizes", *line[:3], "3", *line[4:], heads=8)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--save_at", "24,x"], "--save_at 24,x is no list of counts; write it as 72,36,18."),
+    (["--finetune_updates", "3"], "--finetune_updates trains the models of --save_at; add the one or drop the other."),
+    (["--save_at", "12", "--finetune_updates", "-1"], "--finetune_updates must be 0 or more, "
+     "--finetune_learning_rate above 0; correct them."),
+    (["--save_at", "12,7"], "No round leaves the 7 heads of --save_at, only 24, 12; choose among these, or another "
+     "--num_of_heads than 12."),
+])  # fmt: skip
+def test_sizes_that_cannot_be_had(here, words, sentence):
+    assert refused("no-sizes", *words) == sentence
+
+
+def test_rounds_of_macs_leave_no_sizes():
+    with pytest.raises(HeadPruningError, match="--macs_per_round leave no counts for --save_at; give --num_of_heads"):
+        parse_michel([*LINE, "--output_dir", "out", "--macs_per_round", "0.2", "--save_at", "12"])
