@@ -109,6 +109,12 @@ def test_a_temperature_that_stays_is_saved_and_loaded(toy):
     assert other.metrics()["temperature"] == 0.5
 
 
+def test_the_log_of_head_sensitivity_counts_the_heads_that_are_open(toy):
+    _, session, pruner = build(toy, "head_sensitivity", session={"total_steps": 10})
+    session.before_update(0)
+    assert session.metrics() == {"heads_expected": float(pruner.opened.sum()), "heads_kept": 5.0}
+
+
 def test_a_minimum_holds_where_softmaxes_are_exact():
     """Head 0 is first by far, but the only round may choose among the others."""
     mask = SoftTopK(np.array([9.0, 1.0, 0.0]), Rounds((np.array([1, 2]),)), 1e-6).mask
