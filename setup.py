@@ -40,7 +40,7 @@ setup(
             "head-pruning = head_pruning.cli:main",
             *(
                 f"head-pruning-{name} = hf_plugin.run_{name}:main"
-                for name in ("dsp", "voita", "michel", "glue", "squad", "pretraining")
+                for name in ("dsp", "voita", "michel", "glue", "squad", "ner", "swag", "pretraining")
             ),
         ],
         "head_pruning.hosts": ["transformers = hf_plugin.host", "fairseq = fairseq_plugin.host"],

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = {"torch", "numpy", "safetensors", "matplotlib", "transformers", "fairseq", "hf_plugin", "fairseq_plugin"}
 COMMANDS = ("inspect", "export", "benchmark", "show", "diff", "report", "sweep")
-SCRIPTS = ("dsp", "voita", "glue", "squad", "michel")
+SCRIPTS = ("dsp", "voita", "glue", "squad", "ner", "swag", "michel")
 
 
 def _python(*arguments, cwd=ROOT):

@@ -129,6 +129,32 @@ def _mapped_by_hand(code, folder):
     assert [site.name for site in names["mapped"].attention] == ["bert.encoder.layer.1.attention"]
 
 
+def _snippet(code, folder):
+    transformers = pytest.importorskip("transformers")
+    from transformers import BertConfig, BertForPreTraining
+
+    small = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=40)
+    sparse = BertForPreTraining(small)
+    for parameter in sparse.bert.encoder.parameters():
+        if parameter.dim() > 1:
+            parameter.data[..., ::2] = 0.0
+    sparse.save_pretrained("Intel/bert-base-uncased-sparse-90-unstructured-pruneofa")
+    trained = []
+
+    def train(model):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(input_ids=torch.arange(6)[None]).start_logits.square().sum().backward()
+        optimizer.step()
+        trained.append(model)
+
+    assert "# Train your model..." in code
+    exec(code.replace("# Train your model...", "train(model)"), {"train": train})
+    (model,) = trained
+    assert isinstance(model, transformers.BertForQuestionAnswering)
+    query = model.bert.encoder.layer[0].attention.self.query.weight
+    assert not query[:, ::2].any() and query[:, 1::2].all() and query.grad.any()
+
+
 # A string that tells a block from all others, and what runs it and looks at the outcome.
 PYTHON = {
     "PruningSession(model, unit_map": _plain_loop,
@@ -139,6 +165,7 @@ PYTHON = {
     "hf_plugin.prune_heads(": _surgery,
     "by_hand = AttentionSite(": _mapped_by_hand,
     "blocks = unit_map(model).feed_forward": _units,
+    "pruning_scheduler_factory(": _snippet,
 }
 # Blocks that follow each other in one file.
 TOGETHER = {"docs/adding-a-method.md"}
@@ -195,6 +222,7 @@ def _lines(program: str) -> list[list[str]]:
 READ = {
     "fairseq-train", "fairseq-generate", "fairseq-preprocess", "python -m fairseq_plugin.run_michel",
     "python -m hf_plugin.run_dsp", "python -m hf_plugin.run_squad", "python -m hf_plugin.run_glue", "head-pruning",
+    "python -m hf_plugin.run_ner", "python -m hf_plugin.run_swag",
     "python -m prepare.glue", "python -m prepare.squad", "python -m prepare.demo_data",
     "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh", "python -m prepare.wikipedia",
     "python -m hf_plugin.run_pretraining",
@@ -231,7 +259,7 @@ def test_the_preprocessing_command_parses():
         assert options.get_preprocessing_parser().parse_args(words).destdir == "data-bin"
 
 
-@pytest.mark.parametrize("script", ["run_dsp", "run_squad"])
+@pytest.mark.parametrize("script", ["run_dsp", "run_squad", "run_ner", "run_swag"])
 def test_the_transformers_commands_parse(script):
     pytest.importorskip("transformers")
     from hf_plugin.command_line.arguments import parse
@@ -240,6 +268,8 @@ def test_the_transformers_commands_parse(script):
         found = parse([*words, "--use_cpu"], script)
         if script == "run_squad":
             assert found.of("weights").name == "platon" and found.of("weights").config.final_threshold == 0.1
+        elif script != "run_dsp":
+            assert found.of("weights").name == "lock"
         else:
             assert found.of("heads").name == "dsp" and found.of("heads").config.num_of_heads == 12
 

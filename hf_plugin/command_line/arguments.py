@@ -27,7 +27,7 @@ class Arguments:
 
     Args:
         model: the model to start from.
-        data: the task, and what the script writes (GlueArguments or SquadArguments).
+        data: the task, and what the script writes, as the script's :class:`Script` says.
         training: transformers' own.
         pruners: of the methods that were chosen, their options checked; empty to train the dense model.
         notes: one line for each old spelling that was used, to be logged.
@@ -51,7 +51,8 @@ def parse(argv: Sequence[str], script: str) -> Arguments:
 
     Args:
         argv: the words after the script's name.
-        script: ``run_dsp`` (DSP or STE), ``run_voita``, ``run_glue`` or ``run_squad`` (any method, or none).
+        script: ``run_dsp`` (DSP or STE), ``run_voita``, ``run_glue``, ``run_squad``, ``run_ner`` or ``run_swag``
+            (any method, or none).
 
     Raises:
         HeadPruningError: a flag is missing, unknown, has an impossible value, belongs to another method or contradicts

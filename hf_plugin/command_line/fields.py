@@ -139,6 +139,46 @@ def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
             notes.append("--temperature is read as --distill_temperature.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableArguments(DataArguments):
+    """A task whose data are tables: a user's files, or a data set of the hub."""
+
+    dataset_name: Optional[str] = field(
+        default=None, metadata={"help": "data set on the hub, or a folder with one, for what no file is given"}
+    )
+    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "its configuration"})
+    train_file: Optional[str] = field(
+        default=None, metadata={"help": "rows to train on: JSON lines, CSV or parquet (.json, .jsonl, .csv, .parquet)"}
+    )
+    validation_file: Optional[str] = field(default=None, metadata={"help": "rows to evaluate on, likewise"})
+    max_seq_length: int = field(
+        default=128, metadata={"help": "cut examples to this many tokens (batches are padded to their longest)"}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NerArguments(TableArguments):
+    """Token classification."""
+
+    test_file: Optional[str] = field(default=None, metadata={"help": "rows to predict, likewise; labels may lack"})
+    task_name: str = field(
+        default="ner", metadata={"help": "ner, pos or chunk: the labels are in the column TASK_tags"}
+    )
+    text_column_name: str = field(default="tokens", metadata={"help": "column of the lists of words"})
+    label_column_name: Optional[str] = field(
+        default=None, metadata={"help": "column of the lists of labels, if it has another name"}
+    )
+    label_all_tokens: bool = field(
+        default=False, metadata={"help": "train on the label of a word at all of its tokens, not at the first alone"}
+    )
+    return_entity_level_metrics: bool = field(default=False, metadata={"help": "score each kind of entity, too"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwagArguments(TableArguments):
+    """Multiple choice."""
+
+
 def complete_gpp(given: dict[str, Any], notes: list[str]) -> None:
     """Write the learning rate of retraining as the factor that it is on that of training, and score every epoch."""
     rate = given.pop("retrain_learning_rate", None)

@@ -153,6 +153,10 @@ SQUAD_SPELLINGS = (
     Spelling("lang_id", "only XLM has languages, and it is not answered with"),
     Spelling("threads", "the tokenizer uses all cores"),
 )
+TABLE_SPELLINGS = (
+    Spelling("preprocessing_num_workers", "the tokenizer uses all cores"),
+    Spelling("keep_in_memory", "tokenised data are read from the cache's file as they are needed"),
+)
 GPP_SPELLINGS = (
     _switch("do_distill", "distill", "dfd"),
     _renamed("teacher_model_path", "teacher_path"),

@@ -18,6 +18,20 @@ _GLUE = {
 }
 
 
+def _gradual(*, begin: int, target: int, end: int) -> dict[str, Any]:
+    """Prune Once for All's for fine-tuning without a sparse pretrained model."""
+    return {
+        "pruner_name": "gradual_magnitude",
+        "target_sparsity": 0.85,
+        "prune_biases": False,
+        "pruning_frequency": 100,
+        "begin_pruning_step": begin,
+        "end_pruning_step": end,
+        "policy_begin_step": begin,
+        "policy_end_step": target,
+    }
+
+
 def _glue(
     density: float,
     beta2: float,
@@ -46,7 +60,7 @@ def _glue(
 _MNLI: dict[str, Any] = {"steps": 5400, "final": 5, "batch": 32, "rate": 8e-5, "epochs": 8, "seed": 7}
 _RTE: dict[str, Any] = {"steps": 200, "final": 6, "batch": 16, "rate": 1e-4, "epochs": 20, "seed": 8}
 
-#: Names of flags to values, by recipe. The number in a name is the percentage of weights that stay.
+#: Names of flags to values, by recipe. The number in a name of PLATON's is the percentage of weights that stay.
 PRESETS: dict[str, dict[str, Any]] = {
     "platon/cola": _glue(0.10, 0.95, steps=500, final=3, batch=32, rate=1e-4, epochs=15, seed=9),
     "platon/mnli": _glue(0.10, 0.85, **_MNLI),
@@ -72,6 +86,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "platon/sst-2": _glue(0.10, 0.85, steps=1000, final=5, batch=32, rate=8e-5, epochs=6, seed=8),
     "platon/sts-b": _glue(0.10, 0.85, steps=500, final=5, batch=16, rate=1e-4, epochs=15, seed=9),
+    "pruneofa/glue-85": _gradual(begin=0, target=800, end=1200),
+    "pruneofa/squad-85": _gradual(begin=1400, target=10000, end=12000),
 }
 
 

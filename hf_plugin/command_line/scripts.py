@@ -10,8 +10,10 @@ from head_pruning.registry import KINDS, methods
 from .fields import (
     DataArguments,
     GlueArguments,
+    NerArguments,
     PretrainingArguments,
     SquadArguments,
+    SwagArguments,
     complete_gpp,
     complete_pretraining,
     complete_squad,
@@ -22,6 +24,7 @@ from .old_flags import (
     PRETRAINING_SPELLINGS,
     SPELLINGS,
     SQUAD_SPELLINGS,
+    TABLE_SPELLINGS,
     Spelling,
 )
 
@@ -122,6 +125,18 @@ SCRIPTS = {
                 bare={"distill": "logits"},
             )
             for name in ("run_pretraining", "run_mlm")
+        ),
+        Script(
+            "run_ner",
+            "Fine-tune on token classification: dense, or with the pruning method that --pruner_name names.",
+            data=NerArguments,
+            spellings=(*SPELLINGS, *TABLE_SPELLINGS),
+        ),
+        Script(
+            "run_swag",
+            "Fine-tune on multiple choice: dense, or with the pruning method that --pruner_name names.",
+            data=SwagArguments,
+            spellings=(*SPELLINGS, *TABLE_SPELLINGS),
         ),
     )
 }

@@ -15,6 +15,7 @@ from head_pruning.surgery.remaining import heads_kept_by, recipe_of, sites_left
 from hf_plugin import host, load_pruned_v4, prune_heads
 from hf_plugin.command_line.arguments import parse
 from hf_plugin.command_line.michel import parse_michel
+from hf_plugin.command_line.scripts import SCRIPTS
 from hf_plugin.compact.quantizer import remove_heads
 from hf_plugin.scripts.settings import check_same_settings
 from hf_plugin.training.callback import HeadPruningCallback
@@ -210,7 +211,7 @@ def flags(folder: Path, rng: random.Random) -> Readings:
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi")
     )
-    scripts = ("run_dsp", "run_voita", "run_glue", "run_squad", "michel")
+    scripts = (*SCRIPTS, "michel")
 
     def read(words: list[str], script: str) -> None:
         (parse_michel(words) if script == "michel" else parse(words, script))

@@ -19,6 +19,7 @@ from hf_plugin import (
     open_session,
     pruned_heads,
     pruner,
+    pruning_scheduler_factory,
     save_pruned,
 )
 from tests.few import few
@@ -225,6 +226,15 @@ def test_lock_keeps_the_zeros_under_adapters(tmp_path):
     for name, zero in zeros.items():
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         assert torch.equal(merged.get_parameter(name) == 0, zero)
+
+
+def test_a_configuration_locks_what_is_under_adapters():
+    model = get_peft_model(sparse(), LoraConfig(target_modules=["query"], r=2, task_type=TaskType.SEQ_CLS))
+    scheduler = pruning_scheduler_factory(model, "lock_config.json")
+    masks = scheduler.session.weight_masks()
+    assert len(masks) == 12 and not any("lora_" in name for name in masks)
+    assert sum("query.base_layer.weight" in name for name in masks) == 2
+    scheduler.remove_pruning()
 
 
 @pytest.mark.parametrize("name", few(["platon", "magnitude", "movement"], "movement"))

@@ -13,6 +13,7 @@ from hf_plugin.command_line.arguments import parse
 from hf_plugin.command_line.presets import PRESETS
 from hf_plugin.glue.run import run
 from hf_plugin.training.checkpoints import STATE_FILE
+from hf_plugin.training.pruning_config import PUBLISHED
 from tests.hf.manual_lines import FINE_TUNING
 from tests.hf.script_runs import TINY, start, write_place
 from tests.hf.test_scripts import resumes
@@ -132,7 +133,15 @@ def test_a_recipe_trains_with_adamax_and_goes_on_to_the_same_bits(here):
 class TestPresets:
     LINE = "--task_name MNLI --data_dir data/MNLI --model_name_or_path m --do_train --output_dir out --use_cpu".split()
 
-    @pytest.mark.parametrize("name", PRESETS)
+    @pytest.mark.parametrize("task", ["glue", "squad"])
+    def test_recipes_of_prune_once_for_all_are_its_configurations(self, task):
+        line = self.LINE[2:] if task == "squad" else self.LINE
+        arguments = parse([*line, "--preset", f"pruneofa/{task}-85"], f"run_{task}")
+        options, config = vars(arguments.of("weights").config), PUBLISHED[f"{task}_85_config.json"]
+        wanted = {name: value for name, value in config.items() if name.endswith(("_step", "_frequency"))}
+        assert len(wanted) == 5 and wanted.items() <= options.items() and options["target_sparsity"] == 0.85
+
+    @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("platon")])
     def test_recipes_are_flags_that_fit(self, name):
         line = self.LINE[2:] if name == "platon/squad" else self.LINE
         arguments = parse([*line, "--preset", name], "run_squad" if name == "platon/squad" else "run_glue")
