@@ -22,9 +22,9 @@ from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE, read_json, temporary_folder
 from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_heads
 from head_pruning.inference.programs import program_formats, write_openvino
+from head_pruning.pickled import load_pickled
 from head_pruning.quantization.engine.files import read_ranges
 from head_pruning.quantization.engine.qdq import dequantize, to_qdq
-from head_pruning.pickled import load_pickled
 from head_pruning.report.report_file import read_report
 from head_pruning.report.weights import WeightCount, count_weights, sum_counts, write_weight_artifacts
 from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
