@@ -38,10 +38,10 @@ demo: $(STAMP)
 demo-hf: $(STAMP)
 	$(BIN)/python -m hf_plugin.demo
 
-# The types are checked beside the tests, and told after them.
+# The types are checked beside the tests; what is wrong with them is told after the tests.
 test: $(STAMP) lint
 	@$(BIN)/mypy >$(VENV)/types 2>&1 & checked=$$!; OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST); tested=$$?; \
-		wait $$checked; typed=$$?; cat $(VENV)/types; exit $$((tested || typed))
+		wait $$checked || { cat $(VENV)/types; exit 1; }; exit $$tested
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow

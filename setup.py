@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacrebleu>=2.0", "sacremoses>=0.1", "subword-nmt>=0.3.8", "tqdm", "babel"]
-HF = ["transformers>=5.0", "datasets>=3.0", "accelerate", "scikit-learn", "scipy", "tqdm"]
+HF = ["transformers>=5.0", "datasets>=3.0", "accelerate", "scikit-learn", "scipy", "sentencex>=1.0", "tqdm"]
 INT8 = ["torchao>=0.18"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 SWEEPS = {"ray": ["ray>=2.40"], "slurm": ["submitit>=1.5"]}
@@ -40,7 +40,7 @@ setup(
             "head-pruning = head_pruning.cli:main",
             *(
                 f"head-pruning-{name} = hf_plugin.run_{name}:main"
-                for name in ("dsp", "voita", "michel", "glue", "squad")
+                for name in ("dsp", "voita", "michel", "glue", "squad", "pretraining")
             ),
         ],
         "head_pruning.hosts": ["transformers = hf_plugin.host", "fairseq = fairseq_plugin.host"],

@@ -124,18 +124,6 @@ class Contest:
         self.student.zero_grad()
         self.step += 1
 
-    def time(self, action: Callable[[], Any]) -> float:
-        """Milliseconds."""
-        gpu = self.options.device == "cuda"
-        clock = time.perf_counter if gpu else time.process_time
-        if gpu:
-            torch.cuda.synchronize()
-        start = clock()
-        action()
-        if gpu:
-            torch.cuda.synchronize()
-        return 1000.0 * (clock() - start)
-
 
 class GppContest(Contest):
     """A student with GPP and DFD on it, and the floor on a twin without indicators."""
@@ -169,9 +157,9 @@ def measure(options: argparse.Namespace, contest: Contest, rates: dict[float, st
     contest.ours(1.0)
     for _ in range(options.rounds):
         for rate, name in rates.items():
-            before = contest.time(contest.floor)
-            taken = contest.time(functools.partial(contest.ours, rate))
-            after = contest.time(contest.floor)
+            before = _time(options, contest.floor)
+            taken = _time(options, functools.partial(contest.ours, rate))
+            after = _time(options, contest.floor)
             found["floor"] += [before, after]
             found.setdefault(name, []).append(taken)
             found.setdefault(f"ratio {name}", []).append(2.0 * taken / (before + after))
@@ -305,6 +293,109 @@ def in_a_process(kind: str, options: argparse.Namespace) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# -- a vocabulary -----------------------------------------------------------------------------------------------------
+
+
+def vocabulary(options: argparse.Namespace) -> dict[str, Any]:
+    """Distillation of masked words, as in Prune Once for All, in chunks of logits.
+
+    ``pruneofa_step_over_floor``: an update of a student of BERT-base's shape that learns from its teacher, over the
+    student's two passes (both its losses, from all logits) and the teacher's one.
+    ``kd_vocab_peak_over_floor``: the most that the divergence of all tokens holds beside what it is given and the
+    gradients that it gives, over the logits of both models for one chunk.
+    """
+    from transformers import BertForPreTraining
+
+    from head_pruning.distillation.engine.vocabulary import _CHUNK, cross_entropy, divergence
+    from head_pruning.outputs import LastLayer, Late
+
+    torch.manual_seed(0)
+    config = model(options).config
+    student = BertForPreTraining(config).to(options.device).train()
+    given = batch(options)
+    del given["labels"]
+    tokens = given["attention_mask"].bool()
+    rows = tokens & (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.15).to(tokens.device)
+    rows = rows.flatten().nonzero()[:, 0]
+    words, follows = given["input_ids"].flatten()[rows], torch.arange(options.batch, device=options.device) % 2
+    labels = torch.full_like(given["input_ids"], -100)
+    labels.view(-1)[rows] = words
+    kd = pruner("logits", distill_task=0.5, distill_logits=0.5, distill_sum=True)
+    session = open_session(student, [kd], total_steps=UPDATES)
+    last, teacher = LastLayer.of(student, lambda each: each.get_output_embeddings()), kd.teacher.model
+    assert last is not None
+
+    def floor() -> None:
+        with torch.no_grad():
+            teacher(**given)
+        student(**given, labels=labels, next_sentence_label=follows).loss.backward()
+        student.zero_grad()
+
+    def ours() -> None:
+        session.before_update(0)
+        with last.left_out():
+            outputs = student(**given)
+        late = last.late(outputs.prediction_logits)
+        assert isinstance(late, Late)
+        task = cross_entropy(late.flat()[rows], words)
+        task = task + torch.nn.functional.cross_entropy(outputs.seq_relationship_logits, follows)
+        session.loss(task, given, outputs, masks={"encoder": tokens}, last=last).backward()
+        session.after_backward()
+        session.before_step()
+        session.after_step()
+        student.zero_grad()
+
+    ratios = []
+    floor()
+    ours()
+    for _ in range(options.rounds):
+        before, taken, after = (_time(options, each) for each in (floor, ours, floor))
+        ratios.append(2.0 * taken / (before + after))
+    numel = config.vocab_size * max(1, _CHUNK[options.device] // config.vocab_size)
+    layers = [nn.Linear(options.hidden, config.vocab_size).to(options.device) for _ in range(2)]
+    chunk = numel // config.vocab_size
+    features = torch.randn(8 * chunk, options.hidden, device=options.device, requires_grad=True)
+    mine, theirs = (Late(each, layer) for each, layer in zip((features, features.detach()), layers))
+    kept = sum(each.numel() for each in (features, *layers[0].parameters())) * 4
+    peak = _peak(options, lambda: divergence(mine, theirs, 2.0))
+    return {
+        "pruneofa_step_over_floor": round(float(np.median(ratios)), 4),
+        "pruneofa_quartiles": np.quantile(ratios, (0.25, 0.75)).round(4).tolist(),
+        "kd_vocab_peak_over_floor": round((peak - kept) / (2 * 4 * numel), 4),
+        "chunk_rows": chunk,
+    }
+
+
+def _peak(options: argparse.Namespace, action: Callable[[], Any]) -> float:
+    """Bytes of tensors that ``action`` held at its peak beside those that were there."""
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def _time(options: argparse.Namespace, action: Callable[[], Any]) -> float:
+    """Milliseconds."""
+    gpu = options.device == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
+    if gpu:
+        torch.cuda.synchronize()
+    start = clock()
+    action()
+    if gpu:
+        torch.cuda.synchronize()
+    return 1000.0 * (clock() - start)
+
+
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +413,7 @@ def summary(options: argparse.Namespace) -> dict[str, Any]:
         "encoders_resident_copies": copies["encoders"],
         "peak_mib": ours["peak_mib"],
         "peak_mib_copies": copies["peak_mib"],
+        **vocabulary(options),
         "gpp_step_over_floor": round(float(np.median(times[f"ratio {GPP}"])), 4),
         "gpp_forwards": contest.forwards / (options.rounds + 1),
         "fusion_maps": fused,
@@ -388,12 +480,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: %(default)s)")
     parser.add_argument("--memory", choices=MEMORY, help="measure the memory of one of them only")
+    parser.add_argument("--vocabulary", action="store_true", help="measure the distillation of masked words only")
     for name, (value, words) in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{words} (default: %(default)s)")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
     torch.set_num_threads(options.threads)
+    if options.vocabulary:
+        print(json.dumps(vocabulary(options)))
+        return
     if options.memory:
         measured = memory if options.memory in MEMORY[:2] else fusion
         print(json.dumps(measured(options.memory, options)))

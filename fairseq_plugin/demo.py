@@ -61,6 +61,7 @@ def variants(keep: int) -> list[Variant]:
     """The pruned models; K = ``keep`` heads where the method takes a number."""
     k = ("--num-of-heads", str(keep))
     return [
+        Variant("sensitivity", "head sensitivity", (*k, "--joint-pruning", "--pruner", "head_sensitivity")),
         Variant("dsp", "DSP", (*k, "--joint-pruning", *ANNEAL)),
         Variant("ste", "STE", (*k, "--joint-pruning", "--use-ste")),
         Variant("voita", "Voita", ("--l0-penalty", "100")),

@@ -104,6 +104,11 @@ class Pruner:
         """What is gated, where gates are needed: one of :data:`head_pruning.unit_map.NUMBERED`."""
         return getattr(self.config, "prune_units", "heads")
 
+    @property
+    def choosing(self) -> bool:
+        """Whether this update's gradients tell a method what will stay, on its way to fewer heads."""
+        return False
+
     @classmethod
     def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that were set, and what the published BERT scripts make of others.

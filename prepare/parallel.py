@@ -23,7 +23,7 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
     """End this worker once its parent is gone: after a kill it would wait for work for ever.
 
     It would also keep the run's lock, which it has inherited.
@@ -66,7 +66,7 @@ def map_lines(
         if workers <= 1 or len(chunks) < 2:
             return collect(map(work, chunks))
         try:
-            with ProcessPoolExecutor(min(workers, len(chunks)), initializer=_leave_with_parent) as pool:
+            with ProcessPoolExecutor(min(workers, len(chunks)), initializer=leave_with_parent) as pool:
                 return collect(pool.map(work, chunks))
         except BrokenProcessPool:
             raise PrepareError(f"A worker process died during {label!r}; try fewer --workers.") from None

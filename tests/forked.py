@@ -3,6 +3,8 @@
 What depends on a really fresh interpreter (what it imports, whether another package is installed) uses ``subprocess``.
 """
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -28,6 +30,7 @@ SERVERS: dict[str, tuple[Optional[str], tuple[str, ...]]] = {
         ("torch._dynamo", "transformers.trainer", "transformers.models.auto.modeling_auto", "accelerate"),
     ),
 }
+PIPES = ("requests", "answers")
 _servers: dict[str, tuple[IO[str], IO[str]]] = {}  # where requests are written, and answers read
 
 
@@ -72,6 +75,18 @@ def _run(work: Callable[[], object], out: Path, err: Path) -> int:
     return code
 
 
+@functools.cache
+def _place() -> Path:
+    """A folder until this process ends."""
+    place = tempfile.TemporaryDirectory(prefix="forked-")
+    atexit.register(place.cleanup)
+    return Path(place.name)
+
+
+def _new_folder(prefix: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=_place()))
+
+
 def _server(kind: str) -> tuple[IO[str], IO[str]]:
     if kind not in _servers:
         parent, modules = SERVERS[kind]
@@ -86,12 +101,11 @@ def _server(kind: str) -> tuple[IO[str], IO[str]]:
             )
             _servers[kind] = process.stdin, process.stdout
         else:
-            pipes = [Path(tempfile.mkdtemp(prefix="server-")) / name for name in ("requests", "answers")]
-            for pipe in pipes:
-                pipe.parent.mkdir(exist_ok=True)
-                os.mkfifo(pipe)
-            _ask(parent, serve=modules, pipes=[str(pipe) for pipe in pipes])
-            _servers[kind] = open(pipes[0], "w"), open(pipes[1])
+            folder = _new_folder(kind)
+            for name in PIPES:
+                os.mkfifo(folder / name)
+            _ask(parent, serve=modules, folder=str(folder))
+            _servers[kind] = open(folder / PIPES[0], "w"), open(folder / PIPES[1])
     return _servers[kind]
 
 
@@ -107,7 +121,7 @@ class Command:
     """A running or finished ``python argv``, with its output; as :class:`subprocess.Popen` where tests need it."""
 
     def __init__(self, kind: str, argv: Sequence, cwd: Path = ROOT, env: Optional[Mapping[str, str]] = None) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="command-"))
+        self._folder = _new_folder("command")
         self._kind, self._code = kind, None
         self.pid = _ask(
             kind,

@@ -11,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from tests.forked import Child
+from tests.forked import PIPES, Child
 
 
 def run(argv: list[str]) -> None:
@@ -41,10 +41,10 @@ def command(request: dict) -> None:
     run(request["argv"])
 
 
-def serve_pipes(modules: list[str], pipes: list[str]) -> None:
+def serve_pipes(modules: list[str], folder: Path) -> None:
     """A server in a child, which has imported more."""
-    os.dup2(os.open(pipes[0], os.O_RDONLY), 0)
-    os.dup2(os.open(pipes[1], os.O_WRONLY), 1)
+    for descriptor, (name, mode) in enumerate(zip(PIPES, (os.O_RDONLY, os.O_WRONLY))):
+        os.dup2(os.open(folder / name, mode), descriptor)
     serve(modules)
 
 
@@ -62,7 +62,8 @@ def serve(modules: list[str]) -> None:
             child = children[request["poll"]]
             answer = child.wait() if child.ended() else None
         elif "serve" in request:
-            answer = Child(functools.partial(serve_pipes, request["serve"], request["pipes"]), Path(os.devnull)).pid
+            folder = Path(request["folder"])
+            answer = Child(functools.partial(serve_pipes, request["serve"], folder), folder / "log").pid
         else:
             child = Child(functools.partial(command, request), Path(request["out"]), Path(request["err"]))
             answer, children[child.pid] = child.pid, child

@@ -196,7 +196,8 @@ READ = {
     "fairseq-train", "fairseq-generate", "fairseq-preprocess", "python -m fairseq_plugin.run_michel",
     "python -m hf_plugin.run_dsp", "python -m hf_plugin.run_squad", "python -m hf_plugin.run_glue", "head-pruning",
     "python -m prepare.glue", "python -m prepare.squad", "python -m prepare.demo_data",
-    "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh",
+    "python -m prepare.demo_sentiment", "prepare/prepare-iwslt14.sh", "python -m prepare.wikipedia",
+    "python -m hf_plugin.run_pretraining",
 }  # fmt: skip
 
 
@@ -250,6 +251,17 @@ def test_the_commands_of_distillation_parse():
     found = [parse([*words, "--use_cpu"], "run_glue") for words in _lines("python -m hf_plugin.run_glue")]
     named = [[pruner.name for pruner in each.pruners] for each in found]
     assert named == [[], ["spd_magnitude", "spd"], ["dsp", "logits"]]
+
+
+def test_the_commands_of_pretraining_parse():
+    pytest.importorskip("transformers")
+    from hf_plugin.command_line.arguments import parse
+    from prepare import wikipedia
+
+    for words in _lines("python -m hf_plugin.run_pretraining"):
+        assert parse([*words, "--use_cpu"], "run_pretraining").data.data_dir == "data/wikipedia"
+    for words in _lines("python -m prepare.wikipedia"):
+        assert wikipedia.parse(words).data_dir == Path("data/wikipedia")
 
 
 def test_the_preparing_commands_parse():
@@ -330,7 +342,7 @@ def test_the_head_pruning_commands_run(tmp_path, monkeypatch, capsys):
 # -- flags -----------------------------------------------------------------------------------------------------------
 
 # Flags of programs that are not this project's, or of its Makefile's.
-OTHERS = {"--no-build-isolation", "--no-deps"}
+OTHERS = {"--no-build-isolation", "--no-deps", "--nproc_per_node"}  # of pip and torchrun
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +356,8 @@ def known_flags():
     from head_pruning.cli import build_parser
     from hf_plugin.command_line.arguments import parse
     from hf_plugin.command_line.michel import parse_michel
+    from hf_plugin.command_line.scripts import SCRIPTS
+    from prepare import wikipedia
 
     trainings = [options.get_training_parser() for _ in range(2)]
     for training, task in zip(
@@ -355,9 +369,11 @@ def known_flags():
     commands = build_parser()._subparsers._group_actions[0].choices.values()
     found = {flag for parser in (*parsers, *commands) for action in parser._actions for flag in action.option_strings}
     printed = io.StringIO()
-    for script in ("run_dsp", "run_glue", "run_squad", "run_voita", "run_GDbert_glue", "run_michel"):
+    for script in (*SCRIPTS, "run_michel"):
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
             parse_michel(["--help"]) if script == "run_michel" else parse(["--help"], script)
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        wikipedia.parse(["--help"])
     found |= set(re.findall(r"--\w+", printed.getvalue()))
     for path in (*(ROOT / "prepare").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         found |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', read(path)))

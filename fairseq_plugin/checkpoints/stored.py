@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import pickle
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from head_pruning import HeadMask, HeadPruningError, UnitMap
 from head_pruning.compact.shapes import Either, conform
 from head_pruning.errors import one_line
 from head_pruning.files import parse_json
+from head_pruning.pickled import load_pickled
 from head_pruning.session import STATE_VERSION
 from head_pruning.weights import unpack_mask
 
@@ -200,26 +200,21 @@ def load_checkpoint(path: "str | Path") -> dict:
     if not Path(path).is_file():
         raise HeadPruningError(f"There is no checkpoint {path}; check the path.")
     refuse_damage(path)
+    problem, cure = "is damaged or no fairseq checkpoint", "write it again, or use the checkpoint before it"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise HeadPruningError(_unreadable(path, error)) from error
+        state = load_pickled(path, problem=problem, cure=cure)
+    except HeadPruningError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error.__cause__))
+        if code is None:
+            raise
+        raise HeadPruningError(
+            f"{path} asks for {code[1]}, which no checkpoint of fairseq needs and which could run code, so nothing of "
+            "it was loaded; use a checkpoint that you trust."
+        ) from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise HeadPruningError(f"{path} is no fairseq checkpoint: it has no model in it.")
     PruningState.of(state)
     return state
-
-
-def _unreadable(path: "str | Path", error: Exception) -> str:
-    """The sentence for a file that torch does not load, in our own words: torch's say how to run what is in it."""
-    code = re.search(r"GLOBAL (\S+)", str(error))
-    if code is not None:
-        return (
-            f"{path} asks for {code[1]}, which no checkpoint of fairseq needs and which could run code, so nothing of "
-            "it was loaded; use a checkpoint that you trust."
-        )
-    reason = "its pickle is broken" if isinstance(error, pickle.UnpicklingError) else f"{one_line(error):.200}"
-    return f"{path} is damaged or no fairseq checkpoint ({reason}); write it again, or use the checkpoint before it."
 
 
 @contextlib.contextmanager

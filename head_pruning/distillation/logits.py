@@ -21,6 +21,13 @@ class LogitsConfig(DistillConfig):
     distill_temperature: float = field(
         default=2.0, metadata={"help": "temperature of the logits in --distill logits, above 0"}
     )
+    distill_while_choosing: bool = field(
+        default=False,
+        metadata={
+            "help": "learn from the teacher also while the number of open heads falls; without it heads are chosen by "
+            "the task loss alone (the separation of GRAIN), and the teacher runs only after that"
+        },
+    )
     distill_task: float = field(default=1.0, metadata={"help": "weight of the task loss beside --distill logits"})
     distill_sum: bool = field(
         default=False,
@@ -46,6 +53,11 @@ class LogitsDistiller(Distiller):
         super().check_options()
         require(self.config, "distill_temperature", lambda value: value > 0, "above 0")
         require(self.config, "distill_task", lambda value: value >= 0, "a weight, 0 or more")
+
+    def loss(self, loss: torch.Tensor, inputs: Any, outputs: Outputs) -> torch.Tensor:
+        if not self.config.distill_while_choosing and any(pruner.choosing for pruner in self.session.pruners):
+            return loss
+        return super().loss(loss, inputs, outputs)
 
     def compare_logits(self, mine: Outputs, theirs: Outputs, task: torch.Tensor) -> torch.Tensor:
         terms = []

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ..compact.shapes import STEP
+from ..compact.shapes import STEP, Whole
 from ..errors import HeadPruningError
 from ..pruner import SessionView
 from ..schedules import cubic_density, resolve_steps
@@ -25,8 +25,8 @@ class CountConfig:
         default=None,
         metadata={
             "help": "BEGIN:END in updates, or (below 1) as fractions of training: the number of open heads falls from "
-            "all to K between them, fast at first; default: with subset and head_sensitivity 0:0.2 (0:0.9 where the "
-            "model is not trained), with others K from the start"
+            "all to K between them, fast at first; default: head_sensitivity 0:0.2, subset 0:0.4 (both 0:0.9 where "
+            "the model is not trained), others K from the start"
         },
     )
 
@@ -37,7 +37,7 @@ class FallingCount(HeadPruner):
     A mixin, before the base class of the method. ``config`` is a :class:`CountConfig`.
     """
 
-    state_shapes = {"fall": (STEP, STEP)}
+    state_shapes = {"fall": (STEP, STEP, Whole())}
 
     @property
     def count_schedule(self) -> Optional[str]:
@@ -104,8 +104,15 @@ class FallingCount(HeadPruner):
             self._open = count, self.plan(count)
         return self._open[1]
 
+    @property
+    def choosing(self) -> bool:
+        return self.final is None and not self.fallen(self.step)
+
     def at_target(self) -> bool:
-        return self.final is not None or super().at_target() and self.fallen(self.step + 1)
+        if self.final is not None or self.count_schedule is None:
+            return super().at_target()
+        # What was not settled yet has not begun.
+        return self._fall is not None and super().at_target() and self.fallen(self.step + 1)
 
     def reset_optimizer(self) -> None:
         super().reset_optimizer()
@@ -115,10 +122,10 @@ class FallingCount(HeadPruner):
         if self.count_schedule is None:
             return super().state_dict()
         # It may have been given in fractions: a resumed run keeps the updates that it was started with.
-        return {**super().state_dict(), "fall": np.array(self._fall or (-1, -1), dtype=float)}
+        return {**super().state_dict(), "fall": np.array([*(self._fall or (-1, -1)), self.step], dtype=float)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         if self.count_schedule is not None:
-            begin, end = (int(value) for value in state["fall"])
+            begin, end, self.step = (int(value) for value in state["fall"])
             self._fall = (begin, end) if begin >= 0 else None
         super().load_state_dict(state)

@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 class HeadSensitivityConfig(CountConfig, UnitsConfig, JointConfig, HeadCountConfig):
     """Options of accumulated sensitivity."""
 
+    site_discount: float = field(
+        default=1.0,
+        metadata={
+            "help": "divide a head's sensitivity by its rank within its site to this power, 0 or more; 1: the second "
+            "head of a site counts half, since heads of a site can do each other's work; 0: each counts alone"
+        },
+    )
     sensitivity_decay: float = field(
         default=0.98, metadata={"help": "decay rate, per update, of the average of the sensitivities, 0 to below 1"}
     )
@@ -39,7 +46,7 @@ class HeadSensitivityPruner(FallingCount):
     name = "head_sensitivity"
     inherits = False
     schedule_option = "count_schedule"
-    state_shapes = {**FallingCount.state_shapes, "scores": [Number(0)], "place": (Whole(), Whole()), "final": [FLAG]}
+    state_shapes = {**FallingCount.state_shapes, "scores": [Number(0)], "skipped": (Whole(),), "final": [FLAG]}
 
     def __init__(self, config: HeadSensitivityConfig) -> None:
         super().__init__(config)
@@ -52,6 +59,7 @@ class HeadSensitivityPruner(FallingCount):
     def check_options(self) -> None:
         self.require_count()
         super().check_options()
+        require(self.config, "site_discount", lambda value: value >= 0, "0 or more")
         require(self.config, "sensitivity_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
     def attach(self, session: SessionView) -> None:
@@ -63,7 +71,16 @@ class HeadSensitivityPruner(FallingCount):
         session.gates.set_evaluation(self.keep())
 
     def keep(self) -> np.ndarray:
-        return self.top_k(self.scores)
+        return self.top_k(self.discounted())
+
+    def discounted(self) -> np.ndarray:
+        """``float64[N]``: the sensitivities, each divided by its rank within its site (D'Hondt's method)."""
+        scores = self.scores.copy()
+        for row in self.unit_map.rows():
+            rank = np.empty(row.size)
+            rank[np.argsort(-scores[row], kind="stable")] = np.arange(1.0, row.size + 1.0)
+            scores[row] /= rank**self.config.site_discount
+        return scores
 
     def before_update(self, step: int) -> None:
         self._new = None
@@ -72,7 +89,7 @@ class HeadSensitivityPruner(FallingCount):
         if self.final is not None:
             self.session.gates.set_fixed(self.final)
             return
-        self.opened = self.top_k(self.scores, self.open_rounds(step)).astype(np.float64)
+        self.opened = self.top_k(self.discounted(), self.open_rounds(step)).astype(np.float64)
         self.session.gates.set_training(self.opened)
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
@@ -104,7 +121,7 @@ class HeadSensitivityPruner(FallingCount):
         return {
             **super().state_dict(),
             "scores": self.scores.copy(),
-            "place": np.array([self.step, self.skipped_steps], dtype=float),
+            "skipped": np.array([float(self.skipped_steps)]),
             "final": np.array([] if self.final is None else self.final, dtype=float),
         }
 
@@ -116,7 +133,7 @@ class HeadSensitivityPruner(FallingCount):
             )
         super().load_state_dict(state)
         self.scores = np.array(state["scores"], dtype=np.float64)
-        self.step, self.skipped_steps = (int(value) for value in state["place"])
+        self.skipped_steps = int(state["skipped"][0])
         self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
         self.opened = (self.keep() if self.final is None else self.final).astype(np.float64)
         if self.final is None:

@@ -34,7 +34,7 @@ class SubsetPruner(FallingCount, HeadGatePruner):
 
     @property
     def count_schedule(self) -> Optional[str]:
-        return self.config.count_schedule or ("0:0.9" if self.freezes_model else "0:0.2")
+        return self.config.count_schedule or ("0:0.9" if self.freezes_model else "0:0.4")
 
     def check_options(self) -> None:
         self.require_count()

@@ -116,6 +116,29 @@ class SquadArguments(DataArguments):
     SIZES = ("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainingArguments(DataArguments):
+    """Masked words and next sentences on segment pairs."""
+
+    data_dir: str = field(metadata={"help": "folder of segment pairs, as python -m prepare.wikipedia makes it"})
+    mlm_probability: float = field(default=0.15, metadata={"help": "share of the words that are masked"})
+    whole_word_mask: bool = field(
+        default=False, metadata={"help": "mask whole words, not single tokens", "aliases": ["--use_wwm"]}
+    )
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "share of the pairs, the last ones, that is kept back for evaluation"}
+    )
+
+
+def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
+    """Read the published script's flags of distillation: its losses of several logits are added up."""
+    if given.get("distill") == "logits" or "distill" not in given and given.get("distill_logits") is not None:
+        given.setdefault("distill_sum", True)
+        if "temperature" in given:
+            given["distill_temperature"] = given.pop("temperature")
+            notes.append("--temperature is read as --distill_temperature.")
+
+
 def complete_gpp(given: dict[str, Any], notes: list[str]) -> None:
     """Write the learning rate of retraining as the factor that it is on that of training, and score every epoch."""
     rate = given.pop("retrain_learning_rate", None)

@@ -80,6 +80,9 @@ def build_parser(script: Script) -> FlagParser:
         found = _field(option_fields()[option], f" [{', '.join(owners(option))}]")
         other = "" if script.own_warmup else f"; without such a pruner the same as --{ours}"
         parser.known(option).help = f"{found.metadata['help']} (default: {found.default}){other}"
+    for flag, value in script.bare.items():
+        action = parser.known(flag)
+        action.nargs, action.const = "?", value
     parser.elsewhere = {name: "run_michel" for name in michel_only() if parser.action(name) is None}
     return parser
 

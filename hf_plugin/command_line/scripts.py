@@ -7,8 +7,23 @@ from head_pruning.choosing import CommandLine
 from head_pruning.options import underscored
 from head_pruning.registry import KINDS, methods
 
-from .fields import DataArguments, GlueArguments, SquadArguments, complete_gpp, complete_squad
-from .old_flags import GLUE_SPELLINGS, GPP_SPELLINGS, SPELLINGS, SQUAD_SPELLINGS, Spelling
+from .fields import (
+    DataArguments,
+    GlueArguments,
+    PretrainingArguments,
+    SquadArguments,
+    complete_gpp,
+    complete_pretraining,
+    complete_squad,
+)
+from .old_flags import (
+    GLUE_SPELLINGS,
+    GPP_SPELLINGS,
+    PRETRAINING_SPELLINGS,
+    SPELLINGS,
+    SQUAD_SPELLINGS,
+    Spelling,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class Script:
         complete: writes into the flags that were set what the script's own say of transformers'.
         spellings: the old flags that it reads.
         own_warmup: whether --warmup_steps is a pruner's even where the pruner has none.
+        bare: flags that may come without a value, and what they mean then.
     """
 
     name: str
@@ -40,6 +56,7 @@ class Script:
     complete: Callable[[dict[str, Any], list[str]], None] = lambda given, notes: None
     spellings: tuple[Spelling, ...] = SPELLINGS
     own_warmup: bool = False
+    bare: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def line(self) -> CommandLine:
@@ -92,6 +109,19 @@ SCRIPTS = {
             complete=complete_squad,
             spellings=(*SPELLINGS, *SQUAD_SPELLINGS),
             own_warmup=True,
+        ),
+        *(
+            Script(
+                name,
+                "Learn masked words and next sentences: dense, or with any pruning method, and from a teacher "
+                "(--distill logits).",
+                data=PretrainingArguments,
+                sizes=(),
+                complete=complete_pretraining,
+                spellings=(*SPELLINGS, *PRETRAINING_SPELLINGS),
+                bare={"distill": "logits"},
+            )
+            for name in ("run_pretraining", "run_mlm")
         ),
     )
 }

@@ -145,7 +145,8 @@ def auto_map(model: PreTrainedModel) -> dict[str, str]:
         if not (isinstance(kind, type) and issubclass(kind, auto_factory._BaseAutoModelClass)):
             continue
         auto: Any = kind
-        names = auto._model_mapping._model_mapping.get(model.config.model_type) if auto._model_mapping else None
+        mapping = auto._model_mapping  # whose truth, and whose keys, import every model of transformers
+        names = None if mapping is None else mapping._model_mapping.get(model.config.model_type)
         names = (names,) if isinstance(names, str) else tuple(names or ())
         if names:
             own = type(model).__name__

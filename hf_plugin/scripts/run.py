@@ -72,12 +72,12 @@ class _Ordered(_Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
-class _DenseTrainer(_Ordered, Trainer):
-    pass
+class DenseTrainer(_Ordered, Trainer):
+    """That of a run without pruners."""
 
 
-class _PruningTrainer(_Ordered, HeadPruningTrainer):
-    pass
+class PruningTrainer(_Ordered, HeadPruningTrainer):
+    """That of a run with pruners."""
 
 
 class TaskRun:
@@ -89,6 +89,7 @@ class TaskRun:
 
     #: Whether evaluation must keep the dataset's order.
     in_order = False
+    dense_trainer, pruning_trainer = DenseTrainer, PruningTrainer
 
     trainer: Trainer
     #: What the scores were measured on, for the model card.
@@ -191,14 +192,16 @@ class TaskRun:
         options = {"args": arguments.training, **trainer_options(arguments.optimizer, arguments.training), **options}
         options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
         if not arguments.pruners:
-            trainer = _DenseTrainer(**options)
+            trainer = self.dense_trainer(**options)
             wrap_end(trainer, lambda: 0 if self.resume is None else self.resume.step)
             wrap_checkpoints(trainer)
             trainer.in_order = self.in_order
             return trainer
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
         hub = {name: value for name, value in arguments.model.hub_options().items() if name != "revision"}
-        trainer = _PruningTrainer(**options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub)
+        trainer = self.pruning_trainer(
+            **options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub
+        )
         trainer.in_order = self.in_order
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())

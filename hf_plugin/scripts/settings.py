@@ -16,7 +16,10 @@ from ..command_line.scripts import choosers
 from ..training.checkpoints import Checkpoint
 
 # Beside the pruners' options. Lengths of training, batches and paths may differ: a run may go on longer, or elsewhere.
-_DATA = ("version_2_with_negative", "max_seq_length", "max_train_samples")
+_DATA = (
+    *("version_2_with_negative", "max_seq_length", "max_train_samples"),
+    *("mlm_probability", "whole_word_mask", "validation_split_percentage"),
+)
 _TRAINING = ("seed", "learning_rate")
 
 

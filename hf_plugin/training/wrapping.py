@@ -92,7 +92,8 @@ def wrap_loss(trainer: Any, current: Current) -> None:
         masks = None if session.unit_map is None else token_masks(session.unit_map, given)
         weight = mean_weight(trainer, options.get("num_items_in_batch"))
         with trainer.accelerator.autocast():  # what a pruner calls computes as the model did
-            loss = session.loss(loss, given, outputs, masks=masks, weight=weight)
+            last = getattr(trainer, "last_layer", None)  # of Trainers that call the model without it
+            loss = session.loss(loss, given, outputs, masks=masks, weight=weight, last=last)
         return (loss, outputs) if return_outputs else loss
 
     wrap(trainer, "compute_loss", compute_loss)

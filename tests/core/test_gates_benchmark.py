@@ -7,6 +7,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_the_promised_keys(repo):
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.gates", "--json", "--repeats", "5"],

@@ -98,7 +98,7 @@ def test_a_named_method_wins_over_implied_ones():
     assert choose_method(given(num_of_heads=4), "random").name == "random"
     with pytest.raises(
         HeadPruningError,
-        match="There is no pruner dps; choose one of dsp, given, gpp, random, ste, unit_magnitude, voita",
+        match="There is no pruner dps; choose one of dsp, given, gpp, head_sensitivity, random",
     ):
         choose_method(given(num_of_heads=4), "dps")
 

@@ -2,13 +2,22 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from head_pruning import AttentionSite, FeedForwardSite, HeadMask, HeadPruningError, PruningSession, UnitMap
+from head_pruning import (
+    AttentionSite,
+    FeedForwardSite,
+    HeadMask,
+    HeadPruningError,
+    PruningSession,
+    UnitMap,
+    build_pruner,
+)
 from head_pruning.gates import GateBank
 from head_pruning.gates.engine.top_k import Rounds, SoftTopK
 from head_pruning.gates.gpp import selected, squared_cosine
@@ -17,9 +26,12 @@ from head_pruning.importance import ImportanceAccumulator
 from head_pruning.registry import methods
 from head_pruning.surgery.plans import plan_of
 from head_pruning.surgery.remaining import mask_of_original, recipe_of, sites_left
-from head_pruning.surgery.removal import remove_heads, remove_query_heads
+from head_pruning.surgery.removal import remove_heads, remove_query_heads, removed_parameters
 from head_pruning.surgery.zeros import zero_heads
 from head_pruning.weights import weight_targets
+from head_pruning.weights.engine import portions
+from head_pruning.weights.engine.masks import BoolMasks, SignMasks
+from head_pruning.weights.engine.selection import kth_smallest
 from tests.core import test_contract, test_gpp, test_spd, test_surgery, test_weights
 from tests.core.test_methods import mask_file, train  # noqa: F401
 from tests.core.test_session import build, update
@@ -210,6 +222,17 @@ def test_a_site_that_keeps_its_query_heads_does_not_stop_the_next(toy):
     assert [sites[name].get("queries") for name in ("encoder.0", "encoder.1")] == [None, [1, 3, 5]]
 
 
+def test_sites_that_were_emptied_before_do_not_count_again(toy, units):  # noqa: F811
+    model = toy.make(0)[0]
+    remove_heads(model, units, test_surgery.some(units))
+    left = dataclasses.replace(sites_left(recipe_of(model)), planner=test_surgery.planner)
+    mask = HeadMask(left, [True, True, True, True, True, False])  # the second of the decoder's two heads
+    before = sum(parameter.numel() for parameter in model.parameters())
+    told = removed_parameters(model, left, mask)
+    remove_heads(model, left, mask)
+    assert told == before - sum(parameter.numel() for parameter in model.parameters()) == 4 * 4 * 12 + 3 * 4
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,3 +308,66 @@ def test_a_run_that_goes_back_before_its_end_gives_weights_back(toy):
     session.harden()
     session.load_state_dict(state)
     assert not pruner.locked and not pruner.nested
+
+
+def test_radix_selection_orders_negative_scores():
+    scores = [torch.tensor([-3.0, 2.0, -1.0, 0.5, -2.0])]
+    found = [kth_smallest(lambda: [scores], k, signed=True).value.item() for k in range(1, 6)]
+    assert found == [-3.0, -2.0, -1.0, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("masks", [BoolMasks(), SignMasks("average")])
+def test_the_threshold_itself_stays_unless_it_is_inclusive(masks):
+    for inclusive, kept in ((False, [False, True, True]), (True, [False, False, True])):
+        state = {"mask": [torch.zeros(3, dtype=torch.bool)], "average": [torch.ones(3)]}
+        portion = SimpleNamespace(state=state, scratch=lambda number=0: [torch.empty(3)])
+        masks.store_above(portion, [torch.tensor([1.0, 2.0, 3.0])], torch.tensor(2.0), inclusive)
+        assert masks.keep(portion)[0].tolist() == kept
+
+
+def test_masks_hide_in_averages_where_there_are_any(toy):
+    assert isinstance(test_weights.start(toy, "platon")[3].storage.masks, SignMasks)
+    assert isinstance(test_weights.start(toy, "magnitude")[3].storage.masks, BoolMasks)
+
+
+def test_zeros_that_were_there_stay_between_masks(toy):
+    model, optimizer, session, pruner = test_weights.start(toy, "magnitude", start_from_zeros=True)
+    with torch.no_grad():
+        for target in pruner.targets:
+            target.parameter[..., ::2] = 0.0
+    for step in range(2):  # before the first mask
+        test_weights.update(toy, model, optimizer, session, step)
+        assert not pruner.has_mask
+        assert not any(target.parameter[..., ::2].any() for target in pruner.targets)
+        assert all(target.parameter[..., 1::2].any() for target in pruner.targets)
+
+
+def test_weights_of_removed_heads_are_gone_whatever_the_portions(toy, monkeypatch):
+    """In portions of a few rows as in one; the count of those that stay is that of the masks."""
+    found = []
+    for size in (None, 60):
+        if size is not None:
+            monkeypatch.setattr(portions, "CPU_PORTION", size)
+        model, unit_map = toy.make()
+        both = [
+            build_pruner(methods()["random"], SimpleNamespace(num_of_heads=5)),
+            test_weights.make_pruner("magnitude"),
+        ]
+        session = PruningSession(model, unit_map, both, total_steps=24).attach()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(12):
+            test_weights.update(toy, model, optimizer, session, step)
+        assert both[1].has_mask
+        masks, storage = session.weight_masks(), both[1].storage
+        for name, parts in session.weights_without(session.head_mask()).items():
+            for dim, places in parts if name in masks else ():
+                assert not masks[name].index_select(dim, places).any()
+        assert int(storage.count_kept()) == sum(int(mask.sum()) for mask in masks.values()) > 0
+        session.harden()
+        found.append(test_weights.bits(model))
+    assert test_weights.same(*found)
+
+
+def test_the_number_of_heads_alone_settles_the_schedule(toy):
+    options = build(toy, annealing=None, initial_temperature=None, cooldown_steps=None)[2].options()
+    assert options["cooldown_steps"] == 0.6 and options["initial_temperature"] == 10.0

@@ -155,6 +155,26 @@ def test_draws_follow_from_seed_and_update_and_not_from_the_order(toy):
     assert not one.gates.training_values.equal(other.gates.training_values)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_heads_are_chosen_by_the_task_loss_alone_unless_the_teacher_may_join(toy, mixed):
+    teacher, unit_map = toy.make(5)
+    options = SimpleNamespace(num_of_heads=4, joint_pruning=True, count_schedule="0:0.5", teacher_path="teacher")
+    options.distill_while_choosing = mixed
+    pruners = [build_pruner(methods(None)[name], options) for name in ("subset", "logits")]
+    session = PruningSession(toy.make(0)[0], unit_map, pruners, total_steps=20)
+    session.load_teacher = lambda path, needs: (teacher.eval(), unit_map)
+    session.attach()
+    learnt = []
+    for step in range(12):
+        session.before_update(step)
+        task = toy.loss(session.model, toy.batch(step))
+        learnt.append(session.loss(task) is not task)
+        session.after_backward()
+        session.before_step(None)
+        session.after_step()
+    assert learnt == [mixed] * 10 + [True] * 2
+
+
 @pytest.mark.parametrize("text", ["0", "a:b", "0.5:0.2", "-1:3", "0:0", "0:inf", "5:5", "0:1:2"])
 def test_schedules_that_cannot_be_are_refused(toy, text):
     with pytest.raises(HeadPruningError, match="--count-schedule is"):

@@ -62,6 +62,7 @@ def test_gate_gradients_are_those_of_the_output_columns(watch, frequency):
         np.testing.assert_allclose(left, record["products"] * record["tokens"], rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_give_the_same_gradients(watch):
     options = f"{DSP} --initial-temperature 1 --dropout 0"
     plain, again = (

@@ -50,6 +50,7 @@ def test_another_pruner_needs_reset_optimizer(runner, translation, pruned, tmp_p
     assert not list((tmp_path / "run").glob("*"))
 
 
+@pytest.mark.slow
 def test_another_pruner_starts_new_gates(runner, translation, pruned, tmp_path):
     options = f"{VOITA} --pruning-lr 1e-6"
     runner.run("train", translation.train(tmp_path / "fresh", options, updates=1))

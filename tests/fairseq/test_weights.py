@@ -384,6 +384,7 @@ def test_bfloat16_through_hydra(runner, translation, tmp_path):
     assert nonzero(pruned_of(last)) == KEPT_OF_LEFT and HeadMask.load(tmp_path / "run" / "masks.safetensors").kept == 4
 
 
+@pytest.mark.slow
 def test_language_model(runner, english, tmp_path):
     model = "--arch transformer_lm --decoder-layers 3 --decoder-embed-dim 16 --decoder-ffn-embed-dim 24 \
         --decoder-attention-heads 4 --share-decoder-input-output-embed"

@@ -122,10 +122,13 @@ def test_all_options_of_a_method_can_be_set():
         ("run_dsp", "--use_ste"),
         ("run_voita", ""),
         ("run_glue", "--pruner random"),
+        ("run_glue", "--pruner subset"),
+        ("run_glue", "--pruner head_sensitivity"),
     ):
         name = name_of(parse(line(f"--num_of_heads 3 {extra}"), script))
         for option, found in option_fields([name]).items():
-            value = {bool: "True", int: "3", float: "0.25", str: "ffn"}[_KINDS.get(found.type, found.type)]
+            kinds = {bool: "True", int: "3", float: "0.25", str: "ffn"}
+            value = "0:0.5" if option == "count_schedule" else kinds[_KINDS.get(found.type, found.type)]
             options = options_of(parse(line(f"--num_of_heads 3 {extra} --{option} {value}"), script))
             assert options[option] == {"True": True, "3": 3, "0.25": 0.25}.get(value, value), option
 
@@ -236,9 +239,9 @@ def test_what_is_switched_off_belongs_to_nobody():
     ("run_glue", "--annealing",
      "--annealing belongs to dsp, but no pruner is chosen", "add --pruner dsp"),
     ("run_glue", "--pruning_lr 0.5",
-     "--pruning_lr belongs to dsp, ste, voita, but no pruner is chosen", "add --pruner dsp"),
+     "--pruning_lr belongs to dsp, ste, subset, voita, but no pruner is chosen", "add --pruner dsp"),
     ("run_glue", "--pruner random --num_of_heads 3 --pruning_lr 0.2",
-     "--pruning_lr belongs to dsp, ste, voita, but the pruner is random", "choose --pruner dsp"),
+     "--pruning_lr belongs to dsp, ste, subset, voita, but the pruner is random", "choose --pruner dsp"),
 ])  # fmt: skip
 def test_flags_of_other_methods_are_refused(script, words, sentence, cure):
     with pytest.raises(HeadPruningError) as refused:
@@ -457,7 +460,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
     titles = [title.partition(" (")[0] for title in groups]
     assert titles == [
         *("options", "model", "data", "run", "training", "options of several pruners"),
-        *(f"pruner {name}" for name in sorted(methods())),
+        *with_own_options("heads", "pruner"),
         "options of several pruners of weights",
         *with_own_options("weights", "pruner"),
         *("options of several distillers", *with_own_options("distils", "distiller")),
@@ -466,8 +469,14 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
     ]
     text = dict(zip(titles, groups.values()))
     assert "--num_of_heads N number of heads to keep" in text["options of several pruners"]
-    assert "(Adam) [dsp, ste, voita] (default: 0.5 (dsp, ste), 0.1 (voita))" in text["options of several pruners"]
-    assert "attention layer [dsp, random, ste, voita] (default: 0)" in text["options of several pruners"]
+    assert (
+        "(Adam) [dsp, ste, subset, voita] (default: 0.5 (dsp, ste, subset), 0.1 (voita))"
+        in text["options of several pruners"]
+    )
+    assert (
+        "attention layer [dsp, head_sensitivity, random, ste, subset, voita] (default: 0)"
+        in text["options of several pruners"]
+    )
     assert "--cooldown_steps X" in text["pruner dsp"] and "in the BERT scripts 25000" in text["pruner dsp"]
     assert "--initial_temperature X temperature at the first update; default with" in text["pruner dsp"]
     assert "--l0_penalty X" in text["pruner voita"] and "--use_ste" in text["pruner ste"]

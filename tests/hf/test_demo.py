@@ -18,12 +18,12 @@ def test_the_demo_runs_and_does_not_repeat_what_is_finished(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert [row["method"] for row in rows] == ["dense", "DSP", "random heads", "Michel (cut only)"]
-    assert [row["heads"] for row in rows] == [HEADS, 6, 6, 6]
+    assert [row["method"] for row in rows] == ["dense", "head sensitivity", "DSP", "random heads", "Michel (cut only)"]
+    assert [row["heads"] for row in rows] == [HEADS, 6, 6, 6, 6]
     assert all(row["method"] in done.stdout for row in rows)
     assert (out / "heads.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
-    assert len(before) == 4
+    assert len(before) == 5
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and json.loads((out / "results.json").read_text()) == rows
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")} == before

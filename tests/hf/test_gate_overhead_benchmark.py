@@ -1,21 +1,22 @@
 """The benchmark of the gates' cost runs and prints what it promises."""
 
 import json
+import sys
 
 import pytest
 
-from tests import forked
+from benchmarks import gate_overhead
 
 TINY = ("--layers", "2", "--hidden", "32", "--heads", "4", "--batch", "2", "--length", "8", "--rounds", "3")
 METHODS = ("dsp", "ste", "voita", "random")
 
 
 @pytest.fixture
-def run():
+def run(monkeypatch, capsys):
     def call(*arguments: str) -> list[str]:
-        done = forked.run("transformers", ["-m", "benchmarks.gate_overhead", *TINY, *arguments])
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        monkeypatch.setattr(sys, "argv", ["gate_overhead", *TINY, *arguments])
+        gate_overhead.main()
+        return capsys.readouterr().out.splitlines()
 
     return call
 

@@ -138,6 +138,12 @@ def reload(model, folder):
     return AutoModelForSequenceClassification.from_pretrained(folder)
 
 
+def test_no_other_model_is_imported_to_save_one(monkeypatch):
+    everything = lambda mapping: pytest.fail("every model of transformers was imported")  # noqa: E731
+    monkeypatch.setattr("transformers.models.auto.auto_factory._LazyAutoMapping.keys", everything)
+    assert auto_map(dense("bert"))["AutoModel"] == "compact_heads.BertModel"
+
+
 # -- in a fresh process --------------------------------------------------------------------------------------------
 
 MEASURE = """

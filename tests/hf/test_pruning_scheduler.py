@@ -108,10 +108,9 @@ def test_recorded_training_with_a_locked_pattern(pruneofa, load_arrays):
     same_weights(model, load_arrays("pruneofa/pattern_lock_final.npz"))
 
 
-@pytest.mark.parametrize("case", ["a", "wiring"])
-def test_recorded_training_with_distillation(pruneofa, load_arrays, case):
+def test_recorded_training_of_neural_wirings_with_distillation(pruneofa, load_arrays):
     """60 updates: every mask, the retained weights, losses, gradient norms and the outcome."""
-    name = f"iterative_kd_{case}"
+    name = "iterative_kd_wiring"
     arrays, told = load_arrays(f"pruneofa/{name}.npz"), json.loads((pruneofa / f"{name}.json").read_text())
     model = recorded_bert(BertForPreTraining, load_arrays(f"pruneofa/{name}_init.npz"))
     teacher = copy.deepcopy(model).eval()

@@ -233,6 +233,7 @@ class TestDefectsOfThePublishedScripts:
             masks.append(HeadMask.load(f"seed{seed}/masks.safetensors"))
         assert masks[0] == masks[2] and masks[0] != masks[1]
 
+    @pytest.mark.slow
     def test_max_steps_and_weight_decay_count(self, here):
         run(parse([*FINE_TUNING, *TINY, "--max_steps", "3", "--output_dir", "plain"], "run_glue"))
         run(
@@ -287,6 +288,7 @@ class TestOutputFolder:
         again = run(parse([*FINE_TUNING, *TINY], "run_glue"))
         assert again["eval_accuracy"] == dense["eval_accuracy"] and again["eval_loss"] == dense["eval_loss"]
 
+    @pytest.mark.slow
     @resumes
     def test_a_run_is_gone_on_with(self, here):
         line = [*JOINT_DSP, *TINY, *ANNEAL, "--save_steps", "6"]

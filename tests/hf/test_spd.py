@@ -302,6 +302,7 @@ def test_the_teacher_computes_in_the_precision_of_its_student(tmp_path):
     assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", few([False, True], False))
 def test_the_optimizer_of_the_second_phase(tmp_path, published):
     """It begins anew; the published code's goes on, and so it does where the run is resumed."""

@@ -114,6 +114,7 @@ def test_heads_are_pruned_on_version_2(here):
     assert f"8 of {HEADS} attention heads" in card and "Results on SQuAD v2.0" in card and "eval_f1" in card
 
 
+@pytest.mark.slow
 def test_heads_and_weights_in_one_run(here):
     words = "--pruner ste --num_of_heads 8 --joint_pruning --pruner_name magnitude --final_threshold 0.5"
     results = squad(*DENSE, *TINY, *words.split(), *SHORT[:2], "--output_dir", "both")

@@ -65,6 +65,7 @@ def test_heads_and_weights_in_one_run(here, both):
         assert again[name] == pytest.approx(both[name], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_lock_fine_tunes_a_pruned_folder(here, both):
     line = [*LINE, "--model_name_or_path", "both", "--pruner_name", "lock", "--output_dir", "locked"]
     results = run(parse(line, "run_glue"))
@@ -76,6 +77,7 @@ def test_lock_fine_tunes_a_pruned_folder(here, both):
     assert (results["weights_kept"], results["weights_total"]) == kept(masks)
 
 
+@pytest.mark.slow
 def test_another_pruner_of_weights_on_the_same_schedule(here):
     more = ["--pruner_name", "magnitude", "--preset", "platon/mnli", "--num_train_epochs", "1", "--output_dir", "size"]
     results = run(parse([*LINE, *more, "--warmup_steps", "0.1", "--deltaT", "2"], "run_glue"))

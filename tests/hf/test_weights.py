@@ -248,6 +248,7 @@ def test_callback_in_a_plain_trainer_equals_the_trainer_and_resumes(tmp_path):
     assert len(json.dumps(stored["stateful_callbacks"]["HeadPruningCallback"])) < 16000  # not the size of the model
 
 
+@pytest.mark.slow
 def test_heads_and_weights_in_one_session(tmp_path, capsys):
     """Both targets exactly, weights of removed heads not counted; and what every file and command says of them."""
     heads = pruner("dsp", **HEAD_METHODS["dsp"])

@@ -55,7 +55,8 @@ def judge(work: Callable[[], object], log: Path, seconds: float) -> str:
             resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
         work()
 
-    child, deadline = Child(limited, log), time.monotonic() + WAIT
+    child = Child(limited, log)
+    deadline = time.monotonic() + (WAIT if seconds < math.inf else math.inf)
     while not child.ended():
         if time.monotonic() > deadline:
             child.kill()
@@ -157,6 +158,7 @@ def fork_commands(at_end: Callable[[], object] = lambda: None) -> None:
     children: dict[int, Child] = {}
 
     def work(request: dict) -> None:
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # not what pytest put there
         try:
             command(request)
         finally:

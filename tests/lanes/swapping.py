@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import os
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, Callable, Optional
@@ -38,6 +39,7 @@ def _pair(old: CodeType, new: CodeType, codes: dict[tuple[str, int], CodeType]) 
 
 def swap(path: str, codes: dict[tuple[str, int], CodeType]) -> None:
     """Give the functions of the module at ``path`` their changed code."""
+    gc.unfreeze()  # the tests freeze what was imported, which then is not listed
     for function in [each for each in gc.get_objects() if isinstance(each, FunctionType)]:
         code = function.__code__
         if code.co_filename == path and (code.co_qualname, code.co_firstlineno) in codes:
@@ -64,7 +66,7 @@ class Swapping:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            print(f"\nFAILED {report.nodeid}", flush=True)
+            os.write(self.told, f"FAILED {report.nodeid}\n".encode())
 
     def verdict(self, path: str, codes: dict, tests: list[str], log: Path, seconds: float) -> str:
         """As :func:`tests.lanes.covering.run` of ``tests`` with changed code."""
@@ -72,6 +74,9 @@ class Swapping:
         def work() -> None:
             from _pytest.main import pytest_runtestloop
 
+            self.told, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):  # a log would grow where a test forbids files to
+                os.dup2(nowhere, stream)
             swap(path, codes)
             self.session.items[:] = [self.items[name] for name in tests]
             try:

@@ -30,7 +30,7 @@ class QdqLinear(nn.Module):
         # [inputs, outputs], so that the product needs no transposition, which would hide the integers from runtimes.
         self.register_buffer("integers", held["qdata"].t().contiguous())
         self.register_buffer("scales", held["scale"].flatten())
-        self.register_buffer("zeros", torch.zeros_like(self.scales, dtype=torch.int8))
+        self.register_buffer("zeros", torch.zeros_like(held["scale"].flatten(), dtype=torch.int8))
         self.bias = layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

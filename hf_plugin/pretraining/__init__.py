@@ -1,0 +1,1 @@
+"""Pretraining on pairs of segments: masked words, and whether the second segment follows the first."""

@@ -1,0 +1,173 @@
+"""Pretraining, or preparing a teacher, or pruning a student while its teacher is there: one run."""
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any, Callable, Optional, Sequence
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_PRETRAINING_MAPPING
+
+from head_pruning import HeadPruningError
+from head_pruning.outputs import LastLayer
+
+from ..command_line.arguments import Arguments
+from ..command_line.fields import ModelArguments, PretrainingArguments
+from ..scripts.models import check_twin, load_model, load_tokenizer
+from ..scripts.run import DenseTrainer, PruningTrainer, TaskRun, first_examples, loading, start
+from .batches import EpochTold, Masker, Pairs
+from .folder import fingerprint, open_pairs, read_about
+from .trainer import Pretrains, metrics_of, scores_of
+
+logger = logging.getLogger(__name__)
+
+
+class _Dense(Pretrains, DenseTrainer):
+    pass
+
+
+class _Pruning(Pretrains, PruningTrainer):
+    pass
+
+
+def model_class(config: Any) -> Any:
+    """The auto class of a model's masked words, with the head for the next sentence where there is one.
+
+    Raises:
+        HeadPruningError: it has neither.
+    """
+    both = MODEL_FOR_PRETRAINING_MAPPING.get(type(config), None)
+    if both is not None and "next_sentence_label" in inspect.signature(both.forward).parameters:
+        return AutoModelForPreTraining
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise HeadPruningError(
+            f"A model of the type {config.model_type} has no head that guesses masked words; take one such as BERT."
+        )
+    logger.info("the model has no head for the next sentence, so masked words alone are learnt")
+    return AutoModelForMaskedLM
+
+
+def load_pieces(
+    model_args: ModelArguments, learners: Sequence[str] = (), fits: Optional[Callable[[nn.Module], Any]] = None
+) -> tuple[Any, Any]:
+    """The tokenizer and the model; arguments and errors as of :func:`hf_plugin.glue.run.load_pieces`."""
+    name, hub = model_args.model_name_or_path, model_args.hub_options()
+    with loading(name):
+        config = AutoConfig.from_pretrained(model_args.config_name or name, **hub)
+        auto = model_class(config)
+        tokenizer = load_tokenizer(model_args)
+        if fits is not None:
+            check_twin(auto, config, fits)
+        model, _ = load_model(auto, name, learners, config=config, **hub)
+    return tokenizer, model
+
+
+def last_layer_of(model: nn.Module) -> Optional[nn.Linear]:
+    """The layer that makes logits of words; None for models that have none of their own."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def checked_last_layer(model: nn.Module) -> Optional[LastLayer]:
+    """The layer, if the model without it gives what the layer makes its logits of; tried on two words."""
+    last, was = LastLayer.of(model, last_layer_of), model.training
+    if last is None:
+        return None
+    words = torch.tensor([[1, 2]], device=last.layer.weight.device)
+    model.eval()
+    try:
+        with torch.no_grad():
+            whole = model(input_ids=words)
+            with last.left_out():
+                without = model(input_ids=words)
+        found = last.late(next(v for k, v in without.items() if k.endswith("logits")))
+        wanted = next(v for k, v in whole.items() if k.endswith("logits"))
+        same = not torch.is_tensor(found) and torch.allclose(found.whole(), wanted, rtol=1e-3, atol=1e-4)
+    except (RuntimeError, ValueError, TypeError):  # what comes after the layer cannot work with its input
+        same = False
+    finally:
+        model.train(was)
+    if not same:
+        logger.info("the model works on with its logits, so those of all tokens are made at once")
+    return last if same else None
+
+
+class PretrainingRun(TaskRun):
+    """The steps of one run on segment pairs."""
+
+    main_metric = "perplexity"
+    dense_trainer, pruning_trainer = _Dense, _Pruning
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(arguments)
+        assert isinstance(arguments.data, PretrainingArguments)  # as run_pretraining parses them
+        data, training = arguments.data, arguments.training
+        if "test" in self.splits:
+            raise HeadPruningError("There is nothing to predict in pretraining; drop --do_predict.")
+        about = read_about(data.data_dir)
+        table = open_pairs(data.data_dir, about)
+        self.dataset = f"segment pairs of {Path(data.data_dir).name}"
+        tokenizer, model = load_pieces(arguments.model, self.learners, self.fits)
+        _check_fit(data.data_dir, about, tokenizer, model)
+        kept = round(len(table) * (1 - data.validation_split_percentage / 100))
+        if not kept or "validation" in self.splits and kept == len(table):
+            raise HeadPruningError(
+                f"{data.data_dir} has {len(table)} pairs, too few for --validation_split_percentage "
+                f"{data.validation_split_percentage:g}; make more, or change it."
+            )
+        train = Pairs(first_examples(table.select(range(kept)), data.max_train_samples), changing=True)
+        validation = Pairs(first_examples(table.select(range(kept, len(table))), data.max_eval_samples))
+        training.remove_unused_columns = False
+        if training.ddp_find_unused_parameters is None:
+            training.ddp_find_unused_parameters = False  # all of them take part
+        self.trainer = self.build_trainer(
+            model=model,
+            train_dataset=train,
+            eval_dataset=validation if "validation" in self.splits else None,
+            processing_class=tokenizer,
+            data_collator=Masker(
+                tokenizer,
+                list(inspect.signature(model.forward).parameters),
+                seed=training.seed,
+                probability=data.mlm_probability,
+                whole_words=data.whole_word_mask,
+                multiple=8 if training.fp16 or training.bf16 else 1,
+            ),
+            compute_metrics=metrics_of,
+            preprocess_logits_for_metrics=scores_of,
+            callbacks=[EpochTold(train)],
+        )
+        # A data-parallel wrapper looks for unused parameters in what the model gives, a compiler at its code.
+        if not (training.ddp_find_unused_parameters or training.torch_compile):
+            self.trainer.last_layer = checked_last_layer(model)
+
+    def evaluate(self) -> None:
+        """Score the pairs that were kept back."""
+        metrics = self.trainer.evaluate(metric_key_prefix="eval")
+        self.report("eval", {**metrics, "eval_samples": len(self.trainer.eval_dataset), **self.kept_metrics()})
+
+
+def _check_fit(folder: "str | Path", about: dict[str, Any], tokenizer: Any, model: Any) -> None:
+    """Raise HeadPruningError where the pairs are of another tokenizer, or longer than the model reads."""
+    if fingerprint(tokenizer) != about["tokenizer"]:
+        raise HeadPruningError(
+            f"{folder} was made with another tokenizer than the model's; make pairs of it with python -m "
+            "prepare.wikipedia --tokenizer, or give --tokenizer_name."
+        )
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
+    if about["max_length"] > longest:
+        raise HeadPruningError(
+            f"{folder} has pairs of up to {about['max_length']} tokens, but the model reads {longest}; make shorter "
+            "ones with python -m prepare.wikipedia --max_seq_length."
+        )
+    if len(tokenizer) > model.config.vocab_size:
+        raise HeadPruningError(
+            f"The tokenizer has {len(tokenizer)} words, the model {model.config.vocab_size}; take those that belong "
+            "together."
+        )
+
+
+def run(arguments: Arguments) -> dict[str, float]:
+    """Do all that the arguments ask for; returns the metrics that ``all_results.json`` holds."""
+    return start(PretrainingRun, arguments)
