@@ -24,6 +24,7 @@ from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_head
 from head_pruning.inference.programs import program_formats, write_openvino
 from head_pruning.pickled import load_pickled
 from head_pruning.quantization.engine.files import read_ranges
+from head_pruning.quantization.engine.linears import quantized_linears
 from head_pruning.quantization.engine.qdq import dequantize, to_qdq
 from head_pruning.report.report_file import read_report
 from head_pruning.report.weights import WeightCount, count_weights, sum_counts, write_weight_artifacts
@@ -83,6 +84,11 @@ def load(path: Path, mask: Optional[HeadMask] = None) -> HostModel:
     if mask is not None:
         sites = sites if sites.units == mask.unit_map.units else sites.numbering("both")
         mask = mask.numbering(sites.units).fitted(sites)
+        if not mask.keep.all() and quantized_linears(model):
+            raise HeadPruningError(
+                f"{path} has 8-bit weights, out of which heads that are only zeroed cannot be cut; cut the heads out "
+                "of the model first (head-pruning export --to compact), and train that with --do_quantization."
+            )
     weights = _told_of_weights(path, model, mask)
     return HostModel(model, sites, mask, functools.partial(example_inputs, model), weights, longest(model))
 

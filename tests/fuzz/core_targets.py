@@ -14,6 +14,7 @@ from head_pruning.hosts import holds_heads
 from head_pruning.importance.michel import PruningRound
 from head_pruning.importance.rounds import ROUNDS_FILE, RoundsReport
 from head_pruning.old_masks import read_old_mask
+from head_pruning.quantization.engine.files import QUANTIZATION_FILE, read_ranges, save_ranges
 from head_pruning.report.report_file import read_report
 from head_pruning.weights import load_compressed, load_weight_masks, save_compressed, save_weight_masks
 from tests.core.conftest import make_batch, make_seq2seq, sum_loss
@@ -101,6 +102,16 @@ def reports(folder: Path, rng: random.Random) -> Iterator[Callable[[], Any]]:
         yield lambda: read_report(path)
 
 
+def input_ranges(folder: Path, rng: random.Random) -> Iterator[Callable[[], Any]]:
+    """quantization.json."""
+    save_ranges(folder, "average", {f"layers.{i}.out": (0.01 * (i + 1), 128) for i in range(3)})
+    path = folder / QUANTIZATION_FILE
+    text = path.read_text(encoding="utf-8")
+    while True:
+        path.write_text(damaged_json(rng, text), encoding="latin-1")
+        yield lambda: read_ranges(folder)
+
+
 def states(folder: Path, rng: random.Random) -> Iterator[Callable[[], Any]]:
     """The states of sessions, which must also be of use when they are taken."""
     toy, held = SimpleNamespace(make=make_seq2seq, batch=make_batch, loss=sum_loss), []
@@ -146,5 +157,6 @@ CORE: dict[str, Target] = {
     "compressed models": compressed_files,
     "michel_rounds.json": rounds,
     "pruning.json": reports,
+    "quantization.json": input_ranges,
     "states of sessions": states,
 }

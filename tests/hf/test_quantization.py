@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.int8 import arithmetic
 from head_pruning import HeadPruningError
 from head_pruning.cli import main
+from head_pruning.weights import load_compressed
 from hf_plugin import HeadPruningTrainer, mark_compact, open_session, prune_heads, pruner
 from tests.hf.test_trainer import StopAt, same, same_session
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
@@ -100,8 +103,8 @@ def test_a_resumed_run_ends_bit_equal(trained, tmp_path):
     trainer_of(tmp_path, student(), save_strategy="steps", save_steps=4, callbacks=[StopAt(4)]).train()
     resumed = trainer_of(tmp_path, student(), save_strategy="steps", save_steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    same(resumed.session.model.state_dict(), whole.session.model.state_dict())
-    same_session(resumed.session, whole.session)
+    assert same(resumed.session.model.state_dict(), whole.session.model.state_dict())
+    assert same_session(resumed.session, whole.session)
 
 
 def test_the_model_is_float_before_and_after(trained):
@@ -149,3 +152,60 @@ def test_mistakes(options, sentence):
     with pytest.raises(HeadPruningError, match=sentence.replace("(", r"\(")):
         open_session(model, [pruner("qat", **options)])
     assert all(type(module).__name__ != "FakeQuantizedLinear" for module in model.modules())
+
+
+@pytest.fixture(scope="module")
+def onnx_file(trained, tmp_path_factory):
+    pytest.importorskip("onnxscript", reason="needs onnx")
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    main(["export", str(trained["whole"][0]), str(file), "--to", "onnx", "--int8"])
+    return file
+
+
+def test_the_onnx_file_computes_with_integers_as_the_model_did(trained, onnx_file):
+    import onnx
+
+    from head_pruning.inference.runtimes import onnx_pass, onnx_session
+
+    graph = onnx.load(onnx_file).graph
+    integers = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims]
+    assert sum(len(tensor.dims) == 2 for tensor in integers) == 13  # all linear layers but the classifier
+    model = trained["whole"][1].session.model.eval()
+    batch = collate(sentences(64, seed=5))
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = model(**batch).logits
+    found = torch.from_numpy(onnx_pass(onnx_session(onnx_file), batch)()[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    sure = (expected[:, 0] - expected[:, 1]).abs() > 2e-3
+    assert torch.equal(found.argmax(-1)[sure], expected.argmax(-1)[sure]) and sure.any()
+
+
+def test_files_without_zeros(trained, tmp_path, capsys):
+    folder = trained["compact"][0]
+    main(["export", str(folder), str(tmp_path / "small"), "--to", "compressed"])
+    stored, again = load_file(folder / "model.safetensors"), load_compressed(tmp_path / "small")
+    assert same(stored, again) and "dense.weight" not in " ".join(again)
+    assert (tmp_path / "small").stat().st_size < (folder / "model.safetensors").stat().st_size
+    main(["inspect", str(folder), "--json", "--length", "8"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["sizes"]["now"]["bytes"] == sum(tensor.nbytes for tensor in stored.values())
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("--to onnx --int8", "train it with --do_quantization first"),
+    ("--to torch-export --int8", "cannot be exported to torch-export-int8; choose one of masked, compact, onnx"),
+])  # fmt: skip
+def test_what_cannot_be_exported_with_8_bits(tmp_path, capsys, words, sentence):
+    tiny_bert().save_pretrained(tmp_path / "float")
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "float"), str(tmp_path / "model"), *words.split()])
+    assert sentence in capsys.readouterr().err and not (tmp_path / "model").exists()
+
+
+def test_forty_times_counts_no_places():
+    """The claim is of the values alone; with a bit for each weight it is less than half of that."""
+    found = arithmetic()
+    assert found["values"] == pytest.approx(40.0)
+    assert found["with bitmask"] == pytest.approx(4 / (0.1 + 1 / 8))
+    assert 17 < found["whole encoder"] < found["with bitmask"] and found["whole model"] < found["whole encoder"]

@@ -6,8 +6,8 @@ F = np.float32
 
 
 def quantize(x, scale, zero_point, low, high):
-    """Integers that stand for x."""
-    return np.clip(np.round(x / F(scale)) + F(zero_point), low, high)
+    """Integers that stand for x; as torch does, by the inverse of the scale."""
+    return np.clip(np.round(x * (F(1.0) / F(scale))) + F(zero_point), low, high)
 
 
 def integer_bias(bias, weight, x_scale, w_scale, x_zero):
