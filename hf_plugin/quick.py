@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quick-output"), help="folder (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="folder with model/ and SST-2/ to use instead of the demo's own")
-    parser.add_argument("--train", type=int, default=1000, help="sentences to learn from (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=500, help="sentences to learn from (default: %(default)s)")
     parser.add_argument("--test", type=int, default=500, help="sentences to score (default: %(default)s)")
     options = parser.parse_args()
     begin = time.monotonic()
