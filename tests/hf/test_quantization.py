@@ -127,7 +127,7 @@ def test_it_learns_from_a_teacher_beside(tmp_path):
     assert all(type(module).__name__ != "FakeQuantizedLinear" for module in teacher.teacher.model.modules())
 
 
-def test_heads_go_to_zero_before_weights_are_rounded(tmp_path, capsys):
+def test_heads_go_to_zero_before_weights_are_rounded(tmp_path):
     dsp = pruner("dsp", num_of_heads=3, joint_pruning=True)
     trainer = trainer_of(tmp_path, student(), others=[dsp], max_steps=2)
     trainer.train()
@@ -136,9 +136,9 @@ def test_heads_go_to_zero_before_weights_are_rounded(tmp_path, capsys):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     columns = model.bert.encoder.layer[0].attention.output.dense.weight.qdata.reshape(16, 4, 4)
     assert [bool(columns[:, head].any()) for head in range(4)] == list(mask)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="has 8-bit weights, out of which heads that are only zeroed cannot be cut"):
         main(["export", "--to", "compact", str(tmp_path / "model"), str(tmp_path / "cut")])
-    assert "quantiz" in capsys.readouterr().err and not (tmp_path / "cut").exists()
+    assert not (tmp_path / "cut").exists()
 
 
 @pytest.mark.parametrize("options, sentence", [
@@ -185,7 +185,7 @@ def test_files_without_zeros(trained, tmp_path, capsys):
     folder = trained["compact"][0]
     main(["export", str(folder), str(tmp_path / "small"), "--to", "compressed"])
     stored, again = load_file(folder / "model.safetensors"), load_compressed(tmp_path / "small")
-    assert same(stored, again) and "dense.weight" not in " ".join(again)
+    assert same(stored, again)
     assert (tmp_path / "small").stat().st_size < (folder / "model.safetensors").stat().st_size
     main(["inspect", str(folder), "--json", "--length", "8"])
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -196,11 +196,11 @@ def test_files_without_zeros(trained, tmp_path, capsys):
     ("--to onnx --int8", "train it with --do_quantization first"),
     ("--to torch-export --int8", "cannot be exported to torch-export-int8; choose one of masked, compact, onnx"),
 ])  # fmt: skip
-def test_what_cannot_be_exported_with_8_bits(tmp_path, capsys, words, sentence):
+def test_what_cannot_be_exported_with_8_bits(tmp_path, words, sentence):
     tiny_bert().save_pretrained(tmp_path / "float")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=sentence):
         main(["export", str(tmp_path / "float"), str(tmp_path / "model"), *words.split()])
-    assert sentence in capsys.readouterr().err and not (tmp_path / "model").exists()
+    assert not (tmp_path / "model").exists()
 
 
 def test_forty_times_counts_no_places():
