@@ -223,10 +223,14 @@ def test_a_gated_module_must_stay_in_its_place(toy, wrap):
     model.decoder.out = Around(model.decoder.out)
     update(toy, model, session, 0)
     session.detach()
-    model.encoder[1].out = wrap(model.encoder[1].out)
     session.attach()
+    model.encoder[1].out = wrap(model.encoder[1].out)
     with pytest.raises(HeadPruningError, match="encoder.1.out was wrapped or replaced after the gates"):
-        session.before_update(0)
+        session.before_update(1)
+    session.detach()
+    session.attach()  # follows
+    update(toy, model, session, 1)
+    assert len(model.encoder[1].out._forward_pre_hooks) == 1
 
 
 def test_the_map_must_name_modules_of_the_model(toy):

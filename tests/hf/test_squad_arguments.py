@@ -111,7 +111,7 @@ def test_predict_means_evaluate():
     ("--pruner_name Magnitude --beta1 0.9", "--beta1 belongs to platon, sensitivity, but the pruner of weights is "
      "magnitude; drop it or choose --pruner_name platon."),
     ("--pruner_name PLATON --pruner magnitude", "--pruner_name platon and magnitude both prune weights, of which a "),
-    ("--pruner_name Plato", "There is no pruner plato; choose one of dsp, "),
+    ("--pruner_name Plato", "There is no pruner plato; choose one of custom_mask, dsp, "),
     ("--doc_stride 0", "--doc_stride is 0; it must be 1 or more."),
     ("--task_name mrpc", "run_squad.py has no flag --task_name"),
 ])  # fmt: skip
