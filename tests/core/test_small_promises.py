@@ -115,6 +115,19 @@ def test_the_log_of_head_sensitivity_counts_the_heads_that_are_open(toy):
     assert session.metrics() == {"heads_expected": float(pruner.opened.sum()), "heads_kept": 5.0}
 
 
+@pytest.mark.parametrize("hardened", [False, True])
+def test_head_sensitivity_goes_on_with_the_gates_that_it_had(toy, hardened):
+    sessions = [build(toy, "head_sensitivity", session={"total_steps": 10})[1] for _ in range(2)]
+    first, second = sessions
+    first.pruners[0].scores = np.arange(12.0)[::-1].copy()
+    if hardened:
+        first.harden()
+    second.load_state_dict(first.state_dict())
+    wanted = second.pruners[0].keep().astype(np.float32)
+    assert wanted.sum() == 5 and np.array_equal(second.gates.evaluation_values.numpy(), wanted)
+    assert np.array_equal(second.gates.training_values.numpy(), wanted) == hardened
+
+
 def test_a_minimum_holds_where_softmaxes_are_exact():
     """Head 0 is first by far, but the only round may choose among the others."""
     mask = SoftTopK(np.array([9.0, 1.0, 0.0]), Rounds((np.array([1, 2]),)), 1e-6).mask
@@ -265,6 +278,22 @@ def test_every_width_of_numbers_is_compressed(tmp_path, dtype):
 def test_what_is_protected_does_not_hide_what_follows():
     names = {target.name for target in weight_targets(test_contract.make(0), test_contract.MAP)}  # embeddings first
     assert {f"layers.{layer}.{name}.weight" for layer in range(3) for name in ("attention.q", "up", "down")} < names
+
+
+def test_adapters_do_not_hide_what_follows(toy):
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.lora = base, nn.Linear(12, 2)
+
+        def get_base_layer(self):
+            return self.base
+
+    model, unit_map = toy.make()
+    model.encoder[0].q = Adapted(model.encoder[0].q)
+    names = {target.name for target in weight_targets(model, unit_map)}
+    assert {"encoder.0.q.base.weight", "encoder.0.k.weight", "decoder.out.weight"} < names
+    assert not any("lora" in name for name in names)
 
 
 def test_sensitivity_is_platon_without_uncertainty(toy):

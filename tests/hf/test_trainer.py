@@ -552,6 +552,8 @@ def test_what_push_to_hub_saves_is_the_pruned_model(tmp_path, own):
         HeadPruningCallback(session).add_to(trainer)
     trainer.train()
     trainer.save_model()
+    trainer.save_model(str(tmp_path / "named"))
+    assert (tmp_path / "named" / "masks.safetensors").is_file()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert {"masks.safetensors", "pruning.json", "README.md"} <= before.keys()
     trainer.save_model(_internal_call=True)
