@@ -249,7 +249,7 @@ def _foreign_mask(folder, unit_map):
         ("inspect MODEL --length 100", "64 positions"),
         ("inspect MODEL --mask FOREIGN", "another architecture"),
         ("inspect MODEL --mask TMP/nothing", "There is no file"),
-        ("export MODEL TMP/out --to tflite", "choose one of masked, compact, onnx, torch-export"),
+        ("export MODEL TMP/out --to tflite", "choose one of masked, compact, onnx, openvino, torch-export"),
         ("export MODEL MODEL --to masked", "is the model itself"),
         ("export MODEL TMP --to masked", "holds something else"),
         ("export MODEL FOREIGN --to compact", "is a file"),

@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace, plan: Plan, jobs: Sequence[Job], work: Path) 
             )
     finally:
         if args.parquet and done:
-            write_parquet(list(done.values()), (work / RESULTS).with_suffix(".parquet"))
+            write_parquet([done[name] for name in by_name if name in done], (work / RESULTS).with_suffix(".parquet"))
         print(f"The results are in {work / RESULTS}; head-pruning report {work} draws them.")
 
 

@@ -199,7 +199,7 @@ def test_adapters_come_before_the_gates(adapter_first):
         (lambda: pruner("dsp", num_of_heads=3, annealing=1), "annealing is 1; it must be True or False."),
         (lambda: pruner("given", head_mask_file=3), "head_mask_file is 3; it must be a text."),
         (lambda: pruner("platon", warmup_steps=None), "warmup_steps is None; it must be a number."),
-        (lambda: pruner(None), "There is no pruner none; choose one of dfd, dsp"),
+        (lambda: pruner(None), "There is no pruner none; choose one of custom_mask, dfd, dsp"),
         (lambda: unit_map("bert-base-uncased"), "'bert-base-uncased' is no model; load it first"),
         (lambda: mask_heads("bert", {0: [1]}), "'bert' is no model; load it first"),
         (lambda: prune_heads("bert", {0: [1]}), "'bert' is no model; load it first"),
