@@ -47,8 +47,8 @@ DEFECTS = {
     ],
     "a missing or impossible number of heads or penalty crashes, STE cannot keep all heads": [
         "fairseq/test_errors.py:test_bad_options",
-        "core/test_subset.py:test_hard_top_k_keeps_exactly_k_and_the_minima",
-        "core/test_subset.py:test_impossible_counts_are_refused",
+        "core/test_top_k.py:test_hard_top_k_keeps_exactly_k_and_the_minima",
+        "core/test_top_k.py:test_impossible_counts_are_refused",
     ],
     "the share of closed heads is called that of open ones": [
         "fairseq/test_training_output.py:test_log_and_artifacts"
