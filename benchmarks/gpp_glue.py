@@ -136,6 +136,7 @@ PAGE = Page(
     unit="% of heads and units",
     shown=_shown,
     about=_about,
+    cells=len(cells()),
 )
 
 

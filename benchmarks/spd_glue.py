@@ -137,6 +137,7 @@ class Page:
         unit: of what.
         shown: rows of one method, task and percentage, of several seeds, as text.
         about: tasks that have rows to a paragraph.
+        cells: how many trainings there are in all.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Page:
     unit: str
     shown: Callable[[list[dict]], str]
     about: Callable[[set[str]], str]
+    cells: int
 
 
 def write_results(page: Page, rows: list[dict], folder: Path) -> None:
@@ -153,7 +155,8 @@ def write_results(page: Page, rows: list[dict], folder: Path) -> None:
     command = f"python -m benchmarks.{page.name} MODEL GLUE --work DIR"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{page.name}.json", {"command": command, "rows": rows})
-    parts = [f"# {page.title}", "", f"`{command}`", "", page.about({row["task"] for row in rows}), ""]
+    about = f"{page.about({row['task'] for row in rows})} {len(rows)} of {page.cells} trainings have been measured."
+    parts = [f"# {page.title}", "", f"`{command}`", "", about, ""]
     for task in page.tasks.values():
         table: dict[str, dict[int, list[dict]]] = {}
         for row in rows:
@@ -209,6 +212,7 @@ PAGE = Page(
     unit="% of the weights",
     shown=lambda rows: shown(_scores(rows)),
     about=_about,
+    cells=len(cells()),
 )
 
 
