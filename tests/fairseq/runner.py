@@ -19,8 +19,9 @@ class Runner:
     def start(self, name: str, arguments: Sequence, cwd: Optional[Path] = None, **environment: str) -> Command:
         """Start ``fairseq-NAME ARGUMENTS``."""
         words = [str(word) for word in arguments]
-        user_dirs = [Path(folder) for option, folder in zip(words, words[1:]) if option == "--user-dir"]
-        kind = "fairseq_plugin" if any(ROOT in folder.parents for folder in user_dirs) else "fairseq"
+        user_dirs = [folder for option, folder in zip(words, words[1:]) if option == "--user-dir"]
+        # Another may register methods, whose options the warm server's parser does not have.
+        kind = "fairseq_plugin" if user_dirs and user_dirs[-1] in (PLUGIN, WATCHED) else "fairseq"
         return Command(kind, ["-m", f"fairseq_cli.{name.replace('-', '_')}", *words], cwd or self.folder, environment)
 
     def run(self, name: str, arguments: Sequence, cwd: Optional[Path] = None, **environment: str) -> Command:

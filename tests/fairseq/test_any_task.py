@@ -15,6 +15,7 @@ from tests.fairseq.checkpoints import mask_in, read
 from tests.fairseq.command_lines import DSP, MACHINE
 from tests.fairseq.in_process import in_process
 from tests.fairseq.runner import PLUGIN
+from tests.few import few
 
 WIDTH = "--encoder-embed-dim 16 --encoder-ffn-embed-dim 24 --encoder-layers 2 --encoder-attention-heads 4"
 BOTH = f"{WIDTH} --decoder-embed-dim 16 --decoder-ffn-embed-dim 24 --decoder-layers 2 --decoder-attention-heads 4"
@@ -119,7 +120,7 @@ def train(trainer, iterator, updates):
         trainer.train_step(batch)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", few(TASKS, "multilingual_translation", "speech_to_text"))
 def test_heads_and_weights_of_any_task(shared, tmp_path, name):
     options = f"{DSP} --cooldown-steps 2 --weight-pruner magnitude --final-threshold 0.5 --pruner-warmup-steps 1"
     line = line_of(shared, tmp_path, name, options)

@@ -136,6 +136,7 @@ def test_importance_is_the_sum_of_absolute_derivatives(data, dense, tmp_path):
         np.testing.assert_allclose(got, rows.reshape(-1), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_rounds_of_other_settings_are_neither_taken_nor_replaced(data, dense, tmp_path):
     copy = tmp_path / "checkpoint_last.pt"
     options = ("--max-len-b", "5", "--beam", "1", "--num-of-heads", "23", "--score-sentences", "2")
@@ -259,6 +260,7 @@ def test_rounds_are_not_gone_on_with_when_what_they_depend_on_changed(data, dens
     assert (old_rounds / "michel_rounds.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_rounds_of_files_without_newer_settings_are_gone_on_with(data, dense, old_rounds, monkeypatch):
     """Those settings had their defaults, written out or not; a --score-beam says nothing without --score-at."""
     monkeypatch.setattr(run_michel.MichelRun, "score", lambda *args: pytest.fail("it was scored anew"))
@@ -286,6 +288,7 @@ def old_rounds(data, dense, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_refused_with_one_sentence(data, dense, tmp_path):
     (tmp_path / "cut.pt").write_bytes(dense.read_bytes()[:20000])
     with pytest.raises(HeadPruningError, match="cut.pt is damaged .it ends too early"):
@@ -295,6 +298,7 @@ def test_a_truncated_checkpoint_is_refused_with_one_sentence(data, dense, tmp_pa
         _quick(data, tmp_path / "other.pt", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_translate_is_refused_with_one_sentence(data, untrained, tmp_path):  # noqa: F811
     with pytest.raises(HeadPruningError, match="is a transformer_lm, which does not translate"):
         _quick(data, untrained(LANGUAGE), tmp_path)

@@ -154,6 +154,7 @@ class TestHeadsFromTheStart:
         runner.run("train", translation.train(tmp_path / "given", given, updates=2))
         assert mask_beside(tmp_path / "given" / "checkpoint_last.pt") == mask_beside(twelve)
 
+    @pytest.mark.slow
     def test_a_resumed_run_does_not_change_them(self, runner, translation, twelve, tmp_path):
         shutil.copytree(twelve.parent, tmp_path / "run")
         for options, sentence in (

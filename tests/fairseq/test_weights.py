@@ -351,6 +351,7 @@ def test_half_precision_prunes_the_master_weights(monkeypatch, translation, tmp_
     }
 
 
+@pytest.mark.slow
 def test_overflow_skips_the_pruner_too(monkeypatch, translation, tmp_path):
     options = f"{PLATON} --fp16 --fp16-no-flatten-grads --fp16-init-scale 1000000"
     run = HalfPrecision(monkeypatch, translation.train(tmp_path, options, updates=UPDATES))

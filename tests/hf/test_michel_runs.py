@@ -192,6 +192,7 @@ def test_a_run_cut_off_while_it_saves_its_model_saves_it_afterwards(here, monkey
     assert AutoModelForSequenceClassification.from_pretrained(folder) is not None
 
 
+@pytest.mark.slow
 def test_overwriting_removes_what_an_earlier_run_left(here, monkeypatch):
     michel("again", heads=8)
     kept = here / "again" / "notes.txt"

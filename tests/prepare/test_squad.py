@@ -216,6 +216,7 @@ def test_two_runs_do_not_write_the_same_folder(official, tmp_path):
         squad.prepare(squad.Options((VERSIONS["1.1"],), tmp_path, official))
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_gives_one_sentence(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "prepare.squad", "--hub", "--data_dir", str(tmp_path / "data"), "--quiet"]
