@@ -304,6 +304,7 @@ def test_a_model_that_does_not_translate_is_refused_with_one_sentence(data, untr
         _quick(data, untrained(LANGUAGE), tmp_path)
 
 
+@pytest.mark.slow
 def test_other_data_are_refused_with_one_sentence(data, dense, tmp_path):
     with pytest.raises(HeadPruningError, match="lacks data of this model .*infer language pair"):
         _quick(tmp_path, dense, tmp_path)

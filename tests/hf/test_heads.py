@@ -83,6 +83,7 @@ def test_a_saved_mask_prunes_another_copy(tmp_path):
 removals = st.dictionaries(st.integers(0, 1), st.sets(st.integers(0, 3)), max_size=2)
 
 
+@pytest.mark.slow
 @given(st.lists(removals, min_size=1, max_size=4))
 def test_calls_add_up(calls):
     model = make("bert")

@@ -103,6 +103,7 @@ def test_zeros_stay_and_a_resumed_run_ends_bit_equal(here, task):
     assert all((here / task / n).read_bytes() == (here / f"{task}-again" / n).read_bytes() for n in names)
 
 
+@pytest.mark.slow
 def test_zeros_stay_in_distillation(here):
     if not (here / "classification").is_dir():
         run("classification", "classification")

@@ -146,6 +146,7 @@ class TestPadding:
         assert "no_end has neither a padding nor an end token" in refused(lambda: start_from("no_end"))
 
 
+@pytest.mark.slow
 class TestAnotherTasksModel:
     @pytest.mark.parametrize("task, outputs", [("RTE", 2), ("MRPC", 2), ("STS-B", 1)])
     @pytest.mark.parametrize("folder", ["mnli", "compact"])

@@ -253,6 +253,7 @@ def test_windows_without_room_are_refused(tokenizers, tmp_path, options, sentenc
     assert len(windows(questions(("what ?", "bar", "bar")), tokenizers["bert"], tmp_path, max_seq_length=9)) == 1
 
 
+@pytest.mark.slow
 def test_slow_tokenizers_are_refused(tmp_path):
     from transformers import CanineTokenizer
 

@@ -198,6 +198,7 @@ def corpus(tmp_path):
     return cache, demo_data.Settings(packages=(fake("a"),), valid=10, test=20, operations=30)
 
 
+@pytest.mark.slow
 def test_the_data_are_built_whole_and_only_once(corpus, tmp_path, monkeypatch, capsys):
     cache, settings = corpus
     dest = tmp_path / "demo"
