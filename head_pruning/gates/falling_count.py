@@ -25,8 +25,7 @@ class CountConfig:
         default=None,
         metadata={
             "help": "BEGIN:END in updates, or (below 1) as fractions of training: the number of open heads falls from "
-            "all to K between them, fast at first; default: head_sensitivity 0:0.2, subset 0:0.4 (both 0:0.9 where "
-            "the model is not trained), others K from the start"
+            "all to K between them, fast at first; default: the method's own, else K from the start"
         },
     )
 

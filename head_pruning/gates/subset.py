@@ -24,7 +24,8 @@ class SubsetPruner(FallingCount, HeadGatePruner):
     p(z) is proportional to exp(logits.z) over the masks z of K(t) heads (Ahmed et al. 2023, section 4): training runs
     with a draw z, the logits get Cov(z) dL/dz. There is no temperature. Where groups have a minimum, it is drawn
     first, group after group, and the others from what is left. When K(t) has come down to K, the K highest logits
-    stay, and the model trains on with them.
+    stay, and the model trains on with them. By default it falls over the first 0.4 of training, 0.9 where the model is
+    not trained.
     """
 
     name = "subset"

@@ -9,12 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-import datasets
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 
 from head_pruning import HeadPruningError
 
+from ..scripts.tokenising import through_cache, usable_length
 from .hub import hub_split, load_hub
 from .reading import check_tsv, read_split, split_path
 from .tasks import HUB_REPOSITORY, TASKS, GlueTask, Split, find_task, plain_name
@@ -142,32 +141,22 @@ def tokenise(
 ) -> Dataset:
     """``raw`` (as ``read_tsv`` returns it) through ``tokenizer``, or the same out of the cache.
 
-    The cache file's name holds a digest of the rows, the tokenizer and the length.
-
     Raises:
         HeadPruningError: the cache cannot be written.
     """
     texts = [name for name in ("sentence1", "sentence2") if name in raw.column_names]
-    # A copy, because it would keep the length, and be saved with it, if the cache does not have the data.
     work = partial(_encode, tokenizer=copy.deepcopy(tokenizer), texts=texts, max_seq_length=max_seq_length)
-    digest = Hasher.hash((raw._fingerprint, tokenizer, texts, max_seq_length))
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "glue-tokenised"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return raw.map(
-            work,
-            batched=True,
-            remove_columns=[*texts, "idx"],
-            cache_file_name=str(folder / f"{task.name}-{split.hub}-{digest}.arrow"),
-            load_from_cache_file=False if overwrite_cache else None,
-            new_fingerprint=digest,
-            desc=f"Tokenising {task.folder} {split.hub}",
-        )
-    except OSError as error:
-        raise HeadPruningError(
-            f"The tokenised data cannot be written to {folder} ({error.strerror or error}); "
-            f"give --cache_dir with a folder that can be written."
-        ) from error
+    return through_cache(
+        raw,
+        work,
+        *(tokenizer, texts, max_seq_length),
+        folder="glue-tokenised",
+        name=f"{task.name}-{split.hub}",
+        what=f"{task.folder} {split.hub}",
+        cache_dir=cache_dir,
+        overwrite=overwrite_cache,
+        remove_columns=[*texts, "idx"],
+    )
 
 
 def _encode(batch: dict, tokenizer: Any, texts: list[str], max_seq_length: int) -> dict:
@@ -176,9 +165,7 @@ def _encode(batch: dict, tokenizer: Any, texts: list[str], max_seq_length: int) 
 
 def _usable_length(task: GlueTask, tokenizer: Any, wanted: int) -> int:
     """``wanted``, or the tokenizer's limit if that is lower."""
-    length = min(wanted, tokenizer.model_max_length)
-    if length < wanted:
-        logger.warning("max_seq_length %d is above the tokenizer's limit; %d is used.", wanted, length)
+    length = usable_length(tokenizer, wanted)
     # At least one token of each text beside the special ones.
     least = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2) + len(task.columns)
     if length < least:

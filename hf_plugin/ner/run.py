@@ -14,7 +14,8 @@ from ..command_line.arguments import Arguments
 from ..command_line.fields import NerArguments
 from ..scripts.pieces import load_pieces
 from ..scripts.run import TaskRun, start
-from ..scripts.tables import read_rows, tokenised, usable_length
+from ..scripts.tables import read_rows, tokenised
+from ..scripts.tokenising import usable_length
 from .entities import entity_scores
 
 logger = logging.getLogger(__name__)

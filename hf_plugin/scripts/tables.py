@@ -1,21 +1,17 @@
 """Rows of a task out of a user's files (JSON lines, CSV, parquet) or the hub, and what a tokenizer makes of them."""
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
-import datasets
 from datasets import Dataset, load_dataset
-from datasets.fingerprint import Hasher
 
 from head_pruning import HeadPruningError
 from head_pruning.errors import one_line
 
 from ..command_line.fields import TableArguments
 from .run import first_examples
-
-logger = logging.getLogger(__name__)
+from .tokenising import through_cache
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -78,7 +74,7 @@ def tokenised(
     cache_dir: Optional[str],
     key: Any = None,
 ) -> Dataset:
-    """What ``encode(batch, tokenizer)`` makes of the rows, or the same out of the cache.
+    """What ``encode(batch, tokenizer)`` makes of the rows of :func:`read_rows`, or the same out of the cache.
 
     Args:
         rows: of :func:`read_rows`.
@@ -92,33 +88,15 @@ def tokenised(
     Raises:
         HeadPruningError: the cache cannot be written.
     """
-    digest = Hasher.hash((rows._fingerprint, tokenizer, key))
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tables-tokenised"
-    work = copy.deepcopy(tokenizer)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return rows.map(
-            encode,
-            batched=True,
-            fn_kwargs={"tokenizer": work},
-            remove_columns=rows.column_names,
-            cache_file_name=str(folder / f"{name}-{digest}.arrow"),
-            load_from_cache_file=False if data.overwrite_cache else None,
-            new_fingerprint=digest,
-            desc=f"Tokenising {name}",
-        )
-    except OSError as error:
-        raise HeadPruningError(
-            f"The tokenised data cannot be written to {folder} ({error.strerror or error}); "
-            f"give --cache_dir with a folder that can be written."
-        ) from error
-
-
-def usable_length(tokenizer: Any, wanted: int, least: int) -> int:
-    """``wanted`` tokens, or the tokenizer's limit if that is lower. Raises HeadPruningError below ``least``."""
-    length = min(wanted, tokenizer.model_max_length)
-    if length < wanted:
-        logger.warning("max_seq_length %d is above the tokenizer's limit; %d is used.", wanted, length)
-    if length < least:
-        raise HeadPruningError(f"--max_seq_length is {wanted}, but {least} tokens or more are needed; raise it.")
-    return length
+    return through_cache(
+        rows,
+        encode,
+        *(tokenizer, key),
+        folder="tables-tokenised",
+        name=name,
+        what=name,
+        cache_dir=cache_dir,
+        overwrite=data.overwrite_cache,
+        fn_kwargs={"tokenizer": copy.deepcopy(tokenizer)},
+        remove_columns=rows.column_names,
+    )

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Sequence
 
-import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
-from datasets.fingerprint import Hasher
 
 from head_pruning import HeadPruningError
+
+from ..scripts.tokenising import through_cache, usable_length
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,6 @@ def make_features(
     settings: dict[str, Any] = {"length": length, "doc_stride": doc_stride, "max_query_length": max_query_length}
     with_types = "token_type_ids" in tokenizer.model_input_names
     columns = _columns(with_types, with_text)
-    digest = Hasher.hash((rows._fingerprint, tokenizer, settings, columns))
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "squad-tokenised"
     # A copy, because the tokenizer may have been saved with a length or a padding of its own.
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
@@ -78,24 +76,19 @@ def make_features(
     work: Any = partial(
         _windows, backend=backend, null=tokenizer.cls_token_id, with_types=with_types, with_text=with_text, **settings
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        features = rows.map(
-            work,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=columns,
-            cache_file_name=str(folder / f"{name}-{digest}.arrow"),
-            load_from_cache_file=False if overwrite_cache else None,
-            new_fingerprint=digest,
-            desc=f"Tokenising SQuAD {name}",
-        )
-    except OSError as error:
-        raise HeadPruningError(
-            f"The tokenised data cannot be written to {folder} ({error.strerror or error}); "
-            f"give --cache_dir with a folder that can be written."
-        ) from error
+    features = through_cache(
+        rows,
+        work,
+        *(tokenizer, settings, columns),
+        folder="squad-tokenised",
+        name=name,
+        what=f"SQuAD {name}",
+        cache_dir=cache_dir,
+        overwrite=overwrite_cache,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=columns,
+    )
     if with_text:
         lengths = np.diff(ragged(features, "input_ids")[1])
         features = features.select(np.argsort(-lengths, kind="stable"))
@@ -216,9 +209,7 @@ def _answer_tokens(batch: dict[str, list], i: int, starts: list[int], ends: list
 
 def _usable_length(tokenizer: Any, wanted: int, max_query_length: int) -> int:
     """``wanted``, or the tokenizer's limit if that is lower."""
-    length = min(wanted, tokenizer.model_max_length)
-    if length < wanted:
-        logger.warning("max_seq_length %d is above the tokenizer's limit; %d is used.", wanted, length)
+    length = usable_length(tokenizer, wanted)
     least = max_query_length + tokenizer.num_special_tokens_to_add(pair=True) + 1
     if length < least:
         raise HeadPruningError(

@@ -13,7 +13,8 @@ from ..command_line.arguments import Arguments
 from ..command_line.fields import SwagArguments
 from ..scripts.pieces import load_pieces
 from ..scripts.run import TaskRun, start
-from ..scripts.tables import read_rows, tokenised, usable_length
+from ..scripts.tables import read_rows, tokenised
+from ..scripts.tokenising import usable_length
 
 #: What a row has: a sentence, the beginning of the next, its endings, the number of the right one.
 ENDINGS = tuple(f"ending{i}" for i in range(4))
