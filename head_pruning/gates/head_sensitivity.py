@@ -40,8 +40,8 @@ class HeadSensitivityPruner(FallingCount):
     """Keeps the heads of largest averaged abs(dL/dgate), fewer with each update, until K are left.
 
     Gates are 1 or 0. A closed head has a gradient too, and may come back while the number falls. The score is that of
-    Michel et al. 2019 (section 4.1), taken from the batches of training itself: it costs no pass of its own. By default
-    the number falls over the first 0.2 of training, 0.9 where the model is not trained.
+    Michel et al. 2019 (section 4.1), taken from the batches of training itself: it costs no pass of its own. By
+    default the number falls over the first 0.2 of training, 0.9 where the model is not trained.
     """
 
     name = "head_sensitivity"
