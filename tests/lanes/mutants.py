@@ -30,7 +30,17 @@ _HF = [f"hf_plugin/training/{name}.py" for name in ("checkpoints", "weights", "c
 _HF_TESTS = ["tests/hf/test_trainer.py", "tests/hf/test_contract.py", "tests/hf/test_weights.py"]
 _FAIRSEQ_TESTS = [
     f"tests/fairseq/test_{name}.py"
-    for name in ("restore", "loading", "weights", "resume", "training_output", "damaged_files", "contract", "disks")
+    for name in (
+        "stored_state",
+        "restore",
+        "loading",
+        "weights",
+        "resume",
+        "training_output",
+        "damaged_files",
+        "contract",
+        "disks",
+    )
 ]
 #: By group: the modules and folders, their tests (patterns), what is imported before the children are forked.
 GROUPS: dict[str, tuple[list[str], list[str], list[str]]] = {
