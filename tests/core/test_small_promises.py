@@ -30,8 +30,10 @@ from head_pruning.surgery.removal import remove_heads, remove_query_heads, remov
 from head_pruning.surgery.zeros import zero_heads
 from head_pruning.weights import weight_targets
 from head_pruning.weights.engine import portions
+from head_pruning.weights.engine.allocation import mapped, parse_map
 from head_pruning.weights.engine.masks import BoolMasks, SignMasks
 from head_pruning.weights.engine.selection import kth_smallest
+from head_pruning.weights.engine.targets import _is_cut_out
 from tests.core import test_contract, test_gpp, test_spd, test_surgery, test_weights
 from tests.core.test_methods import mask_file, train  # noqa: F401
 from tests.core.test_session import build, update
@@ -406,3 +408,47 @@ def test_weights_of_removed_heads_are_gone_whatever_the_portions(toy, monkeypatc
 def test_the_number_of_heads_alone_settles_the_schedule(toy):
     options = build(toy, annealing=None, initial_temperature=None, cooldown_steps=None)[2].options()
     assert options["cooldown_steps"] == 0.6 and options["initial_temperature"] == 10.0
+
+
+# -- found later -----------------------------------------------------------------------------------------------------
+
+
+def test_defaults_of_lengths():
+    assert methods("heads")["random"].options["macs_length"].default == 128
+    assert methods("weights")["gradual_magnitude"].options["pruning_frequency"].default == 100
+
+
+def test_a_session_without_a_quantizer_stores_the_model_as_it_is(toy):
+    model, session, _ = build(toy)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with session.stored():
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value, refused", [(-0.1, True), (0.0, False), (1.0, True)])
+def test_decay_rates_of_adam_have_bounds(toy, value, refused):
+    if not refused:
+        build(toy, gate_adam_beta1=value)
+        return
+    with pytest.raises(HeadPruningError, match="at least 0 and below 1"):
+        build(toy, gate_adam_beta1=value)
+
+
+def test_a_map_of_ratios_tells_that_of_each_tensor():
+    assert mapped(["a.weight", "b.weight"], parse_map('{"^a": 0.5}'), 0.9) == {"a.weight": 0.5, "b.weight": 0.9}
+
+
+def test_the_weight_of_a_layer_without_heads_is_empty():
+    empty, single = nn.Linear(4, 0), nn.Linear(1, 1)
+    assert _is_cut_out(empty, empty.weight) and _is_cut_out(empty, empty.bias)
+    assert not _is_cut_out(single, single.weight)
+    assert not _is_cut_out(nn.LayerNorm(0), nn.LayerNorm(0).weight)
+
+
+def test_uneven_ratios_are_together_the_target(toy):
+    model, sites = toy.make()
+    options = SimpleNamespace(target_sparsity=0.6, init_strategy="er")
+    pruner = build_pruner(methods("weights")["gradual_magnitude"], options)
+    session = PruningSession(model, sites, [pruner], total_steps=10).attach()
+    assert pruner.final_density() == pytest.approx(0.4, abs=1e-9)
+    session.detach()
