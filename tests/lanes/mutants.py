@@ -208,7 +208,8 @@ def main(line: Optional[list[str]] = None) -> int:
         log = options.work / f"{name}-server.log"
         if Child(lambda name=name: serve(name, options.work, options.count, options.seconds), log).wait() != 0:
             raise SystemExit(f"{name} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
-    rows = [row for name in GROUPS for row in _read(options.work / f"{name}.jsonl")]
+    # Lines of the same text in a module are one mutant.
+    rows = list({row["key"]: row for name in GROUPS for row in _read(options.work / f"{name}.jsonl")}.values())
     (options.results / "mutants.md").write_text(page(rows, len(drawn), reasons), encoding="utf-8")
     bare = [row for row in rows if row["verdict"] == "passed" and row["key"] not in reasons]
     return int(len(rows) < len(drawn) or len(bare) > 0.05 * len(rows))
