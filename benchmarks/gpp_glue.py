@@ -21,7 +21,7 @@ from typing import Optional
 
 from benchmarks import spd_glue
 from benchmarks.glue import ROOT, Cell, Task, shown
-from benchmarks.spd_glue import TEACHER, Page, SpdBench, Student, dense
+from benchmarks.spd_glue import TEACHER, Page, SpdBench, Student, in_order
 from head_pruning import HeadMask, full_mask
 from head_pruning.surgery.per_unit import of_each_kind
 from hf_plugin.command_line.michel import parse_michel
@@ -30,9 +30,9 @@ from hf_plugin.glue.michel import MichelRun
 SPARSITIES = (0.5, 0.75)
 TASKS = {
     "SST-2": Task("SST-2", "accuracy", 2, samples=4000),
-    "CoLA": Task("CoLA", "matthews_correlation", 4),
-    "MRPC": Task("MRPC", "accuracy", 4, length=128),
-    "MNLI": Task("MNLI", "accuracy", 1, samples=20000, length=128),
+    "CoLA": Task("CoLA", "matthews_correlation", 1),
+    "MRPC": Task("MRPC", "accuracy", 2, length=128),
+    "MNLI": Task("MNLI", "accuracy", 1, samples=8000, length=128),
 }
 RATE = "1e-4"
 GPP = "--pruner gpp --target_sparsity {sparsity}"
@@ -48,17 +48,11 @@ METHODS = {
     "magnitude": f"--pruner unit_magnitude {EACH}",
 }
 MICHEL_EXAMPLES = 2000
-SEEDS = (1, 2, 3)
 
 
 def cells(rate: Optional[str] = None) -> list[Cell]:
-    """All cells, most important first; ``keep`` is the share of heads and units in percent."""
-    found = []
-    for sparsity in SPARSITIES:
-        for task in TASKS:
-            found += [dense(task)] if sparsity == SPARSITIES[0] else []
-            found += [cell_at(task, method, sparsity, seed, rate) for seed in SEEDS for method in METHODS]
-    return found
+    """All cells; ``keep`` is the share of heads and units in percent."""
+    return in_order(SPARSITIES, METHODS, lambda *which: cell_at(*which, rate))
 
 
 def cell_at(task: str, method: str, sparsity: float, seed: int, rate: Optional[str] = None) -> Cell:
