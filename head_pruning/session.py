@@ -409,13 +409,19 @@ class PruningSession:
                 f"{', '.join(others)} cannot change them in the same run; add --joint-pruning (joint_pruning=True), "
                 "or do one after the other."
             )
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trainable = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         if not trainable:
             raise HeadPruningError("All parameters of the model are frozen; leave at least one trainable.")
-        spare = min(reversed(trainable), key=lambda parameter: parameter.numel())
-        for parameter in trainable:
+        spare = min(reversed(trainable.values()), key=lambda parameter: parameter.numel())
+        for parameter in trainable.values():
             parameter.requires_grad_(parameter is spare)
-        self.on_detach(lambda: [parameter.requires_grad_(True) for parameter in trainable])
+
+        def thaw() -> None:
+            now = dict(self.model.named_parameters())  # a host may have put others in their places
+            for name, parameter in trainable.items():
+                now.get(name, parameter).requires_grad_(True)
+
+        self.on_detach(thaw)
 
     def on_detach(self, undo: Callable[[], Any]) -> None:
         """Have :meth:`detach` call ``undo``: for what a host changed to make the gates run."""

@@ -33,6 +33,7 @@ from .checkpoints import (
     read_tensor_state,
     write_tensor_state,
 )
+from .sharding import refuse_sharding, whole
 from .weights import refuse_sharded_weights, save_weight_masks_and_report
 from .wrapping import (
     allow_skipped_parameters,
@@ -97,6 +98,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._restored = self._in_phase = False
         self._step = 0
         self._saved_step: Optional[int] = None
+        self._preparing = contextlib.ExitStack()
 
     def add_to(self, trainer: Any) -> "HeadPruningCallback":
         """Add to a Trainer, before its other callbacks, so that trackers report the gates' metrics too.
@@ -138,6 +140,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 getattr(trainer, "is_fsdp_enabled", False), getattr(trainer, "is_deepspeed_enabled", False)
             )
         refuse_steering(trainer, self.session)
+        refuse_sharding(trainer, self.session)
         allow_skipped_parameters(trainer, self.session)
 
     def _train(self, original: Callable, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
@@ -155,7 +158,9 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             self.stored(found)
         self._resumed, self._restored, self._in_phase, self._step = found, False, False, 0
         with alone_in(self._trainer.args.output_dir) if self._trainer.args.should_save else contextlib.nullcontext():
-            return original(None if found is None else str(found.folder), *args, **options)
+            with self._preparing:  # FSDP takes a state dict to shard it; ends with on_train_begin()
+                self._preparing.enter_context(quiet_saving(self.session.model))
+                return original(None if found is None else str(found.folder), *args, **options)
 
     def _save_model(self, original: Callable, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:
@@ -190,13 +195,15 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             if mask is None:
                 with form():
                     save_at_once(trainer, folder, lambda place: save_model(place, _internal_call=True))
-            elif trainer.is_world_process_zero():
-                tokenizer, pruners = trainer.processing_class, self.session.pruners
-                save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners, form=form)
-            if trainer.is_world_process_zero():
+            with whole(model) as here:
+                if not here or not trainer.is_world_process_zero():
+                    return
+                if mask is not None:
+                    tokenizer, pruners = trainer.processing_class, self.session.pruners
+                    save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners, form=form)
                 self.session.save_beside(folder)
-            if weights and trainer.is_world_process_zero():
-                save_weight_masks_and_report(folder, model, self.session)
+                if weights:
+                    save_weight_masks_and_report(folder, model, self.session)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -274,6 +281,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 "The gates are on another model than the Trainer's; open the session on its model (for a model_init, "
                 "HeadPruningTrainer opens one on each model)."
             )
+        self._preparing.close()
         self.session.total_steps = state.max_steps
         self.session.warmup_steps = (
             args.get_warmup_steps(state.max_steps) if args.lr_scheduler_type == SchedulerType.LINEAR else None

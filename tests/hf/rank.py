@@ -1,4 +1,4 @@
-"""One process of a data-parallel training: ``python -m tests.hf.rank FOLDER VARIANT ... [resume]``."""
+"""One process of a data-parallel training: ``python -m tests.hf.rank FOLDER VARIANT ... [resume] [fsdp]``."""
 
 import os
 import sys
@@ -7,11 +7,26 @@ from typing import Sequence
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from hf_plugin import HeadPruningTrainer, pruner
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 EPOCH = 8  # updates
+SHARDED = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
+
+
+class ShardingTrainer(HeadPruningTrainer):
+    """Shards by FSDP2 without a GPU too, where accelerate trains by DDP and says nothing."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
 
 def pruners(variant: str) -> list:
@@ -23,19 +38,25 @@ def pruners(variant: str) -> list:
         return [gpp, pruner("dfd", window_size=2)]
     if variant == "voita":
         return [pruner("voita", l0_penalty=0.05, joint_pruning=True)]
+    if variant in ("ste", "subset", "head_sensitivity"):
+        return [pruner(variant, num_of_heads=3, joint_pruning=True)]
+    if variant == "dfd":
+        return [pruner("dfd", window_size=2, distill_logits=1.0)]
     schedule = {"annealing": True, "cooldown_steps": 6, "initial_temperature": 1.0}
     found = [pruner("dsp", num_of_heads=3, joint_pruning=variant != "pipelined", **schedule)]
     if variant == "weights":
         cubic = {"final_threshold": 0.2, "warmup_steps": 1, "initial_warmup": 1, "final_warmup": 3, "deltaT": 2}
         found.append(pruner("platon", **cubic, beta2=0.9))
+    if variant == "taught":
+        found.append(pruner("logits", distill_logits=1.0, distill_hidden=0.5))
     return found
 
 
-def train(folder: Path, variant: str, resume: bool) -> None:
-    """Train, then write this rank's gates, weights and masks."""
+def train(folder: Path, variant: str, resume: bool, sharded: bool) -> None:
+    """Train, then write the outcome, and this rank's gates, weights and masks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    trainer = HeadPruningTrainer(
+    trainer = ShardingTrainer(
         model=model,
         args=arguments(
             folder,
@@ -45,26 +66,30 @@ def train(folder: Path, variant: str, resume: bool) -> None:
             save_steps=4,
             ddp_backend="gloo" if ranks > 1 else None,
             dataloader_pin_memory=False,
+            **(SHARDED if sharded else {}),
         ),
         pruners=pruners(variant),
         train_dataset=sentences(64),
         data_collator=collate,
     )
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resume else None)
-    values = {name: value.numpy() for name, value in model.state_dict().items()}
+    tensors = model.state_dict().items()
+    values = {name: (value.full_tensor() if sharded else value).numpy() for name, value in tensors}
+    values["predictions"] = trainer.predict(sentences(8, seed=1)).predictions
     if trainer.head_mask is not None:
         state = trainer.session.pruners[0].state_dict()
         values.update({name: state[name] for name in ("logits", "z", "learnt") if name in state})
         values["gradients"] = trainer.session.gates.gradients.numpy()
     values.update({f"mask.{name}": mask.numpy() for name, mask in trainer.session.weight_masks().items()})
+    trainer.save_model(str(folder / "outcome"))
     np.savez(folder / f"rank{os.environ.get('RANK', '0')}.npz", **values)
 
 
 def train_all(folder: Path, options: Sequence[str]) -> None:
     """One training after another."""
     for variant in options:
-        if variant != "resume":
-            train(folder / variant, variant, "resume" in options)
+        if variant not in ("resume", "fsdp"):
+            train(folder / variant, variant, "resume" in options, "fsdp" in options)
 
 
 def main() -> None:

@@ -1,11 +1,15 @@
-"""Two data-parallel processes (gloo) through accelerate."""
+"""Two data-parallel processes (gloo) through accelerate: by DDP, and by FSDP2."""
 
+import json
+import shutil
 import socket
 
 import numpy as np
 import pytest
 import transformers
+from safetensors.numpy import load_file
 
+from hf_plugin.host import export_compact
 from tests import forked
 from tests.hf import rank
 
@@ -23,7 +27,7 @@ def run(repo, folder, *options, ranks=2) -> dict[str, list[dict]]:
     else:
         two_processes(repo, folder, options)
     results = {}
-    for variant in set(options) - {"resume"}:
+    for variant in set(options) - {"resume", "fsdp"}:
         results[variant] = []
         for number in range(ranks):
             with np.load(folder / variant / f"rank{number}.npz") as data:
@@ -93,3 +97,48 @@ def test_resumed_ranks_end_bit_equal(repo, two):
         (expected, _), (one, other) = whole[variant], again[variant]
         for name in expected.keys() - {"gradients"}:
             assert np.array_equal(expected[name], one[name]) and np.array_equal(one[name], other[name]), name
+
+
+def same_outcome(left, right) -> None:
+    """The folders hold the same files, and the models and masks in them are the same."""
+    files = [
+        sorted(str(path.relative_to(each)) for path in each.rglob("*") if path.is_file()) for each in (left, right)
+    ]
+    assert files[0] == files[1] and "model.safetensors" in files[0]
+    for name in files[0]:
+        if name.endswith(".json"):
+            assert json.loads((left / name).read_text()) == json.loads((right / name).read_text()), name
+        elif name.endswith(".safetensors"):
+            mine, theirs = load_file(left / name), load_file(right / name)
+            assert mine.keys() == theirs.keys()
+            for key in mine:
+                np.testing.assert_allclose(mine[key], theirs[key], atol=1e-4, err_msg=f"{name}: {key}")
+
+
+def test_sharded_ranks_end_as_one_process(repo, tmp_path):
+    variant = "taught"
+    two = run(repo, tmp_path / "two", variant, "fsdp")
+    check(two[variant], *run(repo, tmp_path / "one", variant, ranks=1)[variant])
+    outcomes = [tmp_path / ranks / variant / "outcome" for ranks in ("two", "one")]
+    same_outcome(*outcomes)
+    for outcome in outcomes:
+        export_compact(outcome, outcome / "compact")
+    same_outcome(*(outcome / "compact" for outcome in outcomes))
+
+
+SHARDED = ("pipelined", "voita", "ste", "subset", "head_sensitivity", "dfd")
+
+
+@pytest.mark.slow
+def test_sharded_ranks_of_other_methods(repo, tmp_path):
+    two = run(repo, tmp_path / "two", *SHARDED, "fsdp")
+    alone = run(repo, tmp_path / "one", *SHARDED, ranks=1)
+    for variant in SHARDED:
+        check(two[variant], *alone[variant])
+        same_outcome(*(tmp_path / ranks / variant / "outcome" for ranks in ("two", "one")))
+        shutil.move(tmp_path / "two" / variant / "outcome", tmp_path / variant)
+    again = run(repo, tmp_path / "two", *SHARDED, "resume", "fsdp")
+    for variant in SHARDED:
+        for name in two[variant][0].keys() - {"gradients"}:
+            assert np.array_equal(two[variant][0][name], again[variant][0][name]), (variant, name)
+        same_outcome(tmp_path / "two" / variant / "outcome", tmp_path / variant)
