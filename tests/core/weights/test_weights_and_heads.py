@@ -66,9 +66,7 @@ def of_heads_left(model, session, mask) -> dict[str, torch.Tensor]:
     return there
 
 
-@pytest.mark.parametrize(
-    "case", few(CASES, "platon", "platon, tensor", "platon, nested pattern", "movement", "gradual_magnitude")
-)
+@pytest.mark.parametrize("case", few(CASES, "platon", "platon, nested pattern", "gradual_magnitude"))
 def test_the_target_is_that_of_what_is_left(toy, case):
     model, session = run(toy, case)
     pruner = weights_of(session)
@@ -89,6 +87,7 @@ def test_the_target_is_that_of_what_is_left(toy, case):
     assert metrics["weights_kept_of_all"] == pytest.approx(kept / pruner.storage.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     few(["platon", "platon, nested", "platon, tensor", "platon, pattern", "gradual_magnitude"], "platon, nested"),

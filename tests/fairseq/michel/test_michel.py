@@ -327,6 +327,7 @@ def test_units_are_removed_by_their_importance(data, dense, tmp_path):
     assert (importance[mask.keep].min() >= importance[~mask.keep].max()) and importance.max() == 1.0
 
 
+@pytest.mark.slow
 def test_rounds_of_equal_macs(data, dense, tmp_path):
     line = _command(data, dense, tmp_path, *shlex.split(QUICK), "--prune-units", "both", "--macs-per-round", "0.4")[2:]
     rounds = run_michel.run(options.parse_args_and_arch(run_michel.get_parser(), input_args=line))

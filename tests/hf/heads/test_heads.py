@@ -295,6 +295,7 @@ def test_a_mask_may_be_computed_from_parameters():
 fractions = st.lists(st.floats(0, 1, width=32), min_size=8, max_size=8)
 
 
+@pytest.mark.slow
 @given(fractions, fractions, removals)
 def test_masks_multiply_and_leave_nothing_behind(first, second, removed):
     model = make("bert")

@@ -232,6 +232,7 @@ def test_models_of_others_are_not_replaced(here):
     michel("others", heads=24)
 
 
+@pytest.mark.slow
 def test_a_start_whose_heads_are_zeroed_is_refused(here):
     model = AutoModelForSequenceClassification.from_pretrained("dense")
     tokenizer = AutoTokenizer.from_pretrained("dense")

@@ -136,6 +136,7 @@ def test_michel(here, dense, capsys, exact):
     assert run_michel(parse_michel([*line, "--output_dir", folder, "--no_cuda"])) == rounds
 
 
+@pytest.mark.slow
 def test_michel_on_a_part_of_the_training_set(here, dense):
     one_shot = [word for word in MICHEL if word != "--exact_pruning"] + ["--no_cuda", "--num_of_heads", "24"]
     found = {
