@@ -1,7 +1,7 @@
 """Models that FSDP2 shards over the processes: what is refused, and the whole model where one is needed."""
 
 import contextlib
-from typing import Any, Iterator, Optional, cast
+from typing import Any, Iterator, cast
 
 from torch import nn
 
@@ -37,8 +37,8 @@ def shard_again(model: nn.Module) -> None:
             cast(Any, module).reshard()
 
 
-def _is_shard(parameter: Optional[nn.Parameter]) -> bool:
-    return hasattr(parameter, "full_tensor")
+def _shards_in(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, each) for name, each in module._parameters.items() if hasattr(each, "full_tensor")]
 
 
 @contextlib.contextmanager
@@ -54,21 +54,20 @@ def whole(model: nn.Module) -> Iterator[bool]:
         Whether the model is whole in this process.
     """
     shard_again(model)
-    modules = [module for module in model.modules() if any(map(_is_shard, module._parameters.values()))]
-    if not modules:
+    shards = [(module, name, shard) for module in model.modules() for name, shard in _shards_in(module)]
+    if not shards:
         yield True
         return
     from torch import distributed
     from torch.distributed.fsdp import FSDPModule
 
     main = distributed.get_rank() == 0
-    shards = [(module, name, p) for module in modules for name, p in module._parameters.items() if _is_shard(p)]
     classes = [(module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)]
     known: dict[int, nn.Parameter] = {}  # tied ones stay tied
     try:
         for module, name, shard in shards:
             if id(shard) not in known:
-                full = shard.detach().full_tensor()  # type: ignore[operator]
+                full = shard.detach().full_tensor()
                 known[id(shard)] = nn.Parameter(full.cpu(), requires_grad=shard.requires_grad) if main else shard
             module._parameters[name] = known[id(shard)]
         if main:

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import (
     AutoModelForSequenceClassification,
     ResNetConfig,
@@ -463,7 +465,26 @@ class TestRefusals:
         setattr(trainer, flag, True)  # the real ones need several processes, or a GPU
         with pytest.raises(HeadPruningError, match=f"not pruned under {host}"):
             HeadPruningCallback(open_session(model, [pruner("platon", **PLATON)])).add_to(trainer)
-        HeadPruningCallback(open_session(tiny_bert(), [pruner("dsp", **HEAD_METHODS["dsp"])])).add_to(trainer)
+        if host == "DeepSpeed":
+            HeadPruningCallback(open_session(tiny_bert(), [pruner("dsp", **HEAD_METHODS["dsp"])])).add_to(trainer)
+
+    @pytest.mark.parametrize("version, method, words", [(1, "dsp", "under FSDP2 alone"), (2, "qat", "whole matrices")])
+    def test_what_cannot_be_sharded(self, tmp_path, monkeypatch, version, method, words):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+        model = tiny_bert()
+        trainer = Trainer(model=model, args=arguments(tmp_path))
+        trainer.is_fsdp_enabled = True  # the real one needs several processes
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+        session = open_session(model, [pruner(method, **HEAD_METHODS.get(method, {}))])
+        with pytest.raises(HeadPruningError, match=words):
+            HeadPruningCallback(session).add_to(trainer)
+
+    def test_a_cpu_that_accelerate_would_not_shard_on(self, tmp_path):
+        model = tiny_bert()
+        trainer = Trainer(model=model, args=arguments(tmp_path))
+        trainer.args.fsdp = True  # which a Trainer takes where there are several processes
+        with pytest.raises(HeadPruningError, match="as if --fsdp were not there"):
+            HeadPruningCallback(open_session(model, [pruner("dsp", **HEAD_METHODS["dsp"])])).add_to(trainer)
 
     def test_sharding_asked_of_one_process(self, tmp_path):
         with pytest.raises(HeadPruningError, match="not pruned under FSDP"):
