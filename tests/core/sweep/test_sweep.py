@@ -274,18 +274,19 @@ def test_gpus_are_shared_out(here, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_node_of_a_ray_cluster_that_is_lost(here):
+def test_a_node_of_a_ray_cluster_that_is_lost(here, monkeypatch):
     """Each of two nodes runs a cell when one of them is killed; its cell is run again on the other."""
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")
     pytest.importorskip("ray", reason="ray is not installed")
     from ray.cluster_utils import Cluster
 
-    patient = {"health_check_timeout_ms": 60_000, "health_check_initial_delay_ms": 60_000}  # a busy machine is slow
+    patient = {"health_check_timeout_ms": 60_000, "agent_register_timeout_ms": 240_000}  # a busy machine is slow
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": patient})
     lost = cluster.add_node(num_cpus=1)
     write_plan(grid={"seed": [1, 2]}, command="python program.py {out} {seed}3 {seed} wait")
 
     def kill() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while len(ran()) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         cluster.remove_node(lost, allow_graceful=False)

@@ -63,6 +63,20 @@ def test_hydra(runner, translation, tmp_path, precision):
 
 
 @pytest.mark.slow
+def test_multirun(runner, translation, tmp_path):
+    """Hydra's basic launcher: jobs one after another in one process, each as if it were alone."""
+    (tmp_path / "config").mkdir()
+    text = YAML.format(plugin=PLUGIN, data=translation.data, save_dir="run")  # in the folder of the job
+    (tmp_path / "config" / "prune.yaml").write_text(text.lstrip(), encoding="utf-8")
+    place = ["--config-dir", tmp_path / "config", "--config-name", "prune"]
+    runner.run("hydra-train", ["-m", *place, "task.num_of_heads=4,6", f"hydra.sweep.dir={tmp_path / 'jobs'}"])
+    runner.run("hydra-train", [*place, "task.num_of_heads=6", f"hydra.run.dir={tmp_path / 'alone'}"])
+    jobs = [tmp_path / "jobs" / number / "run" / "checkpoint_last.pt" for number in ("0", "1")]
+    assert [mask_beside(job).kept for job in jobs] == [4, 6]
+    same_training_state(jobs[1], tmp_path / "alone" / "run" / "checkpoint_last.pt")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "--ema-fp32"])
 def test_moving_average(runner, translation, tmp_path, options):
     ema = f"--store-ema --ema-decay 0.5 {options}"
