@@ -23,6 +23,7 @@ CELL = {
     "commands": [str],
     "folder": str,
     "score_name": str,
+    "measure?": [str],
     "numbers": {str: Number()},
     "seconds": Number(0),
 }
