@@ -29,7 +29,7 @@ from head_pruning.files import atomic_path
 SPARSITIES = (0.85, 0.9)
 PRETRAINING = "pretraining"
 #: Updates of the teacher and of a student.
-UPDATES = {"teacher": 300, "student": 240}
+UPDATES = {"teacher": 300, "student": 150}
 BATCH = 8
 PRETRAINING_RATE = "3e-4"
 # The recipe's flags and proportions, but for the learning rate and its warm-up, which are of a short training.
