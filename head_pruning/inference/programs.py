@@ -52,6 +52,31 @@ class ByName(nn.Module):
         self.forward = forward
 
 
+class _Bias(nn.Module):
+    """What a projection that reads nothing gives."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.width, self.bias = layer.weight.shape[0], layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., outputs]``."""
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+def cut_for_runtimes(loaded: HostModel) -> str:
+    """As :func:`~head_pruning.hosts.cut_out`; where nothing is left to read for a linear layer, its bias stays.
+
+    OpenVINO takes the weights of such a layer, which have no columns, for a single number.
+    """
+    words = cut_out(loaded)
+    for name, module in list(loaded.model.named_modules()):
+        if isinstance(module, nn.Linear) and not module.weight.shape[1]:
+            loaded.model.set_submodule(name, _Bias(module))
+    return words
+
+
 def program_formats(
     load: Callable[[Path, Optional[HeadMask]], HostModel],
     onnx: Callable[[HostModel, Path], float],
@@ -68,7 +93,7 @@ def program_formats(
     def exporter(write: Callable[[HostModel, Path], float], compared: str) -> Callable[..., str]:
         def export(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
             loaded = load(source, mask)
-            words = cut_out(loaded)
+            words = cut_for_runtimes(loaded)
             return f"{target}: {words}; largest difference between {compared} {write(loaded, target):.1e}"
 
         return export

@@ -76,13 +76,13 @@ def here(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def teacher(place):
-    """What teacher_preparation.sh makes in a few updates: the folder's name and the metrics."""
+    """What teacher_preparation.sh makes in a few updates: its line and the metrics."""
     make_pairs, train = lines_of("teacher_preparation.sh")
     assert make_pairs[:2] == ["-m", "prepare.wikipedia"] and train[:2] == ["-m", "hf_plugin.run_pretraining"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert prepare([*make_pairs[2:], "--max_seq_length=64", "--quiet"]) == 0
-        return flags(train)["output_dir"], run(parse([*train[2:], *SHORT], "run_pretraining"))
+        return train[2:], run(parse([*train[2:], *SHORT], "run_pretraining"))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,8 @@ def test_the_scripts_hold_the_recipe():
 
 
 def test_a_teacher_is_prepared(here, teacher):
-    folder, metrics = teacher
-    model = BertForPreTraining.from_pretrained(folder)
+    _, metrics = teacher
+    model = BertForPreTraining.from_pretrained("teacher")
     assert metrics["eval_perplexity"] == pytest.approx(np.exp(metrics["eval_mlm_loss"]))
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_mlm_loss"] + metrics["eval_nsp_loss"], rel=0.05)
     assert 0 <= metrics["eval_nsp_accuracy"] <= 1
@@ -132,14 +132,19 @@ def test_a_student_is_pruned_but_for_heads_and_embeddings(here, student):
     assert all("logits_logits_loss" in entry for entry in history if "lr_factor" in entry)
 
 
-def test_a_killed_student_ends_bit_equal(here, student):
-    line, metrics = student
-    shutil.copytree(here / "student" / "checkpoint-11", here / "killed" / "checkpoint-11")
-    epoch = json.loads((here / "killed" / "checkpoint-11" / "trainer_state.json").read_text())["epoch"]
+@pytest.mark.parametrize("stage, more, files", [
+    pytest.param("teacher", [], ["model.safetensors"], marks=pytest.mark.slow),
+    ("student", SCHEDULE, ["model.safetensors", "masks.safetensors"]),
+])  # fmt: skip
+def test_a_killed_run_ends_bit_equal(here, request, stage, more, files):
+    line, metrics = request.getfixturevalue(stage)
+    killed = f"killed-{stage}"
+    shutil.copytree(here / stage / "checkpoint-11", here / killed / "checkpoint-11")
+    epoch = json.loads((here / killed / "checkpoint-11" / "trainer_state.json").read_text())["epoch"]
     assert 1 < epoch < 2
-    again = run(parse([*line, *SHORT, *SCHEDULE, "--output_dir", "killed"], "run_pretraining"))
-    for name in ("model.safetensors", "masks.safetensors"):
-        assert (here / "killed" / name).read_bytes() == (here / "student" / name).read_bytes(), name
+    again = run(parse([*line, *SHORT, *more, "--output_dir", killed], "run_pretraining"))
+    for name in files:
+        assert (here / killed / name).read_bytes() == (here / stage / name).read_bytes(), name
     assert again["eval_perplexity"] == metrics["eval_perplexity"]
 
 
