@@ -7,8 +7,8 @@ import torch
 
 from head_pruning.cli import main
 from hf_plugin import prune_heads, save_compact, unit_map
-from tests.hf.test_quantization import student, trainer_of
 from tests.hf.tiny import collate, sentences
+from tests.hf.training.test_quantization import student, trainer_of
 
 
 @pytest.fixture(scope="module")
