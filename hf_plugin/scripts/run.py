@@ -303,7 +303,8 @@ class TaskRun:
 
     def _whole(self) -> ContextManager[bool]:
         """Inside the block a model that is sharded is whole in the main process."""
-        return whole(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        session = getattr(self.trainer, "session", None)
+        return whole(self.trainer.accelerator.unwrap_model(self.trainer.model), session)
 
     def _form(self) -> ContextManager[None]:
         """Inside the block the model is in the form in which it is stored."""

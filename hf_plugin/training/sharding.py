@@ -1,26 +1,42 @@
 """Models that FSDP2 shards over the processes: what is refused, and the whole model where one is needed."""
 
 import contextlib
-from typing import Any, Iterator, cast
+from typing import Any, Iterator, Optional, cast
 
 from torch import nn
 
 from head_pruning import HeadPruningError, PruningSession
 
 
+def refuse_deepspeed(deepspeed: Any) -> None:
+    """Raise HeadPruningError if weights are to be pruned under DeepSpeed.
+
+    Args:
+        deepspeed: whether it is on, as a flag's value: also a word or a dict.
+    """
+    if deepspeed and str(deepspeed).lower() != "false":
+        raise HeadPruningError(
+            "Weights are not pruned under DeepSpeed, which splits them over processes; use FSDP2 (--fsdp) or plain "
+            "data parallelism (DDP), or prune heads only."
+        )
+
+
 def refuse_sharding(trainer: Any, session: PruningSession) -> None:
     """Raise HeadPruningError if a Trainer shards what the session's pruners need whole."""
+    if session.of_kind("weights"):
+        refuse_deepspeed(getattr(trainer, "is_deepspeed_enabled", False))
     if not getattr(trainer, "is_fsdp_enabled", False):
-        if trainer.args.fsdp and trainer.args.device.type == "cpu":
+        if trainer.args.fsdp:
             raise HeadPruningError(
-                "accelerate shards models on GPUs and the like alone, and trains on CPUs as if --fsdp were not there; "
-                "drop --fsdp."
+                "--fsdp does not shard the model here: accelerate does so on GPUs and the like alone, trains on CPUs "
+                "as if it were not there, and XLA has its own; drop --fsdp."
             )
         return
-    if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):
         raise HeadPruningError(
-            "Models are pruned under FSDP2 alone; leave version out of --fsdp_config, or use plain data parallelism "
-            "(DDP)."
+            "Models are pruned under FSDP2 alone, and with whole state dicts; leave version and state_dict_type out "
+            "of --fsdp_config, or use plain data parallelism (DDP)."
         )
     quantizes = session.of_kind("quantizes")
     if quantizes:
@@ -42,13 +58,14 @@ def _shards_in(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[bool]:
+def whole(model: nn.Module, session: Optional[PruningSession] = None) -> Iterator[bool]:
     """Inside the block a sharded model is whole, on the CPU of the main process: to be saved or counted, not to run.
 
     Every process must enter it. What is written to the weights is lost with the block.
 
     Args:
         model: any model; one that is not sharded is left as it is.
+        session: its session, if it has one, whose masks are gathered too.
 
     Yields:
         Whether the model is whole in this process.
@@ -73,7 +90,8 @@ def whole(model: nn.Module) -> Iterator[bool]:
         if main:
             for module, sharded in classes:
                 module.__class__ = sharded.__bases__[1]  # which FSDP derived its own from
-        yield main
+        with contextlib.nullcontext() if session is None else session.gathered():
+            yield main
     finally:
         for module, sharded in classes:
             module.__class__ = sharded
