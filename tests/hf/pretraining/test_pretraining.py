@@ -266,7 +266,7 @@ def test_refusals(here, teacher):
         ("--do_predict", "drop --do_predict"),
         ("--label_smoothing_factor 0.1", "drop --label_smoothing_factor"),
         ("--mlm_probability 0", "--mlm_probability 0 must be above 0"),
-        ("--validation_split_percentage 100", "--validation_split_percentage 100 from 0 to below 100"),
+        ("--validation_split_percentage 100", "--validation_split_percentage 100 from 0"),
     ):
         with pytest.raises(HeadPruningError, match=message):
             _built(*words.split())
