@@ -126,8 +126,7 @@ def test_a_cell_starts_from_the_folder_of_another(here):
     ({"search": {"heads": {"low": 2, "high": 1}}}, "heads of its search goes from 2 to 1; the first must be lower"),
     ({"search": {"heads": {"low": 0, "high": 1, "log": True}}}, "above 0 for log"),
     ({"search": {"heads": {"low": 0.5, "high": 1, "whole": True}}}, "is whole, but goes from 0.5 to 1"),
-    ({"search": {"heads": {"low": 1, "high": 2}}, "aim": {"heads": 3}},
-     "its search looks for heads, which it does not"),
+    ({"search": {"heads": {"low": 1, "high": 2}}, "aim": {"heads": 3}}, "its search looks for heads, which it"),
     ({"search": {"heads": {"low": 1, "high": 2}}, "measure": ["heads"]}, "its search looks for score"),
     ({"grid": {"a": ["x" * 201]}, "command": "x {out} {a}"}, "names that are too long"),
 ])  # fmt: skip

@@ -240,6 +240,15 @@ def test_whole_words_are_masked_together(here, tmp_path):
     assert not asked[~is_word].any() and Template.of(tokenizer) == masker.template
 
 
+def test_the_mark_of_words_is_that_of_most_tokens():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["##", "a", "\u0120b", "c", "\u0120d", "####", "\u0120e"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")))
+    assert word_starts(tokenizer).tolist() == [False, False, True, False, True, False, True]
+
+
 def test_refusals(here, teacher):
     with pytest.raises(HeadPruningError, match="holds no segment pairs.*prepare.wikipedia"):
         _built("--data_dir", "corpus")
@@ -258,8 +267,14 @@ def test_refusals(here, teacher):
     (here / "others" / "pairs-00000-of-00001.arrow").write_bytes(b"damaged")
     with pytest.raises(HeadPruningError, match="is damaged; remove it|is damaged .*; remove it"):
         _built("--data_dir", "others")
-    with pytest.raises(HeadPruningError, match="drop --do_predict"):
-        _built("--do_predict")
+    for words, message in (
+        ("--do_predict", "drop --do_predict"),
+        ("--label_smoothing_factor 0.1", "drop --label_smoothing_factor"),
+        ("--mlm_probability 0", "--mlm_probability 0 must be above 0"),
+        ("--validation_split_percentage 100", "--validation_split_percentage 100 from 0"),
+    ):
+        with pytest.raises(HeadPruningError, match=message):
+            _built(*words.split())
 
 
 def test_the_flags_of_the_published_script(here):
