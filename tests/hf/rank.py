@@ -14,9 +14,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.nn.utils import prune
 
 from hf_plugin import HeadPruningTrainer, pruner
-from hf_plugin.command_line.arguments import parse
-from hf_plugin.glue.run import GlueRun
-from hf_plugin.scripts.run import PruningTrainer, start
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 
 EPOCH = 8  # updates
@@ -48,12 +45,6 @@ class Sharding:
 
 class ShardingTrainer(Sharding, HeadPruningTrainer):
     """A Trainer that shards."""
-
-
-class ShardingGlue(GlueRun):
-    """The script's run with a Trainer that shards."""
-
-    pruning_trainer = type("ShardingPruningTrainer", (Sharding, PruningTrainer), {})
 
 
 def pruners(variant: str) -> list:
@@ -121,6 +112,11 @@ def train(folder: Path, variant: str, resume: bool, sharded: bool) -> None:
 
 def run_glue(folder: Path, sharded: bool) -> None:
     """A run of the script, in a folder with its data and model."""
+    from hf_plugin.command_line.arguments import parse
+    from hf_plugin.glue.run import GlueRun
+    from hf_plugin.scripts.run import start
+
+    trainer = type("ShardingPruningTrainer", (Sharding, GlueRun.pruning_trainer), {})
     line = "--task_name CoLA --data_dir data/CoLA --model_name_or_path bert-base-uncased --output_dir output"
     line += " --do_train --do_eval --use_cpu --max_steps 6 --max_grad_norm 0.1 --pruner dsp"
     line += " --num_of_heads 6 --joint_pruning --annealing --cooldown_steps 0.6"
@@ -131,7 +127,7 @@ def run_glue(folder: Path, sharded: bool) -> None:
     config = json.dumps(SHARDED["fsdp_config"])
     words = [*line.split(), *(["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", config] if sharded else [])]
     with contextlib.chdir(folder):
-        start(ShardingGlue, parse(words, "run_glue"))
+        start(type("ShardingGlue", (GlueRun,), {"pruning_trainer": trainer}), parse(words, "run_glue"))
 
 
 def train_all(folder: Path, options: Sequence[str]) -> None:
