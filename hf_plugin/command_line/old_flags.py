@@ -190,9 +190,16 @@ PRETRAINING_SPELLINGS = (
         "do_prune",
         "--pruner_name gradual_magnitude, unless another is named",
         "pruner_name",
-        lambda given, on: given.setdefault("pruner_name", "gradual_magnitude"),
+        lambda given, on: given.update(do_prune=on),
         string_to_bool,
         only_on=True,
+    ),
+    *(
+        Spelling(name, what, "pruner_name", lambda given, text, name=name: given.update({name: text}), str)
+        for name, what in (
+            ("pruning_config", "the flags that this file, or the published one of this name, means"),
+            ("pruning_override", "what replaces keys of --pruning_config, as JSON"),
+        )
     ),
     Spelling("model_type", "the model's configuration says what it is"),
 )

@@ -291,6 +291,29 @@ def test_the_flags_of_the_published_script(here):
     assert any("data_process_type is ignored" in note for note in arguments.notes)
 
 
+def test_the_published_configurations_are_flags(here, tmp_path):
+    words = "--model_name_or_path teacher --data_dir pairs --do_train --output_dir x --do_prune --lr_rewind"
+    config = "--pruning_config ../language-modeling/config/student_pruning_85_config.json"
+    given = "--pruning_override '{\"pruning_frequency\": 500}' --end_pruning_step 60000"
+    (found,) = parse(shlex.split(f"{words} {config} {given}"), "run_mlm").pruners
+    options = found.config
+    assert (found.name, options.target_sparsity, options.pruning_frequency) == ("gradual_magnitude", 0.85, 500)
+    assert (options.policy_end_step, options.end_pruning_step, options.lr_rewind) == (50000, 60000, True)
+    assert (options.weights_include, options.weights_exclude) == (r"\.weight$", "(?:cls)|(?:teacher)")
+    locked = parse(shlex.split(f"{words[:-12]} --pruning_config lock_config.json"), "run_mlm").of("weights")
+    assert (locked.name, locked.config.weights_exclude) == ("lock", "(?:classifier)|(?:qa_outputs)|(?:teacher)")
+    mine = {"scheduler": "iterative", "pruning_fn": "unstructured_magnitude", "explicit_prune": {"x": {}}}
+    (tmp_path / "own.json").write_text(json.dumps(mine))
+    for line, sentence in (
+        ("--pruning_override '{}'", "--pruning_config, which is not given"),
+        (f"{config} --pruning_override 0.9", "--pruning_override is no JSON object"),
+        (f"{config} --pruning_override '{{\"frequency\": 5}}'", "has the unknown key 'frequency'"),
+        (f"--pruning_config {tmp_path / 'own.json'}", "reads no explicit_prune out of a pruning configuration"),
+    ):
+        with pytest.raises(HeadPruningError, match=sentence):
+            parse(shlex.split(f"{words} {line}"), "run_mlm")
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one_that_accumulates(here, teacher):
     (line,) = lines_of("student_pruning.sh")
