@@ -423,6 +423,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
 
 def _lr_factor(optimizer: Any) -> float:
     """Where the learning-rate schedule stands: the gates' learning rate follows it, as in the published script."""
-    group = optimizer.param_groups[0]
+    groups = optimizer.param_groups  # FSDP restores no group without parameters
+    group = next((each for each in groups if each["params"]), groups[0])
     initial = float(group.get("initial_lr", group["lr"]))
     return float(group["lr"]) / initial if initial else 1.0
