@@ -24,6 +24,7 @@ from tests.documents import PAGES, ROOT, blocks, commands, prose, read, register
 NOT_RUN = {
     "pip install": "changes the environment; test_wheel.py installs the package",
     "make": "sets up an environment; only its targets are looked up",
+    "torchrun": "starts a process for each GPU; test_two_ranks.py runs two without one",
 }
 
 
@@ -356,7 +357,7 @@ def test_the_head_pruning_commands_run(tmp_path, monkeypatch, capsys):
     for words in sorted(_lines("head-pruning"), key=lambda words: words[0] != "export"):
         build_parser().parse_args(words)
         if words[0] == "export" and words[1].endswith(".pt"):
-            continue  # a checkpoint of fairseq: tests/fairseq/test_export.py runs this
+            continue  # a checkpoint of fairseq: tests/fairseq/exporting/test_export.py runs this
         if words[0] == "benchmark":
             words = [*words, "--rounds", "1"]
         if words[0] == "sweep" and words[1] != "show":

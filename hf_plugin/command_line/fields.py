@@ -199,6 +199,10 @@ def complete_gpp(given: dict[str, Any], notes: list[str]) -> None:
     """Write the learning rate of retraining as the factor that it is on that of training, and score every epoch."""
     rate = given.pop("retrain_learning_rate", None)
     if rate is not None:
+        if not given.get("learning_rate", 1.0) > 0:
+            raise HeadPruningError(
+                "--retrain_learning_rate is read as a factor on --learning_rate, which must be above 0; raise it."
+            )
         given["retrain_lr_factor"] = rate / given.get("learning_rate", 5e-5)
     if "eval_strategy" not in given and given.get("do_eval"):
         given["eval_strategy"] = "epoch"

@@ -194,12 +194,19 @@ PRETRAINING_SPELLINGS = (
         string_to_bool,
         only_on=True,
     ),
-    *(
-        Spelling(name, what, "pruner_name", lambda given, text, name=name: given.update({name: text}), str)
-        for name, what in (
-            ("pruning_config", "the flags that this file, or the published one of this name, means"),
-            ("pruning_override", "what replaces keys of --pruning_config, as JSON"),
-        )
+    Spelling(
+        "pruning_config",
+        "the flags that this file, or the published one of this name, means",
+        "pruner_name",
+        lambda given, text: given.update(pruning_config=text),
+        str,
+    ),
+    Spelling(
+        "pruning_override",
+        "what replaces keys of --pruning_config, as JSON",
+        "pruner_name",
+        lambda given, text: given.update(pruning_override=text),
+        str,
     ),
     Spelling("model_type", "the model's configuration says what it is"),
 )

@@ -154,8 +154,8 @@ def build_pruner(model: nn.Module, config: Mapping[str, Any]) -> Pruner:
     """The pruner of weights that a checked configuration describes, for this model.
 
     Raises:
-        HeadPruningError: a pattern is no regular expression or fits several times, nothing is chosen, or keywords do
-            not fit the method or differ between modules where they cannot.
+        HeadPruningError: a pattern is no regular expression or fits several times or never, nothing is chosen, or
+            keywords do not fit the method or differ between modules where they cannot.
     """
     chosen = _chosen(model, config)
     if not chosen:
@@ -222,6 +222,8 @@ def _meaning(config: Mapping[str, Any], chosen: Mapping[str, Mapping[str, Any]])
             options["weight_selection"] = _neighbours(options["target_sparsity"], alike[0]["block_size"])
         if config.get("init_strategy", "uniform") != "uniform":
             options["init_strategy"] = config["init_strategy"]
+    elif config.get("init_strategy", "uniform") != "uniform":
+        raise HeadPruningError(f"{config['pruning_fn']} has no ratios for an init_strategy to allot; drop it.")
     if not one_shot:
         options |= {name: config[name] for key in _STEPS if (name := key.rstrip("?")) in config}
     return function.pruners[config["scheduler"]], {**options, "prune_biases": False}
@@ -235,6 +237,7 @@ def _chosen(model: nn.Module, config: Mapping[str, Any]) -> dict[str, dict[str, 
     mapped = {_compiled(t, "weight_sparsity_map"): k for t, k in config.get("weight_sparsity_map", {}).items()}
     explicit = {_compiled(t, "explicit_prune"): k for t, k in config.get("explicit_prune", {}).items()}
     parameters, adapters = dict(model.named_parameters()), of_adapters(model)
+    idle = {pattern: "weight_sparsity_map" for pattern in mapped} | dict.fromkeys(explicit, "explicit_prune")
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -253,8 +256,11 @@ def _chosen(model: nn.Module, config: Mapping[str, Any]) -> dict[str, dict[str, 
                 )
         elif weight in parameters and id(parameters[weight]) not in adapters:
             found[weight] = kwargs
+            idle = {pattern: where for pattern, where in idle.items() if not pattern.search(name)}
         elif asked is not None:
             raise HeadPruningError(f"explicit_prune asks for {weight}, which the model has not; correct its name.")
+    for pattern, where in idle.items():
+        raise HeadPruningError(f"{pattern.pattern!r} of {where} fits no pruned module; correct it or drop it.")
     return found
 
 

@@ -34,10 +34,14 @@ from head_pruning.weights.engine.allocation import mapped, parse_map
 from head_pruning.weights.engine.masks import BoolMasks, SignMasks
 from head_pruning.weights.engine.selection import kth_smallest
 from head_pruning.weights.engine.targets import _is_cut_out
-from tests.core import test_contract, test_gpp, test_spd, test_surgery, test_weights
+from tests.core import test_contract
+from tests.core.distillation import test_spd
+from tests.core.gates import test_gpp
+from tests.core.surgery import test_surgery
+from tests.core.surgery.test_surgery import units  # noqa: F401
 from tests.core.test_methods import mask_file, train  # noqa: F401
 from tests.core.test_session import build, update
-from tests.core.test_surgery import units  # noqa: F401
+from tests.core.weights import test_weights
 
 # -- methods and sessions --------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fairseq.checkpoints import mask_beside
 from tests.fairseq.command_lines import DSP
+from tests.fairseq.files import mask_beside
 from tests.fairseq.runner import PLUGIN, ROOT
 
 pytestmark = pytest.mark.slow

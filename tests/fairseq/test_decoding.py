@@ -17,8 +17,8 @@ from fairseq_plugin.patches import sentence_of
 from head_pruning import HeadMask
 from head_pruning.cli import main
 from head_pruning.weights import load_compressed
-from tests.fairseq.checkpoints import mask_beside, read, weights_of, zeroed_by_hand
 from tests.fairseq.command_lines import DSP, decoded, same_decoding
+from tests.fairseq.files import mask_beside, read, weights_of, zeroed_by_hand
 from tests.fairseq.in_process import generated
 from tests.fairseq.runner import PLUGIN, Runner
 

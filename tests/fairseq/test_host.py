@@ -85,7 +85,7 @@ def test_without_a_length_the_text_is_as_long_as_the_model_takes(untrained, caps
 
 
 def test_source_and_target_have_limits_of_their_own():
-    from tests.fairseq.test_surgery import SMALL, translator
+    from tests.fairseq.modules.test_surgery import SMALL, translator
 
     model = translator(**SMALL).eval()
     model.encoder.max_source_positions, model.decoder.max_target_positions = 9, 7

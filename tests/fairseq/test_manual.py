@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from head_pruning.gates.dsp import DSPConfig, DSPPruner
-from tests.fairseq.checkpoints import logits_of, mask_beside, mask_in, weights_of, zeroed_by_hand
 from tests.fairseq.command_lines import DIMENSIONS, HEADS, MACHINE, decoded, same_decoding
+from tests.fairseq.files import logits_of, mask_beside, mask_in, weights_of, zeroed_by_hand
 from tests.fairseq.runner import PLUGIN, Runner, logged
 
 DENSE = r"""

@@ -155,7 +155,7 @@ class Fairseq(Host):
         cli_main()
 
     def content(self, folder):
-        from tests.fairseq.checkpoints import read
+        from tests.fairseq.files import read
 
         found: dict[str, Any] = {}
         for path in _files(folder / "out"):

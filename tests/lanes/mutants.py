@@ -27,24 +27,18 @@ RESULTS = Path(__file__).parent / "results"
 
 _CORE = [f"head_pruning/{name}" for name in ("gates", "importance", "surgery", "session.py", "weights")]
 _HF = [f"hf_plugin/training/{name}.py" for name in ("checkpoints", "weights", "callback")]
-_HF_TESTS = ["tests/hf/test_trainer.py", "tests/hf/test_contract.py", "tests/hf/test_weights.py"]
-_FAIRSEQ_TESTS = [
-    f"tests/fairseq/test_{name}.py"
-    for name in (
-        "stored_state",
-        "restore",
-        "loading",
-        "weights",
-        "resume",
-        "training_output",
-        "damaged_files",
-        "contract",
-        "disks",
-    )
+_HF_TESTS = [
+    "tests/hf/training/test_trainer.py",
+    "tests/hf/training/test_contract.py",
+    "tests/hf/training/test_weights.py",
+]
+_FAIRSEQ_TESTS = ["tests/fairseq/checkpoints/test_*.py"]
+_FAIRSEQ_TESTS += [
+    f"tests/fairseq/training/test_{name}.py" for name in ("weights", "resume", "training_output", "contract")
 ]
 #: By group: the modules and folders, their tests (patterns), what is imported before the children are forked.
 GROUPS: dict[str, tuple[list[str], list[str], list[str]]] = {
-    "core": (_CORE, ["tests/core/test_*.py"], ["torch._dynamo"]),
+    "core": (_CORE, ["tests/core/**/test_*.py"], ["torch._dynamo"]),
     "hf": (_HF, _HF_TESTS, ["torch._dynamo", "transformers.trainer", "transformers.models.bert.modeling_bert"]),
     "fairseq": (
         ["fairseq_plugin/checkpoints"],

@@ -1,0 +1,101 @@
+"""Budgets of heads and feed-forward units together: by number, by a share of each kind, by MACs."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from head_pruning import HeadPruningError, PruningSession, build_pruner
+from head_pruning.importance.michel import pruning_rounds
+from head_pruning.registry import get_method
+from head_pruning.surgery.per_unit import affordable, per_unit, unit_macs
+from tests.core.gates.test_gpp import units
+from tests.core.test_contract import WIDTH, Classifier
+
+
+def opened(method, model=None, **options):
+    pruner = build_pruner(get_method(method), SimpleNamespace(prune_units="both", **options))
+    session = PruningSession(model or Classifier(), units(), [pruner])
+    return session.attach(), pruner
+
+
+def test_what_a_unit_costs():
+    """A head of width 4: query, key, value and output, and scores over 10 tokens; a unit: a row and a column."""
+    model, both = Classifier(), units().numbering("both")
+    macs = unit_macs(model, both, 10)
+    dim = both.attention[0].head_dim
+    head = 4 * dim * WIDTH + 2 * 10 * dim
+    assert macs.tolist() == [head] * 6 + [2 * WIDTH] * 36
+    model.layers[1].up.weight.data[5] = 100.0
+    model.layers[1].up.bias.data[5] = 0.0
+    squares = per_unit(model, both, torch.square)
+    assert squares.argmax() == 6 + 12 + 5
+    column = model.layers[1].down.weight.detach()[:, 5].double().square().sum()
+    assert squares.max() == pytest.approx(WIDTH * 1e4 + float(column))
+
+
+@pytest.mark.parametrize("method", ["random", "unit_magnitude"])
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.8, 1.0])
+def test_never_above_a_budget_of_macs_and_less_than_a_unit_below(method, share):
+    session, pruner = opened(method, keep_macs=share, macs_length=16)
+    macs, keep = pruner.macs(), session.head_mask().keep
+    spent = macs[keep].sum()
+    assert spent <= share * macs.sum() * (1 + 1e-9) < spent + (macs[~keep].min() if share < 1 else 1)
+    assert f"{session.head_mask().words} stay, with {spent / macs.sum():.2%} of their MACs at 16" in pruner.summary()
+
+
+def test_a_share_of_each_kind():
+    session, pruner = opened("unit_magnitude", keep_share=0.5)
+    assert session.head_mask().counts() == {"heads": (3, 6), "units": (18, 36)}
+    squares = per_unit(session.model, session.unit_map, torch.square)
+    keep = session.head_mask().keep
+    for where in (slice(0, 6), slice(6, 42)):
+        assert squares[where][keep[where]].min() > squares[where][~keep[where]].max()
+
+
+def test_weights_that_come_later_are_those_that_are_ranked():
+    torch.manual_seed(0)
+    late = Classifier()
+    pruner = build_pruner(get_method("unit_magnitude"), SimpleNamespace(num_of_heads=7, prune_units="ffn"))
+    session = PruningSession(late, units(), [pruner], weights_come_later=True).attach()
+    torch.manual_seed(1)
+    late.load_state_dict(Classifier().state_dict())
+    session.before_update(0)
+    squares = per_unit(late, session.unit_map, torch.square)
+    assert set(np.flatnonzero(session.head_mask().keep)) == set(np.argsort(-squares)[:7])
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({}, "needs the number of heads to keep"),
+    ({"num_of_heads": 4, "keep_macs": 0.5}, "or one of --keep-share and --keep-macs in its place"),
+    ({"keep_macs": 1.5}, "--keep-macs is 1.5; it must be a share above 0, up to 1"),
+    ({"keep_share": 0.5, "min_heads_per_layer": 1}, "give --num-of-heads"),
+    ({"keep_macs": 0.5, "macs_length": 0}, "--macs-length is 0"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(options, sentence):
+    with pytest.raises(HeadPruningError, match=sentence):
+        opened("random", **options)
+
+
+def test_what_no_longer_fits_is_passed_over():
+    keep = affordable(np.array([3.0, 5.0, 4.0, 1.0]), np.array([1.0, 4.0, 4.0, 2.0]), 7.0)
+    assert keep.tolist() == [True, True, False, True]
+
+
+def test_rounds_of_equal_macs():
+    both = units().numbering("both")
+    macs, scores = unit_macs(Classifier(), both, 10), np.random.default_rng(0).random(42)
+
+    def run(start=None):
+        options = {"heads_per_round": 1, "costs": macs, "cost_per_round": 0.25, "start": start}
+        return list(pruning_rounds(both, lambda mask: scores, lambda mask: 0.0, **options))
+
+    rounds = run()
+    spent = [macs[each.mask.keep].sum() / macs.sum() for each in rounds]
+    assert len(rounds) == 5 and spent[0] == 1 and rounds[-1].mask.kept == 0
+    for share, found in zip((0.75, 0.5, 0.25), spent[1:]):
+        assert share - macs.max() / macs.sum() < found <= share
+    for earlier, later in zip(rounds, rounds[1:]):
+        assert not (later.mask.keep & ~earlier.mask.keep).any()
+    assert [each.mask for each in run(rounds[2])] == [each.mask for each in rounds[3:]]
