@@ -155,7 +155,7 @@ class OnceBench(WeightBench):
             "percent": cell.keep or 100,
             "density": density,
             "seed": cell.seed,
-            "score": PERCENT.get(cell.task, 100.0) * results[f"eval_{task.metric}"],
+            "score": ({PRETRAINING: 1.0} | PERCENT).get(cell.task, 100.0) * results[f"eval_{task.metric}"],
         }
 
     def pretrain(self, cell: Stage, start: Path) -> Path:

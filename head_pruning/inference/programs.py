@@ -244,7 +244,26 @@ def write_onnx(
             verbose=False,
         )
     assert made is not None  # as dynamo=True was asked for
+    _part_zero_points(made.model)
     with atomic_path(target) as temporary:
         made.save(str(temporary), external_data=False)
         session = onnx_session(temporary)
         return check(lambda given: dict(zip(outputs, map(torch.from_numpy, onnx_pass(session, given)()))))
+
+
+def _part_zero_points(model: Any) -> None:
+    """Give the 8-bit weights of each layer zero points of their own, which exporters share between layers of one size.
+
+    onnxruntime cannot convert shared ones, as it does where its products of 8 bits must not saturate.
+    """
+    import onnx_ir
+
+    for node in model.graph:
+        zeros = node.inputs[2] if node.op_type == "DequantizeLinear" and len(node.inputs) > 2 else None
+        if zeros is None or zeros.const_value is None or zeros.const_value.shape.rank() == 0:
+            continue
+        if len(zeros.uses()) > 1:
+            name = f"{node.outputs[0].name}_zero_points"
+            own = onnx_ir.val(name, const_value=onnx_ir.tensor(zeros.const_value.numpy(), name=name))
+            model.graph.register_initializer(own)
+            node.replace_input_with(2, own)

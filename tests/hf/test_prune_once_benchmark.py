@@ -36,6 +36,8 @@ def test_a_teacher_a_student_and_its_transfer(tmp_path):
     assert rows[1]["density"] == matrices["weights_kept"] / matrices["weights_total"]
     assert 0 <= rows[1]["density"] - rows[2]["density"] < 1e-3
     assert not list(tmp_path.glob("work/runs/*/checkpoint-*"))
+    told = json.loads((tmp_path / "work/runs" / teacher.name / "all_results.json").read_text())
+    assert rows[0]["score"] == told["eval_perplexity"]
     write_results(PAGE, rows, tmp_path / "results")
     text = (tmp_path / "results" / "prune_once.md").read_text()
     assert "pretraining, perplexity of masked words; teacher" in text and "3 of 75 trainings" in text
