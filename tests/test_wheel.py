@@ -1,5 +1,7 @@
-"""The wheel carries a user-dir that fairseq can use from anywhere."""
+"""The wheel carries a user-dir that fairseq can use from anywhere; what it needs is in its metadata."""
 
+import ast
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -7,8 +9,37 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _imported(package: str) -> set[str]:
+    """What the package's modules import when they are imported, but for Python's own and the project's."""
+    found = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found.update(name.partition(".")[0] for name in names)
+    return found - sys.stdlib_module_names - {"head_pruning", "hf_plugin", "fairseq_plugin", "prepare"}
+
+
+def _needs(name: str, extra: str = "") -> set[str]:
+    needs = map(Requirement, importlib.metadata.requires(name) or ())
+    return {canonicalize_name(n.name) for n in needs if n.marker is None or n.marker.evaluate({"extra": extra})}
+
+
+@pytest.mark.parametrize(
+    "package, extra",
+    [("head_pruning", ""), ("hf_plugin", "hf"), ("fairseq_plugin", "fairseq"), ("prepare", "fairseq")],
+)
+def test_an_extra_names_all_that_its_package_imports(package, extra):
+    named = _needs("head-pruning", extra)
+    brought = named.union(*(_needs(name) for name in named))
+    whose = importlib.metadata.packages_distributions()
+    assert all({canonicalize_name(each) for each in whose[name]} & brought for name in _imported(package))
 
 
 @pytest.mark.slow

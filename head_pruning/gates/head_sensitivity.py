@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ..compact.shapes import FLAG, Number, Whole
 from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
-from ..registry import register_pruner
+from ..registry import methods, register_pruner
 from .base import HeadCountConfig, JointConfig, UnitsConfig
 from .falling_count import CountConfig, FallingCount
 
@@ -138,9 +138,16 @@ class HeadSensitivityPruner(FallingCount):
         self.opened = (self.keep() if self.final is None else self.final).astype(np.float64)
 
 
+def _asked_for(options: Any) -> bool:
+    """Whether a count was given, and nothing that is another method's: this one needs no more."""
+    others = [method for method in methods("heads").values() if method.name != HeadSensitivityPruner.name]
+    return options.num_of_heads is not None and not any(method.selected_by(options) for method in others)
+
+
 register_pruner(
     name="head_sensitivity",
     config=HeadSensitivityConfig,
     pruner=HeadSensitivityPruner,
+    selected_by=_asked_for,
     example={"num_of_heads": 4, "joint_pruning": True, "count_schedule": "0:0.5"},
 )

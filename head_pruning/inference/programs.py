@@ -52,6 +52,32 @@ class ByName(nn.Module):
         self.forward = forward
 
 
+class _Bias(nn.Module):
+    """What a projection that reads nothing gives."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.width, self.bias = layer.weight.shape[0], layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., outputs]``."""
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+def cut_for_runtimes(loaded: HostModel) -> str:
+    """As :func:`~head_pruning.hosts.cut_out`; where nothing is left to read for a linear layer, its bias stays.
+
+    OpenVINO takes the weights of such a layer, which have no columns, for a single number.
+    """
+    words = cut_out(loaded)
+    for name, module in list(loaded.model.named_modules()):
+        weight = getattr(module, "weight", None)  # None: a module without heads dropped it
+        if isinstance(module, nn.Linear) and weight is not None and not weight.shape[1]:
+            loaded.model.set_submodule(name, _Bias(module))
+    return words
+
+
 def program_formats(
     load: Callable[[Path, Optional[HeadMask]], HostModel],
     onnx: Callable[[HostModel, Path], float],
@@ -65,10 +91,12 @@ def program_formats(
         program: likewise a program of torch.export.
     """
 
-    def exporter(write: Callable[[HostModel, Path], float], compared: str) -> Callable[..., str]:
+    def exporter(
+        write: Callable[[HostModel, Path], float], compared: str, cut: Callable[[HostModel], str] = cut_for_runtimes
+    ) -> Callable[..., str]:
         def export(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
             loaded = load(source, mask)
-            words = cut_out(loaded)
+            words = cut(loaded)
             return f"{target}: {words}; largest difference between {compared} {write(loaded, target):.1e}"
 
         return export
@@ -79,7 +107,7 @@ def program_formats(
     return {
         "onnx": exporter(onnx, "onnxruntime and torch"),
         "openvino": exporter(openvino, "onnxruntime and torch"),
-        "torch-export": exporter(program, "the exported program and the model"),
+        "torch-export": exporter(program, "the exported program and the model", cut_out),
     }
 
 

@@ -97,11 +97,6 @@ class TensorMagnitudePruner(MagnitudeScores):
         """Whether no update has ended and no mask was drawn."""
         return not self.has_mask and self.t == self.first_step - 1
 
-    @property
-    def first_sparsity(self) -> float:
-        """The removed ratio that all tensors start from."""
-        return 0.0
-
     def options(self) -> dict[str, Any]:
         return {**super().options(), "target_sparsity": self._target}
 
@@ -122,13 +117,7 @@ class TensorMagnitudePruner(MagnitudeScores):
         return erdos_renyi(shapes, self.config.target_sparsity, kernels=self.config.init_strategy == "erk")
 
     def density_of(self, name: str, density: float) -> float:
-        if not self._each:
-            return density
-        first, last = self.first_sparsity, self._each[name]
-        if density == self.final_density():
-            return 1.0 - last
-        # All tensors are equally far on their way from the first ratio to their own.
-        return 1.0 - (first + (last - first) * (1.0 - density - first) / (self._target - first))
+        return 1.0 - self._each[name] if self._each else density
 
     def final_density(self) -> float:
         return 1.0 - self._target
@@ -138,7 +127,7 @@ class TensorMagnitudePruner(MagnitudeScores):
         if not decay:
             return super().threshold(name, score, k)
         # As in the published code: it starts from 0, and from the smallest score less 1 where nothing is pruned.
-        new = score.min() - 1.0 if k == 0 else super().threshold(name, score, k)
+        new = self.storage.kth_smallest(score, 1) - 1.0 if k == 0 else super().threshold(name, score, k)
         past = self.storage.thresholds
         past[name] = decay * past.get(name, torch.zeros_like(new)) + (1.0 - decay) * new
         return past[name]
