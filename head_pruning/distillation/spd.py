@@ -177,8 +177,8 @@ class SpdPruner(Distiller):
         mine = next(session.model.parameters()).dtype
         if self.teacher.dtype not in (None, mine):
             raise HeadPruningError(
-                f"The teacher's layers stand in for the student's in SPD, whose numbers are {str(mine)[6:]}; drop "
-                f"--teacher-dtype {self.config.teacher_dtype}."
+                "The teacher's layers stand in for the student's in SPD, whose numbers are "
+                f"{str(mine).removeprefix('torch.')}; drop --teacher-dtype {self.config.teacher_dtype}."
             )
 
     @property

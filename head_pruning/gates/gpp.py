@@ -137,6 +137,10 @@ class GppPruner(HeadPruner):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
+        totals = {name: total for name, (_, total) in full_mask(self.unit_map).counts().items()}
+        if not any(count_of(self.target, total) for total in totals.values()):
+            words = " and ".join(f"{total} {name}" for name, total in totals.items())
+            raise HeadPruningError(f"--target-sparsity {self.target:g} takes none of {words}; raise it.")
         self.z = np.ones(self.unit_map.num_heads)
         self.steps_above_0 = np.zeros(self.z.size)
         self.sparsity, self.step = 0.0, 0
