@@ -151,7 +151,7 @@ exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
     "compact": compact,
     **program_formats(
         load,
-        lambda loaded, target: export_onnx(loaded.model, target),
+        lambda loaded, target, openvino: export_onnx(loaded.model, target, openvino=openvino),
         lambda loaded, target: export_program(loaded.model, target),
     ),
     **compressed_format(load),

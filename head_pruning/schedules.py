@@ -80,6 +80,8 @@ def gradual_sparsity(step: int, *, initial: float, final: float, begin: int, end
     """
     if step >= end:
         return final
+    if step <= begin:
+        return initial
     progress = (step - begin) / (end - begin)
     return initial + (final - initial) * (1.0 - min(max((1.0 - progress) ** 3, 0.0), 1.0))
 

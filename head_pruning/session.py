@@ -574,11 +574,13 @@ class PruningSession:
                 prunes = pruner.kind in ("heads", "units", "weights")
                 kept = f" with exactly the {pruner.kind} that are kept" if prunes else " as it is now"
                 cure = f"; lower {pruner.schedule_option}" if pruner.schedule_option else ""
+                if cure and not cure.endswith("_epochs"):
+                    cure += " (a value below 1 is a fraction of training)"
                 logger.warning(
                     "training ended before the schedule of %s did: the model was never trained%s%s",
                     pruner.name,
                     kept,
-                    f"{cure} (a value below 1 is a fraction of training)" if cure else "",
+                    cure,
                 )
 
     def penalty(self) -> float:

@@ -21,7 +21,7 @@ from head_pruning.compact.shapes import Either
 from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE, read_json, temporary_folder
 from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_heads
-from head_pruning.inference.programs import program_formats, write_openvino
+from head_pruning.inference.programs import cut_for_runtimes, program_formats
 from head_pruning.pickled import load_pickled
 from head_pruning.quantization.engine.files import read_ranges
 from head_pruning.quantization.engine.linears import quantized_linears
@@ -320,15 +320,12 @@ def export_int8(kind: str, source: Path, target: Path, mask: Optional[HeadMask] 
     """
     ranges = read_ranges(source)
     loaded = load(source, mask)
-    words, number = cut_out(loaded), to_qdq(loaded.model, ranges["inputs"] if ranges else {})
-
-    def write(file: Path) -> float:
-        return export_onnx(loaded.model, loaded.example, file, integers=True)
-
-    difference = write(target) if kind == "onnx" else write_openvino(target, write)
+    words, number = cut_for_runtimes(loaded), to_qdq(loaded.model, ranges["inputs"] if ranges else {})
+    openvino = kind == "openvino"
+    difference = export_onnx(loaded.model, loaded.example, target, integers=True, openvino=openvino)
     return (
-        f"{target}: {words}, {number} linear layers of 8 bits; largest difference between onnxruntime and torch "
-        f"{difference:.1e}"
+        f"{target}: {words}, {number} linear layers of 8 bits; largest difference between "
+        f"{'OpenVINO' if openvino else 'onnxruntime'} and torch {difference:.1e}"
     )
 
 
@@ -337,7 +334,9 @@ exports: Mapping[str, Callable[[Path, Path, Optional[HeadMask]], str]] = {
     "compact": export_compact,
     **program_formats(
         load,
-        lambda loaded, target: export_onnx(in_floats(loaded.model), loaded.example, target),
+        lambda loaded, target, openvino: export_onnx(
+            in_floats(loaded.model), loaded.example, target, openvino=openvino
+        ),
         lambda loaded, target: export_program(in_floats(loaded.model), loaded.example, target),
     ),
     **{f"{kind}-int8": functools.partial(export_int8, kind) for kind in ("onnx", "openvino")},

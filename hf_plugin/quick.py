@@ -9,6 +9,7 @@ import csv
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import transformers
 from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError
+from head_pruning.errors import one_line
 from head_pruning.files import write_json
 from head_pruning.inference.timing import fastest, stopwatch
 from head_pruning.report.runs import RESULTS_FILE, file_sizes
@@ -36,7 +38,9 @@ _RIDGE = 1.0
 def _read(path: Path, count: int) -> tuple[list[str], torch.Tensor]:
     """The first sentences of a file in SST-2's layout, and +1 for praise or -1 for blame of each."""
     with path.open(encoding="utf-8", newline="") as stream:
-        rows = [row for row, _ in zip(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), range(count))]
+        rows = list(islice(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), count))
+    if not rows:
+        raise ValueError(f"{path} has no sentence")
     return [row["sentence"] for row in rows], torch.tensor([2.0 * int(row["label"]) - 1.0 for row in rows])
 
 
@@ -100,14 +104,20 @@ def run(data: Path, out: Path, train: int, test: int) -> str:
         test: sentences of the score.
 
     Raises:
-        HeadPruningError: something cannot be read or written.
+        HeadPruningError: the model or the sentences cannot be read, or the disk takes nothing.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(data / "model")
-    dense: Any = transformers.AutoModel.from_pretrained(data / "model").eval()
     files = {"train.tsv": train, "dev.tsv": test}
-    learned, scored = (_batches(tokenizer, *_read(data / "SST-2" / name, files[name])) for name in files)
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(data / "model")
+        dense: Any = transformers.AutoModel.from_pretrained(data / "model").eval()
+        learned, scored = (_batches(tokenizer, *_read(data / "SST-2" / name, files[name])) for name in files)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise HeadPruningError(
+            f"{data} holds no model/ and SST-2/ as python -m prepare.demo_sentiment makes them "
+            f"({one_line(error):.200}); give another --data."
+        ) from error
     probe = _probe(dense, learned)
     mask = half_by_importance(dense, probe, learned)
     small: Any = transformers.AutoModel.from_pretrained(data / "model").eval()
@@ -149,6 +159,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=500, help="sentences to learn from (default: %(default)s)")
     parser.add_argument("--test", type=int, default=500, help="sentences to score (default: %(default)s)")
     options = parser.parse_args()
+    if min(options.train, options.test) < 1:
+        sys.exit("error: --train and --test must be 1 or more.")
     begin = time.monotonic()
     data = options.data or options.output / "data"
     prepare = [sys.executable, "-m", "prepare.demo_sentiment", "--dest", str(data)]
@@ -156,7 +168,7 @@ def main() -> None:
         sys.exit("error: the model and the sentences could not be prepared; see the message above.")
     try:
         print(run(data, options.output, options.train, options.test))
-    except HeadPruningError as error:
+    except (HeadPruningError, OSError) as error:
         sys.exit(f"error: {error}")
     took = time.monotonic() - begin
     print(f"It took {took:.0f} s. head-pruning report {options.output} makes a page of both models.")

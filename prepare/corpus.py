@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,11 +42,26 @@ class Corpus:
         files = [[path.name, path.stat().st_size] for path in self.files]
         return {"files": files, "column": self.column} if files else {"dataset": self.dataset, "column": self.column}
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Inside the block what loaders say, at the start or on the way, becomes a PrepareError."""
+        try:
+            yield
+        except PrepareError:
+            raise
+        except Exception as error:  # each loader fails in its own way
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            place = f"A file in {self.files[0].parent}" if len(self.files) > 1 else "".join(map(str, self.files))
+            raise PrepareError(
+                f"{place or self.dataset} cannot be read ({reason}); give --corpus a folder of text in UTF-8, parquet "
+                "or JSON lines."
+            ) from error
+
     def open(self) -> IterableDataset:
         """Its rows, streamed. PrepareError if it cannot be had."""
         from datasets import load_dataset
 
-        try:
+        with self._reading():
             if not self.files:
                 name, _, config = self.dataset.partition(":")
                 return load_dataset(name, config or None, split="train", streaming=True, cache_dir=self.cache_dir)
@@ -54,12 +70,6 @@ class Corpus:
             own = {"sample_by": "paragraph"} if kind == "text" else {}
             files = [str(path) for path in self.files]
             return load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=self.cache_dir, **own)
-        except Exception as error:  # each loader fails in its own way
-            reason = " ".join(str(error).split())[:300].rstrip(".")
-            place = self.files[0] if self.files else f"The hub's {self.dataset}"
-            raise PrepareError(
-                f"{place} cannot be read ({reason}); give --corpus a folder of text, parquet or JSON lines."
-            ) from error
 
     def shards(self) -> int:
         """Into how many parts it is cut unless the user says: those of the hub, or of 64 MiB of local files."""
@@ -70,20 +80,21 @@ class Corpus:
     def documents(self, shard: int, shards: int) -> Iterator[str]:
         """The texts of one part: of whole files where there are enough of them, else every so many-th row.
 
-        PrepareError if rows have no text.
+        A row whose text is null is an empty one. PrepareError if rows cannot be read, or have no text.
         """
         rows = self.open()
         if rows.num_shards >= shards > 1:
             mine = iter(rows.shard(num_shards=shards, index=shard, contiguous=False))
         else:
             mine = itertools.islice(rows, shard, None, shards)
-        for row in mine:
-            text = row.get(self.column)
-            if not isinstance(text, str):
-                raise PrepareError(
-                    f"The corpus has no text in {self.column!r} (it has {', '.join(row)}); give --text_column."
-                )
-            yield text
+        with self._reading():
+            for row in mine:
+                text = row.get(self.column, 0)
+                if not isinstance(text, str | None):
+                    raise PrepareError(
+                        f"The corpus has no text in {self.column!r} (it has {', '.join(row)}); give --text_column."
+                    )
+                yield text or ""
 
 
 def local_files(corpus: Path) -> tuple[Path, ...]:

@@ -140,5 +140,8 @@ def pairs_of_shard(documents: Iterator[list[list[int]]], options: PairOptions, s
     draw = np.random.default_rng([options.seed, shard])
     for batch in batches(documents):
         if len(batch) < 2:
-            raise PrepareError(f"Shard {shard} has one document, to which none is random; give fewer --shards.")
+            raise PrepareError(
+                f"Shard {shard} has one document, so none is another; give fewer --shards, and in text a blank line "
+                "between documents."
+            )
         yield from pairs_of(batch, options, draw)

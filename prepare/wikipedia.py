@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from head_pruning import HeadPruningError
+from head_pruning.files import read_json
 from head_pruning.progress import bar_options
 from prepare.command import run
 from prepare.corpus import WIKIPEDIA, Corpus, local_files, sentences_of, splitter
@@ -61,7 +62,8 @@ class Options:
 def prepare(options: Options) -> list[Path]:
     """Write the shards that are missing, then what they hold; returns the folder.
 
-    PrepareError if the corpus or the tokenizer cannot be read, or the folder holds pairs made otherwise.
+    PrepareError if the corpus cannot be read or is empty, or the folder holds pairs made otherwise; HeadPruningError
+    if the tokenizer cannot be read, or the folder is damaged.
     """
     from hf_plugin.pretraining.folder import ABOUT, FORMAT, fingerprint, shard_names, statistics
 
@@ -93,6 +95,10 @@ def prepare(options: Options) -> list[Path]:
         missing = [i for i, name in enumerate(shard_names(about)) if not (options.data_dir / name).is_file()]
         _work(options, pairs, about["shards"], missing)
         found = statistics(options.data_dir, about)
+        if not found["pairs"]:
+            raise PrepareError(
+                "The corpus has no sentence in it, so there are no pairs; give --corpus another folder."
+            )
         _write(path, {**about, "statistics": found})
     if not options.quiet:
         share = found["random_pairs"] / max(1, found["pairs"])
@@ -118,10 +124,7 @@ def _write(path: Path, about: dict[str, Any]) -> None:
 def _refuse_other(path: Path, about: dict[str, Any]) -> None:
     if not path.is_file():
         return
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise PrepareError(f"{path} is damaged; remove the folder and run again.") from None
+    theirs = read_json(path, dict, cure="remove the folder and run again")
     for name, value in about.items():
         if theirs.get(name) != value:
             raise PrepareError(

@@ -117,7 +117,7 @@ def _check(model: BaseFairseqModel, run: Run, what: str) -> float:
     return difference
 
 
-def export_onnx(model: BaseFairseqModel, target: "str | Path") -> float:
+def export_onnx(model: BaseFairseqModel, target: "str | Path", *, openvino: bool = False) -> float:
     """Write ``target``, an ONNX file of one forward pass, once onnxruntime has given the model's log-probabilities.
 
     Its inputs are ``src_tokens`` ``[batch, source_length]``, padded where sentences are shorter, and for a
@@ -128,19 +128,20 @@ def export_onnx(model: BaseFairseqModel, target: "str | Path") -> float:
     Args:
         model: dense or compact, in evaluation mode, without gates, in float32; at most 2 GB of weights.
         target: the file, written atomically.
+        openvino: write OpenVINO's two files instead, and compare these.
 
     Returns:
-        The largest difference between the log-probabilities of onnxruntime and of torch.
+        The largest difference between the log-probabilities of the runtime and of torch.
 
     Raises:
         HeadPruningError: torch cannot export the model, they differ by more than 1e-4, or a package is missing.
     """
-    target, what = Path(target), "ONNX"
-    check_onnx(model, target)
+    target, what = Path(target), "OpenVINO" if openvino else "ONNX"
+    check_onnx(model, target, openvino)
     with one_sentence(model, what):
         program = _trace(model)
         inputs = _inputs(model, *TRACED)
-        return write_onnx(program, inputs, AXES, [OUTPUT], target, lambda run: _check(model, run, what))
+        return write_onnx(program, inputs, AXES, [OUTPUT], target, lambda run: _check(model, run, what), openvino)
 
 
 def export_program(model: BaseFairseqModel, target: "str | Path") -> float:

@@ -3,11 +3,11 @@
 import argparse
 
 from ..report.page import write_page
-from ..report.runs import SCORES, find_runs
+from ..report.runs import find_runs
 
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
-    found = find_runs(args.folders, (args.score, *SCORES) if args.score else SCORES)
+    found = find_runs(args.folders, args.score)
     write_page(found, args.output, args.title, args.markdown)
     print("\n".join(f"{path}: {len(found)} runs" for path in (args.output, args.markdown) if path))

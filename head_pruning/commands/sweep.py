@@ -6,7 +6,7 @@ import dataclasses
 import re
 import signal
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Collection, Iterator, Mapping, Sequence
 
 import yaml
 
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
     *words, name = args.plan
     if words not in ([], [SHOW]):
         raise HeadPruningError(f"A sweep has one plan; {words[0]} is one too many.")
+    _check(args, words)
     plan = read_plan(name)
     if args.threads:
         plan = dataclasses.replace(plan, threads=args.threads)
@@ -36,10 +37,11 @@ def run(args: argparse.Namespace) -> None:
         with alone_in(work):
             _search(args, plan, work)
         return
-    cells = [cell for cell in plan.cells(work) if not args.only or re.search(args.only, cell.name)]
+    every = plan.cells(work)
+    cells = [cell for cell in every if not args.only or re.search(args.only, cell.name)]
     if not cells:
         raise HeadPruningError(f"The plan {name} has no cell here; look at its grid, exclude and --only.")
-    jobs = jobs_of(plan, cells, work)
+    jobs = jobs_of(plan, cells, work, {start for cell in every for start in cell.after})
     if args.dry_run:
         print("\n".join(f"{cell.name}\n" + "\n".join(f"    {line}" for line in cell.lines) for cell in cells))
     elif words:
@@ -49,9 +51,26 @@ def run(args: argparse.Namespace) -> None:
             _run(args, plan, jobs, work)
 
 
-def jobs_of(plan: Plan, cells: Sequence[Cell], work: Path) -> list[Job]:
-    """What runs each cell."""
-    started_from = {name for cell in cells for name in cell.after}
+def _check(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Raise HeadPruningError for flags that cannot be, and for those that a search would not heed."""
+    for flag, least in (("jobs", 0), ("threads", 1), ("optuna", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise HeadPruningError(f"--{flag} is {value}; give {least} or more.")
+    try:
+        re.compile(args.only or "")
+    except re.error as error:
+        raise HeadPruningError(f"--only is no regular expression ({error}); correct it.") from error
+    idle = [flag for flag in ("dry_run", "only", "parquet") if getattr(args, flag)] + list(words)
+    if args.optuna is not None and idle:
+        raise HeadPruningError(
+            f"{'' if idle[0] == SHOW else '--'}{idle[0].replace('_', '-')} is about the cells of a grid, which "
+            "--optuna has not; drop one of them."
+        )
+
+
+def jobs_of(plan: Plan, cells: Sequence[Cell], work: Path, started_from: Collection[str] = ()) -> list[Job]:
+    """What runs each cell; models of cells in ``started_from`` stay."""
     return [
         Job(
             cell=cell,
@@ -86,7 +105,7 @@ def _run(args: argparse.Namespace, plan: Plan, jobs: Sequence[Job], work: Path) 
                 left,
                 lambda cell: _succeeded(launch(by_name[cell.name])),
                 jobs=jobs_at_a_time,
-                ready=lambda cell: all(name not in by_name or by_name[name].result.is_file() for name in cell.after),
+                ready=lambda cell: all((work / CELLS_FOLDER / f"{name}.json").is_file() for name in cell.after),
                 tell=told,
                 write=write,
                 stop=stop,

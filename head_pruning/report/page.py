@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from urllib.parse import quote
 
 from ..files import atomic_path
 from ..masks import HeadMask
@@ -214,7 +216,7 @@ def write_page(runs: Sequence[Run], path: "str | Path", title: str, markdown: "s
         figures = [figure for part in sections for figure in part.figures]
         _write("report.html", path, sections, {each.name: _inline(pictures, each) for each in figures}, title)
         if markdown is not None:
-            sources = {each.name: f"{pictures.name}/{each.name}.png" for each in figures}
+            sources = {each.name: f"{quote(pictures.name)}/{each.name}.png" for each in figures}
             _write("report.md", markdown, sections, sources, title)
 
 
@@ -233,7 +235,7 @@ def _write(template: str, path: "str | Path", sections: list[Section], sources: 
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": _number, "words": _words}
+    environment.filters |= {"number": _number, "words": _words, "markdown": _markdown, "code": _code}
     text = environment.get_template(template).render(
         title=title,
         sections=sections,
@@ -262,6 +264,20 @@ def _words(run: Run) -> str:
     if run.commands:
         return "\n".join(run.commands)
     return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in run.options.items())
+
+
+def _markdown(value: Any) -> str:
+    """A value on one line of Markdown, which shows it as it is."""
+    text = " ".join(str(value).splitlines())
+    return re.sub(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)|&(?=[\w#])", r"\\\g<0>", text)
+
+
+def _code(text: str) -> str:
+    """The same for command lines, in a cell of a table."""
+    text = " ; ".join(text.splitlines()).replace("|", r"\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in (text[:1], text[-1:]) else ""
+    return f"{fence}{space}{text}{space}{fence}" if text else ""
 
 
 def _versions(runs: Sequence[Run]) -> dict[str, str]:

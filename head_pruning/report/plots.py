@@ -58,7 +58,7 @@ def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
                 )
         panel.set(xlim=(-0.6, widest - 0.4), ylim=(len(sites) - 0.4, -0.6), xticks=range(widest), aspect="equal")
         kept = mask.words if len(mask.counts()) > 1 else f"{mask.kept} of {mask.keep.size}"
-        panel.set_title(f"{title}\n{kept}", fontsize=9)
+        panel.set_title(_plain(f"{title}\n{kept}"), fontsize=9)
         panel.tick_params(length=0, labelsize=7)
         for spine in panel.spines.values():
             spine.set_visible(False)
@@ -92,24 +92,29 @@ def plot_scores(
         unit: what is kept, such as ``% of the weights`` (then ``total`` is 100), or without ``total`` the axis.
         front: the points that no other beats in both, drawn as a broad band.
     """
-    figure = _figure(6.4, 5.0)
+    figure = _figure(6.4, max(5.0, 4.0 + 0.1 * len(curves)))  # the legend has two columns
     panel = figure.subplots()
     if dense is not None:
         panel.axhline(dense[1], color="#888888", linestyle=":", label=dense[0] + (f" ({total} {unit})" * bool(total)))
     if len(front) > 1:
-        where, best = zip(*sorted(front))
-        panel.plot(where, best, color="#e3c565", linewidth=8, alpha=0.5, label="Pareto front", zorder=1)
+        panel.plot(*zip(*sorted(front)), color="#e3c565", linewidth=8, alpha=0.5, label="Pareto front", zorder=1)
     for marker, (name, points) in zip(itertools.cycle("osD^vP*X<>"), curves.items()):
         points = sorted(points)
-        (line,) = panel.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=5, label=name)
+        where, scores = [p[0] for p in points], [p[1] for p in points]
+        (line,) = panel.plot(where, scores, marker=marker, markersize=5, label=_plain(name))
         for heads, low, high in (spread or {}).get(name, ()):
             panel.vlines(heads, low, high, color=line.get_color(), alpha=0.6)
     if total is not None:
         panel.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
-    panel.set(xlabel=unit if total is None else f"{unit} kept of {total}", ylabel=score)
+    panel.set(xlabel=unit if total is None else f"{unit} kept of {total}", ylabel=_plain(score))
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     _save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it is: no formula, whatever is in it, and no name of what legends leave out."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _square(x: float, y: float, **style: Any) -> "Rectangle":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
@@ -23,6 +25,7 @@ CELL = {
     "commands": [str],
     "folder": str,
     "score_name": str,
+    "measure?": [str],
     "numbers": {str: Number()},
     "seconds": Number(0),
 }
@@ -155,17 +158,22 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {"file_bytes": sum(path.stat().st_size for path in files), "parameters": sum(map(math.prod, shapes))}
 
 
-def find_runs(folders: Iterable["str | Path"], scores: Sequence[str] = SCORES) -> list[Run]:
+def find_runs(folders: Iterable["str | Path"], score: Optional[str] = None) -> list[Run]:
     """All runs in folders of runs and of sweeps, and below them; checkpoints of a run are none.
 
+    Args:
+        folders: where they lie. Runs of one name are called by their paths.
+        score: the entry of all_results.json to take for the score where there is one; None for the usual ones, and
+            what a sweep took.
+
     Raises:
-        HeadPruningError: there is no such folder, it holds no run, or a file is damaged.
+        HeadPruningError: there is no such folder, it holds no run, no run has the score, or a file is damaged.
     """
     found: dict[Path, Run] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise HeadPruningError(f"There is no folder {folder}; give the folder of a run or of a sweep.")
-        here = {run.folder.resolve(): run for run in _below(folder, folder, scores, 0)}
+        here = {run.folder.resolve(): run for run in _below(folder, folder, score, 0)}
         if not here:
             raise HeadPruningError(
                 f"{folder} holds no {RESULTS_FILE}, {REPORT_FILE} or finished cells of a sweep; give the folder of a "
@@ -173,37 +181,44 @@ def find_runs(folders: Iterable["str | Path"], scores: Sequence[str] = SCORES) -
             )
         for place, run in here.items():
             found.setdefault(place, run)
-    return list(found.values())
+    if score is not None and not any(run.score_name == score for run in found.values()):
+        raise HeadPruningError(f"No run has a finite {score} in its {RESULTS_FILE}; name another --score.")
+    counts = Counter(run.name for run in found.values())
+    return [replace(run, name=run.name if counts[run.name] == 1 else _shown(run.folder)) for run in found.values()]
 
 
-def _below(folder: Path, top: Path, scores: Sequence[str], depth: int) -> Iterator[Run]:
+def _shown(path: Path) -> str:
+    """A path as text, also where its bytes are none."""
+    return path.as_posix().encode("utf-8", "replace").decode("utf-8")
+
+
+def _below(folder: Path, top: Path, score: Optional[str], depth: int) -> Iterator[Run]:
     cells = sorted((folder / CELLS_FOLDER).glob("*.json"))
     for path in cells:
-        yield from _of_cell(read_json(path, CELL, cure="delete it and start the sweep again"), folder, scores, depth)
+        yield from _of_cell(read_json(path, CELL, cure="delete it and start the sweep again"), folder, score, depth)
     if cells:
         return
-    run = read_run(folder, scores)
+    run = read_run(folder, SCORES if score is None else (score, *SCORES))
     if run is not None:
-        name = (Path(top.name) / folder.relative_to(top)).as_posix()
-        yield Run(**{**vars(run), "name": name})
+        yield replace(run, name=_shown(Path(os.path.basename(os.path.abspath(top))) / folder.relative_to(top)))
     if depth < _DEEPEST:
         for below in sorted(folder.iterdir()):
             if below.is_dir() and not below.name.startswith((".", "checkpoint-")):
-                yield from _below(below, top, scores, depth + 1)
+                yield from _below(below, top, score, depth + 1)
 
 
-def _of_cell(cell: Mapping[str, Any], sweep: Path, scores: Sequence[str], depth: int) -> Iterator[Run]:
+def _of_cell(cell: Mapping[str, Any], sweep: Path, score: Optional[str], depth: int) -> Iterator[Run]:
     """What a cell measured, with what its folder tells beside it, and the further models that it left there."""
     folder = sweep / cell["folder"]
-    runs = list(_below(folder, folder, scores, depth)) if folder.is_dir() else []
-    own = {"name": cell["name"], "folder": folder, "score_name": cell["score_name"]}
-    told = {"values": cell["values"], "commands": cell["commands"]}
+    runs = list(_below(folder, folder, score, depth)) if folder.is_dir() else []
     if not runs or runs[0].folder != folder:
-        runs.insert(0, Run(method="dense", numbers={}, **own))
+        runs.insert(0, Run(cell["name"], folder, "dense", {}))
     first, *others = runs
-    method = cell["values"].get("method", first.method)
-    numbers = {**first.numbers, **cell["numbers"]}
-    yield Run(**{**vars(first), **own, **told, "method": str(method), "numbers": numbers})
+    told = {"values": cell["values"], "commands": cell["commands"]}
+    told["method"] = str(cell["values"].get("method", first.method))
+    numbers, score_name = {**first.numbers, **cell["numbers"]}, cell["score_name"]
+    if score is not None and first.score_name == score:  # it was not what the sweep took
+        numbers["score"], score_name = first.numbers["score"], score
+    yield replace(first, name=cell["name"], numbers=numbers, score_name=score_name, **told)
     for run in others:
-        name = f"{cell['name']}/{run.folder.relative_to(folder).as_posix()}"
-        yield Run(**{**vars(run), **told, "name": name, "method": str(method)})
+        yield replace(run, name=f"{cell['name']}/{_shown(run.folder.relative_to(folder))}", **told)

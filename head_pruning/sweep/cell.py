@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -91,7 +92,7 @@ class Job:
         """What it measured, if it has been.
 
         Raises:
-            HeadPruningError: the file is damaged, or is of other commands.
+            HeadPruningError: the file is damaged, is of other commands, or lacks what is to be measured.
         """
         if not self.result.is_file():
             return None
@@ -100,6 +101,12 @@ class Job:
             raise HeadPruningError(
                 f"{self.result} was measured with other commands than the plan's; delete it to run the cell again, or "
                 "choose another --out."
+            )
+        lacking = [name for name in self.measure if name not in found.get("measure", self.measure)]
+        if lacking:
+            raise HeadPruningError(
+                f"{self.result} was measured without {lacking[0]}; delete it to run the cell again, or drop that from "
+                "the plan's measure."
             )
         return found
 
@@ -177,6 +184,7 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
         "commands": job.cell.lines,
         "folder": os.path.relpath(job.folder, job.work),
         "score_name": "score" if run is None or score is not None else run.score_name,
+        "measure": list(job.measure),
         "numbers": {name: value for name, value in numbers.items() if name in wanted},
         "seconds": round(time.monotonic() - begin, 3),
     }
@@ -192,9 +200,12 @@ def _check_score(job: Job, run: Optional[Run], numbers: Mapping[str, float]) -> 
 def _score_in_log(job: Job) -> float:
     found = re.findall(job.score_pattern or "", job.log.read_text(encoding="utf-8", errors="replace"))
     try:
-        return float(found[-1])
+        score = float(found[-1])
     except (IndexError, ValueError):
         raise HeadPruningError(f"{job.log} has no number where the plan's score_pattern looks for one.") from None
+    if not math.isfinite(score):
+        raise HeadPruningError(f"The score in {job.log} is {score}: its training came to nothing; lower its rates.")
+    return score
 
 
 def _timed(job: Job, lock: Optional[int], stream: Any) -> dict[str, float]:

@@ -59,6 +59,7 @@ MEASURES = {
 }
 #: Of them, what takes a run of ``head-pruning benchmark``.
 TIMED = ("latency", "throughput", "macs")
+_LONGEST = 200  # bytes of a cell's name, to which files' names add theirs
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)(?:\[([^\]{}]*)\])?\}")
 
 
@@ -124,18 +125,21 @@ class Plan:
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """The values of every cell, before those that a command does not use are left out."""
-        for grid in (self.axes, *self.include) if self.axes or not self.include else self.include:
-            for values in itertools.product(*grid.values()):
-                found = dict(zip(grid, values))
-                if not any(all(found.get(k) in v for k, v in out.items()) for out in self.exclude):
-                    yield found
+        grids = (self.axes, *self.include) if self.axes or not self.include else self.include
+        every = [dict(zip(grid, values)) for grid in grids for values in itertools.product(*grid.values())]
+        idle = next((out for out in self.exclude if not any(_within(values, out) for values in every)), None)
+        if idle is not None:
+            told = _told({name: " or ".join(map(str, values)) for name, values in idle.items()})
+            raise HeadPruningError(f"The plan excludes {told}, which fits no cell; correct it or drop it.")
+        return (values for values in every if not any(_within(values, out) for out in self.exclude))
 
     def cells(self, work: Path) -> list[Cell]:
         """All cells, in the order of the plan; their folders lie in ``work``, as it stands in their commands.
 
         Raises:
-            HeadPruningError: a command has a place for a value that there is not, two cells have one name, or a cell
-                starts from one that is not in the plan.
+            HeadPruningError: a command has a place for a value that there is not, two cells have one name, one has a
+                name that no file can have, a cell starts from one that is not in the plan, or nothing is excluded by
+                an entry of ``exclude``.
         """
         found = Cells(self, work)
         cells = {cell.name: cell for cell in map(found.cell, self.combinations())}
@@ -171,7 +175,13 @@ class Cells:
         filled = [self._fill(words, values, used, after) for words in self.plan.commands]
         self._open.pop()
         own = {name: value for name, value in values.items() if name in used}
-        name = re.sub(r"[^\w.+-]+", "-", "-".join(_part(*item) for item in own.items())) or "cell"
+        name = re.sub(r"[^\w.+-]+", "-", "-".join(_part(*item) for item in own.items()))
+        name = name if name.strip(".") else "cell"  # "..", a folder, would be that of the sweep itself
+        if len(name.encode()) > _LONGEST:
+            raise HeadPruningError(
+                f"The cell {name:.40}... would have files of names that are too long; have short names stand for its "
+                "values, as words of the grid."
+            )
         folder = str(folder_of(self.work, name))
         commands = tuple(tuple(word.replace("{out}", folder) for word in words) for words in filled)
         cell = Cell(name, own, commands, tuple(after))
@@ -220,6 +230,10 @@ class Cells:
         return values[name]
 
 
+def _within(values: Mapping[str, Any], limits: Mapping[str, Sequence[Any]]) -> bool:
+    return all(values.get(name) in among for name, among in limits.items())
+
+
 def folder_of(work: Path, name: str) -> Path:
     """Where the cell ``name`` leaves its files."""
     return work / "runs" / name
@@ -266,12 +280,14 @@ def read_plan(path: "str | Path") -> Plan:
 
 def _plan(plan: Mapping[str, Any]) -> Plan:
     axes: dict[str, Sequence[Any]] = {}
-    words = {}
+    words: dict[str, dict[str, tuple[str, ...]]] = {}
+    texts: list[dict[str, str]] = []
     for axis, values in plan.get("grid", {}).items():
         if isinstance(values, dict) and values.keys() <= {"from", "to", "step"} and {"from", "to"} <= values.keys():
             axes[axis] = _steps(axis, values["from"], values["to"], values.get("step", 1))
         elif isinstance(values, dict):
-            words[axis] = {name: tuple(shlex.split(str(text))) for name, text in values.items()}
+            texts.append({name: str(text) for name, text in values.items()})
+            words[axis] = {name: tuple(shlex.split(text)) for name, text in texts[-1].items()}
             axes[axis] = tuple(values)
         else:
             axes[axis] = tuple(values) if isinstance(values, list) else (values,)
@@ -290,14 +306,18 @@ def _plan(plan: Mapping[str, Any]) -> Plan:
     commands = [tuple(shlex.split(line)) for line in lines]
     if not all(commands):
         raise ValueError("its command is empty")
-    if not any("{out}" in text for text in (*lines, *map(str, words.values()))):
+    if not any("{out}" in text for text in (*lines, *itertools.chain(*(each.values() for each in texts)))):
         raise ValueError("its command has no {out}, so the runs would write over each other")
+    include = [_lists(each) for each in plan.get("include", ())]
+    search = plan.get("search", {})
+    _check_names(axes, words, include, search, (*lines, *itertools.chain(*(each.values() for each in texts))))
+    _check_search(search, plan.get("aim", {}), {number for name in measure for number in MEASURES[name]})
     score = plan.get("score", ())
     return Plan(
         commands=tuple(commands),
         axes=axes,
         words=words,
-        include=[_lists(each) for each in plan.get("include", ())],
+        include=include,
         exclude=[_lists(each) for each in plan.get("exclude", ())],
         scores=(score,) if isinstance(score, str) else tuple(score),
         score_pattern=plan.get("score_pattern"),
@@ -307,9 +327,43 @@ def _plan(plan: Mapping[str, Any]) -> Plan:
         gpus=plan.get("gpus", 0),
         go_on=unfinished == "continue",
         keep_models=plan.get("keep_models", True),
-        search=plan.get("search", {}),
+        search=search,
         aim=plan.get("aim", {}),
     )
+
+
+def _check_names(
+    axes: Mapping[str, Sequence[Any]],
+    words: Mapping[str, Mapping[str, Any]],
+    include: Sequence[Mapping[str, Sequence[Any]]],
+    search: Mapping[str, Any],
+    texts: Sequence[str],
+) -> None:
+    """Raise ValueError for values that no command has a place for, or that there are no words for."""
+    places = {place[1] for text in texts for place in _PLACE.finditer(text)}
+    for kind, names in (("grid", axes), ("include", itertools.chain(*include)), ("search", search)):
+        idle = next((name for name in names if name not in places), None)
+        if idle is not None:
+            raise ValueError(f"its {kind} has {idle}, but its command has no {{{idle}}}")
+    for name, values in itertools.chain(*(each.items() for each in include)):
+        odd = next((value for value in values if name in words and value not in words[name]), None)
+        if odd is not None:
+            raise ValueError(f"its include has the {name} {odd}, of which its grid has no words")
+
+
+def _check_search(search: Mapping[str, Mapping[str, Any]], aim: Mapping[str, float], measured: set[str]) -> None:
+    """Raise ValueError for ranges that are none, and for aims that are not measured."""
+    for name, space in search.items():
+        low, high = space["low"], space["high"]
+        if not low < high or space.get("log") and low <= 0:
+            raise ValueError(
+                f"{name} of its search goes from {low:g} to {high:g}; the first must be lower, and above 0 for log"
+            )
+        if space.get("whole") and not (float(low).is_integer() and float(high).is_integer()):
+            raise ValueError(f"{name} of its search is whole, but goes from {low:g} to {high:g}")
+    odd = next((name for name in aim or (("score",) if search else ()) if name not in measured), None)
+    if odd is not None:
+        raise ValueError(f"its search looks for {odd}, which it does not measure, only {', '.join(sorted(measured))}")
 
 
 def _groups(pattern: str) -> int:

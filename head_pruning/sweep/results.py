@@ -28,12 +28,22 @@ def told(found: Mapping[str, Any]) -> str:
 
 
 def rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A flat row for each finished cell, all with the same columns; None for what a cell does not have."""
+    """A flat row for each finished cell, all with the same columns; None for what a cell does not have.
+
+    A value of the plan that is called as a number, or another column, is in a column of its own: ``plan_density``.
+    """
+    taken = {"cell", "score_name", "seconds", "commands"}.union(*(each["numbers"] for each in found))
     flat = [
-        {"cell": each["name"], **each["values"], **each["numbers"], "score_name": each["score_name"],
-         "seconds": each["seconds"], "commands": "\n".join(each["commands"])}
+        {
+            "cell": each["name"],
+            **{f"plan_{name}" if name in taken else name: value for name, value in each["values"].items()},
+            **each["numbers"],
+            "score_name": each["score_name"],
+            "seconds": each["seconds"],
+            "commands": "\n".join(each["commands"]),
+        }
         for each in found
-    ]  # fmt: skip
+    ]
     columns = dict.fromkeys(name for row in flat for name in row)
     return [{name: row.get(name) for name in columns} for row in flat]
 

@@ -73,10 +73,6 @@ class GradualMagnitudePruner(TensorMagnitudePruner):
             if option != "end_pruning_step" or self.config.end_pruning_step != -1:
                 require(self.config, option, lambda value: value >= 0, STEPS)
 
-    @property
-    def first_sparsity(self) -> float:
-        return self.config.initial_sparsity
-
     def attach(self, session: SessionView) -> None:
         self.steps: dict[str, int] = {}
         super().attach(session)
@@ -88,6 +84,10 @@ class GradualMagnitudePruner(TensorMagnitudePruner):
             if name not in self.steps:
                 never = name == "end_pruning_step" and value == -1
                 self.steps[name] = -1 if never else resolve_steps(value, total, f"--{name.replace('_', '-')}")
+        for first, last in (_STEPS[:2], _STEPS[2:]):
+            if self.steps[first] > self.steps[last] != -1:
+                told = [f"--{name.replace('_', '-')} {self.steps[name]}" for name in (first, last)]
+                raise HeadPruningError(f"{told[0]} comes after {told[1]}, so it never acts; correct them.")
         if total and self.steps["policy_end_step"] >= total:
             logger.warning(
                 "the sparsity rises until update %d but training has %d: the model will not be trained at the target; "
@@ -101,18 +101,18 @@ class GradualMagnitudePruner(TensorMagnitudePruner):
         if self.fresh and (self.config.initial_sparsity or self.config.threshold_decay):
             self.mask_now(1.0 - self.config.initial_sparsity)
 
-    def _sparsity(self, t: int) -> float:
-        rising = gradual_sparsity(
-            t,
-            initial=self.config.initial_sparsity,
-            final=self._ramp,
-            begin=self.steps["policy_begin_step"],
-            end=self.steps["policy_end_step"],
-        )
-        return min(rising, self._target) if self._ramp > self._target else rising
+    def _rising(self, t: int, final: float) -> float:
+        begin, end = self.steps["policy_begin_step"], self.steps["policy_end_step"]
+        return gradual_sparsity(t, initial=self.config.initial_sparsity, final=final, begin=begin, end=end)
 
     def density_at(self, t: int) -> float:
-        return 1.0 - self._sparsity(t)
+        rising = self._rising(t, self._ramp)
+        return 1.0 - (min(rising, self._target) if self._ramp > self._target else rising)
+
+    def density_of(self, name: str, density: float) -> float:
+        if not self._each or density == self.final_density():
+            return super().density_of(name, density)
+        return 1.0 - self._rising(self.t, self._each[name])  # each on its own way
 
     def due(self, t: int) -> bool:
         begin, end = self.steps["begin_pruning_step"], self.steps["end_pruning_step"]

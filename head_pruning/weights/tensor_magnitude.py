@@ -97,11 +97,6 @@ class TensorMagnitudePruner(MagnitudeScores):
         """Whether no update has ended and no mask was drawn."""
         return not self.has_mask and self.t == self.first_step - 1
 
-    @property
-    def first_sparsity(self) -> float:
-        """The removed ratio that all tensors start from."""
-        return 0.0
-
     def options(self) -> dict[str, Any]:
         return {**super().options(), "target_sparsity": self._target}
 
@@ -122,13 +117,7 @@ class TensorMagnitudePruner(MagnitudeScores):
         return erdos_renyi(shapes, self.config.target_sparsity, kernels=self.config.init_strategy == "erk")
 
     def density_of(self, name: str, density: float) -> float:
-        if not self._each:
-            return density
-        first, last = self.first_sparsity, self._each[name]
-        if density == self.final_density():
-            return 1.0 - last
-        # All tensors are equally far on their way from the first ratio to their own.
-        return 1.0 - (first + (last - first) * (1.0 - density - first) / (self._target - first))
+        return 1.0 - self._each[name] if self._each else density
 
     def final_density(self) -> float:
         return 1.0 - self._target

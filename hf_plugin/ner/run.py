@@ -49,20 +49,8 @@ class NerRun(TaskRun):
             fits=self.fits,
         )
         length = usable_length(tokenizer, self.data.max_seq_length, tokenizer.num_special_tokens_to_add() + 1)
-        settings: dict[str, Any] = {"words": self.words, "length": length, "every_token": self.data.label_all_tokens}
         with training.main_process_first(desc="tokenising"):
-            self.parts = {
-                split: tokenised(
-                    self._numbered(part, split),
-                    functools.partial(encode, **settings),
-                    tokenizer,
-                    name=f"{self.data.task_name}-{split}",
-                    data=self.data,
-                    cache_dir=cache,
-                    key=(settings, self.labels),
-                )
-                for split, part in rows.items()
-            }
+            self.parts = {split: self._tokenised(part, split, tokenizer, length) for split, part in rows.items()}
         self.dataset = self.data.dataset_name or str(self.data.validation_file or self.data.train_file)
         self.trainer = self.build_trainer(
             model=model,
@@ -100,9 +88,40 @@ class NerRun(TaskRun):
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
 
+    def _tokenised(self, rows: Dataset, split: str, tokenizer: Any, length: int) -> Dataset:
+        """What the model reads of the rows; warns of words that it does not reach."""
+        # What is scored and written is one tag for each word.
+        every_token = self.data.label_all_tokens and split == "train"
+        settings: dict[str, Any] = {"words": self.words, "length": length, "every_token": every_token}
+        rows = self._numbered(rows, split)
+        made = tokenised(
+            rows,
+            functools.partial(encode, **settings),
+            tokenizer,
+            name=f"{self.data.task_name}-{split}",
+            data=self.data,
+            cache_dir=self.arguments.model.cache_dir,
+            key=(settings, self.labels),
+        )
+        pairs = zip(rows["numbers"], made["labels"]) if split != "train" else ()
+        cut = sum(len(numbers) > sum(label != NONE for label in labels) for numbers, labels in pairs)
+        if cut:
+            logger.warning(
+                "%d rows of %s have words without a tag, beyond --max_seq_length or without a token: they are not "
+                "scored, nor written",
+                cut,
+                split,
+            )
+        return made
+
     def _numbered(self, rows: Dataset, split: str) -> Dataset:
         """The rows with their words and the column ``numbers`` of labels; 0 where a test set has none."""
         words = rows[self.words][:]
+        for number, sentence in enumerate(words):
+            if not isinstance(sentence, list) or not all(isinstance(word, str) for word in sentence):
+                raise HeadPruningError(
+                    f'Row {number} of {split} has no list of words in {self.words}; give one, such as ["a", "b"].'
+                )
         if self.tags not in rows.column_names:
             return Dataset.from_dict({self.words: words, "numbers": [[0] * len(each) for each in words]})
         names, place = tag_names(rows, self.tags), {label: number for number, label in enumerate(self.labels)}

@@ -96,14 +96,16 @@ def word_starts(tokenizer: Any) -> np.ndarray:
     """
     vocabulary = tokenizer.get_vocab()
     starts = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
-    marks = [mark for mark in ("##", "\u0120", "\u2581") if any(token.startswith(mark) for token in vocabulary)]
-    if not marks:
+    # Some tokens of byte-level vocabularies begin with ## too: that of most tells.
+    marks = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in ("##", "\u0120", "\u2581")}
+    mark = max(marks, key=lambda each: marks[each])
+    if not marks[mark]:
         raise HeadPruningError(
             "--whole_word_mask needs a vocabulary that marks where words begin, which this tokenizer's does not; drop "
             "it."
         )
     for token, number in vocabulary.items():
-        starts[number] = token.startswith(marks[0]) != (marks[0] == "##")
+        starts[number] = token.startswith(mark) != (mark == "##")
     return starts
 
 

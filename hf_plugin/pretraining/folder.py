@@ -1,5 +1,6 @@
 """A folder of segment pairs: shards in Arrow's stream format, which are mapped into memory, and what they are of."""
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -81,16 +82,21 @@ def shard_names(about: dict[str, Any]) -> list[str]:
     return [shard_name(shard, about["shards"]) for shard in range(about["shards"])]
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Inside the block a shard is read; what goes wrong becomes a HeadPruningError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise HeadPruningError(f"{path} is damaged ({one_line(error):.200}); remove it and {_CURE}.") from error
+
+
 def open_pairs(folder: "str | Path", about: dict[str, Any]) -> Dataset:
     """All pairs, mapped into memory. Raises HeadPruningError for a damaged shard."""
     parts = []
     for name in shard_names(about):
-        try:
+        with _reading(Path(folder) / name):
             parts.append(Dataset.from_file(str(Path(folder) / name)))
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise HeadPruningError(
-                f"{Path(folder) / name} is damaged ({one_line(error):.200}); remove it and {_CURE}."
-            ) from error
         if parts[-1].column_names != SCHEMA.names:
             raise HeadPruningError(f"{Path(folder) / name} holds no segment pairs; remove it and {_CURE}.")
     return concatenate_datasets(parts)
@@ -98,12 +104,13 @@ def open_pairs(folder: "str | Path", about: dict[str, Any]) -> Dataset:
 
 def _batches(folder: Path, about: dict[str, Any]) -> Iterator[pa.RecordBatch]:
     for name in shard_names(about):
-        with pa.memory_map(str(folder / name)) as source, pa.ipc.open_stream(source) as stream:
+        path = folder / name
+        with _reading(path), pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
             yield from stream
 
 
 def statistics(folder: "str | Path", about: dict[str, Any]) -> dict[str, Any]:
-    """Counts of what the shards hold, read from them.
+    """Counts of what the shards hold, read from them. Raises HeadPruningError for a damaged one.
 
     Returns:
         ``pairs``, ``random_pairs``, ``tokens`` (special ones not counted), ``longest``, and ``lengths``: how many

@@ -105,6 +105,13 @@ class PretrainingRun(TaskRun):
         data, training = arguments.data, arguments.training
         if "test" in self.splits:
             raise HeadPruningError("There is nothing to predict in pretraining; drop --do_predict.")
+        if training.label_smoothing_factor:
+            raise HeadPruningError("The losses of pretraining smooth no labels; drop --label_smoothing_factor.")
+        if not 0 < data.mlm_probability <= 1 or not 0 <= data.validation_split_percentage < 100:
+            raise HeadPruningError(
+                f"--mlm_probability {data.mlm_probability:g} must be above 0 and at most 1, and "
+                f"--validation_split_percentage {data.validation_split_percentage:g} from 0 to below 100; correct it."
+            )
         about = read_about(data.data_dir)
         table = open_pairs(data.data_dir, about)
         self.dataset = f"segment pairs of {Path(data.data_dir).name}"

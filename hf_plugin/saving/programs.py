@@ -72,7 +72,14 @@ def _check(
     return difference
 
 
-def export_onnx(model: PreTrainedModel, example: Example, target: "str | Path", *, integers: bool = False) -> float:
+def export_onnx(
+    model: PreTrainedModel,
+    example: Example,
+    target: "str | Path",
+    *,
+    integers: bool = False,
+    openvino: bool = False,
+) -> float:
     """Write ``target``, an ONNX file with free batch and length, once onnxruntime has given the model's outputs.
 
     Args:
@@ -80,21 +87,22 @@ def export_onnx(model: PreTrainedModel, example: Example, target: "str | Path", 
         example: ``(batch, length)`` to inputs, see :class:`head_pruning.hosts.HostModel`.
         target: the file, written atomically.
         integers: whether layers are quantized (:mod:`head_pruning.quantization.engine.qdq`), whose roundings differ.
+        openvino: write OpenVINO's two files instead, and compare these.
 
     Returns:
-        The largest difference between the outputs of onnxruntime and of torch.
+        The largest difference between the outputs of the runtime and of torch.
 
     Raises:
         HeadPruningError: torch cannot export the model, the outputs differ, or a package is missing.
     """
-    target = Path(target)
-    check_onnx(model, target)
+    target, what = Path(target), "OpenVINO" if openvino else "ONNX"
+    check_onnx(model, target, openvino)
     inputs = dict(example(2, 16))
     outputs = _by_name(model, inputs)
-    with one_sentence(model, "ONNX"), torch.no_grad():
+    with one_sentence(model, what), torch.no_grad():
         names = list(outputs(**inputs))
-        check = functools.partial(_check, model, outputs, example, what="ONNX", integers=integers)
-        return write_onnx(outputs, inputs, _axes(inputs), names, target, check)
+        check = functools.partial(_check, model, outputs, example, what=what, integers=integers)
+        return write_onnx(outputs, inputs, _axes(inputs), names, target, check, openvino)
 
 
 def export_program(model: PreTrainedModel, example: Example, target: "str | Path") -> float:

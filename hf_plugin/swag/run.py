@@ -67,6 +67,10 @@ class SwagRun(TaskRun):
 
     @staticmethod
     def _checked(rows: Dataset, split: str) -> Dataset:
+        for column in COLUMNS[:-1]:
+            empty = next((number for number, text in enumerate(rows[column]) if not isinstance(text, str)), None)
+            if empty is not None:
+                raise HeadPruningError(f"Row {empty} of {split} has no text in {column}; give it one.")
         for number, label in enumerate(rows["label"]):
             if label not in range(len(ENDINGS)):
                 raise HeadPruningError(

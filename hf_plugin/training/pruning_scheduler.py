@@ -26,11 +26,11 @@ class PruningScheduler:
         self.session = session
         self._mine = {id(parameter) for parameter in session.model.parameters()}
         self._stepped: set[int] = set()  # the optimizers that have stepped in this update
+        session.before_update(session.step)
         self._hooks = [
             register_optimizer_step_pre_hook(self._before_optimizer),
             register_optimizer_step_post_hook(self._after_optimizer),
         ]
-        session.before_update(session.step)
 
     @property
     def _fixed(self) -> bool:
@@ -136,10 +136,10 @@ def pruning_scheduler_factory(
     """
     try:
         session = open_session(model, [build_pruner(model, read_config(config, **overrides))])
+        try:
+            return PruningScheduler(session)
+        except BaseException:
+            session.detach()
+            raise
     except HeadPruningError as error:
         raise HeadPruningError(as_arguments(str(error))) from error
-    try:
-        return PruningScheduler(session)
-    except BaseException:
-        session.detach()
-        raise

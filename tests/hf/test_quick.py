@@ -1,7 +1,9 @@
 """``make quick`` on a tiny model: what it prints is what it wrote."""
 
 import json
+import sys
 
+import pytest
 from transformers import AutoModel
 
 from head_pruning.report.runs import find_runs
@@ -26,3 +28,20 @@ def test_half_of_the_heads_go_and_both_models_are_left(tmp_path):
     assert rows["parameters"] == [f"{run.numbers['parameters']:,}" for run in (dense, pruned)]
     accuracy = json.loads((tmp_path / "out" / "pruned" / "all_results.json").read_text())
     assert accuracy["eval_samples"] == 12 and f"{100 * accuracy['eval_accuracy']:.1f}" in printed
+
+
+def test_data_that_are_none_end_in_a_sentence(tmp_path, monkeypatch):
+    def refused(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["quick", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *words])
+        with pytest.raises(SystemExit) as error:
+            quick.main()
+        return str(error.value)
+
+    assert refused("--test", "0") == "error: --train and --test must be 1 or more."
+    assert "holds no model/ and SST-2/" in refused()
+    write_model(tmp_path / "model")
+    (tmp_path / "SST-2").mkdir()
+    for content, words in (("", "has no sentence"), ("text\tlabel\na\t1\n", "there is no 'sentence'"),
+                           ("sentence\tlabel\na\n", "NoneType")):  # fmt: skip
+        (tmp_path / "SST-2" / "train.tsv").write_text(content)
+        assert words in (said := refused()) and said.endswith("give another --data.")

@@ -1,6 +1,7 @@
 """``python -m prepare.wikipedia`` on local corpora: what it writes, and that nothing depends on how."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +118,45 @@ def test_corpora_that_cannot_be_read(place, tmp_path, capsys):
         local_files(tmp_path)
     (tmp_path / "b.jsonl").unlink()
     assert local_files(tmp_path) == (tmp_path / "a.txt",)
+
+
+SENTENCES = "a b c. d e f. a c."
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", SENTENCES.encode() + b"\n\ncaf\xe9.", "a.txt cannot be read ('utf-8' codec"),
+    ("a.jsonl", json.dumps({"text": SENTENCES}).encode() + b"\n{bad\n", "a.jsonl cannot be read (JSON parse error"),
+    ("a.jsonl", b"[1]\n[2]\n", "a.jsonl cannot be read ("),
+    ("a.txt", b"", "The corpus has no sentence in it"),
+    ("a.txt", b" \n\n\t\n\n\n", "The corpus has no sentence in it"),
+    ("a.jsonl", b'{"text": null}\n{"text": null}\n', "The corpus has no sentence in it"),
+    ("a.txt", SENTENCES.encode(), "has one document, so none is another; give fewer --shards, and in text a blank"),
+])  # fmt: skip
+def test_files_that_hold_no_corpus(place, tmp_path, capsys, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    assert prepare(place, tmp_path / name, tmp_path / "out", "--shards=1", "--workers=1") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("prepare-wikipedia: error: ") and words in said
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_lines_of_windows_and_rows_without_text(place, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\r\n\r\n".join([b"a b c.\r\nd e."] * 3))
+    assert list(Corpus((tmp_path / "a.txt",)).documents(0, 1)) == ["a b c.\nd e."] * 3
+    (tmp_path / "a.jsonl").write_text('{"text": "a b c."}\n{"text": null}\n')
+    assert list(Corpus((tmp_path / "a.jsonl",)).documents(0, 1)) == ["a b c.", ""]
+
+
+def test_a_damaged_folder_is_not_counted(place, made, capsys):
+    damaged = place / "damaged"
+    shutil.copytree(made, damaged)
+    shard = next(damaged.glob("pairs-*"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    assert prepare(place, "text", "damaged", "--workers=1") == 1
+    assert f"{shard} is damaged" in capsys.readouterr().err
+    (damaged / "pairs.json").write_text("[]")
+    assert prepare(place, "text", "damaged", "--workers=1") == 1
+    assert "pairs.json is damaged" in capsys.readouterr().err
 
 
 def test_whole_files_are_shards_where_there_are_enough(place, tmp_path):

@@ -24,6 +24,7 @@ class QuantizedInput(nn.Module):
 
     Attributes:
         enabled: whether inputs are quantized, and the average moves.
+        seen: whether there is an average yet; before, it quantizes nothing.
     """
 
     low: torch.Tensor
@@ -36,7 +37,7 @@ class QuantizedInput(nn.Module):
     def __init__(self, per_token: Optional[nn.Module] = None) -> None:
         super().__init__()
         self.per_token = per_token
-        self.enabled = False
+        self.enabled = self.seen = False
         start = {
             "low": torch.tensor(math.inf),
             "high": torch.tensor(-math.inf),
@@ -52,9 +53,12 @@ class QuantizedInput(nn.Module):
         """``x`` as 8 bits can tell it; the gradient passes where they reach (straight-through)."""
         if not self.enabled:
             return x
+        observe = self.training and not _computed_again()
+        if observe:
+            self.seen = True
         if self.per_token is None:
-            return self._averaged(x, self.on if self.training else self.off).to(x.dtype)
-        if self.training:
+            return self._averaged(x, self.on if observe else self.off).to(x.dtype) if self.seen else x
+        if observe:
             with torch.no_grad():
                 self._averaged(x, self.on)
         return self.per_token(x)
@@ -73,6 +77,12 @@ class QuantizedInput(nn.Module):
     @torch.no_grad()
     def load(self, state: list[float]) -> None:
         """Restore :meth:`state`."""
-        low, high, scale, zero_point = state if state[2] else (math.inf, -math.inf, 0.0, 0.0)
+        self.seen = bool(state[2])
+        low, high, scale, zero_point = state if self.seen else (math.inf, -math.inf, 0.0, 0.0)
         for buffer, value in ((self.low, low), (self.high, high), (self.scale, scale), (self.zero_point, zero_point)):
             buffer.fill_(value)
+
+
+def _computed_again() -> bool:
+    """Whether this is the second time, within the backward pass, of what gradient checkpointing did not keep."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

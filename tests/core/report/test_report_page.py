@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -215,6 +216,52 @@ def test_folders_without_a_run(tmp_path):
     (tmp_path / "pruning.json").write_text('{"method": 3}')
     with pytest.raises(HeadPruningError, match="pruning.json is damaged"):
         find_runs([tmp_path])
+
+
+HOSTILE = ["_a", "$x^{$", "a|b`c``", "<script>alert(1)</script>", "two\nlines", "![x](y)"]
+
+
+def test_hostile_names_are_shown_as_they_are(tmp_path):
+    runs = [
+        Run(name, tmp_path, name, {"score": i, "heads_kept": i}, "eval_$s{$", {"no|te": name}, [f"a `{name}` | b"])
+        for i, name in enumerate(HOSTILE)
+    ]
+    write_page(runs, tmp_path / "r.html", "<b>$t$", tmp_path / "my r.md")
+    page = Page((tmp_path / "r.html").read_text())
+    assert len(page.all("script")) == 1 and not page.all("b") and "<script>alert(1)</script>" in page.text("th")
+    svg = (tmp_path / "my r-figures" / "1-heads.svg").read_text()
+    assert "_a, no|te _a -->" in svg and "$x^{$" in svg
+    text = (tmp_path / "my r.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(HOSTILE)
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {7}
+    assert r"\<script\>" in text and "](my%20r-figures/" in text
+    assert "````a `a\\|b`c``` \\| b````" in text and r"!\[x\](y)" in text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    odd = os.fsdecode(b"caf\xe9")
+    for place in (tmp_path / "a" / "out", tmp_path / "b" / "out", tmp_path / odd):
+        place.mkdir(parents=True)
+        (place / "all_results.json").write_text('{"eval_accuracy": 0.5, "eval_f1": 0.3}')
+    monkeypatch.chdir(tmp_path / "a")
+    runs = find_runs(["../a/out", "../b/out", f"../{odd}"])
+    assert [run.name for run in runs] == ["../a/out", "../b/out", "caf?"]
+    assert [run.name for run in find_runs(["."])] == ["a/out"]
+    write_page(runs, tmp_path / "r.html", "t")
+
+
+def test_the_score_that_is_asked_for(tmp_path):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "all_results.json").write_text('{"eval_accuracy": 0.5, "eval_f1": 0.3}')
+    cell = {"name": "x", "values": {}, "commands": [], "folder": "runs/x", "score_name": "eval_accuracy",
+            "numbers": {"score": 0.5}, "seconds": 1}  # fmt: skip
+    (tmp_path / "cells" / "x.json").write_text(json.dumps(cell))
+    for score, found in ((None, ("eval_accuracy", 0.5)), ("eval_f1", ("eval_f1", 0.3))):
+        assert [(run.score_name, run.score) for run in find_runs([tmp_path], score)] == [found]
+    with pytest.raises(HeadPruningError, match="No run has a finite eval_f2 in its all_results.json; name another"):
+        find_runs([tmp_path], "eval_f2")
 
 
 def many_runs(folder: Path, count: int) -> list[Run]:

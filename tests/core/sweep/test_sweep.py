@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from head_pruning.files import read_json
 from head_pruning.sweep.cell import Job, run_job
 from head_pruning.sweep.launchers import open_launcher
 from head_pruning.sweep.plan import Cell, read_plan
+from head_pruning.sweep.results import rows
 from head_pruning.sweep.runner import run_cells
 
 # Leaves what a run leaves; counts how often it ran; waits for a file, or fails, where it is told to.
@@ -102,11 +104,11 @@ def test_a_cell_starts_from_the_folder_of_another(here):
 @pytest.mark.parametrize("changes, words", [
     ({"grid": {"seed": []}}, "seed of its grid has no values"),
     ({"command": "python program.py"}, "has no {out}"),
-    ({"command": "x {out} {size}"}, "has a place for size"),
-    ({"command": "x {out} {seed[a=1]}"}, "only out takes"),
-    ({"command": "x {out} {out[method=sparse]}"}, "no cell with method=sparse"),
+    ({"command": "x {out} {size} {method}"}, "has a place for size"),
+    ({"command": "x {out} {seed[a=1]} {method}"}, "only out takes"),
+    ({"command": "x {out} {out[method=sparse]} {method}"}, "no cell with method=sparse"),
     ({"command": "x {out} {out[seed=1]} {method}"}, "starts from itself"),
-    ({"command": "x {out} {out[method=dense]} {seed}"}, "starts from itself"),
+    ({"command": "x {out} {out[method=dense]} {method}"}, "starts from itself"),
     ({"exclude": [{"method": "dense"}], "command": "x {out} {method} {heads}", "grid": {
         "heads": [1], "method": {"dense": "", "cut": "{out[method=dense]}"}}}, "which the plan leaves out"),
     ({"grid": {"a": {"from": 3, "to": 1}}}, "from 3 to 1"),
@@ -117,12 +119,27 @@ def test_a_cell_starts_from_the_folder_of_another(here):
     ({"score_pattern": "("}, "not one pattern"),
     ({"threads": 0}, "threads"),
     ({"treads": 1}, "it has treads, but there is only command, grid"),
+    ({"grid": {**PLAN["grid"], "sede": [1, 2]}}, "its grid has sede, but its command has no {sede}"),
+    ({"include": [{"method": "dense", "size": 3}]}, "its include has size, but"),
+    ({"include": [{"method": "dens", "seed": 3}]}, "its include has the method dens, of which its grid has no words"),
+    ({"exclude": [{"method": "dense"}, {"method": "dps", "seed": [1, 3]}]}, "excludes method=dps, seed=1 or 3, which"),
+    ({"search": {"heads": {"low": 1, "high": 2}, "x": {"low": 1, "high": 2}}}, "its search has x, but its command"),
+    ({"search": {"heads": {"low": 2, "high": 1}}}, "heads of its search goes from 2 to 1; the first must be lower"),
+    ({"search": {"heads": {"low": 0, "high": 1, "log": True}}}, "above 0 for log"),
+    ({"search": {"heads": {"low": 0.5, "high": 1, "whole": True}}}, "is whole, but goes from 0.5 to 1"),
+    ({"search": {"heads": {"low": 1, "high": 2}}, "aim": {"heads": 3}}, "its search looks for heads, which it"),
+    ({"search": {"heads": {"low": 1, "high": 2}}, "measure": ["heads"]}, "its search looks for score"),
+    ({"grid": {"a": ["x" * 201]}, "command": "x {out} {a}"}, "names that are too long"),
 ])  # fmt: skip
 def test_plans_that_cannot_be_run(here, changes, words):
     write_plan(**changes)
     with pytest.raises(HeadPruningError) as error:
         read_plan("plan.yaml").cells(Path("w"))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_cell_lies_inside_of_its_sweep(here):
+    assert names(grid={"a": [".."]}, command="x {out} {a}") == ["cell"]
 
 
 def test_numbers_are_read_as_python_reads_them(here):
@@ -226,6 +243,51 @@ def test_cells_that_were_measured_otherwise_are_not_mixed_in(here):
     assert ran() == ["seed1"]
 
 
+def test_cells_lack_nothing_that_is_measured_later(here):
+    write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}", measure=["score"])
+    main(["sweep", "plan.yaml"])
+    write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}", measure=["heads"])
+    with pytest.raises(SystemExit, match="seed1.json was measured without heads; delete it to run the cell again"):
+        main(["sweep", "plan.yaml"])
+
+
+def test_a_part_of_a_sweep_heeds_the_rest(here):
+    """A cell that others start from keeps its model, and they wait for it, although they are left out."""
+    method = {"dense": "9 {seed}", "cut": "5 {seed} {out[method=dense]}"}
+    write_plan(grid={"seed": [1], "method": method}, keep_models=False)
+    with pytest.raises(SystemExit, match="seed1-cut start from cells that were not measured; run those too"):
+        main(["sweep", "plan.yaml", "--only", "cut"])
+    assert ran() == []
+    Path("program.py").write_text(PROGRAM + "pathlib.Path(out, 'pytorch_model.bin').write_text('x')\n")
+    main(["sweep", "plan.yaml", "--only", "dense"])
+    main(["sweep", "plan.yaml", "--only", "cut"])
+    assert [path.parent.name for path in Path("plan-sweep").rglob("pytorch_model.bin")] == ["seed1-dense"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--jobs", "-1"], "--jobs is -1; give 0 or more"),
+    (["--threads", "0"], "--threads is 0; give 1 or more"),
+    (["--optuna", "0"], "--optuna is 0; give 1 or more"),
+    (["--only", "("], "--only is no regular expression"),
+    (["--optuna", "3", "--dry-run"], "--dry-run is about the cells of a grid, which --optuna has not"),
+    (["--optuna", "3", "--only", "a"], "--only is about"),
+    (["--optuna", "3", "--parquet"], "--parquet is about"),
+    (["show", "--optuna", "3"], "show is about"),
+])  # fmt: skip
+def test_flags_that_cannot_be(here, flags, words):
+    write_plan()
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        main(["sweep", *[flag for flag in flags if flag == "show"], "plan.yaml", *[f for f in flags if f != "show"]])
+    assert ran() == []
+
+
+def test_columns_of_the_plan_and_of_what_was_measured_stay_apart():
+    found = {"name": "a", "values": {"density": 0.1, "seed": 1}, "numbers": {"density": 0.105}, "score_name": "",
+             "seconds": 1, "commands": ["x"]}  # fmt: skip
+    (row,) = rows([found])
+    assert (row["plan_density"], row["density"], row["seed"]) == (0.1, 0.105, 1)
+
+
 def job(here, command: str, **options) -> Job:
     words = command.replace("OUT", "w/runs/c").split()
     return Job(Cell("c", {}, (tuple(words),)), here / "w", here, **options)
@@ -239,6 +301,8 @@ def test_what_is_measured(here):
         "choose another --out.")  # fmt: skip
     Path("w/cells/c.json").unlink()
     assert "has no number" in run_job(job(here, "true", score_pattern=pattern))["error"]
+    broken = run_job(job(here, "echo loss nan", score_pattern="loss (.*)"))["error"]
+    assert "is nan: its training came to nothing" in broken and read_json("w/failed/c.json")["error"] == broken
     assert "left neither all_results.json" in run_job(job(here, "true"))["error"]
     assert "no_such_program cannot be started" in run_job(job(here, "no_such_program"))["error"]
     error = run_job(job(here, "python program.py OUT 18 1", scores=("eval_f1",)))["error"]

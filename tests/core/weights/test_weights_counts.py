@@ -79,6 +79,28 @@ def test_blocks_and_patterns_remove_the_exact_count(rows, columns, target):
     assert int((model.weight == 0).sum()) == (of - keep) * rows * columns
 
 
+def test_a_sparsity_may_rise_at_once():
+    found = [gradual_sparsity(t, initial=0.1, final=0.5, begin=3, end=3) for t in range(6)]
+    assert found == [0.1] * 3 + [0.5] * 3
+
+
+def test_each_tensor_of_a_map_goes_its_own_way():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 7, bias=False), nn.Linear(7, 10, bias=False))
+    options = {"initial_sparsity": 0.3, "target_sparsity": 0.0, "threshold_decay": 0.0, "policy_begin_step": 0}
+    options |= {"weight_sparsity_map": '{"0": 0.1, "1": 0.8}', "policy_end_step": 4, "pruning_frequency": 1}
+    pruner = make_pruner("gradual_magnitude", weights_include="weight", **options, begin_pruning_step=0)
+    session = PruningSession(model, None, [pruner], total_steps=8).attach()
+    found = []
+    for step in range(6):
+        session.before_update(step)
+        session.before_step()
+        session.after_step()
+        found.append([int((layer.weight == 0).sum()) for layer in model])
+    shares = [1 - (1 - t / 4) ** 3 if t < 4 else 1.0 for t in range(6)]
+    assert found == [[int((0.3 - 0.2 * q) * 70 + 1e-9), int((0.3 + 0.5 * q) * 70 + 1e-9)] for q in shares]
+
+
 def test_the_first_mask_has_the_initial_count():
     torch.manual_seed(0)
     model = nn.Linear(20, 20, bias=False)

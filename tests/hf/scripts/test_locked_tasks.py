@@ -16,6 +16,8 @@ from head_pruning import HeadPruningError
 from head_pruning.weights import load_weight_masks
 from hf_plugin.command_line.arguments import parse
 from hf_plugin.ner.entities import entities, entity_scores
+from hf_plugin.ner.run import NONE, NerRun
+from hf_plugin.swag.run import COLUMNS
 from tests.few import few
 from tests.hf.script_runs import write_task
 from tests.hf.squad_files import WORDS, write_bert, write_squad
@@ -129,6 +131,21 @@ def test_tags_of_a_test_set_are_written_and_labels_are_the_models(here):
     assert again["eval_loss"] == pytest.approx(stored["eval_loss"], abs=1e-5)
 
 
+def test_a_word_is_scored_once_and_what_is_cut_off_is_told(here, caplog):
+    """With --label_all_tokens too, which is about training."""
+    row = json.dumps({"tokens": ["bar.", "bar", "bem"], "ner_tags": ["B-PER", "O", "O"]}) + "\n"
+    (here / "data" / "pieces.json").write_text(row)
+    flags = "--train_file data/pieces.json --validation_file data/pieces.json --label_all_tokens"
+    for length in ("16", "5"):
+        caplog.clear()
+        line = [*LINE, f"pieces{length}", *flags.split(), "--max_seq_length", length, "--eval_strategy", "no"]
+        parts = NerRun(parse(line, "run_ner")).parts
+        labels = {split: [label for label in part["labels"][0] if label != NONE] for split, part in parts.items()}
+        found = [len(labels["train"]), len(labels["validation"])]
+        assert found == ([4, 3] if length == "16" else [3, 2])
+        assert ("1 rows of validation have words without a tag" in caplog.text) == (length == "5")
+
+
 @pytest.mark.parametrize("task, flags, sentence", [
     ("tokens", "--validation_file data/none.json", "There is no file data/none.json; correct its name"),
     ("tokens", "--train_file data/squad", "data/squad ends in none of .json, .jsonl, .csv, .parquet"),
@@ -139,12 +156,18 @@ def test_tags_of_a_test_set_are_written_and_labels_are_the_models(here):
     ("choice", "--train_file data/train.json", "train.json has no column sent1; it has tokens, ner_tags"),
     ("choice", "--do_predict", "run_swag.py has no test set, as SWAG's has no labels; drop --do_predict"),
     ("choice", "--train_file data/five.csv", "Row 0 of train has the label 5, which should be one of 0, 1, 2, 3"),
+    ("choice", "--train_file data/gap.csv", "Row 1 of train has no text in ending2; give it one"),
+    ("tokens", "--train_file data/null.json", "Row 1 of train has no list of words in tokens; give one"),
+    ("tokens", "--train_file data/word.json", "Row 0 of train has no list of words in tokens; give one"),
 ])  # fmt: skip
 def test_mistakes_end_in_a_sentence(here, task, flags, sentence):
     for name, rows in (("odd", [["B-ORG", "O"]]), ("short", [["O", "O"], ["O"]])):
         lines = [json.dumps({"tokens": ["bar", "bem"], "ner_tags": tags}) for tags in rows]
         (here / "data" / f"{name}.json").write_text("\n".join(lines) + "\n")
     (here / "data" / "five.csv").write_text("sent1,sent2,ending0,ending1,ending2,ending3,label\na,b,c,d,e,f,5\n")
+    (here / "data" / "gap.csv").write_text(f"{','.join(COLUMNS)}\na,b,c,d,e,f,1\na,b,c,d,,f,1\n")
+    (here / "data" / "null.json").write_text(f'{lines[0]}\n{{"tokens": null, "ner_tags": []}}\n')
+    (here / "data" / "word.json").write_text('{"tokens": ["bar", null], "ner_tags": ["O", "O"]}\n')
     with pytest.raises(HeadPruningError, match=sentence):
         run(task, f"mistake-{abs(hash(flags))}", *flags.split())
 

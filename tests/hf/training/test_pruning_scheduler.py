@@ -383,6 +383,12 @@ def test_er_and_erk_of_a_configuration_are_the_recorded_ones(pruneofa):
         scheduler.remove_pruning()
 
 
+def test_what_a_configuration_of_fixed_masks_cannot_use():
+    config = {"scheduler": "one_shot", "pruning_fn": "pattern_lock", "init_strategy": "er"}
+    with pytest.raises(HeadPruningError, match="pattern_lock has no ratios for an init_strategy to allot; drop it"):
+        pruning_scheduler_factory(tiny_bert(), config)
+
+
 @pytest.mark.parametrize("change, sentence", [
     ({"freqency": 3}, "has the unknown key 'freqency'; it takes scheduler, pruning_fn"),
     ({"pruning_fn": "magnitude"}, "the pruning_fn 'magnitude'; choose one of unstructured_magnitude, uniform"),
@@ -400,6 +406,10 @@ def test_er_and_erk_of_a_configuration_are_the_recorded_ones(pruneofa):
     ({"weight_sparsity_map": {"pool": {"threshold_decay": 0.1}}}, "between them only target_sparsity may differ"),
     ({"explicit_prune": {"pooler.dense": {"name": "wait"}}}, "for bert.pooler.dense.wait, which the model has not"),
     ({"explicit_prune": {"word_embed": {"name": "weight"}}}, "word_embeddings.weight, which is never pruned"),
+    ({"weight_sparsity_map": {"polar": {}}}, "'polar' of weight_sparsity_map fits no pruned module; correct it"),
+    ({"explicit_prune": {"polar": {"name": "weight"}}}, "'polar' of explicit_prune fits no pruned module"),
+    ({"policy_begin_step": 9}, "policy_begin_step 9 comes after policy_end_step 6, so it never acts"),
+    ({"begin_pruning_step": 9, "end_pruning_step": 5}, "begin_pruning_step 9 comes after end_pruning_step 5"),
     ({"init_strategy": "erdos"}, "init_strategy is 'erdos'; choose one of uniform, er, erk"),
     ({"pruning_fn": "uniform_magnitude", "pruning_fn_default_kwargs": {"target_sparsity": 0.2, "block_size": 4}},
      "0.2 of each block of 4 are 0 weights, rounded down; choose another block_size"),

@@ -93,6 +93,7 @@ def test_zeros_stay_zeros_and_are_counted_as_stored(trained, name):
         value = parameters[tensor]
         integers = getattr(value, "qdata", value)
         assert mask[:, 1::3].all() and not mask[:, ::3].any() and not integers[~mask].any(), tensor
+        assert not trainer.session.model.get_parameter(tensor)[~mask].any(), tensor  # before they were rounded
         kept += int(torch.count_nonzero(integers))
     report = json.loads((folder / "pruning.json").read_text())["weights"]
     assert report["weights_kept"] == kept and kept < sum(int(mask.sum()) for mask in names.values())
@@ -179,6 +180,26 @@ def test_the_onnx_file_computes_with_integers_as_the_model_did(trained, onnx_fil
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
     sure = (expected[:, 0] - expected[:, 1]).abs() > 2e-3
     assert torch.equal(found.argmax(-1)[sure], expected.argmax(-1)[sure]) and sure.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more, limit", [((), 1e-4), (("--int8",), 5e-3)])
+def test_openvino_files_compute_what_they_are_told_to(trained, tmp_path, capsys, more, limit):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("onnxscript", reason="needs onnx")
+    with pytest.raises(SystemExit, match=r"two files, .xml and .bin; name the first, model.xml"):
+        main(["export", str(trained["whole"][0]), str(tmp_path / "model.onnx"), "--to", "openvino", *more])
+    main(["export", str(trained["whole"][0]), str(tmp_path / "model.xml"), "--to", "openvino", *more])
+    assert float(capsys.readouterr().out.partition("OpenVINO and torch ")[2]) < limit
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    batch = collate(sentences(5, seed=5))
+    batch.pop("labels")
+    model = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    names = {name for each in model.inputs for name in each.names}
+    found = model({name: value.numpy() for name, value in batch.items() if name in names})["logits"]
+    with torch.no_grad():
+        expected = trained["whole"][1].session.model.eval()(**batch).logits
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=2e-2)
 
 
 def test_files_without_zeros(trained, tmp_path, capsys):
