@@ -354,7 +354,7 @@ def test_slurm_through_submitit(here):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, package, options", [
-    ("slurm", "submitit", ["cluster=local"]), ("ray", "ray", ["address=local", "num_cpus=2", "include_dashboard=false"]),
+    ("slurm", "submitit", ["cluster=local"]), ("ray", "ray", ["address=local", "num_cpus=2"]),
 ])  # fmt: skip
 def test_an_end_ends_what_runs_elsewhere(here, launcher, package, options):
     pytest.importorskip(package, reason=f"{package} is not installed")
