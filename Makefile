@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 DOCS := .venv-docs
+DIST := .venv-dist
 MUTANTS := .mutants
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
@@ -17,7 +18,7 @@ PIP := $(BIN)/python $(INSTALL)
 # Optimising what fairseq compiles against torch's headers takes minutes, and its fast loops of Python say -O3 themselves.
 FAST_BUILD := CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0"
 
-.PHONY: setup quick demo demo-hf test test-slow test-oldest test-fuzz test-kill test-mutants docs lint types format clean
+.PHONY: setup quick demo demo-hf test test-slow test-oldest test-fuzz test-kill test-mutants docs dist lint types format clean
 
 setup: $(STAMP)
 
@@ -90,6 +91,18 @@ $(DOCS)/.set-up: requirements/docs.txt
 		$(REQUIREMENTS:%=-c %)
 	touch $@
 
+# The wheel and the source distribution, in dist/, with what an index would refuse.
+dist: $(DIST)/.set-up
+	rm -rf dist
+	$(DIST)/bin/python -m build --no-isolation
+	$(DIST)/bin/twine check --strict dist/*
+
+$(DIST)/.set-up: requirements/dist.txt
+	test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python $(INSTALL) -r requirements/dist.txt setuptools wheel packaging \
+		$(REQUIREMENTS:%=-c %) -c requirements/docs.txt
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -102,4 +115,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DOCS) $(MUTANTS) .mypy_cache build site *.egg-info demo-output demo-hf-output quick-output
+	rm -rf $(VENV) $(OLDEST) $(DOCS) $(DIST) $(MUTANTS) dist .mypy_cache build site *.egg-info demo-output demo-hf-output quick-output

@@ -57,6 +57,11 @@ class Task:
     samples: Optional[int] = None  # the first so many of the training set
     length: int = 64
 
+    @property
+    def scored(self) -> str:
+        """What the score is, for tables and plots."""
+        return f"{self.metric} x 100"
+
 
 TASKS = {
     "CoLA": Task("CoLA", "matthews_correlation", 4),
@@ -186,8 +191,9 @@ class Bench:
         return rows
 
     def data_flags(self, cell: Cell) -> list[str]:
-        """The flags that name a cell's data."""
-        return ["--task_name", cell.task, "--data_dir", str(self.data / cell.task)]
+        """The flags that name a cell's data, and how much of an example is read."""
+        length = ["--max_seq_length", str(self.tasks[cell.task].length)]
+        return ["--task_name", cell.task, "--data_dir", str(self.data / cell.task), *length]
 
     def call(self, cell: Cell, arguments: list[str]) -> Path:
         """Run one of the scripts; its output goes to a log."""
@@ -195,8 +201,7 @@ class Bench:
         log.parent.mkdir(parents=True, exist_ok=True)
         common = [
             *("-m", f"hf_plugin.{cell.script}", *self.data_flags(cell), "--output_dir", str(out)),
-            *("--max_seq_length", str(self.tasks[cell.task].length), "--seed", str(cell.seed)),
-            *("--cache_dir", str(self.work / "cache")),
+            *("--seed", str(cell.seed), "--cache_dir", str(self.work / "cache")),
         ]
         with log.open("w") as stream:
             done = subprocess.run(

@@ -79,7 +79,7 @@ class GppBench(SpdBench):
         """The mask of the heads and units of the teacher that its loss feels most."""
         folder = self.work / "masks" / cell.name
         words = [*self.data_flags(cell), *("--model_name_or_path", str(self.work / "runs" / cell.dense.name))]
-        words += ["--max_seq_length", str(self.tasks[cell.task].length), "--cache_dir", str(self.work / "cache")]
+        words += ["--cache_dir", str(self.work / "cache")]
         words += ["--output_dir", str(folder), "--prune_units", "both", "--seed", str(cell.seed), "--no_cuda"]
         run = MichelRun(parse_michel([*words, "--max_train_samples", str(MICHEL_EXAMPLES)]))
         assert cell.keep is not None

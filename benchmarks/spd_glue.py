@@ -153,6 +153,7 @@ class Page:
         shown: rows of one method, task and percentage, of several seeds, as text.
         about: tasks that have rows to a paragraph.
         cells: how many trainings there are in all.
+        data: the command's arguments after the model.
     """
 
     name: str
@@ -163,11 +164,12 @@ class Page:
     shown: Callable[[list[dict]], str]
     about: Callable[[set[str]], str]
     cells: int
+    data: str = "GLUE"
 
 
 def write_results(page: Page, rows: list[dict], folder: Path) -> None:
     """Write the JSON, the tables and the plots."""
-    command = f"python -m benchmarks.{page.name} MODEL GLUE --work DIR"
+    command = f"python -m benchmarks.{page.name} MODEL {page.data} --work DIR"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{page.name}.json", {"command": command, "rows": rows})
     about = f"{page.about({row['task'] for row in rows})} {len(rows)} of {page.cells} trainings have been measured."
@@ -184,7 +186,7 @@ def write_results(page: Page, rows: list[dict], folder: Path) -> None:
             (method, *(page.shown(line[p]) if p in line else "" for p in page.percents))
             for method, line in table.items()
         ]
-        title = f"{task.name}, {task.metric} x 100" + (f"; teacher {shown(dense)}" if dense else "")
+        title = f"{task.name}, {task.scored}" + (f"; teacher {shown(dense)}" if dense else "")
         heads = ("method", *(f"{p} {page.unit}" for p in page.percents))
         parts += [f"## {title}", "", markdown_table(heads, body), ""]
         if dense:
@@ -193,7 +195,7 @@ def write_results(page: Page, rows: list[dict], folder: Path) -> None:
                 {m: [(p, statistics.mean(v)) for p, v in line] for m, line in lines.items()},
                 folder / f"{page.name}-{task.name}.png",
                 dense=("teacher", statistics.mean(dense)),
-                score=f"{task.name} {task.metric} x 100",
+                score=f"{task.name} {task.scored}",
                 total=100,
                 spread={m: [(p, min(v), max(v)) for p, v in line if len(v) > 1] for m, line in lines.items()},
                 unit=page.unit,

@@ -56,6 +56,11 @@ def cells(updates: int) -> list[Cell]:
     def ste(k: int) -> Cell:
         return Cell(f"ste-{k}", "STE", ("--num-of-heads", str(k), "--joint-pruning", "--use-ste"))
 
+    def sensitivity(k: int) -> Cell:
+        options = ("--num-of-heads", str(k), "--joint-pruning", "--pruner", "head_sensitivity")
+        spread = ("--count-schedule", "0:0.1", "--min-heads-per-kind", "1", "--site-discount", "2")
+        return Cell(f"sensitivity-{k}", "head_sensitivity, early and spread", (*options, *spread))
+
     def pipelined(k: int) -> Cell:
         options = ("--num-of-heads", str(k), *anneal, "--cooldown-steps", str(round(short / 1.3)))
         return Cell(f"pipelined-{k}", "pipelined DSP", options, after="dense", updates=short)
@@ -80,7 +85,7 @@ def cells(updates: int) -> list[Cell]:
             ("--num-of-heads", "4", "--joint-pruning", "--annealing", "--initial-temperature", "1")
             + ("--final-temperature", "1e-4", "--cooldown-steps", "0.5"),
         ),
-        *(random(18), voita(30), voita(10)),
+        *(random(18), voita(30), voita(10), sensitivity(4), sensitivity(9)),
     ]
 
 

@@ -66,13 +66,18 @@ class WeightBench(Bench):
         super().__init__(model, glue, work, threads)
         self.squad = squad
 
+    @property
+    def squad_train(self) -> Path:
+        """The training file."""
+        return next(iter(sorted(self.squad.glob("train*-v1.1.json"))), self.squad / "train-v1.1.json")
+
     def data_flags(self, cell: Cell) -> list[str]:
-        """The flags that name a cell's data."""
+        """The flags that name a cell's data, and how much of an example is read."""
         if cell.task != "SQuAD":
             return super().data_flags(cell)
-        train = next(iter(sorted(self.squad.glob("train*-v1.1.json"))), self.squad / "train-v1.1.json")
-        files = ["--data_dir", str(self.squad), "--train_file", train.name]
-        return [*files, "--doc_stride", "96", "--max_eval_samples", str(SQUAD_EXAMPLES)]
+        files = ["--data_dir", str(self.squad), "--train_file", self.squad_train.name]
+        length = ["--max_seq_length", str(self.tasks[cell.task].length), "--doc_stride", "96"]
+        return [*files, *length, "--max_eval_samples", str(SQUAD_EXAMPLES)]
 
     def train(self, cell: Cell) -> dict:
         """Train and score on the validation set."""

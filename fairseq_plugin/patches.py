@@ -292,7 +292,9 @@ def load_pruned_training(original, self, filename, *args, **kwargs):
     if keeper is not None:
         keeper.coming = stored.weights
     history = checkpoint.get("optimizer_history") or [{}]
-    self.head_pruning_built_for = 0 if reset else max(0, history[-1].get("num_updates", 0) - 1)
+    # A run that starts anew gets its optimizer here, before its data say how long training is.
+    late = reset and session is not None and session.steers_host
+    self.head_pruning_built_for = None if late else 0 if reset else max(0, history[-1].get("num_updates", 0) - 1)
     extra_state = original(self, filename, *args, **kwargs)
     if extra_state is not None:
         extra_state.pop(KEY, None)
@@ -334,18 +336,21 @@ def build_for_phase(original, self):
     if session is None or not session.steers_host:
         return original(self)
     step = getattr(self, "head_pruning_built_for", 0)
+    session.warmup_steps = linear_warmup(self.cfg)
+    if step is None:  # that of the first update; begin_phase() makes up for the schedule
+        return original(self)
     session.enter_phase(step)
     original(self)
-    session.warmup_steps = linear_warmup(self.cfg)
     restart_schedule(self, *session.schedule_span(step))
 
 
 def begin_phase(original, self, *args, **kwargs):
     """Where a phase begins the trainer builds its learning-rate schedule, and mostly its optimizer, anew."""
     session, step = getattr(self.task, "session", None), self.get_num_updates()
-    if session is not None and session.enter_phase(step):
+    entered = session is not None and session.enter_phase(step)
+    if session is not None and (entered or getattr(self, "head_pruning_built_for", 0) is None):
         old, self.head_pruning_built_for = self.optimizer, step
-        if session.keeps_optimizer:
+        if session.keeps_optimizer or not entered:
             restart_schedule(self, *session.schedule_span(step))
         else:
             self.reinitialize()

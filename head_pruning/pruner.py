@@ -140,6 +140,9 @@ class Pruner:
         """Leave the model as it was."""
         self.session = None  # type: ignore[assignment]
 
+    def follow(self) -> None:
+        """Other parameters may stand in the model's places: a host made shards of them."""
+
     # -- an update ---------------------------------------------------------------------------------------------------
 
     def enter_phase(self, phase: int) -> None:
@@ -240,6 +243,10 @@ class Pruner:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Restore :meth:`state_dict`."""
+
+    def tensor_names(self) -> list[str]:
+        """The names in :meth:`tensor_state`."""
+        return list(self.tensor_state())
 
     def tensor_state(self) -> dict[str, torch.Tensor]:
         """What of the state is as large as the model; tensors may be the live ones, so write them at once."""

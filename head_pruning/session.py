@@ -163,6 +163,7 @@ class PruningSession:
         self._attached: list[Pruner] = []
         self._at_detach: list[Callable[[], Any]] = []
         self._head_weights: Optional[HeadWeights] = None
+        self._masks: Optional[dict[str, torch.Tensor]] = None
 
     # -- life cycle ----------------------------------------------------------------------------------------------
 
@@ -202,6 +203,16 @@ class PruningSession:
         self._started = self._stepping = self.hardened = False
         self._phases = [0] * len(self.pruners)
         return self
+
+    def follow(self) -> None:
+        """Look the model's parameters up anew: the host put others, shards of them (FSDP2), in their places.
+
+        Raises:
+            HeadPruningError: a pruner cannot work with these.
+        """
+        self._head_weights = None
+        for pruner in self.pruners:
+            pruner.follow()
 
     def enter_phase(self, step: int) -> bool:
         """Whether update ``step`` is of another phase than the one entered last (at first: 0); pruners are told.
@@ -372,6 +383,15 @@ class PruningSession:
                 stack.enter_context(pruner.stored())
             yield
 
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside the block :meth:`weight_masks` asks no other rank; all that hold shards of the weights enter it."""
+        self._masks = self.weight_masks()
+        try:
+            yield
+        finally:
+            self._masks = None
+
     def save_beside(self, folder: "str | Path") -> None:
         """Write into the folder of the stored outcome what goes with it."""
         for pruner in self.pruners:
@@ -409,13 +429,19 @@ class PruningSession:
                 f"{', '.join(others)} cannot change them in the same run; add --joint-pruning (joint_pruning=True), "
                 "or do one after the other."
             )
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trainable = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         if not trainable:
             raise HeadPruningError("All parameters of the model are frozen; leave at least one trainable.")
-        spare = min(reversed(trainable), key=lambda parameter: parameter.numel())
-        for parameter in trainable:
+        spare = min(reversed(trainable.values()), key=lambda parameter: parameter.numel())
+        for parameter in trainable.values():
             parameter.requires_grad_(parameter is spare)
-        self.on_detach(lambda: [parameter.requires_grad_(True) for parameter in trainable])
+
+        def thaw() -> None:
+            now = dict(self.model.named_parameters())  # a host may have put others in their places
+            for name, parameter in trainable.items():
+                now.get(name, parameter).requires_grad_(True)
+
+        self.on_detach(thaw)
 
     def on_detach(self, undo: Callable[[], Any]) -> None:
         """Have :meth:`detach` call ``undo``: for what a host changed to make the gates run."""
@@ -469,7 +495,12 @@ class PruningSession:
         )
 
     def weight_masks(self) -> dict[str, torch.Tensor]:
-        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask."""
+        """Parameter name to ``bool`` mask (true: stays) on the CPU; empty before the first mask.
+
+        Where weights are sharded, all ranks must call it.
+        """
+        if self._masks is not None:
+            return self._masks
         return {name: mask for pruner in self.pruners for name, mask in pruner.weight_masks().items()}
 
     def head_mask(self) -> Optional[HeadMask]:
@@ -543,11 +574,13 @@ class PruningSession:
                 prunes = pruner.kind in ("heads", "units", "weights")
                 kept = f" with exactly the {pruner.kind} that are kept" if prunes else " as it is now"
                 cure = f"; lower {pruner.schedule_option}" if pruner.schedule_option else ""
+                if cure and not cure.endswith("_epochs"):
+                    cure += " (a value below 1 is a fraction of training)"
                 logger.warning(
                     "training ended before the schedule of %s did: the model was never trained%s%s",
                     pruner.name,
                     kept,
-                    f"{cure} (a value below 1 is a fraction of training)" if cure else "",
+                    cure,
                 )
 
     def penalty(self) -> float:
@@ -613,10 +646,15 @@ class PruningSession:
                     "resume from another checkpoint."
                 ) from error
 
+    def tensor_names(self) -> list[str]:
+        """The names in :meth:`tensor_state`, of which no other rank is asked."""
+        return [f"{pruner.name}.{key}" for pruner in self.pruners for key in pruner.tensor_names()]
+
     def tensor_state(self) -> dict[str, torch.Tensor]:
         """The part of the state that is as large as the model, for a file of the checkpoint (safetensors).
 
         The tensors may be the live ones: write them before the next update. A run without weight pruners has none.
+        Where weights are sharded, all ranks must call it, and the first of them gets whole tensors.
         """
         return {
             f"{pruner.name}.{key}": tensor for pruner in self.pruners for key, tensor in pruner.tensor_state().items()

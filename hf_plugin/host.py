@@ -21,7 +21,7 @@ from head_pruning.compact.shapes import Either
 from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, REPORT_FILE, read_json, temporary_folder
 from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_heads
-from head_pruning.inference.programs import program_formats
+from head_pruning.inference.programs import cut_for_runtimes, program_formats
 from head_pruning.pickled import load_pickled
 from head_pruning.quantization.engine.files import read_ranges
 from head_pruning.quantization.engine.linears import quantized_linears
@@ -320,7 +320,7 @@ def export_int8(kind: str, source: Path, target: Path, mask: Optional[HeadMask] 
     """
     ranges = read_ranges(source)
     loaded = load(source, mask)
-    words, number = cut_out(loaded), to_qdq(loaded.model, ranges["inputs"] if ranges else {})
+    words, number = cut_for_runtimes(loaded), to_qdq(loaded.model, ranges["inputs"] if ranges else {})
     openvino = kind == "openvino"
     difference = export_onnx(loaded.model, loaded.example, target, integers=True, openvino=openvino)
     return (

@@ -24,6 +24,7 @@ from tests.documents import PAGES, ROOT, blocks, commands, prose, read, register
 NOT_RUN = {
     "pip install": "changes the environment; test_wheel.py installs the package",
     "make": "sets up an environment; only its targets are looked up",
+    "torchrun": "starts a process for each GPU; test_two_ranks.py runs two without one",
 }
 
 

@@ -1,14 +1,50 @@
-"""The wheel carries a user-dir that fairseq can use from anywhere."""
+"""The wheel carries a user-dir that fairseq can use from anywhere; what it needs is in its metadata."""
 
+import ast
+import importlib.metadata
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _imported(package: str) -> set[str]:
+    """What the package's modules import when they are imported, but for Python's own and the project's."""
+    found = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found.update(name.partition(".")[0] for name in names)
+    return found - sys.stdlib_module_names - {"head_pruning", "hf_plugin", "fairseq_plugin", "prepare"}
+
+
+def _needed(lines: list[str]) -> set[str]:
+    needs = map(Requirement, lines)
+    return {canonicalize_name(n.name) for n in needs if n.marker is None or n.marker.evaluate({"extra": ""})}
+
+
+@pytest.mark.parametrize(
+    "package, extra",
+    [("head_pruning", ""), ("hf_plugin", "hf"), ("fairseq_plugin", "fairseq"), ("prepare", "fairseq")],
+)
+def test_an_extra_names_all_that_its_package_imports(package, extra, monkeypatch):
+    told = {}
+    monkeypatch.setattr(setuptools, "setup", told.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    named = _needed([*told["install_requires"], *(told["extras_require"][extra] if extra else ())])
+    brought = named.union(*(_needed(importlib.metadata.requires(name) or []) for name in named))
+    whose = importlib.metadata.packages_distributions()
+    assert all({canonicalize_name(each) for each in whose[name]} & brought for name in _imported(package))
 
 
 @pytest.mark.slow

@@ -8,20 +8,25 @@ from head_pruning import HeadPruningError, PruningSession
 
 from .stored import PruningState
 
-_UNTESTED = ("fully_sharded", "slowmo", "slow_mo")
+_APART = ("slowmo", "slow_mo")
 
 
 def refuse_hosts(session: PruningSession, options: Any) -> None:
     """Raise HeadPruningError where ranks do not hold the same whole weights and gradients at every update.
 
-    Pruners of heads, whose gates are their own, do not mind.
+    Pruners of heads, whose gates are their own, mind only sharded models, which no checkpoint here is made of.
     """
     backend = str(getattr(options, "ddp_backend", ""))
+    if backend == "fully_sharded":
+        raise HeadPruningError(
+            "Models are not pruned with --ddp-backend fully_sharded: no rank holds whole weights there; use "
+            "--ddp-backend pytorch_ddp or legacy_ddp."
+        )
     alone = not session.steers_host and not session.changes_loss
     if alone and len(session.of_kind("heads")) == len(session.pruners):
         return
-    if backend in _UNTESTED or getattr(options, "use_bmuf", False):
-        named = f"--ddp-backend {backend}" if backend in _UNTESTED else "--use-bmuf"
+    if backend in _APART or getattr(options, "use_bmuf", False):
+        named = f"--ddp-backend {backend}" if backend in _APART else "--use-bmuf"
         raise HeadPruningError(
             f"Weights are not pruned with {named}, nor models distilled: ranks do not hold the same whole weights at "
             "every update there; use --ddp-backend pytorch_ddp or legacy_ddp, or prune heads only."

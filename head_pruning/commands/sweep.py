@@ -143,6 +143,7 @@ def _search(args: argparse.Namespace, plan: Plan, work: Path) -> None:
             plan,
             args.optuna,
             job_of=job_of,
+            proposed=work / "proposed",
             finished=done,
             run=launch,
             jobs=jobs_at_a_time,

@@ -39,7 +39,7 @@ class DfdDistiller(LogitsDistiller):
     """Adds what the student's fused hidden states lack of its teacher's to the task loss.
 
     ``distill_task * (|task - b| + b) + distill_hidden * fused``, with flooding at the level b. The logits are compared
-    too where ``distill_logits`` says so.
+    too where ``distill_logits`` says so. For ``distill_layers`` state 0 is what comes out of a stack's first layer.
     """
 
     name = "dfd"

@@ -57,7 +57,7 @@ def mean_square(mine: torch.Tensor, theirs: torch.Tensor, mask: Optional[torch.T
     if mask is None:
         return torch.nn.functional.mse_loss(_wide(mine), _wide(theirs))
     # Elements per element of the mask, which has as many dimensions.
-    repeated = mine.numel() // mask.expand(*mask.shape).numel()
+    repeated = mine.numel() // mask.numel()
     far = (_wide(mine) - _wide(theirs)) * mask
     return torch.dot(far.flatten(), far.flatten()) / (mask.sum() * repeated).clamp(min=1)
 

@@ -163,6 +163,7 @@ class SpdPruner(Distiller):
         layers = session.unit_map.layers
         try:
             super().attach(session)
+            self._check_numbers(session)
             theirs = () if self.teacher.unit_map is None else self.teacher.unit_map.layers
             self._grafts = Grafts(session.model, self.teacher.model, layers, theirs)
         except BaseException:
@@ -170,6 +171,15 @@ class SpdPruner(Distiller):
             raise
         self.drawn = np.ones(len(layers), dtype=bool)
         self.step = 0
+
+    def _check_numbers(self, session: SessionView) -> None:
+        """Raise unless the teacher's layers compute with numbers of the student's type."""
+        mine = next(session.model.parameters()).dtype
+        if self.teacher.dtype not in (None, mine):
+            raise HeadPruningError(
+                "The teacher's layers stand in for the student's in SPD, whose numbers are "
+                f"{str(mine).removeprefix('torch.')}; drop --teacher-dtype {self.config.teacher_dtype}."
+            )
 
     @property
     def grafts(self) -> Grafts:

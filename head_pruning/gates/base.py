@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Callable, Optional
 
 import numpy as np
 
@@ -162,6 +162,28 @@ class HeadPruner(Pruner):
         self.final = self.keep()
         self.session.gates.set_fixed(self.final)
 
+    def final_state(self) -> dict[str, np.ndarray]:
+        """The entry of :meth:`state_dict` that tells the outcome; empty where it is not fixed yet."""
+        return {"final": np.array([] if self.final is None else self.final, dtype=float)}
+
+    def load_final(self, state: dict[str, np.ndarray], evaluation: Callable[[], np.ndarray]) -> None:
+        """Restore :meth:`final_state` and set the gates; where nothing is fixed, those of ``evaluation()``.
+
+        Raises:
+            HeadPruningError: the outcome keeps another number of heads than this run's options say.
+        """
+        self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
+        if self.final is None:
+            self.session.gates.set_evaluation(evaluation())
+            return
+        kept, asked = int(self.final.sum()), None if self.rounds is None else len(self.rounds.supports)
+        if asked not in (None, kept):
+            raise HeadPruningError(
+                f"The checkpoint has settled on {kept} heads, and this run's options give {asked}; resume with the "
+                "options that the run was started with, or start anew from its weights."
+            )
+        self.session.gates.set_fixed(self.final)
+
 
 class HeadGatePruner(HeadPruner):
     """A method that learns one logit per head.
@@ -297,6 +319,11 @@ class HeadGatePruner(HeadPruner):
         self.adam = GateAdam(self.logits.size, self.adam.betas, weight_decay=self.adam.weight_decay)
         self.clipped_steps = self.skipped_steps = 0
 
+    def harden(self) -> None:
+        super().harden()
+        assert self.final is not None
+        self.drawn, self.gradient_norm = self.final.astype(np.float64), 0.0  # for the log: nothing is drawn any more
+
     def _set_evaluation(self) -> None:
         self.session.gates.set_evaluation(self.evaluation_gates())
 
@@ -318,10 +345,9 @@ class HeadGatePruner(HeadPruner):
         return self.top_k(self.logits)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        state = {"logits": self.logits.copy(), "counts": np.array([self.clipped_steps, self.skipped_steps], float)}
-        state["final"] = np.array([] if self.final is None else self.final, dtype=float)
-        state.update({f"adam.{name}": value for name, value in self.adam.state_dict().items()})
-        return state
+        counts = np.array([self.clipped_steps, self.skipped_steps], float)
+        adam = {f"adam.{name}": value for name, value in self.adam.state_dict().items()}
+        return {"logits": self.logits.copy(), "counts": counts, **self.final_state(), **adam}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         if state["logits"].size != self.logits.size:
@@ -331,12 +357,10 @@ class HeadGatePruner(HeadPruner):
             )
         self.logits = np.array(state["logits"], dtype=np.float64)
         self.clipped_steps, self.skipped_steps = (int(count) for count in state["counts"])
-        self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
         self.adam.load_state_dict(
             {name[len("adam.") :]: value for name, value in state.items() if name.startswith("adam.")}
         )
-        self.drawn = (self.keep() if self.final is None else self.final).astype(np.float64)  # until the next draw
-        if self.final is None:
-            self._set_evaluation()
-        else:
-            self.session.gates.set_fixed(self.final)
+        self.drawn = self.keep().astype(np.float64)  # until the next draw
+        self.load_final(state, self.evaluation_gates)
+        if self.final is not None:
+            self.drawn = self.final.astype(np.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Mapping, Optional
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..options import require
 from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import log_linear, resolve_steps
-from .base import HeadGateConfig, HeadGatePruner
+from .base import HeadCountConfig, HeadGateConfig, HeadGatePruner, JointConfig
 from .engine.top_k import SoftTopK, gumbel
 from .falling_count import CountConfig, FallingCount
 
@@ -217,13 +217,21 @@ class DSPPruner(FallingCount, HeadGatePruner):
             self.cooldown = cooldown
 
 
+_COUNT = {option.name for shared in (CountConfig, JointConfig, HeadCountConfig) for option in fields(shared)}
+_OWN = {option.name: option.default for option in fields(DSPConfig) if option.name not in _COUNT}
+
+
+def _asked_for(options: Any) -> bool:
+    """Whether a count was given, and more of how gates learn than every method of a count has."""
+    own = any(getattr(options, name) != default for name, default in _OWN.items())
+    return own and options.num_of_heads is not None and not options.use_ste and options.l0_penalty is None
+
+
 register_pruner(
     name="dsp",
     config=DSPConfig,
     pruner=DSPPruner,
     recommended=True,
     example={"num_of_heads": 4, "joint_pruning": True, "annealing": True, "cooldown_steps": 0.5},
-    selected_by=lambda options: (
-        options.num_of_heads is not None and not options.use_ste and options.l0_penalty is None
-    ),
+    selected_by=_asked_for,
 )

@@ -113,6 +113,10 @@ class FallingCount(HeadPruner):
         # What was not settled yet has not begun.
         return self._fall is not None and super().at_target() and self.fallen(self.step + 1)
 
+    def metrics(self) -> dict[str, float]:
+        self._settled_fall()  # hosts ask before the first update, so that what cannot be is refused there
+        return super().metrics()
+
     def reset_optimizer(self) -> None:
         super().reset_optimizer()
         self.step, self._fall = 0, None

@@ -130,6 +130,11 @@ class RandomPruner(RankedPruner):
 
     name = "random"
 
+    def check_options(self) -> None:
+        if self.config.random_heads_seed is not None:
+            require(self.config, "random_heads_seed", lambda value: value >= 0, "a whole number, 0 or more")
+        super().check_options()
+
     def chosen(self) -> np.ndarray:
         seed = self.session.seed if self.config.random_heads_seed is None else self.config.random_heads_seed
         return self.first(np.random.default_rng([seed, 2]).random(self.unit_map.num_heads))

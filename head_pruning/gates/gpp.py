@@ -15,7 +15,7 @@ import torch
 
 from ..compact.shapes import FLAG, Number, Rest, Whole
 from ..errors import HeadPruningError
-from ..masks import HeadMask, full_mask
+from ..masks import full_mask
 from ..options import require
 from ..pruner import SessionView
 from ..registry import register_pruner
@@ -99,6 +99,8 @@ class GppPruner(HeadPruner):
     """
 
     name = "gpp"
+    inherits = False
+    schedule_option = "prune_epochs"
     state_shapes = {
         "z": [Number(0, 1)],
         "steps_above_0": [Whole()],
@@ -135,6 +137,10 @@ class GppPruner(HeadPruner):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
+        totals = {name: total for name, (_, total) in full_mask(self.unit_map).counts().items()}
+        if not any(count_of(self.target, total) for total in totals.values()):
+            words = " and ".join(f"{total} {name}" for name, total in totals.items())
+            raise HeadPruningError(f"--target-sparsity {self.target:g} takes none of {words}; raise it.")
         self.z = np.ones(self.unit_map.num_heads)
         self.steps_above_0 = np.zeros(self.z.size)
         self.sparsity, self.step = 0.0, 0
@@ -161,12 +167,13 @@ class GppPruner(HeadPruner):
                 )
             begin = round(config.prepruning_finetune_epochs * (per_epoch or 0))
             length = (total - begin) // 2 if config.prune_epochs is None else round(config.prune_epochs * per_epoch)
+            length = max(1, length)
             if begin + length > total:
                 raise HeadPruningError(
                     f"Pruning would end with update {begin + length} of {total}; lower --prune-epochs or "
                     "--prepruning-finetune-epochs, or train longer."
                 )
-            self._settled = [begin, max(1, length)]
+            self._settled = [begin, length]
         begin, length = self._settled
         return begin, length
 
@@ -243,7 +250,9 @@ class GppPruner(HeadPruner):
         if self._learns:
             count = np.array([denominator or 1.0])
             summed = self.session.summed(self.session.gates.gradients, count)
-            self._new = summed[:-1] / (loss_scale * summed[-1])
+            new = summed[:-1] / (loss_scale * summed[-1])
+            # A host that steps all the same must not spoil the sums of all updates before; the device is not asked.
+            self._new = torch.where(new.isfinite().all(), new, 0.0)
 
     def before_step(self, step: int) -> None:
         if self.config.published_gradients:
@@ -282,7 +291,7 @@ class GppPruner(HeadPruner):
             "steps_above_0": self.steps_above_0.copy(),
             "learnt": learnt,
             "place": np.array([self.step, self.sparsity, *self._settled], dtype=float),
-            "final": np.array([] if self.final is None else self.final, dtype=float),
+            **self.final_state(),
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -298,11 +307,13 @@ class GppPruner(HeadPruner):
         self.step, self._settled = int(step), [int(value) for value in settled]
         learnt = torch.from_numpy(np.array(state["learnt"], dtype=np.float64))
         self._total = learnt.to(self.session.gates.gradients.device) if learnt.numel() else None
-        self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
-        if self.final is None:
-            self.session.gates.set_evaluation(self.z)
-        else:
-            self.session.gates.set_fixed(self.final)
+        if self._settled and self.step >= sum(self._settled) and self.sparsity != self.target:
+            raise HeadPruningError(
+                f"The checkpoint has removed {self.sparsity:g} of the units, and --target-sparsity is "
+                f"{self.target:g}; resume with the options that the run was started with, or start anew from its "
+                "weights."
+            )
+        self.load_final(state, lambda: self.z)
 
     def tensor_state(self) -> dict[str, torch.Tensor]:
         return dict(self._carried)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
 from ..compact.shapes import FLAG, Number, Whole
 from ..errors import HeadPruningError
-from ..masks import HeadMask
 from ..options import require
 from ..pruner import SessionView
-from ..registry import register_pruner
+from ..registry import methods, register_pruner
 from .base import HeadCountConfig, JointConfig, UnitsConfig
 from .falling_count import CountConfig, FallingCount
 
@@ -116,14 +115,14 @@ class HeadSensitivityPruner(FallingCount):
 
     def metrics(self) -> dict[str, float]:
         kept = self.opened if self.final is None else self.final
-        return {"heads_expected": float(kept.sum()), "heads_kept": float(self.keep().sum())}
+        return {**super().metrics(), "heads_expected": float(kept.sum()), "heads_kept": float(self.keep().sum())}
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
             **super().state_dict(),
             "scores": self.scores.copy(),
             "skipped": np.array([float(self.skipped_steps)]),
-            "final": np.array([] if self.final is None else self.final, dtype=float),
+            **self.final_state(),
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -135,17 +134,20 @@ class HeadSensitivityPruner(FallingCount):
         super().load_state_dict(state)
         self.scores = np.array(state["scores"], dtype=np.float64)
         self.skipped_steps = int(state["skipped"][0])
-        self.final = HeadMask(self.unit_map, state["final"]).keep if state["final"].size else None
+        self.load_final(state, self.keep)
         self.opened = (self.keep() if self.final is None else self.final).astype(np.float64)
-        if self.final is None:
-            self.session.gates.set_evaluation(self.keep())
-        else:
-            self.session.gates.set_fixed(self.final)
+
+
+def _asked_for(options: Any) -> bool:
+    """Whether a count was given, and nothing that is another method's: this one needs no more."""
+    others = [method for method in methods("heads").values() if method.name != HeadSensitivityPruner.name]
+    return options.num_of_heads is not None and not any(method.selected_by(options) for method in others)
 
 
 register_pruner(
     name="head_sensitivity",
     config=HeadSensitivityConfig,
     pruner=HeadSensitivityPruner,
+    selected_by=_asked_for,
     example={"num_of_heads": 4, "joint_pruning": True, "count_schedule": "0:0.5"},
 )

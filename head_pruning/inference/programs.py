@@ -52,6 +52,32 @@ class ByName(nn.Module):
         self.forward = forward
 
 
+class _Bias(nn.Module):
+    """What a projection that reads nothing gives."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.width, self.bias = layer.weight.shape[0], layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., outputs]``."""
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+def cut_for_runtimes(loaded: HostModel) -> str:
+    """As :func:`~head_pruning.hosts.cut_out`; where nothing is left to read for a linear layer, its bias stays.
+
+    OpenVINO takes the weights of such a layer, which have no columns, for a single number.
+    """
+    words = cut_out(loaded)
+    for name, module in list(loaded.model.named_modules()):
+        weight = getattr(module, "weight", None)  # None: a module without heads dropped it
+        if isinstance(module, nn.Linear) and weight is not None and not weight.shape[1]:
+            loaded.model.set_submodule(name, _Bias(module))
+    return words
+
+
 def program_formats(
     load: Callable[[Path, Optional[HeadMask]], HostModel],
     onnx: Callable[[HostModel, Path, bool], float],
@@ -66,10 +92,12 @@ def program_formats(
         program: likewise a program of torch.export.
     """
 
-    def exporter(write: Callable[[HostModel, Path], float], compared: str) -> Callable[..., str]:
+    def exporter(
+        write: Callable[[HostModel, Path], float], compared: str, cut: Callable[[HostModel], str] = cut_for_runtimes
+    ) -> Callable[..., str]:
         def export(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
             loaded = load(source, mask)
-            words = cut_out(loaded)
+            words = cut(loaded)
             return f"{target}: {words}; largest difference between {compared} {write(loaded, target):.1e}"
 
         return export
@@ -77,7 +105,7 @@ def program_formats(
     return {
         "onnx": exporter(lambda loaded, target: onnx(loaded, target, False), "onnxruntime and torch"),
         "openvino": exporter(lambda loaded, target: onnx(loaded, target, True), "OpenVINO and torch"),
-        "torch-export": exporter(program, "the exported program and the model"),
+        "torch-export": exporter(program, "the exported program and the model", cut_out),
     }
 
 
@@ -196,6 +224,7 @@ def write_onnx(
             verbose=False,
         )
     assert made is not None  # as dynamo=True was asked for
+    _part_zero_points(made.model)
     if openvino:
         with appearing_at_once(target.parent) as folder:
             made.save(str(folder / "model.onnx"), external_data=False)
@@ -204,6 +233,24 @@ def write_onnx(
         made.save(str(temporary), external_data=False)
         session = onnx_session(temporary)
         return check(lambda given: dict(zip(outputs, map(torch.from_numpy, onnx_pass(session, given)()))))
+
+
+def _part_zero_points(model: Any) -> None:
+    """Give the 8-bit weights of each layer zero points of their own, which exporters share between layers of one size.
+
+    onnxruntime cannot convert shared ones, as it does where its products of 8 bits must not saturate.
+    """
+    import onnx_ir
+
+    for node in model.graph:
+        zeros = node.inputs[2] if node.op_type == "DequantizeLinear" and len(node.inputs) > 2 else None
+        if zeros is None or zeros.const_value is None or zeros.const_value.shape.rank() == 0:
+            continue
+        if len(zeros.uses()) > 1:
+            name = f"{node.outputs[0].name}_zero_points"
+            own = onnx_ir.val(name, const_value=onnx_ir.tensor(zeros.const_value.numpy(), name=name))
+            model.graph.register_initializer(own)
+            node.replace_input_with(2, own)
 
 
 def _openvino_run(file: Path, target: Path, outputs: Sequence[str]) -> Run:

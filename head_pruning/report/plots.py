@@ -97,8 +97,7 @@ def plot_scores(
     if dense is not None:
         panel.axhline(dense[1], color="#888888", linestyle=":", label=dense[0] + (f" ({total} {unit})" * bool(total)))
     if len(front) > 1:
-        where, best = zip(*sorted(front))
-        panel.plot(where, best, color="#e3c565", linewidth=8, alpha=0.5, label="Pareto front", zorder=1)
+        panel.plot(*zip(*sorted(front)), color="#e3c565", linewidth=8, alpha=0.5, label="Pareto front", zorder=1)
     for marker, (name, points) in zip(itertools.cycle("osD^vP*X<>"), curves.items()):
         points = sorted(points)
         xs, ys = [p[0] for p in points], [p[1] for p in points]

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
@@ -20,6 +20,7 @@ from .engine.drawing import LateNumbers, draw_masks
 from .engine.no_grad import no_grad
 from .engine.portions import Portion, each
 from .engine.selection import Selection
+from .engine.shards import local
 from .engine.storage import Storage
 from .engine.targets import find_targets, name_pattern, numbered, shortened
 
@@ -33,9 +34,10 @@ class WeightPruner(Pruner):
     """A method with one mask per pruned tensor.
 
     Masks act on the parameters themselves, in place, after the optimizer's step. All ranks of a data-parallel run
-    see the same reduced gradients and so draw the same masks; nothing is exchanged. Where the host keeps float32
-    master copies, ``session.master_of`` leads from a parameter to its copy: scores are taken and masks are applied
-    there, and the masks on the parameter too.
+    see the same reduced gradients and so draw the same masks; nothing is exchanged. Where the host shards the
+    parameters (FSDP2) each rank scores its rows, and what is counted to find a threshold is summed over the ranks.
+    Where the host keeps float32 master copies, ``session.master_of`` leads from a parameter to its copy: scores are
+    taken and masks are applied there, and the masks on the parameter too.
 
     A method implements :meth:`plan`, :meth:`density_at`, :meth:`due`, :meth:`scores` and, if it keeps averages,
     :attr:`kinds` and :meth:`track`.
@@ -210,8 +212,56 @@ class WeightPruner(Pruner):
         self._left = 0  # how many weights counted then
         self._gradients: list[torch.Tensor] = []  # of the update, before those of pruned weights were zeroed
         self._numbers: Optional[LateNumbers] = None
-        trained = [target for target in self.targets if target.parameter.requires_grad and self.drops_gradients]
-        self._hooks = [t.parameter.register_hook(functools.partial(self._drop_gradient, t.name)) for t in trained]
+        self._hooks: list[Any] = []
+        self._watch_gradients()
+        self._check_shards()
+
+    def _watch_gradients(self) -> None:
+        for target in self.targets if self.drops_gradients else ():
+            if not target.parameter.requires_grad:
+                continue
+            if self.storage.ranks.several:  # no gradient of a shard passes through autograd
+                shard = functools.partial(self._drop_shard, target.name)
+                self._hooks.append(target.parameter.register_post_accumulate_grad_hook(shard))
+            else:
+                whole = functools.partial(self._drop_gradient, target.name)
+                self._hooks.append(target.parameter.register_hook(whole))
+
+    @no_grad
+    def follow(self) -> None:
+        now = dict(self.session.model.named_parameters())
+        if all(now.get(target.name) is target.parameter for target in self.targets):
+            return
+        lost = [target.name for target in self.targets if target.name not in now]
+        if lost:
+            raise HeadPruningError(f"{lost[0]} is no more in the model; wrap the model before it is pruned.")
+        self.targets = [replace(target, parameter=now[target.name]) for target in self.targets]
+        self.storage.follow(self.targets)
+        self._check_shards()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._watch_gradients()
+
+    def _check_shards(self) -> None:
+        """Raise HeadPruningError where weights of several ranks would have to be looked at together."""
+        if not self.storage.ranks.several or not self.selection.structured:
+            return
+        inputs = [target.layout[1] for target in self.targets if target.layout is not None]
+        if self.selection.scope == "block" or 0 in inputs:
+            raise HeadPruningError(
+                f"--weight-selection {self.selection} looks at weights of several ranks together, where the model is "
+                "sharded by its rows; choose global, tensor or N:M of matrices whose inputs are their columns, or "
+                "train by plain data parallelism (DDP)."
+            )
+
+    def _drop_shard(self, name: str, parameter: torch.Tensor) -> None:
+        """:meth:`_drop_gradient` of this rank's rows, once they have their gradient."""
+        if parameter.grad is not None:
+            gradient = local(parameter.grad)
+            kept = self._drop_gradient(name, gradient)
+            if kept is not None:
+                gradient.copy_(kept)
 
     def _drop_gradient(self, name: str, gradient: torch.Tensor) -> Optional[torch.Tensor]:
         """A parameter's gradient without that of its pruned weights; None where nothing is pruned yet."""
@@ -470,7 +520,7 @@ class WeightPruner(Pruner):
         """The threshold of one tensor, its ``k``-th smallest score; minus infinity prunes nothing, at k = 0."""
         if k == 0:
             return torch.full((), -math.inf, device=score.device)
-        return score.flatten().kthvalue(k).values
+        return self.storage.kth_smallest(score, k)
 
     def _tell_inactive(self) -> None:
         if self._told or len(self.storage.active) == len(self.targets):
@@ -504,6 +554,9 @@ class WeightPruner(Pruner):
             self._left, self._drawn_for = int(left), np.array(keep, dtype=bool)
         if state["numbers"].size:
             self._numbers = LateNumbers(torch.device("cpu"), tuple(state["numbers"].tolist()))
+
+    def tensor_names(self) -> list[str]:
+        return self.storage.tensor_names()
 
     @no_grad
     def tensor_state(self) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from ..errors import HeadPruningError
 from ..registry import register_pruner
 from .base import WeightConfig, WeightPruner
+from .engine.shards import Wholes
 
 
 @dataclass
@@ -39,12 +40,14 @@ class FixedMaskPruner(WeightPruner):
         if self.has_mask:
             return  # resumed: the masks come with the checkpoint
         master = self.session.master_of or (lambda parameter: parameter)
-        masks = self.fixed_masks({target.name: master(target.parameter).detach() for target in self.targets})
         storage = self.storage
+        tensors = {target.name: master(target.parameter).detach() for target in self.targets}
+        masks = self.fixed_masks(Wholes(storage.ranks, tensors))
         storage.active = [target for target in self.targets if target.name in masks]
         storage.lay_out(self.session.master_of)
         for portion in storage.portions:
-            parts = [masks[storage.active[index].name][start:][:length] for index, start, length in portion.slots]
+            mine = ((storage.active[index], start, length) for index, start, length in portion.slots)
+            parts = [storage.ranks.part(masks[t.name], t.parameter)[start:][:length] for t, start, length in mine]
             storage.masks.store(portion, parts)
         self.has_mask = self.clean = self.locked = True
         self.selected = int(storage.count_kept()) / storage.number

@@ -35,7 +35,9 @@ class RandomWeightsPruner(CubicPruner):
         seed = self.session.seed if self.config.random_weights_seed is None else self.config.random_weights_seed
         scores = portion.scratch()
         for (index, start, _), x in zip(portion.slots, scores):
-            key = zlib.crc32(f"{seed} {self.storage.active[index].name} {start}".encode())
+            target = self.storage.active[index]
+            first = self.storage.ranks.first(target.parameter) + start
+            key = zlib.crc32(f"{seed} {target.name} {first}".encode())
             x.copy_(torch.rand(x.shape, generator=torch.Generator().manual_seed(key)))
         return scores
 

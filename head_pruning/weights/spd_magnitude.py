@@ -156,9 +156,9 @@ class SpdMagnitudePruner(MagnitudeScores):
 
     def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
         """The smallest score that stays when ``k`` go; those that equal it stay too."""
-        if k >= score.numel():
+        if k >= self.storage.sizes[name]:
             return torch.full((), math.inf, device=score.device)
-        return score.flatten().kthvalue(k + 1).values
+        return self.storage.kth_smallest(score, k + 1)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         # A resumed run keeps the schedule that it was started with.

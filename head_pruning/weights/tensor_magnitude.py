@@ -127,7 +127,7 @@ class TensorMagnitudePruner(MagnitudeScores):
         if not decay:
             return super().threshold(name, score, k)
         # As in the published code: it starts from 0, and from the smallest score less 1 where nothing is pruned.
-        new = score.min() - 1.0 if k == 0 else super().threshold(name, score, k)
+        new = self.storage.kth_smallest(score, 1) - 1.0 if k == 0 else super().threshold(name, score, k)
         past = self.storage.thresholds
         past[name] = decay * past.get(name, torch.zeros_like(new)) + (1.0 - decay) * new
         return past[name]

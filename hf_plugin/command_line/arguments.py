@@ -113,9 +113,9 @@ def _check(given: Mapping[str, Any], chosen: Sequence[Method], script: Script) -
     if given.get("intermediate_masks") and not any(method.kind == "heads" for method in chosen):
         raise HeadPruningError("--intermediate_masks saves head masks, but no pruner is chosen; drop it or prune.")
     if any(method.kind == "weights" for method in chosen):
-        from ..training.weights import refuse_sharded_weights
+        from ..training.sharding import refuse_deepspeed
 
-        refuse_sharded_weights(given.get("fsdp"), given.get("deepspeed"))
+        refuse_deepspeed(given.get("deepspeed"))
     if given.get("optimizer", OPTIMIZERS[0]) != OPTIMIZERS[0] and given.get("optim") is not None:
         raise HeadPruningError(
             f"--optimizer {given['optimizer']} and --optim {given['optim']} are two optimizers; drop one of them."

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from head_pruning import HeadPruningError
+from head_pruning.files import parse_json
+
 #: Flags of transformers that a method may have as an option: one flag, which a chosen method that has the option takes
 #: for its own; the flag of the other name is always transformers'.
 SHARED = {"warmup_steps": "optimizer_warmup_steps"}
@@ -131,7 +134,20 @@ class PretrainingArguments(DataArguments):
 
 
 def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
-    """Read the published script's flags of distillation: its losses of several logits are added up."""
+    """Read the published script's flags: its losses of several logits are added up, its configurations are flags."""
+    do_prune, config, override = (given.pop(f, None) for f in ("do_prune", "pruning_config", "pruning_override"))
+    if override and not config:
+        raise HeadPruningError("--pruning_override replaces keys of --pruning_config, which is not given; give it.")
+    if config:
+        from ..training.pruning_config import as_flags, read_config
+
+        try:
+            changed = parse_json(override or "{}", dict)
+        except ValueError as error:
+            raise HeadPruningError(f"--pruning_override is no JSON object ({error}); correct it.") from error
+        given.update({**as_flags(read_config(config, **changed)), **given})
+    elif do_prune:
+        given.setdefault("pruner_name", "gradual_magnitude")
     if given.get("distill") == "logits" or "distill" not in given and given.get("distill_logits") is not None:
         given.setdefault("distill_sum", True)
         if "temperature" in given:
@@ -183,6 +199,12 @@ def complete_gpp(given: dict[str, Any], notes: list[str]) -> None:
     """Write the learning rate of retraining as the factor that it is on that of training, and score every epoch."""
     rate = given.pop("retrain_learning_rate", None)
     if rate is not None:
+        if given.get("retrain_lr_factor") is not None:
+            raise HeadPruningError("--retrain_learning_rate and --retrain_lr_factor say the same; drop one of them.")
+        if not given.get("learning_rate", 1.0) > 0:
+            raise HeadPruningError(
+                "--retrain_learning_rate is read as a factor on --learning_rate, which must be above 0; raise it."
+            )
         given["retrain_lr_factor"] = rate / given.get("learning_rate", 5e-5)
     if "eval_strategy" not in given and given.get("do_eval"):
         given["eval_strategy"] = "epoch"

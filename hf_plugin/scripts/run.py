@@ -29,6 +29,7 @@ from ..training.callback import refuse_broken
 from ..training.checkpoints import Checkpoint, check_resumable, last_checkpoint
 from ..training.optimizers import check_resumed, trainer_options
 from ..training.session import open_session
+from ..training.sharding import whole
 from ..training.trainer import HeadPruningTrainer
 from ..training.weights import save_weight_masks_and_report
 from ..training.wrapping import save_at_once, wrap_checkpoints, wrap_end
@@ -231,10 +232,12 @@ class TaskRun:
             self.evaluate()
         if training.do_predict:
             self.predict()
-        if training.do_train and self.trainer.is_world_process_zero():
-            if self._final_scores():
-                self.describe()
-            self.tell()
+        if training.do_train:
+            with self._whole() as here:
+                if here and self.trainer.is_world_process_zero():
+                    if self._final_scores():
+                        self.describe()
+                    self.tell()
         return self.results
 
     def _resumed(self) -> "Checkpoint | str | None":
@@ -261,7 +264,8 @@ class TaskRun:
         kept: dict[str, int] = {}
         if self.head_mask is not None:
             kept |= counts_told(self.head_mask)
-        counts = session_counts(self.trainer.session) if self.arguments.pruners else {}
+        with self._whole() as here:
+            counts = session_counts(self.trainer.session) if here and self.arguments.pruners else {}
         if counts:
             numbers = sum_counts(counts).told()
             kept |= {name: number for name, number in numbers.items() if isinstance(number, int)}
@@ -287,13 +291,20 @@ class TaskRun:
                 save_at_once(
                     trainer, self.out, lambda place: Trainer.save_model(trainer, place, _internal_call=internal)
                 )
-        elif trainer.is_world_process_zero():
-            model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-            save_pruned(model, mask, self.out, processing_class=tokenizer, form=self._form, **self._about())
-        if trainer.is_world_process_zero():
+        with self._whole() as here:
+            if not here or not trainer.is_world_process_zero():
+                return
+            if mask is not None:
+                model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+                save_pruned(model, mask, self.out, processing_class=tokenizer, form=self._form, **self._about())
             if self.arguments.pruners:
                 trainer.session.save_beside(self.out)
             self._describe_the_rest()
+
+    def _whole(self) -> ContextManager[bool]:
+        """Inside the block a model that is sharded is whole in the main process."""
+        session = getattr(self.trainer, "session", None)
+        return whole(self.trainer.accelerator.unwrap_model(self.trainer.model), session)
 
     def _form(self) -> ContextManager[None]:
         """Inside the block the model is in the form in which it is stored."""

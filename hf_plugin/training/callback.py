@@ -33,7 +33,8 @@ from .checkpoints import (
     read_tensor_state,
     write_tensor_state,
 )
-from .weights import refuse_sharded_weights, save_weight_masks_and_report
+from .sharding import refuse_sharding, whole
+from .weights import save_weight_masks_and_report
 from .wrapping import (
     allow_skipped_parameters,
     build_anew,
@@ -97,6 +98,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._restored = self._in_phase = False
         self._step = 0
         self._saved_step: Optional[int] = None
+        self._preparing = contextlib.ExitStack()
 
     def add_to(self, trainer: Any) -> "HeadPruningCallback":
         """Add to a Trainer, before its other callbacks, so that trackers report the gates' metrics too.
@@ -107,8 +109,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         cut off, and where a pruner trains in phases it builds its optimizer and schedule anew for each.
 
         Raises:
-            HeadPruningError: weights are to be pruned but the Trainer shards them, or a pruner asks for what this
-                Trainer cannot do.
+            HeadPruningError: the Trainer shards what is to be pruned as no pruner can work with, or a pruner asks for
+                what this Trainer cannot do.
         """
         self._check_trainer(trainer)
         trainer.callback_handler.callbacks.insert(0, self)
@@ -133,11 +135,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._check_trainer(self._trainer)
 
     def _check_trainer(self, trainer: Any) -> None:
-        if self.session.of_kind("weights"):
-            refuse_sharded_weights(
-                getattr(trainer, "is_fsdp_enabled", False), getattr(trainer, "is_deepspeed_enabled", False)
-            )
         refuse_steering(trainer, self.session)
+        refuse_sharding(trainer, self.session)
         allow_skipped_parameters(trainer, self.session)
 
     def _train(self, original: Callable, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
@@ -155,7 +154,9 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             self.stored(found)
         self._resumed, self._restored, self._in_phase, self._step = found, False, False, 0
         with alone_in(self._trainer.args.output_dir) if self._trainer.args.should_save else contextlib.nullcontext():
-            return original(None if found is None else str(found.folder), *args, **options)
+            with self._preparing:  # FSDP takes a state dict to shard it; ends with on_train_begin()
+                self._preparing.enter_context(quiet_saving(self.session.model))
+                return original(None if found is None else str(found.folder), *args, **options)
 
     def _save_model(self, original: Callable, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:
@@ -190,13 +191,15 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             if mask is None:
                 with form():
                     save_at_once(trainer, folder, lambda place: save_model(place, _internal_call=True))
-            elif trainer.is_world_process_zero():
-                tokenizer, pruners = trainer.processing_class, self.session.pruners
-                save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners, form=form)
-            if trainer.is_world_process_zero():
+            with whole(model, self.session) as here:
+                if not here or not trainer.is_world_process_zero():
+                    return
+                if mask is not None:
+                    tokenizer, pruners = trainer.processing_class, self.session.pruners
+                    save_pruned(model, mask, folder, processing_class=tokenizer, pruners=pruners, form=form)
                 self.session.save_beside(folder)
-            if weights and trainer.is_world_process_zero():
-                save_weight_masks_and_report(folder, model, self.session)
+                if weights:
+                    save_weight_masks_and_report(folder, model, self.session)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -204,13 +207,16 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         """What ``trainer_state.json`` keeps of the session."""
         values = {name: np.asarray(value).tolist() for name, value in self.session.state_dict().items()}
         description = json.loads(self.session.description())
-        tensors = sorted(self.session.tensor_state())
+        tensors = sorted(self.session.tensor_names())
         return {"args": {}, "attributes": {**description, "session": values, "tensors": tensors}}
 
     def save_tensors(self, folder: "str | Path", step: int) -> None:
-        """Write what of the session's state is the size of the model into the checkpoint of update ``step``."""
+        """Write what of the session's state is the size of the model into the checkpoint of update ``step``.
+
+        Every process calls it; those that write checkpoints do.
+        """
         tensors = self.session.tensor_state()
-        if tensors:
+        if tensors and self._trainer.args.should_save:
             write_tensor_state(folder, tensors, step)
         self._saved_step = step
 
@@ -274,6 +280,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 "The gates are on another model than the Trainer's; open the session on its model (for a model_init, "
                 "HeadPruningTrainer opens one on each model)."
             )
+        self._preparing.close()
         self.session.total_steps = state.max_steps
         self.session.warmup_steps = (
             args.get_warmup_steps(state.max_steps) if args.lr_scheduler_type == SchedulerType.LINEAR else None
@@ -285,6 +292,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             if torch.distributed.get_world_size() > 1:
                 self.session.all_reduce = torch.distributed.all_reduce
         self._check_host(args)
+        self.session.follow()
         if state.global_step > 0 and not self._restored:
             own = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             kept = {"global_step": state.global_step, "stateful_callbacks": state.stateful_callbacks}
@@ -365,8 +373,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         """Forget scores of models that nobody will get."""
         self._only_at_target(state)
         if self.mask_steps and (state.global_step % self.mask_steps == 0 or state.global_step == state.max_steps):
-            if state.is_world_process_zero:
-                self._save_masks(Path(args.output_dir) / f"mask{state.global_step}.safetensors")
+            self._save_masks(Path(args.output_dir) / f"mask{state.global_step}.safetensors", state)
 
     def on_save(self, args, state, control, **kwargs):
         """As :meth:`on_step_end`: the last evaluation comes after the last step.
@@ -374,13 +381,15 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         HeadPruningTrainer has written the tensors before ``trainer_state.json``; here they are for other Trainers.
         """
         self._only_at_target(state)
-        if args.should_save and self._saved_step != state.global_step:
+        if self._saved_step != state.global_step:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            if folder.is_dir():
+            if folder.is_dir() or not args.should_save:
                 self.save_tensors(folder, state.global_step)
 
-    def _save_masks(self, path: Path) -> None:
+    def _save_masks(self, path: Path, state: Any) -> None:
         heads, weights = self.session.head_mask(), self.session.weight_masks()
+        if not state.is_world_process_zero:
+            return
         if weights:
             save_weight_masks(path, weights, heads)
         elif heads is not None:
@@ -414,6 +423,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
 
 def _lr_factor(optimizer: Any) -> float:
     """Where the learning-rate schedule stands: the gates' learning rate follows it, as in the published script."""
-    group = optimizer.param_groups[0]
+    groups = optimizer.param_groups  # FSDP restores no group without parameters
+    group = next((each for each in groups if each["params"]), groups[0])
     initial = float(group.get("initial_lr", group["lr"]))
     return float(group["lr"]) / initial if initial else 1.0

@@ -157,10 +157,44 @@ def build_pruner(model: nn.Module, config: Mapping[str, Any]) -> Pruner:
         HeadPruningError: a pattern is no regular expression or fits several times or never, nothing is chosen, or
             keywords do not fit the method or differ between modules where they cannot.
     """
-    function, one_shot = _FUNCTIONS[config["pruning_fn"]], config["scheduler"] == "one_shot"
     chosen = _chosen(model, config)
     if not chosen:
         raise HeadPruningError("The pruning configuration chooses no weight of the model; correct prune_layer_types.")
+    name, options = _meaning(config, chosen)
+    names = [name for name, _ in model.named_parameters()]
+    return pruner(name, **options, weights_include=_pattern(list(chosen), names))
+
+
+def as_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of our scripts that mean a checked configuration, whatever the model will be.
+
+    Raises:
+        HeadPruningError: it says something of single modules or types of layers; keywords do not fit the method.
+    """
+    types = config.get("prune_layer_types", _LAYER_TYPES)
+    if types.get("Linear") != {"name": "weight"} or set(types) > {*_LAYER_TYPES, "QuantizedLinear"}:
+        single = "prune_layer_types"
+    else:
+        single = next((key for key in ("weight_sparsity_map", "explicit_prune") if config.get(key)), "")
+    if single:
+        raise HeadPruningError(
+            f"A script reads no {single} out of a pruning configuration, as it has no model yet; give "
+            "--weights_include and --weight_sparsity_map, or use hf_plugin.pruning_scheduler_factory."
+        )
+    name, flags = _meaning(config, {"": config.get("pruning_fn_default_kwargs", {})})
+    kept = [f"(?:{_compiled(text, 'not_to_prune').pattern})" for text in config.get("not_to_prune", [])]
+    flags |= {"weights_exclude": "|".join(kept)} if kept else {}
+    return {"pruner_name": name, **flags, "weights_include": r"\.weight$"}
+
+
+def _meaning(config: Mapping[str, Any], chosen: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The name of the pruner, and its options but for the patterns of names.
+
+    Args:
+        config: the configuration.
+        chosen: the parameters to prune, and the keywords of each.
+    """
+    function, one_shot = _FUNCTIONS[config["pruning_fn"]], config["scheduler"] == "one_shot"
     foreign = sorted({key for kwargs in chosen.values() for key in kwargs} - {"name", *function.kwargs})
     if foreign:
         raise HeadPruningError(
@@ -192,9 +226,7 @@ def build_pruner(model: nn.Module, config: Mapping[str, Any]) -> Pruner:
         raise HeadPruningError(f"{config['pruning_fn']} has no ratios for an init_strategy to allot; drop it.")
     if not one_shot:
         options |= {name: config[name] for key in _STEPS if (name := key.rstrip("?")) in config}
-    names = [name for name, _ in model.named_parameters()]
-    options |= {"weights_include": _pattern(list(chosen), names), "prune_biases": False}
-    return pruner(function.pruners[config["scheduler"]], **options)
+    return function.pruners[config["scheduler"]], {**options, "prune_biases": False}
 
 
 def _chosen(model: nn.Module, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from head_pruning.files import REPORT_FILE
 
 from .callback import HeadPruningCallback, refuse_broken
 from .session import open_session
-from .weights import refuse_sharded_weights
+from .sharding import refuse_deepspeed
 
 
 class HeadPruningTrainer(Trainer):
@@ -46,7 +46,7 @@ class HeadPruningTrainer(Trainer):
 
     Raises:
         HeadPruningError: neither or both of ``pruners`` and ``session``, a ``model_init`` and a session, a model that
-            cannot be mapped, or weights to be pruned under FSDP or DeepSpeed.
+            cannot be mapped, or what is pruned is sharded in a way that the pruners cannot work with.
     """
 
     #: Whether :meth:`save_model` writes the pruned model by itself.
@@ -79,7 +79,7 @@ class HeadPruningTrainer(Trainer):
             if model is not None and session is None:
                 self.session = self._open(model, pruners(None) if callable(pruners) else pruners)
             if self.session is not None and self.session.of_kind("weights"):
-                refuse_sharded_weights(getattr(args, "fsdp", None), getattr(args, "deepspeed", None))
+                refuse_deepspeed(getattr(args, "deepspeed", None))
             super().__init__(model, args, *more, **options)
             self._pruning = HeadPruningCallback(self.session, mask_steps=mask_steps).add_to(self)
         except BaseException:
@@ -101,7 +101,7 @@ class HeadPruningTrainer(Trainer):
         self.session = self._open(model, fresh)
         if self._pruning is None:  # the base class is being built
             if self.session.of_kind("weights"):
-                refuse_sharded_weights(self.args.fsdp, self.args.deepspeed)
+                refuse_deepspeed(self.args.deepspeed)
         else:
             self.optimizer = self.lr_scheduler = None  # those of the model before
             self._pruning.change_session(self.session)
@@ -126,8 +126,7 @@ class HeadPruningTrainer(Trainer):
             return
         refuse_broken(self.session.model, self.state.global_step)  # before older checkpoints make room for this one
         super().save_model(output_dir, _internal_call=True)
-        if self.args.should_save:  # its trainer_state.json comes last
-            self._callback.save_tensors(output_dir, self.state.global_step)
+        self._callback.save_tensors(output_dir, self.state.global_step)  # its trainer_state.json comes last
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Leave the card that :meth:`save_model` wrote, as ``push_to_hub`` does without it."""

@@ -1,34 +1,19 @@
-"""Weight pruners in transformers: where they are refused, and the files that they leave."""
+"""Weight pruners in transformers: the files that they leave."""
 
 import contextlib
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Mapping, Optional
 
 import transformers
 from torch import nn
 
-from head_pruning import HeadPruningError, PruningSession
+from head_pruning import PruningSession
 from head_pruning.files import atomic_path
 from head_pruning.pruner import options_of
 from head_pruning.report.weights import count_weights, write_weight_artifacts
 from head_pruning.surgery.zeros import removed_counts, zeroed_heads
 
 from ..saving.card import is_adapted, weight_card, weight_section
-
-
-def refuse_sharded_weights(fsdp: Any, deepspeed: Any) -> None:
-    """Raise HeadPruningError if weights are to be pruned that the host splits over processes.
-
-    Args:
-        fsdp: whether FSDP is on, as a flag's value: also a word or a list.
-        deepspeed: likewise.
-    """
-    for value, host in ((fsdp, "FSDP"), (deepspeed, "DeepSpeed")):
-        if value and str(value).lower() != "false":
-            raise HeadPruningError(
-                f"Weights are not pruned under {host}, which splits them over processes; use plain data parallelism "
-                "(DDP), or prune heads only."
-            )
 
 
 def save_weight_masks_and_report(

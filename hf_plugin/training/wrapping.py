@@ -13,6 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from head_pruning import HeadPruningError, PruningSession, UnitMap
 from head_pruning.files import appearing_at_once, writing
 
+from .sharding import shard_again
+
 
 def wrap(trainer: Any, name: str, around: Callable[..., Any]) -> None:
     """Have ``around(original, *args, **options)`` run in the place of a method of this one Trainer."""
@@ -75,7 +77,10 @@ def wrap_evaluation(trainer: Any, current: Current) -> None:
 
     def evaluation_loop(original: Callable, *args: Any, **options: Any) -> Any:
         with current().evaluating():
-            return original(*args, **options)
+            try:
+                return original(*args, **options)
+            finally:
+                shard_again(trainer.model)
 
     wrap(trainer, "evaluation_loop", evaluation_loop)
 

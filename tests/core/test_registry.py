@@ -83,8 +83,10 @@ def test_every_shipped_option_has_help_and_a_default():
 
 @pytest.mark.parametrize("options, name", [
     ({}, None),
-    ({"num_of_heads": 4}, "dsp"),
+    ({"num_of_heads": 4}, "head_sensitivity"),
+    ({"num_of_heads": 4, "joint_pruning": True, "min_heads_per_layer": 1}, "head_sensitivity"),
     ({"num_of_heads": 4, "annealing": True}, "dsp"),
+    ({"num_of_heads": 4, "pruning_lr": 0.5}, "dsp"),
     ({"num_of_heads": 4, "use_ste": True}, "ste"),
     ({"l0_penalty": 200.0}, "voita"),
     ({"l0_penalty": 200.0, "num_of_heads": 4}, "voita"),
@@ -104,7 +106,7 @@ def test_a_named_method_wins_over_implied_ones():
 
 
 def test_options_that_a_host_does_not_have_count_as_unset():
-    assert choose_method(SimpleNamespace(num_of_heads=4)).name == "dsp"
+    assert choose_method(SimpleNamespace(num_of_heads=4)).name == "head_sensitivity"
     assert choose_method(SimpleNamespace()) is None
 
 
@@ -147,7 +149,7 @@ def more_kinds(own_registry):
 
 @pytest.mark.parametrize("options, names", [
     ({"weight_pruner": "Platon", "beta1": 0.5, "pruner": "ste", "num_of_heads": 3}, ["ste", "platon"]),
-    ({"num_of_heads": 3, "distill": "states, answers", "softness": 3.0}, ["dsp", "states", "answers"]),
+    ({"num_of_heads": 3, "distill": "states, answers", "softness": 3.0}, ["head_sensitivity", "states", "answers"]),
     ({"quantizer": "int8", "weight_pruner": "lock", "distill": "answers"}, ["lock", "answers", "int8"]),
     ({"pruner": None, "beta1": None, "use_ste": False}, []),  # switched off
 ])  # fmt: skip

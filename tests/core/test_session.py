@@ -473,6 +473,8 @@ def test_voita_without_k_still_keeps_the_minimum_per_layer(toy):
 
 def test_random_heads_are_k_and_follow_their_seed(toy):
     masks = [build(toy, "random", session={"seed": seed})[1].head_mask() for seed in (1, 1, 2)]
+    with pytest.raises(HeadPruningError, match="--random-heads-seed is -1; it must be a whole number, 0 or more"):
+        build(toy, "random", random_heads_seed=-1)
     own = [build(toy, "random", random_heads_seed=7, session={"seed": seed})[1].head_mask() for seed in (1, 2)]
     assert all(mask.kept == 5 for mask in (*masks, *own))
     assert masks[0] == masks[1] != masks[2] and own[0] == own[1]

@@ -86,6 +86,8 @@ def _differences(weights: torch.Tensor, theirs: _Stack, mask: Any, pairs: Any, m
     wanted: dict[int, list[int]] = {}
     for i, j in pairs:
         wanted.setdefault(j, []).append(i)
+    wide = None if mask is None else torch.promote_types(mask.dtype, torch.float32)  # float16 ends at 65504
+    number = None if mask is None else (mask.sum(dtype=wide) * mine[0].shape[-1]).clamp(min=1)
     fused: Optional[torch.Tensor] = None
     for j in reversed(range(len(theirs.states))):
         state = theirs.states[j]
@@ -98,7 +100,7 @@ def _differences(weights: torch.Tensor, theirs: _Stack, mask: Any, pairs: Any, m
             far = -fused
             for place, own in enumerate(mine[i : i + weights.shape[1]]):
                 far = far.addcmul(own.to(far.dtype), _spread(weights[i, place], far).to(far.dtype))
-            yield i, *((far, far.numel()) if mask is None else (far * mask, mask.sum() * far.shape[-1]))
+            yield i, *((far, far.numel()) if mask is None else (far * mask, number))
 
 
 def fused_loss(

@@ -14,6 +14,8 @@ from ...errors import HeadPruningError
 
 # exp(-_TAIL) is below the rounding of float64: terms and tails that small are left out.
 _TAIL = 43.0
+# Up to so many coins are thrown together: the more there are, the more seldom exactly K show heads.
+_MANY = 2048
 
 
 class ConditionalBernoulli:
@@ -44,18 +46,13 @@ class ConditionalBernoulli:
                 "The gate logits are NaN or infinite; lower --pruning-lr or --gate-clip-norm "
                 "and train from the last good checkpoint."
             )
-        self.keep = keep
+        self.keep, self._logits = keep, logits
         self._certain = keep in (0, logits.size)
         if self._certain:
             self.marginals = np.full(logits.size, float(keep > 0))
             return
         self._p = p = _coins(logits, keep)
-        variance = float((p * (1.0 - p)).sum())
-        # Bernstein's inequality bounds the counts that occur; an odd M has no t = pi, where 1 - p + p e^it may be 0.
-        reach = _TAIL / 3.0 + math.sqrt(_TAIL**2 / 9.0 + 2.0 * _TAIL * variance)
-        period = min(max(keep, logits.size - keep), math.ceil(reach)) + 1 | 1
-        angles = 2.0 * np.pi / period * np.arange(period // 2 + 1)  # those below 0 are the conjugates
-        angles = angles[variance * (1.0 - np.cos(angles)) < _TAIL]  # |phi(t)| <= exp(-variance (1 - cos t))
+        period, angles = _angles(p, max(keep, logits.size - keep))
         turned = p[:, None] * np.exp(1j * angles)
         factors = turned + (1.0 - p)[:, None]
         self._r = turned / factors
@@ -79,15 +76,55 @@ class ConditionalBernoulli:
         return (pairs + own).real - self.marginals * (self.marginals @ g)
 
     def sample(self, generator: np.random.Generator) -> np.ndarray:
-        """``bool[N]``: a draw. Coins are thrown until exactly K show heads."""
+        """``bool[N]``: a draw. Coins are thrown until exactly K show heads; of many, the first half until the second
+        may well show the others, and then the second as a draw of its own.
+        """
         if self._certain:
             return self.marginals > 0.0
+        if self._p.size > _MANY:
+            half = self._p.size // 2
+            drawn, rest = self._first(half, generator)
+            return np.concatenate([drawn, ConditionalBernoulli(self._logits[half:], rest).sample(generator)])
         throws = math.ceil(3.0 / self.probability_of_keep)
         while True:
             thrown = generator.random((throws, self._p.size)) < self._p
             hits = np.flatnonzero(thrown.sum(axis=1) == self.keep)
             if hits.size:
                 return thrown[hits[0]]
+
+    def _first(self, half: int, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+        """The first ``half`` coins of a draw, and how many of the others must show heads.
+
+        Coins are thrown, and taken in proportion to the probability that the others show what is missing, which is
+        never above that of their count's characteristic function in absolute value, summed.
+        """
+        p = self._p[half:]
+        _, angles = _angles(p, p.size, around=2)
+        phi = (p[:, None] * np.exp(1j * angles) + (1.0 - p)[:, None]).prod(axis=0)
+        phi[1:] *= 2.0
+        never_above = np.abs(phi).sum()
+        while True:
+            drawn = generator.random(half) < self._p[:half]
+            rest = self.keep - int(drawn.sum())
+            likely = (phi * np.exp(-1j * rest * angles)).real.sum()
+            if 0 <= rest <= p.size and generator.random() * never_above < likely:
+                return drawn, rest
+
+
+def _angles(p: np.ndarray, farthest: int, around: int = 1) -> tuple[int, np.ndarray]:
+    """M, and the multiples of 2 pi / M from 0 to pi that matter for the count of coins ``p``.
+
+    Args:
+        p: ``float64[N]``.
+        farthest: the largest distance of two counts.
+        around: 1 if only the mean count is asked for; 2 if any that may occur is.
+    """
+    variance = float((p * (1.0 - p)).sum())
+    # Bernstein's inequality bounds the counts that occur; an odd M has no t = pi, where 1 - p + p e^it may be 0.
+    reach = _TAIL / 3.0 + math.sqrt(_TAIL**2 / 9.0 + 2.0 * _TAIL * variance)
+    period = min(farthest, math.ceil(around * reach)) + 1 | 1
+    angles = 2.0 * np.pi / period * np.arange(period // 2 + 1)  # those below 0 are the conjugates
+    return period, angles[variance * (1.0 - np.cos(angles)) < _TAIL]  # |phi(t)| <= exp(-variance (1 - cos t))
 
 
 def _coins(logits: np.ndarray, keep: int) -> np.ndarray:

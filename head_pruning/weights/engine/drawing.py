@@ -63,7 +63,8 @@ def _draw_over_all(pruner: Scorer, density: float) -> tuple[torch.Tensor, torch.
         return storage.count_kept() if nested else torch.full_like(value, left), value
     found = _draw_by_sample(pruner, k, storage.number) if storage.sample is not None and not nested else None
     if found is None:
-        found = kth_smallest(lambda: map(pruner.masked_scores, storage.portions), k, signed=pruner.signed or nested)
+        signed, total = pruner.signed or nested, storage.ranks.sum
+        found = kth_smallest(lambda: map(pruner.masked_scores, storage.portions), k, signed=signed, total=total)
         for portion in storage.portions:
             here, scores = found.value.to(portion.device, non_blocking=True), pruner.masked_scores(portion)
             if nested:

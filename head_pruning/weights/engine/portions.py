@@ -70,9 +70,9 @@ def cut_into_portions(tensors: Sequence[torch.Tensor], *, whole: bool = False) -
     room, device = 0, None
     for index, tensor in enumerate(tensors):
         limit = CPU_PORTION if tensor.device.type == "cpu" else GPU_PORTION
-        rows, width = tensor.shape[0], tensor[0].numel()
-        step = rows if whole else max(1, min(rows, limit // max(1, width)))
-        for start in range(0, rows, step):
+        rows, width = tensor.shape[0], tensor.shape[1:].numel()
+        step = max(1, rows) if whole else max(1, min(rows, limit // max(1, width)))
+        for start in range(0, max(1, rows), step):  # a rank may hold no rows
             length = min(step, rows - start)
             if whole or length * width > room or device != tensor.device:
                 groups.append(([], []))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Callable, Iterable, Optional, Sequence
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ class Threshold:
     equal: torch.Tensor
 
 
-def kth_smallest(scores: Scores, k: int, *, signed: bool = False) -> Threshold:
+def kth_smallest(
+    scores: Scores, k: int, *, signed: bool = False, total: Optional[Callable[[torch.Tensor], Any]] = None
+) -> Threshold:
     """The k-th smallest of all scores (k from 1), exactly what ``torch.cat(scores).kthvalue(k)`` gives.
 
     Radix selection: the bit patterns of floats are ordered as the floats are. The first pass counts the upper 16
@@ -39,9 +41,12 @@ def kth_smallest(scores: Scores, k: int, *, signed: bool = False) -> Threshold:
         scores: called once per pass; yields lists of float32 tensors, which may share memory with earlier ones.
         k: rank, from 1 to the number of scores.
         signed: whether scores may be negative.
+        total: sums counts over the ranks, in place, where each holds some of the scores.
     """
     offset = 1 << (31 - _LOW) if signed else 0
+    add = total or (lambda counts: None)
     counts = _count(scores, lambda key: (key >> _LOW) + offset if offset else key >> _LOW, offset + (1 << 15), signed)
+    add(counts)
     bucket, before, _ = _find(counts, k)
     base = ((bucket - offset) << _LOW).int()
 
@@ -50,6 +55,7 @@ def kth_smallest(scores: Scores, k: int, *, signed: bool = False) -> Threshold:
         return key.sub(base.to(key.device, non_blocking=True)).clamp_(-1, 1 << _LOW).add_(1)
 
     counts = _count(scores, low_bits, (1 << _LOW) + 2, signed)
+    add(counts)
     place, between, equal = _find(counts[1:-1], k - before)
     key = (base + place).int()
     if signed:

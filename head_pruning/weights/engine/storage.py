@@ -11,14 +11,17 @@ from ...errors import HeadPruningError
 from ..files import pack_mask, unpack_mask
 from .masks import TINY, BoolMasks, SignMasks
 from .portions import Portion, cut_into_portions, each, sample_portion, sample_stride
-from .targets import Target, require_whole
+from .selection import kth_smallest
+from .shards import Ranks, local
+from .targets import Target
 
 
 class Storage:
     """Weights, float32 states and masks of the targets, cut into portions anew when the host replaces tensors.
 
     Where the host keeps float32 master copies, values and gradients are those of the copies, and masks are applied to
-    the parameters too.
+    the parameters too. Where it shards the parameters, they are those of this rank's rows; numbers of weights, and
+    what checkpoints hold, are those of whole tensors.
 
     Args:
         targets: all that may be pruned.
@@ -38,6 +41,7 @@ class Storage:
         sample: a portion of evenly spread weights, where one is wanted and memory allows it.
         thresholds: tensor name to what a method remembers of its threshold.
         gone: parameter name to (dimension, places along it) of what belongs to heads that are gone.
+        ranks: those that hold rows of the targets.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Storage:
         fixes_zeros: bool = False,
     ) -> None:
         self.targets = list(targets)
+        self.ranks = Ranks({target.name: target.parameter for target in targets})
         self.sizes = {target.name: target.parameter.numel() for target in targets}
         self.active: list[Target] = []
         self.portions: list[Portion] = []
@@ -113,7 +118,8 @@ class Storage:
             for number, (index, start, length) in enumerate(portion.slots):
                 for dim, places in self.gone.get(self.active[index].name, ()):
                     if dim == 0:
-                        places = places[(places >= start) & (places < start + length)] - start
+                        begin = self.ranks.first(self.active[index].parameter) + start
+                        places = places[(places >= begin) & (places < begin + length)] - begin
                     if places.numel():
                         portion.gone.append((number, dim, places.to(portion.device, non_blocking=True)))
         if self.sample is not None:
@@ -141,21 +147,20 @@ class Storage:
     def lay_out(self, master_of: Optional[Callable] = None) -> None:
         """Cut values, states and masks into portions, unless they already are.
 
-        Raises HeadPruningError when a parameter is sharded or has changed its size.
+        Raises HeadPruningError when a parameter has changed its size.
         """
-        tensors = [master_of(target.parameter) if master_of else target.parameter for target in self.active]
-        owners = [target.parameter for target in self.active]
+        sources = [master_of(target.parameter) if master_of else target.parameter for target in self.active]
+        tensors, owners = list(map(local, sources)), [local(target.parameter) for target in self.active]
         layout = tuple((t.data_ptr(), t.device, t.dtype) for t in (*tensors, *(owners if master_of else ())))
         if layout == self._layout and self.active:
             return
-        for target, tensor in zip(self.active, tensors):
-            require_whole(target.name, target.parameter)
+        for target, tensor in zip(self.active, sources):
             if tensor.numel() != self.sizes[target.name] or target.parameter.numel() != self.sizes[target.name]:
                 raise HeadPruningError(
                     f"{target.name} has {tensor.numel()} weights here but had {self.sizes[target.name]} when the "
                     "pruner was attached; prune weights with plain data parallelism (DDP)."
                 )
-        self._layout, self._tensors, self._sources = layout, [tensor.detach() for tensor in tensors], tensors
+        self._layout, self._tensors, self._sources = layout, [tensor.detach() for tensor in tensors], sources
         doubled = any(tensor is not owner for tensor, owner in zip(tensors, owners))
         self._owners = [owner.detach() for owner in owners] if doubled else []
         state = {kind: self._states(kind) for kind in self._kinds}
@@ -163,9 +168,19 @@ class Storage:
         for portion in self.portions:
             portion.values = portion.cut(self._tensors)
             portion.state = {kind: portion.cut(tensors) for kind, tensors in state.items()}
-        self.sample = sample_portion(self._tensors, state) if self._sampled else None
+        self.sample = sample_portion(self._tensors, state) if self._sampled and not self.ranks.several else None
         if self.gone:
             self._place_gone()
+
+    def follow(self, targets: Sequence[Target]) -> None:
+        """Take other parameters in the places of the targets': the shards that a host made of them."""
+        self.ranks = Ranks({target.name: target.parameter for target in targets})
+        now, self.targets = {target.name: target for target in targets}, list(targets)
+        self.active = [now[target.name] for target in self.active]
+        for tensors in self.state.values():
+            for name, tensor in tensors.items():
+                tensors[name] = self.ranks.part(tensor, now[name].parameter).clone()
+        self.forget_layout()
 
     def forget_layout(self) -> None:
         """Have the next :meth:`lay_out` start afresh."""
@@ -195,7 +210,7 @@ class Storage:
         found = []
         for target, source in zip(self.active, self._sources):
             gradient = source.grad if source.grad is not None else target.parameter.grad
-            found.append(torch.zeros_like(source) if gradient is None else gradient)
+            found.append(local(torch.zeros_like(source) if gradient is None else gradient))
         return found
 
     def touched(self) -> list[torch.Tensor]:
@@ -216,9 +231,11 @@ class Storage:
         """Learn which weights are zero, once. Raises HeadPruningError when none of a matrix is."""
         if "fixed" in self.state:
             return
-        tensors = {t.name: master_of(t.parameter) if master_of else t.parameter for t in self.targets}
+        tensors = {t.name: local(master_of(t.parameter) if master_of else t.parameter) for t in self.targets}
         found = {name: tensor.detach() != 0 for name, tensor in tensors.items()}
-        if all(bool(stay.all()) for stay in found.values() if stay.dim() > 1):  # new biases are zero anyway
+        # New biases are zero anyway.
+        zeros = torch.stack([stay.numel() - stay.count_nonzero() for stay in found.values() if stay.dim() > 1]).sum()
+        if not int(self.ranks.sum(zeros)):
             raise HeadPruningError(
                 "The model has no zeros for --start-from-zeros to keep; start from a pruned model, or leave it out."
             )
@@ -252,14 +269,23 @@ class Storage:
                 keep = [mask.clone() for mask in keep]
                 portion.fill_gone(keep, False)
             counts += [torch.count_nonzero(mask) for mask in keep]
-        return torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum()
+        return self.ranks.sum(torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum())
+
+    def kth_smallest(self, score: torch.Tensor, k: int) -> torch.Tensor:
+        """The ``k``-th smallest score (k from 1) of one tensor, of which this rank has its rows."""
+        if not self.ranks.several:
+            return score.flatten().kthvalue(k).values
+        return kth_smallest(lambda: [[score]], k, signed=True, total=self.ranks.sum).value
 
     def kept(self) -> dict[str, torch.Tensor]:
         """Parameter name to ``bool`` mask (true: stays) on the CPU, without what belongs to heads that are gone."""
-        found = {t.name: torch.empty(t.parameter.shape, dtype=torch.bool) for t in self.active}
+        found = {t.name: torch.empty(local(t.parameter).shape, dtype=torch.bool) for t in self.active}
         for portion in self.portions:
             for (index, start, length), keep in zip(portion.slots, self.masks.keep(portion)):
                 found[self.active[index].name][start : start + length] = keep.cpu()
+        for target in self.active if self.ranks.several else ():
+            rows = found[target.name].to(local(target.parameter).device)
+            found[target.name] = self.ranks.whole(rows, target.parameter).cpu()
         for target in self.active:
             if target.name in self.gone:
                 found[target.name].masked_fill_(self.is_gone(target), False)
@@ -282,12 +308,26 @@ class Storage:
         self.active = [target for target, live in zip(self.targets, flags) if live]
         self.forget_layout()
 
+    def tensor_names(self) -> list[str]:
+        """The names in :meth:`tensor_state`."""
+        states = [f"{kind}.{name}" for kind, tensors in self.state.items() for name in tensors]
+        return [*states, *(f"threshold.{name}" for name in self.thresholds)]
+
     def tensor_state(self) -> dict[str, torch.Tensor]:
-        """Averages as they are (not copies), masks packed to one bit per weight, by ``kind.parameter``."""
+        """Averages as they are (not copies), masks packed to one bit per weight, by ``kind.parameter``.
+
+        Of shards they are gathered on the CPU of the rank that writes, and empty on the others.
+        """
         found: dict[str, torch.Tensor] = {}
+        parameters = {target.name: target.parameter for target in self.targets}
         for kind, tensors in self.state.items():
             for name, tensor in tensors.items():
-                found[f"{kind}.{name}"] = pack_mask(tensor) if kind in ("mask", "fixed") else tensor
+                tensor = self.ranks.whole(tensor, parameters[name])
+                if self.ranks.writes:
+                    tensor = tensor.cpu() if self.ranks.several else tensor
+                    found[f"{kind}.{name}"] = pack_mask(tensor) if kind in ("mask", "fixed") else tensor
+        if not self.ranks.writes:
+            return {}
         found.update({f"threshold.{name}": tensor for name, tensor in self.thresholds.items()})
         return found
 
@@ -315,8 +355,8 @@ class Storage:
                     f"The checkpoint's pruning state of {name} has shape {list(tensor.shape)} but the model's is "
                     f"{list(shape)}; resume with the model that the run was started with."
                 )
-            like = torch.empty_like(parameters[name], dtype=tensor.dtype)  # its strides
-            self.state.setdefault(kind, {})[name] = like.copy_(tensor)
+            like = torch.empty_like(local(parameters[name]), dtype=tensor.dtype)  # its strides
+            self.state.setdefault(kind, {})[name] = like.copy_(self.ranks.part(tensor, parameters[name]))
         for kind in self._kinds:
             lacking = [target.name for target in self.active if target.name not in self.state.get(kind, {})]
             if lacking:

@@ -204,11 +204,11 @@ def _is_cut_out(owner: torch.nn.Module, parameter: torch.Tensor) -> bool:
 
 
 def require_whole(name: str, parameter: torch.Tensor) -> None:
-    """Raise HeadPruningError for a parameter of which this process holds a part only."""
-    if parameter.numel() == 0 or hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):
+    """Raise HeadPruningError for a parameter of which it is not known which part this process holds."""
+    if parameter.numel() == 0 or hasattr(parameter, "ds_id"):
         raise HeadPruningError(
-            f"{name} is sharded or empty in this process; prune weights with plain data parallelism (DDP) instead of "
-            "FSDP or DeepSpeed ZeRO-3."
+            f"{name} is sharded or empty in this process; prune weights with plain data parallelism (DDP) or FSDP2 "
+            "instead of FSDP1 or DeepSpeed ZeRO-3."
         )
 
 

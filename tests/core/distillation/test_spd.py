@@ -413,6 +413,14 @@ def test_a_teacher_of_its_own_type_and_one_that_follows_the_student():
     assert {p.dtype for p in same.teacher.model.parameters()} == {torch.float64}
 
 
+def test_layers_of_another_type_cannot_stand_in():
+    with pytest.raises(HeadPruningError, match="whose numbers are float32; drop --teacher-dtype bfloat16"):
+        open_session(make(), build("spd", teacher_dtype="bfloat16"))
+    model = make()
+    open_session(model, build("spd", teacher_dtype="float32")).detach()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_run_is_not_resumed_with_another_teacher():
     first = open_session(make(), build("logits"))
     state = first.state_dict()

@@ -150,7 +150,32 @@ def test_a_skipped_update_learns_nothing():
     assert np.isfinite(gpp.gradient()).all() and gpp.steps_above_0.tolist() == [2.0] * 42
 
 
+def test_gradients_that_are_not_finite_do_not_spoil_the_sums():
+    """Hosts without a loss scale step all the same."""
+    gpp = build("gpp", prune_epochs=5.0)
+    session = opened(model(), gpp)
+    train(session, range(2))
+    before = gpp.gradient()
+    session.before_update(2)
+    session.gates.gradients[3] = float("nan")
+    session.after_backward()
+    session.before_step()
+    session.after_step()
+    np.testing.assert_array_equal(gpp.gradient(), before + 0.5)
+
+
+def test_a_run_that_has_pruned_is_not_resumed_with_another_target():
+    first = opened(model(), build("gpp", prune_epochs=1.0))
+    train(first, range(4))
+    opened(model(), build("gpp", prune_epochs=1.0)).load_state_dict(first.state_dict())
+    other = opened(model(), build("gpp", prune_epochs=1.0, target_sparsity=0.75))
+    with pytest.raises(HeadPruningError, match="has removed 0.5 of the units, and --target-sparsity is 0.75; resume"):
+        other.load_state_dict(first.state_dict())
+
+
 @pytest.mark.parametrize("options, sentence", [
+    ({"target_sparsity": 0.02}, "--target-sparsity 0.02 takes none of 6 heads and 36 units; raise it"),
+    ({"prepruning_finetune_epochs": 6.0}, "Pruning would end with update 13 of 12"),
     ({"target_sparsity": 1.0}, "--target-sparsity is 1.0; it must be a share below 1"),
     ({"pruning_type": "heads"}, "--pruning-type is 'heads'; give structured_heads, structured_mlp or"),
     ({"prune_epochs": 5.0, "prepruning_finetune_epochs": 2.0}, "Pruning would end with update 14 of 12"),
@@ -158,6 +183,17 @@ def test_a_skipped_update_learns_nothing():
 def test_what_cannot_be_is_refused(options, sentence):
     with pytest.raises(HeadPruningError, match=sentence.replace("+", "[+]")):
         opened(model(), build("gpp", **options)).metrics()
+
+
+def test_pruning_that_ends_with_training_is_told_of(caplog):
+    session = opened(model(), build("gpp", prune_epochs=6.0))
+    train(session)
+    session.tell_unfinished()
+    assert caplog.messages == [
+        "training ended before the schedule of gpp did: the model was never trained with exactly the heads that are "
+        "kept; lower prune_epochs"
+    ]
+    assert session.harden().counts() == {"heads": (3, 6), "units": (18, 36)}
 
 
 def test_epochs_need_their_length():
@@ -212,9 +248,19 @@ def test_examples_and_padding_apart():
     mask = torch.arange(4).expand(3, 4) < 2
     padded = fused_loss(mine, theirs, 3, mask=mask)
     torch.testing.assert_close(padded, fused_loss([s[:, :2] for s in mine], [s[:, :2] for s in theirs], 3))
-    for options in ({"per_example": True}, {"mask": mask}, {"layers": "0:0,4:2"}):
+    mine, theirs = ([state[:2, :, :2] for state in each[:3]] for each in (mine, theirs))
+    for options in ({"per_example": True}, {"mask": mask[:2]}, {"layers": "0:0,2:1"}):
         leaves = [state.clone().requires_grad_() for state in mine]
-        assert torch.autograd.gradcheck(lambda *given, o=options: fused_loss(given, theirs, 3, **o), leaves)
+        assert torch.autograd.gradcheck(lambda *given, o=options: fused_loss(given, theirs, 2, **o), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_are_counted_beyond_what_half_precision_holds(dtype):
+    draw = torch.Generator().manual_seed(0)
+    mine, theirs = ([torch.randn(4, 80, 256, generator=draw) + 0.3 for _ in range(2)] for _ in range(2))
+    mask = torch.ones(4, 80, dtype=torch.bool)
+    low = fused_loss([s.to(dtype) for s in mine], [s.to(dtype) for s in theirs], 2, mask=mask)
+    torch.testing.assert_close(low, fused_loss(mine, theirs, 2, mask=mask), rtol=1e-2, atol=0)
 
 
 def test_shares_are_bounded_where_sums_cancel_out():

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -345,6 +346,37 @@ def test_gpus_are_shared_out(here, monkeypatch):
             pass
 
 
+@pytest.mark.slow
+def test_a_node_of_a_ray_cluster_that_is_lost(here):
+    """Each of two nodes runs a cell when one of them is killed; its cell is run again on the other."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    patient = {"health_check_timeout_ms": 60_000, "health_check_initial_delay_ms": 60_000}  # a busy machine is slow
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": patient})
+    lost = cluster.add_node(num_cpus=1)
+    write_plan(grid={"seed": [1, 2]}, command="python program.py {out} {seed}3 {seed} wait")
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while len(ran()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        cluster.remove_node(lost, allow_graceful=False)
+        while len(ran()) < 3 and time.monotonic() < deadline:
+            Path("go").touch()
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        main(["sweep", "plan.yaml", "--launcher", "ray", "--launcher-option", f"address={cluster.address}"])
+    finally:
+        killer.join()
+        cluster.shutdown()
+    assert sorted(set(ran())) == ["seed1", "seed2"] and len(ran()) == 3
+    assert sorted(path.stem for path in Path("plan-sweep/cells").iterdir()) == ["seed1", "seed2"]
+
+
 def test_slurm_through_submitit(here):
     pytest.importorskip("submitit", reason="submitit is not installed")
     write_plan(grid={"seed": [1, 2]}, command="python program.py {out} {seed}3 {seed}")
@@ -395,7 +427,8 @@ def test_a_search_goes_on_from_what_it_has_measured(here, capsys):
     main(["sweep", "plan.yaml", "--optuna", "3", "--jobs", "1"])
     first = ran()
     main(["sweep", "plan.yaml", "--optuna", "12", "--jobs", "2"])
-    assert len(first) == 3 and ran()[:3] == first and len(list(Path("plan-sweep/cells").iterdir())) == len(set(ran()))
+    assert len(first) == 3 and ran()[:3] == first and len(list(Path("plan-sweep/cells").iterdir())) == 12
+    assert len(set(ran())) == len(ran()) == 12 and not list(Path("plan-sweep/proposed").iterdir())
     with open("plan-sweep/results.csv", newline="") as stream:
         kept = [int(row["heads_kept"]) for row in csv.DictReader(stream)]
     best = min(kept, key=lambda heads: abs(heads - 18))
@@ -405,6 +438,37 @@ def test_a_search_goes_on_from_what_it_has_measured(here, capsys):
     write_plan(grid={"seed": [1, 2]}, command="python program.py {out} 3 {seed}")
     with pytest.raises(SystemExit, match="A search needs a grid with one cell, not 2"):
         main(["sweep", "plan.yaml", "--optuna", "3"])
+
+
+def test_a_search_that_is_killed_goes_on(here, capsys):
+    """What was running is run again before anything new, what was finished is not; of six values six are tried."""
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    search = {"heads": {"low": 1, "high": 6, "whole": True}}
+    command = "python program.py {out} {heads} {seed}"
+    write_plan(grid={"seed": [1]}, command=command, search=search)
+    main(["sweep", "plan.yaml", "--optuna", "2", "--jobs", "1"])
+    finished = ran()
+    Path("program.py").write_text(PROGRAM.replace('if "wait" in more', "if True"))  # cells wait
+    child = os.fork()
+    if not child:
+        try:
+            with open("log.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                main(["sweep", "plan.yaml", "--optuna", "6", "--jobs", "2"])
+        finally:
+            os._exit(9)
+    deadline = time.monotonic() + 60
+    while len(ran()) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    orphans = ran()[2:]
+    assert sorted(path.stem for path in Path("plan-sweep/proposed").iterdir()) == sorted(orphans) and len(orphans) == 2
+    Path("program.py").write_text(PROGRAM)
+    main(["sweep", "plan.yaml", "--optuna", "9", "--jobs", "1"])
+    again = ran()[4:]
+    assert sorted(again[:2]) == sorted(orphans) and len(again) == 4
+    assert len({*finished, *again}) == len(list(Path("plan-sweep/cells").iterdir())) == 6
+    assert "only 6 of 9: nothing else is proposed" in capsys.readouterr().out
 
 
 # -- the runner, which benchmarks use too ----------------------------------------------------------------------------

@@ -47,8 +47,10 @@ def test_hooks_in_order_and_learning_rates(run):
     np.testing.assert_allclose(logged(out, "lr_factor")[:UPDATES], FACTORS, rtol=1e-3)
 
 
-def test_a_schedule_that_ends_ends_with_its_phase(run):
-    _, found, _ = run("run", f"--lr-scheduler polynomial_decay --total-num-update {UPDATES} --warmup-updates 0")
+@pytest.mark.parametrize("start", ["", "--reset-optimizer"])
+def test_a_schedule_that_ends_ends_with_its_phase(run, start):
+    options = f"--lr-scheduler polynomial_decay --total-num-update {UPDATES} --warmup-updates 0"
+    _, found, _ = run("run", f"{options} {start}")
     np.testing.assert_allclose(found, rates(lambda step: 1 - step / SECOND), rtol=1e-6)
 
 

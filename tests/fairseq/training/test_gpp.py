@@ -47,6 +47,14 @@ def test_three_phases(whole):
     assert len(lost) >= 7 and 0 < lost[-1] < lost[0]
 
 
+def test_a_run_from_the_weights_of_another_prunes_anew(whole, translation, runner, tmp_path):
+    """By its own options: neither the sums nor the schedule of the run before are gone on with."""
+    start = f"--pruner gpp --prune-epochs {2 / EPOCH} --finetune-from-model {whole[0] / 'checkpoint_last.pt'}"
+    runner.run("train", translation.train(tmp_path / "run", start, updates=4))
+    state = session_of(tmp_path / "run" / "checkpoint_last.pt")
+    assert state["gpp.place"].tolist() == [3, 0.5, 0, 2] and state["gpp.steps_above_0"].max() == 3
+
+
 @pytest.mark.parametrize(
     "stopped", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)]
 )

@@ -427,6 +427,7 @@ def test_language_model(runner, english, tmp_path):
         (f"{PLATON} {PIPELINED}", "add --joint-pruning"),
         (f"{PLATON} --ddp-backend slowmo", "not pruned with --ddp-backend slowmo"),
         (f"{PLATON} --ddp-backend fully_sharded", "not pruned with --ddp-backend fully_sharded"),
+        (f"{DSP} --ddp-backend fully_sharded", "not pruned with --ddp-backend fully_sharded"),
     ],
 )
 def test_bad_options(translation, tmp_path, options, words):

@@ -200,7 +200,8 @@ def test_what_the_script_itself_takes():
 
 @pytest.mark.parametrize("words, name", [
     ("", None),
-    ("--num_of_heads 3", "dsp"),
+    ("--num_of_heads 3", "head_sensitivity"),
+    ("--num_of_heads 3 --pruning_lr 0.1", "dsp"),
     ("--num_of_heads 3 --use_ste", "ste"),
     ("--l0_penalty 0.1", "voita"),
     ("--l0_penalty 0.1 --num_of_heads 3", "voita"),

@@ -133,8 +133,8 @@ def test_mistakes_get_one_sentence(words, sentence):
     ("--deltaT 0", "--deltaT is 0; it must be 1 or more updates."),
     ("--final_threshold 10", "--final_threshold is 10.0; it must be a remaining ratio from 0 to 1."),
     ("--weights_include (", "--weights_include '(' is no regular expression ("),
-    ("--fsdp full_shard", "Weights are not pruned under FSDP, which splits them over processes; use plain data "),
-    ("--deepspeed zero.json", "Weights are not pruned under DeepSpeed, which splits them over processes; use plain "),
+    ("--fsdp full_shard", "--fsdp splits the model over processes, but there is one; start several with torchrun, "),
+    ("--deepspeed zero.json", "Weights are not pruned under DeepSpeed, which splits them over processes; use FSDP2 "),
     ("--pruner dsp --num_of_heads 3 --annealing --initial_temperature -1", "--initial_temperature is -1.0; it must "),
 ])  # fmt: skip
 def test_values_are_checked_before_anything_is_loaded(script, words, sentence):

@@ -76,13 +76,13 @@ def here(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def teacher(place):
-    """What teacher_preparation.sh makes in a few updates: the folder's name and the metrics."""
+    """What teacher_preparation.sh makes in a few updates: its line and the metrics."""
     make_pairs, train = lines_of("teacher_preparation.sh")
     assert make_pairs[:2] == ["-m", "prepare.wikipedia"] and train[:2] == ["-m", "hf_plugin.run_pretraining"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert prepare([*make_pairs[2:], "--max_seq_length=64", "--quiet"]) == 0
-        return flags(train)["output_dir"], run(parse([*train[2:], *SHORT], "run_pretraining"))
+        return train[2:], run(parse([*train[2:], *SHORT], "run_pretraining"))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,8 @@ def test_the_scripts_hold_the_recipe():
 
 
 def test_a_teacher_is_prepared(here, teacher):
-    folder, metrics = teacher
-    model = BertForPreTraining.from_pretrained(folder)
+    _, metrics = teacher
+    model = BertForPreTraining.from_pretrained("teacher")
     assert metrics["eval_perplexity"] == pytest.approx(np.exp(metrics["eval_mlm_loss"]))
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_mlm_loss"] + metrics["eval_nsp_loss"], rel=0.05)
     assert 0 <= metrics["eval_nsp_accuracy"] <= 1
@@ -132,14 +132,19 @@ def test_a_student_is_pruned_but_for_heads_and_embeddings(here, student):
     assert all("logits_logits_loss" in entry for entry in history if "lr_factor" in entry)
 
 
-def test_a_killed_student_ends_bit_equal(here, student):
-    line, metrics = student
-    shutil.copytree(here / "student" / "checkpoint-11", here / "killed" / "checkpoint-11")
-    epoch = json.loads((here / "killed" / "checkpoint-11" / "trainer_state.json").read_text())["epoch"]
+@pytest.mark.parametrize("stage, more, files", [
+    pytest.param("teacher", [], ["model.safetensors"], marks=pytest.mark.slow),
+    ("student", SCHEDULE, ["model.safetensors", "masks.safetensors"]),
+])  # fmt: skip
+def test_a_killed_run_ends_bit_equal(here, request, stage, more, files):
+    line, metrics = request.getfixturevalue(stage)
+    killed = f"killed-{stage}"
+    shutil.copytree(here / stage / "checkpoint-11", here / killed / "checkpoint-11")
+    epoch = json.loads((here / killed / "checkpoint-11" / "trainer_state.json").read_text())["epoch"]
     assert 1 < epoch < 2
-    again = run(parse([*line, *SHORT, *SCHEDULE, "--output_dir", "killed"], "run_pretraining"))
-    for name in ("model.safetensors", "masks.safetensors"):
-        assert (here / "killed" / name).read_bytes() == (here / "student" / name).read_bytes(), name
+    again = run(parse([*line, *SHORT, *more, "--output_dir", killed], "run_pretraining"))
+    for name in files:
+        assert (here / killed / name).read_bytes() == (here / stage / name).read_bytes(), name
     assert again["eval_perplexity"] == metrics["eval_perplexity"]
 
 
@@ -284,6 +289,29 @@ def test_the_flags_of_the_published_script(here):
     assert (masks.name, masks.config.lr_rewind) == ("gradual_magnitude", True)
     assert (arguments.data.data_dir, arguments.data.whole_word_mask) == ("pairs", True)
     assert any("data_process_type is ignored" in note for note in arguments.notes)
+
+
+def test_the_published_configurations_are_flags(here, tmp_path):
+    words = "--model_name_or_path teacher --data_dir pairs --do_train --output_dir x --do_prune --lr_rewind"
+    config = "--pruning_config ../language-modeling/config/student_pruning_85_config.json"
+    given = "--pruning_override '{\"pruning_frequency\": 500}' --end_pruning_step 60000"
+    (found,) = parse(shlex.split(f"{words} {config} {given}"), "run_mlm").pruners
+    options = found.config
+    assert (found.name, options.target_sparsity, options.pruning_frequency) == ("gradual_magnitude", 0.85, 500)
+    assert (options.policy_end_step, options.end_pruning_step, options.lr_rewind) == (50000, 60000, True)
+    assert (options.weights_include, options.weights_exclude) == (r"\.weight$", "(?:cls)|(?:teacher)")
+    locked = parse(shlex.split(f"{words[:-12]} --pruning_config lock_config.json"), "run_mlm").of("weights")
+    assert (locked.name, locked.config.weights_exclude) == ("lock", "(?:classifier)|(?:qa_outputs)|(?:teacher)")
+    mine = {"scheduler": "iterative", "pruning_fn": "unstructured_magnitude", "explicit_prune": {"x": {}}}
+    (tmp_path / "own.json").write_text(json.dumps(mine))
+    for line, sentence in (
+        ("--pruning_override '{}'", "--pruning_config, which is not given"),
+        (f"{config} --pruning_override 0.9", "--pruning_override is no JSON object"),
+        (f"{config} --pruning_override '{{\"frequency\": 5}}'", "has the unknown key 'frequency'"),
+        (f"--pruning_config {tmp_path / 'own.json'}", "reads no explicit_prune out of a pruning configuration"),
+    ):
+        with pytest.raises(HeadPruningError, match=sentence):
+            parse(shlex.split(f"{words} {line}"), "run_mlm")
 
 
 @pytest.mark.slow

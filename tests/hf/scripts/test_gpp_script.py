@@ -28,6 +28,9 @@ def test_the_lines_mean_what_the_manual_says():
     assert (training.eval_strategy.value, training.num_train_epochs, training.learning_rate) == ("epoch", 32, 2e-5)
     slower = parse([*GPP, "--retrain_learning_rate", "1e-5", "--do_finetune"], "run_GDbert_glue")
     assert slower.pruners[0].config.retrain_lr_factor == 0.5
+    for more, words in (("learning_rate", "a factor on --learning_rate, which"), ("retrain_lr_factor", "drop one of")):
+        with pytest.raises(HeadPruningError, match=words):
+            parse([*GPP, "--retrain_learning_rate", "1e-5", f"--{more}", "0"], "run_GDbert_glue")
     assert any("--do_finetune is ignored" in note for note in slower.notes)
     plain = parse("--model_name_or_path m --task_name cola --output_dir o --do_train".split(), "run_GDbert_glue")
     assert [p.name for p in plain.pruners] == ["gpp"] and plain.pruners[0].config.prune_epochs == 10

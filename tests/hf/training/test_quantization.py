@@ -93,6 +93,7 @@ def test_zeros_stay_zeros_and_are_counted_as_stored(trained, name):
         value = parameters[tensor]
         integers = getattr(value, "qdata", value)
         assert mask[:, 1::3].all() and not mask[:, ::3].any() and not integers[~mask].any(), tensor
+        assert not trainer.session.model.get_parameter(tensor)[~mask].any(), tensor  # before they were rounded
         kept += int(torch.count_nonzero(integers))
     report = json.loads((folder / "pruning.json").read_text())["weights"]
     assert report["weights_kept"] == kept and kept < sum(int(mask.sum()) for mask in names.values())

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import (
     AutoModelForSequenceClassification,
     ResNetConfig,
@@ -455,19 +457,39 @@ class TestRefusals:
         with pytest.raises(HeadPruningError, match="add_to"):
             own.train()
 
-    @pytest.mark.parametrize("flag, host", [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
-    def test_hosts_that_shard_weights(self, tmp_path, flag, host):
+    def test_deepspeed(self, tmp_path):
         model = tiny_bert()
         trainer = Trainer(model=model, args=arguments(tmp_path))
-        assert getattr(trainer, flag) is False
-        setattr(trainer, flag, True)  # the real ones need several processes, or a GPU
-        with pytest.raises(HeadPruningError, match=f"not pruned under {host}"):
+        assert trainer.is_deepspeed_enabled is False
+        trainer.is_deepspeed_enabled = True  # the real one needs a GPU
+        with pytest.raises(HeadPruningError, match="not pruned under DeepSpeed"):
             HeadPruningCallback(open_session(model, [pruner("platon", **PLATON)])).add_to(trainer)
         HeadPruningCallback(open_session(tiny_bert(), [pruner("dsp", **HEAD_METHODS["dsp"])])).add_to(trainer)
 
-    def test_sharding_asked_of_one_process(self, tmp_path):
-        with pytest.raises(HeadPruningError, match="not pruned under FSDP"):
-            trainer_of(tmp_path, fsdp=True)
+    @pytest.mark.parametrize(
+        "version, states, method, words",
+        [
+            (1, "FULL_STATE_DICT", "dsp", "under FSDP2 alone"),
+            (2, "SHARDED_STATE_DICT", "dsp", "with whole state dicts"),
+            (2, "FULL_STATE_DICT", "qat", "whole matrices"),
+        ],
+    )
+    def test_what_cannot_be_sharded(self, tmp_path, monkeypatch, version, states, method, words):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=states)
+        model = tiny_bert()
+        trainer = Trainer(model=model, args=arguments(tmp_path))
+        trainer.is_fsdp_enabled = True  # the real one needs several processes
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+        session = open_session(model, [pruner(method, **HEAD_METHODS.get(method, {}))])
+        with pytest.raises(HeadPruningError, match=words):
+            HeadPruningCallback(session).add_to(trainer)
+
+    def test_a_cpu_that_accelerate_would_not_shard_on(self, tmp_path):
+        model = tiny_bert()
+        trainer = Trainer(model=model, args=arguments(tmp_path))
+        trainer.args.fsdp = True  # which a Trainer takes where there are several processes
+        with pytest.raises(HeadPruningError, match="--fsdp does not shard the model here"):
+            HeadPruningCallback(open_session(model, [pruner("dsp", **HEAD_METHODS["dsp"])])).add_to(trainer)
 
     def test_pipelined_heads_beside_weights(self):
         model = tiny_bert()
