@@ -101,8 +101,22 @@ def _ray(
         raise HeadPruningError(f"Ray does not start ({one_line(error):.300}); correct its options.") from error
     # A cell of a lost node is run again, on another: Ray's own errors are retried, ours are what a cell returns.
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=-1)(run_job)
+    running: set[Any] = set()
+
+    def launch(job: Job) -> dict[str, Any]:
+        reference = task.remote(job)
+        running.add(reference)
+        try:
+            return ray.get(reference)
+        finally:
+            running.discard(reference)
+
+    def stop() -> None:
+        for reference in list(running):
+            ray.cancel(reference)  # interrupts it, so that it ends its command
+
     try:
-        yield lambda job: ray.get(task.remote(job)), jobs or _FAR_JOBS, lambda: None
+        yield launch, jobs or _FAR_JOBS, stop
     finally:
         ray.shutdown()
 
@@ -130,11 +144,20 @@ def _slurm(
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise HeadPruningError(f"submitit does not start ({one_line(error):.300}); correct its options.") from error
 
+    running: set[Any] = set()
+
     def launch(job: Job) -> dict[str, Any]:
         submitted = executor.submit(run_job, job)
+        running.add(submitted)
         try:
             return submitted.result()
-        except submitit.core.utils.FailedJobError as error:
+        except submitit.core.utils.UncompletedJobError as error:  # killed, out of time, or it raised
             return {"error": f"the job {submitted.job_id} was lost ({one_line(error):.300}); start the sweep again"}
+        finally:
+            running.discard(submitted)
 
-    yield launch, jobs or _FAR_JOBS, lambda: None
+    def stop() -> None:
+        for submitted in list(running):
+            submitted.cancel()
+
+    yield launch, jobs or _FAR_JOBS, stop
