@@ -378,11 +378,19 @@ def test_a_node_of_a_ray_cluster_that_is_lost(here, monkeypatch):
     assert sorted(path.stem for path in Path("plan-sweep/cells").iterdir()) == ["seed1", "seed2"]
 
 
-def test_slurm_through_submitit(here):
+def test_slurm_through_submitit(here, monkeypatch):
     pytest.importorskip("submitit", reason="submitit is not installed")
     write_plan(grid={"seed": [1, 2]}, command="python program.py {out} {seed}3 {seed}")
+    import submitit
+
+    arrays = []
+    submit = submitit.AutoExecutor.map_array
+    monkeypatch.setattr(
+        submitit.AutoExecutor, "map_array", lambda self, *args: arrays.append(args[1]) or submit(self, *args)
+    )
     main(["sweep", "plan.yaml", "--launcher", "slurm", "--launcher-option", "cluster=local"])
     assert sorted(ran()) == ["seed1", "seed2"]
+    assert [len(each) for each in arrays] == [2]
 
 
 @pytest.mark.slow
