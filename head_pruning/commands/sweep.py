@@ -128,6 +128,9 @@ def _search(args: argparse.Namespace, plan: Plan, work: Path) -> None:
         return job
 
     found = [read_json(path, CELL, cure="delete it") for path in sorted((work / CELLS_FOLDER).glob("*.json"))]
+    other = next((each["name"] for each in found if not plan.search.keys() <= each["values"].keys()), None)
+    if other is not None:
+        raise HeadPruningError(f"{work} holds the cell {other}, which is none of this search; choose another --out.")
     jobs = [job_of({name: each["values"][name] for name in plan.search}) for each in found]
     done = [each for job in jobs if (each := job.finished()) is not None]
 
@@ -156,9 +159,10 @@ def _launcher(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Launcher, 
     """The launcher that the command line asks for; SIGTERM ends the block as Ctrl-C does."""
     options = dict(_option(text) for text in args.launcher_option)
     place = {"jobs": args.jobs, "threads": plan.threads, "gpus": plan.gpus, "options": options}
-    before = signal.signal(signal.SIGTERM, lambda number, frame: _stop(number))
+    before = signal.getsignal(signal.SIGTERM)
     try:
         with open_launcher(args.launcher, **place) as found:
+            signal.signal(signal.SIGTERM, lambda number, frame: _stop(number))  # Ray has put its own in our place
             yield found
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -111,6 +111,11 @@ class HeadPruner(Pruner):
         if isinstance(self.config, HeadCountConfig):
             for option in ("min_heads_per_layer", "min_heads_per_kind"):
                 require(self.config, option, lambda value: value >= 0, "0 or more")
+            if self.units == "ffn" and self.config.min_heads_per_kind:
+                raise HeadPruningError(
+                    "--min-heads-per-kind is for kinds of attention, but --prune-units ffn prunes no heads; drop it, "
+                    "or give --min-heads-per-layer for the units of each block."
+                )
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)

@@ -162,10 +162,10 @@ def check_onnx(model: nn.Module, target: Path, openvino: bool = False) -> None:
     check_file(target, ".xml" if openvino else ".onnx")
     if sum(p.numel() * p.element_size() for p in model.parameters()) >= LIMIT:
         raise HeadPruningError("An ONNX file holds less than 2 GB of weights; export the model compact instead.")
-    if openvino and importlib.util.find_spec("openvino") is None:
-        raise HeadPruningError("openvino is needed for this; install it: pip install openvino.")
     if openvino and target.suffix != ".xml":
         raise HeadPruningError(f"OpenVINO's models are two files, .xml and .bin; name the first, {target.stem}.xml.")
+    if openvino and importlib.util.find_spec("openvino") is None:
+        raise HeadPruningError("openvino is needed for this; install it: pip install openvino.")
 
 
 def write_program(program: torch.export.ExportedProgram, target: Path, check: Check) -> float:

@@ -100,8 +100,8 @@ def plot_scores(
         panel.plot(*zip(*sorted(front)), color="#e3c565", linewidth=8, alpha=0.5, label="Pareto front", zorder=1)
     for marker, (name, points) in zip(itertools.cycle("osD^vP*X<>"), curves.items()):
         points = sorted(points)
-        where, scores = [p[0] for p in points], [p[1] for p in points]
-        (line,) = panel.plot(where, scores, marker=marker, markersize=5, label=_plain(name))
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        (line,) = panel.plot(xs, ys, marker=marker, markersize=5, label=_plain(name))
         for heads, low, high in (spread or {}).get(name, ()):
             panel.vlines(heads, low, high, color=line.get_color(), alpha=0.6)
     if total is not None:

@@ -271,7 +271,10 @@ def _call(job: Job, words: Sequence[str], lock: Optional[int], stdout: Any, stde
     try:
         if lock is not None:
             os.write(lock, f"{socket.gethostname()} {process.pid}".encode())
-        printed, _ = process.communicate()
+        printed = None
+        while process.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # an interruption by Ray does not end the waiting
+                printed, _ = process.communicate(timeout=1)
     finally:
         if process.poll() is None:
             _end(process.pid)

@@ -10,14 +10,18 @@ import contextlib
 import os
 import queue
 import subprocess
+import threading
+import time
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 from ..errors import HeadPruningError, one_line
 from .cell import Job, end_all, run_job
 
 Launcher = Callable[[Job], dict[str, Any]]
 
+_MOMENT = 0.5  # seconds to wait for further cells of one array of Slurm
 _FAR_JOBS = 64  # cells that wait in a cluster's queue at a time, unless --jobs says otherwise
 
 
@@ -101,8 +105,22 @@ def _ray(
         raise HeadPruningError(f"Ray does not start ({one_line(error):.300}); correct its options.") from error
     # A cell of a lost node is run again, on another: Ray's own errors are retried, ours are what a cell returns.
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=-1)(run_job)
+    running: set[Any] = set()
+
+    def launch(job: Job) -> dict[str, Any]:
+        reference = task.remote(job)
+        running.add(reference)
+        try:
+            return ray.get(reference)
+        finally:
+            running.discard(reference)
+
+    def stop() -> None:
+        for reference in list(running):
+            ray.cancel(reference)  # interrupts it, so that it ends its command
+
     try:
-        yield lambda job: ray.get(task.remote(job)), jobs or _FAR_JOBS, lambda: None
+        yield launch, jobs or _FAR_JOBS, stop
     finally:
         ray.shutdown()
 
@@ -130,11 +148,50 @@ def _slurm(
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise HeadPruningError(f"submitit does not start ({one_line(error):.300}); correct its options.") from error
 
+    running: set[Any] = set()
+    ended = threading.Event()
+    tickets: queue.SimpleQueue[Optional[tuple[Job, Future]]] = queue.SimpleQueue()
+
+    def submit() -> None:
+        """Submit what is asked for within a moment as one array."""
+        while (ticket := tickets.get()) is not None:
+            time.sleep(_MOMENT)
+            together = [ticket]
+            with contextlib.suppress(queue.Empty):
+                while (ticket := tickets.get_nowait()) is not None:
+                    together.append(ticket)
+                tickets.put(None)
+            asked, futures = zip(*together)
+            try:
+                if ended.is_set():
+                    raise HeadPruningError("The sweep was ended; start it again to go on.")
+                for future, submitted in zip(futures, executor.map_array(run_job, asked)):
+                    future.set_result(submitted)
+            except Exception as error:  # of Slurm's commands; every cell that waits says it
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(error)
+
+    threading.Thread(target=submit, daemon=True).start()
+
     def launch(job: Job) -> dict[str, Any]:
-        submitted = executor.submit(run_job, job)
+        future: Future = Future()
+        tickets.put((job, future))
+        submitted = future.result()
+        running.add(submitted)
         try:
             return submitted.result()
-        except submitit.core.utils.FailedJobError as error:
+        except submitit.core.utils.UncompletedJobError as error:  # killed, out of time, or it raised
             return {"error": f"the job {submitted.job_id} was lost ({one_line(error):.300}); start the sweep again"}
+        finally:
+            running.discard(submitted)
 
-    yield launch, jobs or _FAR_JOBS, lambda: None
+    def stop() -> None:
+        ended.set()
+        for submitted in list(running):
+            submitted.cancel()
+
+    try:
+        yield launch, jobs or _FAR_JOBS, stop
+    finally:
+        tickets.put(None)

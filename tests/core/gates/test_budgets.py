@@ -54,6 +54,17 @@ def test_a_share_of_each_kind():
         assert squares[where][keep[where]].min() > squares[where][~keep[where]].max()
 
 
+def test_a_minimum_that_units_do_not_have_is_refused():
+    pruner = build_pruner(
+        get_method("random"), SimpleNamespace(num_of_heads=7, prune_units="ffn", min_heads_per_kind=2)
+    )
+    with pytest.raises(HeadPruningError, match="--prune-units ffn prunes no heads; drop it"):
+        PruningSession(Classifier(), units(), [pruner]).attach()
+    pruner.config.min_heads_per_kind, pruner.config.min_heads_per_layer = 0, 2
+    mask = PruningSession(Classifier(), units(), [pruner]).attach().head_mask()
+    assert mask.kept == 7 and min(len(kept) for kept in mask.kept_heads().values()) >= 2
+
+
 def test_weights_that_come_later_are_those_that_are_ranked():
     torch.manual_seed(0)
     late = Classifier()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -264,6 +265,14 @@ def test_a_part_of_a_sweep_heeds_the_rest(here):
     assert [path.parent.name for path in Path("plan-sweep").rglob("pytorch_model.bin")] == ["seed1-dense"]
 
 
+def test_a_search_does_not_go_on_from_cells_of_a_grid(here):
+    write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}")
+    main(["sweep", "plan.yaml"])
+    write_plan(grid={"seed": [1]}, command="python program.py {out} {n} {seed}", search={"n": {"low": 1, "high": 2}})
+    with pytest.raises(SystemExit, match="holds the cell seed1, which is none of this search; choose another --out"):
+        main(["sweep", "plan.yaml", "--optuna", "1"])
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--jobs", "-1"], "--jobs is -1; give 0 or more"),
     (["--threads", "0"], "--threads is 0; give 1 or more"),
@@ -369,11 +378,41 @@ def test_a_node_of_a_ray_cluster_that_is_lost(here, monkeypatch):
     assert sorted(path.stem for path in Path("plan-sweep/cells").iterdir()) == ["seed1", "seed2"]
 
 
-def test_slurm_through_submitit(here):
+def test_slurm_through_submitit(here, monkeypatch):
     pytest.importorskip("submitit", reason="submitit is not installed")
     write_plan(grid={"seed": [1, 2]}, command="python program.py {out} {seed}3 {seed}")
+    import submitit
+
+    arrays = []
+    submit = submitit.AutoExecutor.map_array
+    monkeypatch.setattr(
+        submitit.AutoExecutor, "map_array", lambda self, *args: arrays.append(args[1]) or submit(self, *args)
+    )
     main(["sweep", "plan.yaml", "--launcher", "slurm", "--launcher-option", "cluster=local"])
     assert sorted(ran()) == ["seed1", "seed2"]
+    assert [len(each) for each in arrays] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher, package, options", [
+    ("slurm", "submitit", ["cluster=local"]), ("ray", "ray", ["address=local", "num_cpus=2"]),
+])  # fmt: skip
+def test_an_end_ends_what_runs_elsewhere(here, launcher, package, options):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    write_plan(grid={"seed": [1, 2]}, command="python program.py {out} 3 {seed} wait")
+    words = ["sweep", "plan.yaml", "--launcher", launcher]
+    words += [word for option in options for word in ("--launcher-option", option)]
+    sweep = subprocess.Popen([sys.executable, "-m", "head_pruning.cli", *words], stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(ran()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    cells = [int(line.split()[-1]) for line in Path("ran.txt").read_text().splitlines()]
+    assert len(cells) == 2
+    sweep.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    assert sweep.wait(60) == 128 + signal.SIGTERM and time.monotonic() - begin < 40
+    assert not any(Path(f"/proc/{pid}/cwd").exists() for pid in cells)
+    assert not list(Path("plan-sweep").glob("cells/*")) and not list(Path("plan-sweep").glob("failed/*"))
 
 
 def test_launchers_that_are_not_there(here, monkeypatch):

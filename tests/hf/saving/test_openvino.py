@@ -53,10 +53,11 @@ def run(file):
     return torch.from_numpy(compiled({i.any_name: inputs[i.any_name].numpy() for i in compiled.inputs})["logits"])
 
 
-def test_openvino_computes_what_torch_does(compact, tmp_path):
+def test_openvino_computes_what_torch_does(compact, tmp_path, capsys):
     pytest.importorskip("openvino", reason="needs openvino")
     model, folder = compact
     main(["export", str(folder), str(tmp_path / "model.xml"), "--to", "openvino"])
+    assert float(capsys.readouterr().out.partition("difference between OpenVINO and torch ")[2]) < 1e-5
     torch.testing.assert_close(run(tmp_path / "model.xml"), expected(model), rtol=0, atol=1e-5)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".bin", ".xml"]
 

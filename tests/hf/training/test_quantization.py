@@ -182,26 +182,6 @@ def test_the_onnx_file_computes_with_integers_as_the_model_did(trained, onnx_fil
     assert torch.equal(found.argmax(-1)[sure], expected.argmax(-1)[sure]) and sure.any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more, limit", [((), 1e-4), (("--int8",), 5e-3)])
-def test_openvino_files_compute_what_they_are_told_to(trained, tmp_path, capsys, more, limit):
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    pytest.importorskip("onnxscript", reason="needs onnx")
-    with pytest.raises(SystemExit, match=r"two files, .xml and .bin; name the first, model.xml"):
-        main(["export", str(trained["whole"][0]), str(tmp_path / "model.onnx"), "--to", "openvino", *more])
-    main(["export", str(trained["whole"][0]), str(tmp_path / "model.xml"), "--to", "openvino", *more])
-    assert float(capsys.readouterr().out.partition("OpenVINO and torch ")[2]) < limit
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
-    batch = collate(sentences(5, seed=5))
-    batch.pop("labels")
-    model = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    names = {name for each in model.inputs for name in each.names}
-    found = model({name: value.numpy() for name, value in batch.items() if name in names})["logits"]
-    with torch.no_grad():
-        expected = trained["whole"][1].session.model.eval()(**batch).logits
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=2e-2)
-
-
 def test_files_without_zeros(trained, tmp_path, capsys):
     folder = trained["compact"][0]
     main(["export", str(folder), str(tmp_path / "small"), "--to", "compressed"])
