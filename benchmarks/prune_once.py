@@ -11,7 +11,6 @@ that has been measured is never run again (its result lies in the work folder), 
 from its last checkpoint; the tables and the plots are written anew after each cell.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -20,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from benchmarks.cells import add_options, run_bench
 from benchmarks.glue import ROOT, Cell, Task, shown
 from benchmarks.spd_glue import DENSE_RATE, RATE, TRAINING, Page, write_results
-from benchmarks.weights_glue import METHODS, PERCENT, SCHEDULE, WeightBench
+from benchmarks.weights_glue import METHODS, PERCENT, SCHEDULE, WeightBench, run
 from head_pruning.files import atomic_path
 
 SPARSITIES = (0.85, 0.9)
@@ -210,16 +208,7 @@ PAGE = Page(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder with the pretrained encoder")
-    parser.add_argument("glue", type=Path, help="folder with the tasks' folders")
-    parser.add_argument("squad", type=Path, help="folder with SQuAD v1.1")
-    add_options(parser)
-    options = parser.parse_args()
-
-    paths = (options.model.resolve(), options.glue.resolve(), options.squad.resolve(), options.work.resolve())
-    bench = OnceBench(*paths, options.threads)
-    run_bench(cells(), bench, options, lambda rows: write_results(PAGE, rows, options.results), kept="percent")
+    run(__doc__, OnceBench, cells(), lambda rows, folder: write_results(PAGE, rows, folder))
 
 
 if __name__ == "__main__":

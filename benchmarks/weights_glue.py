@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Callable, Sequence
 
 from benchmarks.cells import add_options, run_bench
 from benchmarks.glue import RECIPE, Bench, Cell, Task, shown
@@ -135,9 +136,9 @@ def write_results(rows: list[dict], folder: Path, command: str) -> None:
         temporary.write_text("\n".join(parts).rstrip() + "\n")
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(doc: str, bench: type[WeightBench], cells: Sequence[Cell], write: Callable[[list[dict], Path], None]) -> None:
+    """The command line of a benchmark that fine-tunes on GLUE and SQuAD; ``write`` is given the rows and a folder."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with the pretrained encoder")
     parser.add_argument("glue", type=Path, help="folder with the tasks' folders")
     parser.add_argument("squad", type=Path, help="folder with SQuAD v1.1")
@@ -145,9 +146,14 @@ def main() -> None:
     options = parser.parse_args()
 
     paths = (options.model.resolve(), options.glue.resolve(), options.squad.resolve(), options.work.resolve())
-    bench = WeightBench(*paths, options.threads)
+    made = bench(*paths, options.threads)
+    run_bench(cells, made, options, lambda rows: write(rows, options.results), kept="percent")
+
+
+def main() -> None:
+    """Command line."""
     command = "python -m benchmarks.weights_glue MODEL GLUE SQUAD --work DIR"
-    run_bench(cells(), bench, options, lambda rows: write_results(rows, options.results, command), kept="percent")
+    run(__doc__, WeightBench, cells(), lambda rows, folder: write_results(rows, folder, command))
 
 
 if __name__ == "__main__":

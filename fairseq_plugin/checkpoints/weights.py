@@ -8,7 +8,8 @@ from head_pruning import HeadPruningError, PruningSession
 
 from .stored import PruningState
 
-_APART = ("slowmo", "slow_mo")
+# Ranks whose weights differ until they are averaged.
+_AVERAGED = ("slowmo", "slow_mo")
 
 
 def refuse_hosts(session: PruningSession, options: Any) -> None:
@@ -25,8 +26,8 @@ def refuse_hosts(session: PruningSession, options: Any) -> None:
     alone = not session.steers_host and not session.changes_loss
     if alone and len(session.of_kind("heads")) == len(session.pruners):
         return
-    if backend in _APART or getattr(options, "use_bmuf", False):
-        named = f"--ddp-backend {backend}" if backend in _APART else "--use-bmuf"
+    if backend in _AVERAGED or getattr(options, "use_bmuf", False):
+        named = f"--ddp-backend {backend}" if backend in _AVERAGED else "--use-bmuf"
         raise HeadPruningError(
             f"Weights are not pruned with {named}, nor models distilled: ranks do not hold the same whole weights at "
             "every update there; use --ddp-backend pytorch_ddp or legacy_ddp, or prune heads only."

@@ -217,8 +217,8 @@ class DSPPruner(FallingCount, HeadGatePruner):
             self.cooldown = cooldown
 
 
-_COUNT = {option.name for shared in (CountConfig, JointConfig, HeadCountConfig) for option in fields(shared)}
-_OWN = {option.name: option.default for option in fields(DSPConfig) if option.name not in _COUNT}
+_SHARED = {option.name for shared in (CountConfig, JointConfig, HeadCountConfig) for option in fields(shared)}
+_OWN = {option.name: option.default for option in fields(DSPConfig) if option.name not in _SHARED}
 
 
 def _asked_for(options: Any) -> bool:
