@@ -18,7 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Optional, Sequence
+from typing import Iterable, Mapping, Optional, Sequence
 
 import torch
 
@@ -244,9 +244,7 @@ class Bench:
         results = json.loads((out / "all_results.json").read_text())
         if cell.method != "dense":
             (out / "model.safetensors").unlink()  # only the dense models are started from
-        sets = [f"eval_{task.metric}", f"eval_mm_{task.metric}"]  # MNLI has two
-        score = statistics.mean(results[name] for name in sets if name in results)
-        return self.row(cell, results.get("heads_kept", HEADS), 100.0 * score)
+        return self.row(cell, results.get("heads_kept", HEADS), score(task, results))
 
     def cut(self, cell: Cell) -> list[dict]:
         """Michel: scores at each of KEPT, without training."""
@@ -261,6 +259,12 @@ class Bench:
         shutil.rmtree(out / "michel_masks", ignore_errors=True)
         (out / "model.safetensors").unlink(missing_ok=True)
         return [self.row(cell, r["heads"], r["score"]) for r in rounds if r["heads"] in KEPT]
+
+
+def score(task: Task, results: Mapping[str, float]) -> float:
+    """The score in ``all_results.json``, in percent; the mean of both sets for MNLI."""
+    sets = [f"eval_{task.metric}", f"eval_mm_{task.metric}"]
+    return 100.0 * statistics.mean(results[name] for name in sets if name in results)
 
 
 def shown(scores: list[float]) -> str:

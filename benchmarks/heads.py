@@ -1,14 +1,16 @@
 """Which method keeps the better heads: all methods, several seeds, equal updates, resumable cell by cell.
 
-    python -m benchmarks.heads --work DIR [--model MODEL --data DATA] [--corpus CORPUS] [--jobs 2]
+    python -m benchmarks.heads --work DIR [--data GLUE --model MODEL --wide-model WIDE] [--corpus CORPUS] [--jobs 2]
 
 Without more, the task is the one of ``make demo``: its small translation model is trained once, and every cell trains
-on from it, with 4 of its 36 heads. MODEL and DATA (those of ``benchmarks.glue``) add SST-2, with 6 of 72 heads, from
-one fine-tuned model; CORPUS (that of ``benchmarks.translation``) adds Multi30k from scratch, 2000 updates, the
-recorded setting. Dense rows were trained on for as many updates. A measured cell is never run again.
+on from it, with 4 of its 36 heads. GLUE and MODEL (those of ``benchmarks.glue``) add SST-2, CoLA and MNLI with 6 or 18
+of 72 heads, each from one fine-tuned model; WIDE, an encoder of 144 heads, adds SST-2 with 12 of them; CORPUS (that of
+``benchmarks.translation``) adds Multi30k from scratch, 2000 updates, the recorded setting. Dense rows were trained on
+for as many updates. A measured cell is never run again.
 """
 
 import argparse
+import functools
 import re
 import statistics
 import subprocess
@@ -31,8 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (1, 2, 3)
 RANDOM_SEEDS = (1, 2, 3, 4, 5)  # of a draw and of its training
 DISTILLED = ("head_sensitivity", "dsp")
-SST2 = glue.Task("SST-2", "accuracy", 1, samples=4000)
-SST2_RECIPE = f"{TRAINING} --learning_rate 1e-4"
+SHORT = f"{TRAINING} --learning_rate 1e-4"
+# That of benchmarks.glue, in float32: not every processor is faster in bfloat16.
+RECORDED = glue.RECIPE.replace(" --bf16", "")
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,34 @@ class Task:
     setting: str
 
 
+@dataclass(frozen=True)
+class GlueTask(Task):
+    """A task of GLUE: the examples that it trains on, and how."""
+
+    glue: glue.Task
+    recipe: str = SHORT
+    anneal: tuple[str, ...] = HF_ANNEAL
+
+
+SST2 = glue.Task("SST-2", "accuracy", 1, samples=4000)
+COLA = glue.Task("CoLA", "matthews_correlation", 1)
+MNLI = glue.Task("MNLI", "accuracy", 1, samples=40000, length=128)
+PART = "from the fine-tuned model, 1 epoch of 4000 sentences"
+GLUE_TASKS = (
+    GlueTask("sst-2", "accuracy", 72, (6, 18), PART, SST2),
+    GlueTask("cola", "Matthews correlation x 100", 72, (6, 18), "from the fine-tuned model, 1 epoch", COLA),
+    GlueTask("mnli", "accuracy, mean of both sets", 72, (6, 18), "from the fine-tuned model, 1 epoch of 40 000 pairs",
+             MNLI, RECORDED, tuple(glue.SHORT.split())),
+)  # fmt: skip
+WIDE_TASKS = (GlueTask("sst-2-wide", "accuracy", 144, (12,), PART, SST2),)
 TASKS = {
-    "ui-strings": Task("ui-strings", "BLEU", 36, (4,), "from the trained model, 300 updates"),
-    "SST-2": Task("SST-2", "accuracy", 72, (6,), "from the fine-tuned model, 1 epoch of 4000 sentences"),
-    "multi30k": Task("multi30k", "BLEU", 36, (4, 9, 2), "from scratch, 2000 updates"),
+    task.name: task
+    for task in (
+        Task("ui-strings", "BLEU", 36, (4,), "from the trained model, 300 updates"),
+        *GLUE_TASKS,
+        *WIDE_TASKS,
+        Task("multi30k", "BLEU", 36, (4, 9, 2), "from scratch, 2000 updates"),
+    )
 }
 
 
@@ -117,26 +144,28 @@ class Translation:
 
 
 class Classification:
-    """SST-2 from one fine-tuned model, with the scripts of ``benchmarks.glue``."""
+    """A task of GLUE from one fine-tuned model, with the scripts of ``benchmarks.glue``."""
 
-    def __init__(self, work: Path, model: Path, data: Path) -> None:
-        self.bench = glue.Bench(model, data, work, 1)
-        self.bench.tasks = {**glue.TASKS, "SST-2": SST2}
+    def __init__(self, task: GlueTask, work: Path, model: Path, data: Path) -> None:
+        self.task = task
+        self.bench = glue.Bench(model, data, work / task.name, 1)
+        self.bench.tasks = {**glue.TASKS, task.glue.name: task.glue}
         self.lock = threading.Lock()
 
     def score(self, cell: Cell) -> tuple[float, Optional[Path]]:
-        """Train and evaluate: accuracy in percent, and where the heads are written."""
-        start = self.bench.work / "runs" / "SST-2-start-s1"
+        """Train and evaluate: the score in percent, and where the heads are written."""
+        name, epochs = self.task.glue.name, self.task.glue.epochs
+        start = self.bench.work / "runs" / f"{name}-start-s1"
         with self.lock:
             if not (start / "all_results.json").exists():
-                self.bench.fine_tune(glue.Cell("SST-2", "start", None, 1), self.bench.model, SST2.epochs, SST2_RECIPE)
+                self.bench.fine_tune(glue.Cell(name, "start", None, 1), self.bench.model, epochs, self.task.recipe)
         options = [re.sub(r"(?<=\w)-(?=[a-z])", "_", o) if o.startswith("--") else o for o in cell.options((), start)]
-        options += HF_ANNEAL if cell.method == "dsp" else ()
-        run = glue.Cell("SST-2", cell.name.removeprefix("SST-2-").removesuffix(f"-s{cell.seed}"), None, cell.seed,
-                        options=tuple(options))  # fmt: skip
-        out = self.bench.fine_tune(run, start, SST2.epochs, SST2_RECIPE)
+        options += self.task.anneal if cell.method == "dsp" else ()
+        method = cell.name.removeprefix(f"{cell.task}-").removesuffix(f"-s{cell.seed}")
+        run = glue.Cell(name, method, None, cell.seed, options=tuple(options))
+        out = self.bench.fine_tune(run, start, epochs, self.task.recipe)
         (out / "model.safetensors").unlink()
-        return 100.0 * read_json(out / "all_results.json")["eval_accuracy"], out
+        return glue.score(self.task.glue, read_json(out / "all_results.json")), out
 
 
 class Recorded:
@@ -235,22 +264,26 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--model", type=Path, help="folder with a pretrained encoder of 72 heads, for SST-2")
-    parser.add_argument("--data", type=Path, help="folder with SST-2/, for SST-2")
+    parser.add_argument("--data", type=Path, help="folder with the tasks' folders, for GLUE")
+    parser.add_argument("--model", type=Path, help="folder with a pretrained encoder of 72 heads, for GLUE")
+    parser.add_argument("--wide-model", type=Path, help="folder with a pretrained encoder of 144 heads, for GLUE")
     parser.add_argument("--corpus", type=Path, help="folder with the BPE'd Multi30k, for the recorded setting")
     options = parser.parse_args()
-    if (options.model is None) != (options.data is None):
-        parser.error("--model and --data belong together")
+    if bool(options.model or options.wide_model) != bool(options.data):
+        parser.error("--data belongs to --model or --wide-model")
     work = options.work.resolve()
     makers: dict[str, Callable[[], Any]] = {"ui-strings": lambda: Translation(work)}
-    if options.model:
-        makers["SST-2"] = lambda: Classification(work, options.model.resolve(), options.data.resolve())
+    for tasks, model in ((GLUE_TASKS, options.model), (WIDE_TASKS, options.wide_model)):
+        for task in tasks if model else ():
+            makers[task.name] = functools.partial(
+                Classification, task, work, model.resolve(), options.data.resolve()
+            )  # fmt: skip
     if options.corpus:
         makers["multi30k"] = lambda: Recorded(work, options.corpus.resolve())
     bench = Bench(work, makers)
     cells = [cell for task in TASKS.values() for cell in cells_of(task)]
     cells = [cell for cell in cells if cell.task in makers or bench.result(cell).exists()]
-    command = "python -m benchmarks.heads --work DIR --model MODEL --data GLUE"
+    command = "python -m benchmarks.heads --work DIR --data GLUE --model MODEL --wide-model WIDE"
     run_bench(cells, bench, options, lambda rows: write_results(rows, options.results, command))
 
 

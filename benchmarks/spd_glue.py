@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Mapping, Optional, Sequence
 
 from benchmarks.cells import add_options, run_bench
-from benchmarks.glue import Bench, Cell, Task, shown
+from benchmarks.glue import Bench, Cell, Task, score, shown
 from benchmarks.weights_glue import SCHEDULE
 from benchmarks.weights_glue import TRAINING as PLATONS
 from head_pruning.files import atomic_path, write_json
@@ -122,15 +122,13 @@ class SpdBench(Bench):
         kept = self.kept(cell, out)
         if not dense:
             (out / "model.safetensors").unlink()
-        sets = [f"eval_{task.metric}", f"eval_mm_{task.metric}"]  # MNLI has two
-        score = statistics.mean(results[name] for name in sets if name in results)
         return {
             "task": cell.task,
             "method": cell.method,
             "percent": cell.keep or 100,
             **kept,
             "seed": cell.seed,
-            "score": 100.0 * score,
+            "score": score(task, results),
         }
 
     def kept(self, cell: Cell, out: Path) -> dict:
