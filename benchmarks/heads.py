@@ -22,7 +22,7 @@ from typing import Any, Callable, Optional
 
 from benchmarks import glue, translation
 from benchmarks.cells import add_options, run_bench
-from benchmarks.spd_glue import TRAINING
+from benchmarks.spd_glue import DENSE_EPOCHS, DENSE_RATE, TRAINING
 from fairseq_plugin.demo import ANNEAL, Demo
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.files import MASKS_FILE, atomic_path, read_json, write_json
@@ -33,9 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (1, 2, 3)
 RANDOM_SEEDS = (1, 2, 3, 4, 5)  # of a draw and of its training
 DISTILLED = ("head_sensitivity", "dsp")
-SHORT = f"{TRAINING} --learning_rate 1e-4"
-# That of benchmarks.glue, in float32: not every processor is faster in bfloat16.
-RECORDED = glue.RECIPE.replace(" --bf16", "")
+RECIPE = f"{TRAINING} --learning_rate {DENSE_RATE}"
 
 
 @dataclass(frozen=True)
@@ -51,23 +49,20 @@ class Task:
 
 @dataclass(frozen=True)
 class GlueTask(Task):
-    """A task of GLUE: the examples that it trains on, and how."""
+    """A task of GLUE, and the examples that it trains on."""
 
     glue: glue.Task
-    recipe: str = SHORT
-    anneal: tuple[str, ...] = HF_ANNEAL
 
 
 SST2 = glue.Task("SST-2", "accuracy", 1, samples=4000)
 COLA = glue.Task("CoLA", "matthews_correlation", 1)
-MNLI = glue.Task("MNLI", "accuracy", 1, samples=40000, length=128)
+MNLI = glue.Task("MNLI", "accuracy", 1, samples=8000, length=128)
 PART = "from the fine-tuned model, 1 epoch of 4000 sentences"
 GLUE_TASKS = (
     GlueTask("sst-2", "accuracy", 72, (6, 18), PART, SST2),
     GlueTask("cola", "Matthews correlation x 100", 72, (6, 18), "from the fine-tuned model, 1 epoch", COLA),
-    GlueTask("mnli", "accuracy, mean of both sets", 72, (6, 18), "from the fine-tuned model, 1 epoch of 40 000 pairs",
-             MNLI, RECORDED, tuple(glue.SHORT.split())),
-)  # fmt: skip
+    GlueTask("mnli", "accuracy, mean of both sets", 72, (6, 18), PART.replace("4000 sentences", "8000 pairs"), MNLI),
+)
 WIDE_TASKS = (GlueTask("sst-2-wide", "accuracy", 144, (12,), PART, SST2),)
 TASKS = {
     task.name: task
@@ -154,16 +149,17 @@ class Classification:
 
     def score(self, cell: Cell) -> tuple[float, Optional[Path]]:
         """Train and evaluate: the score in percent, and where the heads are written."""
-        name, epochs = self.task.glue.name, self.task.glue.epochs
+        name = self.task.glue.name
         start = self.bench.work / "runs" / f"{name}-start-s1"
         with self.lock:
             if not (start / "all_results.json").exists():
-                self.bench.fine_tune(glue.Cell(name, "start", None, 1), self.bench.model, epochs, self.task.recipe)
+                whole = glue.Cell(name, "start", None, 1)
+                self.bench.fine_tune(whole, self.bench.model, DENSE_EPOCHS[name], RECIPE)
         options = [re.sub(r"(?<=\w)-(?=[a-z])", "_", o) if o.startswith("--") else o for o in cell.options((), start)]
-        options += self.task.anneal if cell.method == "dsp" else ()
+        options += HF_ANNEAL if cell.method == "dsp" else ()
         method = cell.name.removeprefix(f"{cell.task}-").removesuffix(f"-s{cell.seed}")
         run = glue.Cell(name, method, None, cell.seed, options=tuple(options))
-        out = self.bench.fine_tune(run, start, epochs, self.task.recipe)
+        out = self.bench.fine_tune(run, start, self.task.glue.epochs, RECIPE)
         (out / "model.safetensors").unlink()
         return glue.score(self.task.glue, read_json(out / "all_results.json")), out
 
