@@ -10,6 +10,7 @@ earlier sweep stay, unless the same cell was measured anew. What the tables look
 
 import argparse
 import csv
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -27,19 +28,30 @@ from head_pruning.sweep.results import RESULTS as COLLECTED
 
 HERE = Path(__file__).resolve().parent
 PLANS, STORED = HERE / "plans", HERE / "results"
-SITES = "heads_by_site"
+SITES, SENTENCES = "heads_by_site", "sentences"
 Row = dict[str, str]
 
 
-def asked(name: str) -> tuple[Plan, dict[str, Any], list[str]]:
-    """A plan, its ``x-table``, and what ``--set`` must say; what that would be stands there in capitals."""
-    path = PLANS / f"{name}.yaml"
+def asked(name: str) -> tuple[Plan, dict[str, Any], dict[str, str]]:
+    """A plan, its ``x-table``, and what ``--set`` must say; what only a user knows stands there in capitals.
+
+    Args:
+        name: of the plan; or, after it and a hyphen, of another table of it, with other values of its ``set``.
+    """
+    stem = name.partition("-")[0]
+    path = PLANS / f"{stem}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in PLANS.glob("*.yaml")))
-        raise HeadPruningError(f"There is no plan {name}, only {known}.")
+        raise HeadPruningError(f"There is no plan {stem}, only {known}.")
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    needed = [each for each, value in found["set"].items() if value is None]
-    return read_plan(path, {each: each.upper() for each in needed}), found["x-table"], needed
+    spec = found["x-table"]
+    if name != stem:
+        if name not in spec.get("also", {}):
+            raise HeadPruningError(f"The plan {stem} has no table {name}; its x-table says which it has.")
+        spec = {**spec, **spec["also"][name]}
+    given = {each: each.upper() for each, value in found["set"].items() if value is None}
+    given |= {each: str(value) for each, value in spec.get("set", {}).items()}
+    return read_plan(path, given), spec, given
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -52,13 +64,17 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def collected(sweep: Path) -> list[Row]:
-    """What a sweep measured, with the heads that its models keep, by site."""
+    """What a sweep measured, with the heads that its models keep by site, and how many sentences were translated."""
     rows = read_rows(sweep / COLLECTED)
     for row in rows:
         folder = folder_of(sweep, row["cell"])
         run = read_run(folder) if folder.is_dir() else None
         if run is not None and run.kept:
             row[SITES] = " ".join(f"{site}:{len(heads)}" for site, heads in run.kept.items() if heads)
+        log = sweep / "logs" / f"{row['cell']}.log"
+        decoded = log.is_file() and re.findall(r"Translated ([\d,]+) sentences", log.read_text(errors="replace"))
+        if decoded:
+            row[SENTENCES] = decoded[-1].replace(",", "")
     return rows
 
 
@@ -161,19 +177,43 @@ def by_mean(spec: Mapping[str, Any], rows: list[Row]) -> list[str]:
     return parts
 
 
+def by_run(name: str, spec: Mapping[str, Any], plan: Plan, rows: list[Row], folder: "Path | None") -> list[str]:
+    """One table, a line for each run, and its picture, unless ``folder`` is None."""
+    columns: dict[str, list[Any]] = {
+        column: [] for column in ("method", f"heads kept of {spec['total']}", spec["runs"])
+    }
+    columns |= {"updates": [], SENTENCES: [], "published code": []}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        kept = int(row.get("heads_kept") or row.get("heads") or spec["total"])
+        length = spec["updates"].get(row["method"], "updates")
+        found = (row["method"], kept, float(row["score"]), plan.given.get(length, length), row.get(SENTENCES, ""))
+        for column, value in zip(columns.values(), (*found, spec.get("published", {}).get(row["cell"], ""))):
+            column.append(value)
+        curves.setdefault(row["method"], []).append((kept, float(row["score"])))
+    told = {header: column for header, column in columns.items() if any(value != "" for value in column)}
+    dense = curves.pop("dense", None)
+    if dense and curves and folder is not None:
+        level = ("dense", dense[0][1])
+        plot_scores(curves, folder / f"{name}.png", dense=level, score=spec["runs"], total=spec["total"])
+    return [markdown_table(list(told), list(zip(*told.values())))]
+
+
 def write_tables(name: str, rows: list[Row], folder: Path, pictures: bool = True) -> None:
     """Write ``NAME.csv``, ``NAME.md`` and the pictures."""
-    plan, spec, needed = asked(name)
+    plan, spec, given = asked(name)
     cells = plan.cells(Path("DIR"))
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(rows, folder / f"{name}.csv")
-    given = "".join(f"--set {each}={each.upper()} " for each in needed)
+    flags = "".join(f"--set {each}={value} " for each, value in given.items())
     about = spec.get("about", "").format(rows=len(rows), cells=len(cells))
     parts = [f"# {spec['title']}", ""]
-    parts += [f"`head-pruning sweep benchmarks/plans/{name}.yaml {given}--out DIR`", ""]
+    parts += [f"`head-pruning sweep benchmarks/plans/{name.partition('-')[0]}.yaml {flags}--out DIR`", ""]
     parts += [about, ""] if about else []
     if "columns" in spec:
         parts += by_share(name, spec, plan, rows, folder if pictures else None)
+    elif "runs" in spec:
+        parts += by_run(name, spec, plan, rows, folder if pictures else None)
     else:
         parts += by_mean(spec, rows)
     with atomic_path(folder / f"{name}.md") as temporary:

@@ -12,6 +12,7 @@ from head_pruning.cli import main
 
 #: Trainings of each plan.
 CELLS = {"glue": 102, "gpp_glue": 84, "heads": 276, "prune_once": 75, "spd_glue": 103, "weights_glue": 47}
+CELLS |= {"translation": 28}
 
 
 def test_every_plan_is_known():
@@ -20,8 +21,7 @@ def test_every_plan_is_known():
 
 @pytest.mark.parametrize("name", CELLS)
 def test_a_plan_has_all_of_its_cells(name, capsys):
-    *_, needed = tables.asked(name)
-    given = [word for each in needed for word in ("--set", f"{each}={each.upper()}")]
+    given = [word for each in tables.asked(name)[2].items() for word in ("--set", "=".join(each))]
     main(["sweep", str(tables.PLANS / f"{name}.yaml"), "--out", "DIR", "--dry-run", *given])
     lines = capsys.readouterr().out.splitlines()
     cells = [line for line in lines if not line.startswith(" ")]
@@ -30,7 +30,7 @@ def test_a_plan_has_all_of_its_cells(name, capsys):
     assert all(line.split()[0] in ("python", "head-pruning") and "{" not in line for line in commands)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, "translation-recorded"])
 def test_a_committed_table_comes_out_of_its_rows(name, tmp_path, monkeypatch):
     stored = (tables.STORED / f"{name}.csv").read_bytes()
     (tmp_path / f"{name}.csv").write_bytes(stored)
@@ -75,5 +75,7 @@ def test_what_a_sweep_has_measured_is_taken_in(tmp_path, monkeypatch):
 def test_tables_that_are_not_there(tmp_path):
     with pytest.raises(HeadPruningError, match="There is no plan glu, only glue, gpp_glue"):
         tables.asked("glu")
+    with pytest.raises(HeadPruningError, match="The plan translation has no table translation-small"):
+        tables.asked("translation-small")
     with pytest.raises(HeadPruningError, match="cannot be read .*; run the sweep first"):
         tables.read_rows(Path(tmp_path / "none.csv"))

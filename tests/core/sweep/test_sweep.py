@@ -567,7 +567,7 @@ def test_a_search_that_is_killed_goes_on(here, capsys):
     assert "only 6 of 9: nothing else is proposed" in capsys.readouterr().out
 
 
-# -- the runner, which benchmarks use too ----------------------------------------------------------------------------
+# -- the runner ------------------------------------------------------------------------------------------------------
 
 
 def test_cells_wait_for_what_they_start_from_and_failures_come_last():
