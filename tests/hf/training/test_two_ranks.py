@@ -162,6 +162,8 @@ def test_a_script_whose_model_is_sharded(repo, tmp_path):
         same_tensors(two / name, one / name)
     told = [json.loads((each / "all_results.json").read_text()) for each in (two, one)]
     assert all(told[0][name] == told[1][name] for name in told[0] if name.startswith(("heads_", "weights_")))
+    for name in ("train_loss", "eval_loss"):
+        assert told[0][name] == pytest.approx(told[1][name], abs=1e-3), name
     reports = [json.loads((each / "pruning.json").read_text()) for each in (two, one)]
     for report in reports:  # what was measured, and the flags
         del report["history"]
