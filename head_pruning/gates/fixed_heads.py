@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -11,11 +12,12 @@ import numpy as np
 
 from ..compact.shapes import FLAG
 from ..errors import HeadPruningError
-from ..masks import HeadMask
+from ..masks import HeadMask, full_mask
 from ..old_masks import read_old_mask
 from ..options import require
 from ..pruner import SessionView
 from ..registry import register_pruner
+from ..schedules import count_of
 from .base import BudgetConfig, HeadPruner
 
 
@@ -99,14 +101,30 @@ class RankedPruner(FixedPruner):
         super().check_options()
 
     def first(self, scores: np.ndarray) -> np.ndarray:
-        """``bool[N]``: those of the highest ``scores`` (``[N]``) that stay."""
+        """``bool[N]``: those of the highest ``scores`` (``[N]``) that stay.
+
+        Raises:
+            HeadPruningError: the budget buys nothing, whatever the scores.
+        """
         from ..surgery.per_unit import affordable, of_each_kind  # executes torch, which listing methods does not need
 
         config = self.config
         if config.keep_macs is not None:
             costs = self.macs()
-            return affordable(scores, costs, config.keep_macs * costs.sum())
+            keep = affordable(scores, costs, config.keep_macs * costs.sum())
+            if not keep.any():
+                least = math.ceil(1e6 * costs.min() / costs.sum()) / 1e6
+                raise HeadPruningError(
+                    f"--keep-macs {config.keep_macs:g} is less than a unit costs, so nothing would stay; give "
+                    f"{least:g} or more."
+                )
+            return keep
         if config.keep_share is not None:
+            for kind, (_, total) in full_mask(self.unit_map).counts().items():
+                if not count_of(config.keep_share, total):
+                    raise HeadPruningError(
+                        f"--keep-share {config.keep_share:g} keeps none of the {total} {kind}; give 1/{total} or more."
+                    )
             return of_each_kind(self.unit_map, scores, config.keep_share)
         return self.top_k(scores)
 

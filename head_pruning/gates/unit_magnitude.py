@@ -26,6 +26,7 @@ class UnitMagnitudePruner(RankedPruner):
     def attach(self, session: SessionView) -> None:
         if session.weights_come_later:
             HeadPruner.attach(self, session)
+            self.first(np.zeros(self.unit_map.num_heads))  # whether the budget buys anything: told before training
             self.kept, self._settled = np.ones(self.unit_map.num_heads, dtype=bool), False
         else:
             super().attach(session)

@@ -1,8 +1,9 @@
 """Pictures of head masks and of scores over what is kept: PNG, or SVG where the file's name ends so."""
 
 import itertools
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Mapping, Optional, Sequence
 
 from ..files import atomic_path
 from ..masks import HeadMask
@@ -26,10 +27,10 @@ _LABELS = {
 }
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> "Figure":
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
@@ -39,10 +40,12 @@ def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
     first = next(iter(masks.values()))
     sites = first.unit_map.sites
     widest = max((site.heads for site in sites if isinstance(site, AttentionSite)), default=12)
-    lines = 2 + max(title.count("\n") for title in masks)
-    figure = _figure(2.2 + len(masks) * (0.45 + 0.22 * widest), 0.7 + 0.25 * lines + 0.24 * len(sites))
+    width = 0.45 + 0.22 * widest
+    titles = [_narrow(title, width) for title in masks]
+    lines = 2 + max(title.count("\n") for title in titles)
+    figure = _figure(2.2 + len(masks) * width, 0.7 + 0.25 * lines + 0.24 * len(sites), "compressed")
     panels = figure.subplots(1, len(masks), sharey=True, squeeze=False)[0]
-    for panel, (title, mask) in zip(panels, masks.items()):
+    for panel, title, mask in zip(panels, titles, masks.values()):
         for row, (site, where) in enumerate(mask.unit_map.slices()):
             colour = _COLOURS.get(site.kind, "#555555")
             if not isinstance(site, AttentionSite):
@@ -110,6 +113,12 @@ def plot_scores(
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     _save(figure, path)
+
+
+def _narrow(title: str, width: float) -> str:
+    """A title in lines that fit into a panel of so many inches, so that it does not run into the next one's."""
+    letters = int(width / 0.085)  # of the average width in 9 points
+    return "\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, letters) or [""])
 
 
 def _plain(text: str) -> str:

@@ -145,8 +145,6 @@ class PretrainingRun(TaskRun):
             preprocess_logits_for_metrics=scores_of,
             callbacks=[EpochTold(train)],
         )
-        # Its loss is a mean, which the Trainer divides by the micro-batches.
-        self.trainer.model_accepts_loss_kwargs = False
         # A data-parallel wrapper looks for unused parameters in what the model gives, a compiler at its code.
         if not (training.ddp_find_unused_parameters or training.torch_compile):
             self.trainer.last_layer = checked_last_layer(model)

@@ -196,16 +196,22 @@ class TaskRun:
             trainer = self.dense_trainer(**options)
             wrap_end(trainer, lambda: 0 if self.resume is None else self.resume.step)
             wrap_checkpoints(trainer)
-            trainer.in_order = self.in_order
-            return trainer
+            return self._prepared(trainer)
         mask_steps = 1000 if arguments.data.intermediate_masks else 0
         hub = {name: value for name, value in arguments.model.hub_options().items() if name != "revision"}
         trainer = self.pruning_trainer(
             **options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub
         )
-        trainer.in_order = self.in_order
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())
+        return self._prepared(trainer)
+
+    def _prepared(self, trainer: Any) -> Trainer:
+        """A Trainer with what all runs set."""
+        trainer.in_order = self.in_order
+        # Losses of the tasks are means. transformers takes them for sums over all micro-batches and processes where
+        # ``forward`` has any ``**kwargs``: it would add them up, and evaluations would say several times their loss.
+        trainer.model_accepts_loss_kwargs = False
         return trainer
 
     @property

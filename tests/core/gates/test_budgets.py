@@ -15,7 +15,7 @@ from tests.core.test_contract import WIDTH, Classifier
 
 
 def opened(method, model=None, **options):
-    pruner = build_pruner(get_method(method), SimpleNamespace(prune_units="both", **options))
+    pruner = build_pruner(get_method(method), SimpleNamespace(**{"prune_units": "both", **options}))
     session = PruningSession(model or Classifier(), units(), [pruner])
     return session.attach(), pruner
 
@@ -83,10 +83,30 @@ def test_weights_that_come_later_are_those_that_are_ranked():
     ({"keep_macs": 1.5}, "--keep-macs is 1.5; it must be a share above 0, up to 1"),
     ({"keep_share": 0.5, "min_heads_per_layer": 1}, "give --num-of-heads"),
     ({"keep_macs": 0.5, "macs_length": 0}, "--macs-length is 0"),
+    ({"keep_share": 0.16}, "--keep-share 0.16 keeps none of the 6 heads; give 1/6 or more"),
+    ({"keep_share": 0.02, "prune_units": "ffn"}, "--keep-share 0.02 keeps none of the 36 units; give 1/36 or more"),
+    ({"keep_macs": 1e-4}, r"--keep-macs 0.0001 is less than a unit costs, so nothing would stay; give 0\.\d+ or more"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(options, sentence):
     with pytest.raises(HeadPruningError, match=sentence):
         opened("random", **options)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("options", [{"keep_share": 0.16}, {"keep_macs": 1e-4}])
+def test_a_budget_that_buys_nothing_is_refused_before_training(late, options):
+    pruner = build_pruner(get_method("unit_magnitude"), SimpleNamespace(prune_units="both", **options))
+    with pytest.raises(HeadPruningError, match="give .* or more"):
+        PruningSession(Classifier(), units(), [pruner], weights_come_later=late).attach()
+
+
+def test_the_least_budget_that_is_named_buys_one():
+    session, pruner = opened("unit_magnitude", keep_share=1 / 6)
+    assert session.head_mask().counts() == {"heads": (1, 6), "units": (6, 36)}
+    with pytest.raises(HeadPruningError) as refused:
+        opened("unit_magnitude", keep_macs=1e-4)
+    least = float(str(refused.value).split("give ")[1].split()[0])
+    assert opened("unit_magnitude", keep_macs=least)[0].head_mask().kept == 1
 
 
 def test_what_no_longer_fits_is_passed_over():

@@ -38,3 +38,21 @@ def test_pictures_are_written_whole(tmp_path):
     for path in tmp_path.iterdir():
         picture = imread(path)
         assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize("heads, count", [(4, 3), (12, 2)])
+def test_long_titles_of_masks_do_not_run_into_each_other(tmp_path, monkeypatch, heads, count):
+    pytest.importorskip("matplotlib")
+    from head_pruning.report import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    unit_map = UnitMap(tuple(AttentionSite(f"l{i}", "encoder_self", f"{i}", heads, 1, f"{i}") for i in range(6)))
+    mask = HeadMask(unit_map, np.ones(6 * heads, dtype=bool))
+    names = [f"runs/a_folder_whose_name_is_long_and_has_no_spaces{i}" for i in range(count)]
+    plots.plot_head_masks({f"{name}\nhead_sensitivity: 0.{name[-1]}": mask for name in names}, tmp_path / "x")
+    drawn[0].savefig(tmp_path / "x.png")
+    boxes = [panel.title.get_window_extent() for panel in drawn[0].axes]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+    assert all(0 <= box.x0 and box.x1 <= drawn[0].bbox.width and box.y1 <= drawn[0].bbox.height for box in boxes)
+    assert names[0] in drawn[0].axes[0].get_title().replace("\n", "")

@@ -89,6 +89,12 @@ def test_joint_commands(here, script, line, more, folder):
         assert again[name] == pytest.approx(results[name], abs=1e-5)
 
 
+def test_micro_batches_are_averaged_not_added_up(here):
+    more = "--max_steps 1 --gradient_accumulation_steps 2 --output_dir micro_batches".split()
+    results = run(parse([*FINE_TUNING, *TINY, *more], "run_glue"))
+    assert results["train_loss"] == pytest.approx(results["eval_loss"], rel=0.1)
+
+
 @pytest.mark.slow
 def test_voita_without_a_number_of_heads(here):
     run(parse([*VOITA, *TINY, "--l0_penalty", "0.5", "--output_dir", "voita_free"], "run_voita"))
@@ -147,10 +153,8 @@ def test_michel_on_a_part_of_the_training_set(here, dense):
     assert found["100000"][1]["importance"] == whole[1]["importance"] != found["2"][1]["importance"]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["-m", "hf_plugin.run_dsp"], pytest.param([str(ROOT / "hf_plugin" / "run_dsp.py")], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["-m", "hf_plugin.run_dsp"], [str(ROOT / "hf_plugin" / "run_dsp.py")]])
 def test_as_a_process(place, command):
     process = start(place, *command, *JOINT_DSP, *TINY, *ANNEAL, "--output_dir", "process", "--overwrite_output_dir")
     _, log = process.communicate(timeout=300)
