@@ -40,21 +40,22 @@ def test_fairseq_takes_the_command_lines(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_model_and_what_michel_leaves_of_it(data, tmp_path, monkeypatch):
+def test_a_dense_model_and_a_pruned_one(data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    given = {"binary": data, "updates": 120, "warmup": 20, "short": 2, "cooldown": 1}  # enough to end sentences
+    given = {"binary": data, "updates": 4, "warmup": 2, "short": 2, "cooldown": 1}
     plan, out = str(tables.PLANS / "translation.yaml"), tmp_path / "out"
     flags = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
-    main(["sweep", plan, *flags, "--out", str(out), "--jobs", "1", "--only", "^(dense|Michel-exact--(18|2))$"])
+    main(["sweep", plan, *flags, "--out", str(out), "--jobs", "1", "--only", "^(dense|joint-DSP-4)$"])
     rows = tables.collected(out)
-    michel = [("Michel-exact--18", "18"), ("Michel-exact--2", "2")]
-    assert [(row["cell"], row["heads"]) for row in rows] == [("dense", ""), *michel]
+    assert [(row["cell"], row["heads"], row["heads_kept"]) for row in rows] == [
+        ("dense", "", ""),
+        ("joint-DSP-4", "4", "4"),
+    ]
     assert all(row["sentences"] == "10" and float(row["score"]) >= 0 for row in rows)
-    left = {run.name for run in find_runs([out])}
-    assert left == {row["cell"] for row in rows}
-    assert not (out / "runs/Michel-exact--2/checkpoint_last.pt").exists()
+    assert [run.name for run in find_runs([out])] == ["dense", "joint-DSP-4"]
+    assert not (out / "runs/joint-DSP-4/checkpoint_last.pt").exists()
     assert (out / "runs/dense/checkpoint_last.pt").is_file()
     monkeypatch.setattr("sys.argv", ["tables", "translation", str(out), "--results", str(tmp_path / "results")])
     tables.main()
     text = (tmp_path / "results" / "translation.md").read_text()
-    assert "| dense | 36 | " in text and "| Michel (exact) | 2 | " in text
+    assert "| dense | 36 | " in text and "| joint DSP | 4 | " in text
