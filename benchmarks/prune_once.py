@@ -175,6 +175,7 @@ class OnceBench(WeightBench):
             temporary.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
         words = ["--data_dir", str(self.work / "pairs"), "--corpus", str(corpus), "--tokenizer", str(self.model)]
         words += ["--max_seq_length", str(TASKS[PRETRAINING].length), "--workers", "1"]
+        words += ["--validation_split_percentage", "3"]
         subprocess.run([sys.executable, "-m", "prepare.wikipedia", *words], cwd=ROOT, env=self.env, check=True)
 
 
