@@ -19,7 +19,7 @@ from typing import Any, Iterable, Mapping, Sequence
 import yaml
 
 from head_pruning import HeadPruningError
-from head_pruning.files import atomic_path
+from head_pruning.files import atomic_path, write_json
 from head_pruning.report.plots import plot_scores
 from head_pruning.report.runs import read_run
 from head_pruning.report.tables import markdown_table
@@ -29,6 +29,7 @@ from head_pruning.sweep.results import RESULTS as COLLECTED
 HERE = Path(__file__).resolve().parent
 PLANS, STORED = HERE / "plans", HERE / "results"
 SITES, SENTENCES = "heads_by_site", "sentences"
+DISTILLED = ", distilled"  # at the end of a method
 Row = dict[str, str]
 
 
@@ -157,19 +158,40 @@ def by_share(name: str, spec: Mapping[str, Any], plan: Plan, rows: list[Row], fo
     return parts
 
 
-def by_mean(spec: Mapping[str, Any], rows: list[Row]) -> list[str]:
-    """A table for each task: mean and range of the seeds, best mean first, those of ``last`` after the others."""
+def in_numbers(spec: Mapping[str, Any], rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Each run: the heads that it keeps, and its score as the tables have it."""
+    found = []
+    for row in rows:
+        if row["method"] != "start":
+            told = spec["tasks"][row["task"]]
+            method, sign, _ = row["method"].partition(DISTILLED)
+            sites = (site.rpartition(":") for site in (row.get(SITES) or "").split())
+            number = {
+                "task": row["task"],
+                "method": method,
+                "heads": int(row.get("heads_kept") or told["total"]),
+                "seed": int(row["seed"]),
+                "distilled": bool(sign),
+                "score": float(row["score"]) * told.get("scale", 1),
+                SITES: {site: int(count) for site, _, count in sites},
+            }
+            found.append(number)
+    return found
+
+
+def by_mean(spec: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """A table of :func:`in_numbers` for each task: mean and range of seeds, best mean first, the distilled last."""
     parts = []
     for task, told in spec["tasks"].items():
-        groups: dict[tuple[int, str], list[float]] = {}
+        groups: dict[tuple[int, bool, str], list[float]] = {}
         for row in rows:
-            if row["task"] == task and row["method"] != "start":
-                kept = int(row.get("heads_kept") or told["total"])
-                groups.setdefault((kept, row["method"]), []).append(float(row["score"]) * told.get("scale", 1))
-        order = sorted(groups.items(), key=lambda g: (-g[0][0], g[0][1] in spec["last"], -statistics.mean(g[1])))
+            if row["task"] == task:
+                name = row["method"] + DISTILLED * row["distilled"]
+                groups.setdefault((row["heads"], row["distilled"], name), []).append(row["score"])
+        order = sorted(groups.items(), key=lambda g: (-g[0][0], g[0][1], -statistics.mean(g[1])))
         lines = [
             (method, kept, f"{statistics.mean(v):.2f}", f"{min(v):.2f} to {max(v):.2f}", len(v))
-            for (kept, method), v in order
+            for (kept, _, method), v in order
         ]
         if lines:
             header = ("method", f"heads kept of {told['total']}", f"mean {told['score']}", "range", "runs")
@@ -208,14 +230,17 @@ def write_tables(name: str, rows: list[Row], folder: Path, pictures: bool = True
     flags = "".join(f"--set {each}={value} " for each, value in given.items())
     about = spec.get("about", "").format(rows=len(rows), cells=len(cells))
     parts = [f"# {spec['title']}", ""]
-    parts += [f"`head-pruning sweep benchmarks/plans/{name.partition('-')[0]}.yaml {flags}--out DIR`", ""]
+    command = f"head-pruning sweep benchmarks/plans/{name.partition('-')[0]}.yaml {flags}--out DIR"
+    parts += [f"`{command}`", ""]
     parts += [about, ""] if about else []
     if "columns" in spec:
         parts += by_share(name, spec, plan, rows, folder if pictures else None)
     elif "runs" in spec:
         parts += by_run(name, spec, plan, rows, folder if pictures else None)
     else:
-        parts += by_mean(spec, rows)
+        numbers = in_numbers(spec, rows)
+        write_json(folder / f"{name}.json", {"command": command, "rows": numbers})
+        parts += by_mean(spec, numbers)
     with atomic_path(folder / f"{name}.md") as temporary:
         temporary.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 

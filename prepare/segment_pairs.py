@@ -2,13 +2,14 @@
 
 A document is a list of sentences, a sentence a list of token numbers. Sentences are collected until they fill a pair;
 the pair is cut between two of them, and its second part is either what follows or, labelled so, the beginning of
-another document's part. What a random second part leaves unused is put back.
+another document's part. What a random second part leaves unused is put back. Some documents are kept back for
+validation; other ones are taken from among them, and never for them, so that no sentence is in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,7 +27,8 @@ class PairOptions:
 
     ``max_length``: tokens of a pair, special ones included. ``specials``: how many of these there are.
     ``short_probability``: share of pairs that aim at a random shorter length. ``random_probability``: share of pairs
-    whose second part is random. ``seed``: of all draws.
+    whose second part is random. ``seed``: of all draws. ``validation_percentage``: of the documents, how many are kept
+    back, see :func:`kept_back`.
     """
 
     max_length: int = 512
@@ -34,6 +36,7 @@ class PairOptions:
     short_probability: float = 0.1
     random_probability: float = 0.5
     seed: int = 42
+    validation_percentage: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two segments, without special tokens, and whether the second does not follow the first."""
+    """Two segments, without special tokens, whether the second does not follow the first, and whether both are of
+    documents that are kept back.
+    """
 
     first: list[int]
     second: list[int]
     random: bool
+    validation: bool = False
 
 
 def plan_pairs(lengths: Sequence[Sequence[int]], options: PairOptions, draw: np.random.Generator) -> Iterator[Plan]:
@@ -132,6 +138,14 @@ def batches(documents: Iterator[list[list[int]]], size: int = BATCH) -> Iterator
         yield waiting
 
 
+def kept_back(documents: int, percentage: float) -> int:
+    """How many of a batch's documents are kept back: where any are, two or more, as each needs another one, and so are
+    those that are left.
+    """
+    wanted = round(documents * percentage / 100)
+    return max(2, min(wanted, documents - 2)) if percentage and documents >= 4 else 0
+
+
 def pairs_of_shard(documents: Iterator[list[list[int]]], options: PairOptions, shard: int) -> Iterator[Pair]:
     """The pairs of a shard's documents; they follow from the documents, the options and the shard's number alone.
 
@@ -144,4 +158,9 @@ def pairs_of_shard(documents: Iterator[list[list[int]]], options: PairOptions, s
                 f"Shard {shard} has one document, so none is another; give fewer --shards, and in text a blank line "
                 "between documents."
             )
-        yield from pairs_of(batch, options, draw)
+        back = kept_back(len(batch), options.validation_percentage)
+        chosen = set(draw.permutation(len(batch))[:back].tolist()) if back else set()
+        for validation in (False, True):
+            part = [document for i, document in enumerate(batch) if (i in chosen) == validation]
+            if part:
+                yield from (replace(pair, validation=validation) for pair in pairs_of(part, options, draw))

@@ -65,7 +65,7 @@ def prepare(options: Options) -> list[Path]:
     PrepareError if the corpus cannot be read or is empty, or the folder holds pairs made otherwise; HeadPruningError
     if the tokenizer cannot be read, or the folder is damaged.
     """
-    from hf_plugin.pretraining.folder import ABOUT, FORMAT, fingerprint, shard_names, statistics
+    from hf_plugin.pretraining.folder import ABOUT, FORMAT, fingerprint, statistics
 
     splitter(options.sentences, options.language)  # told before anything is read
     tokenizer = _tokenizer(options.tokenizer)
@@ -92,8 +92,9 @@ def prepare(options: Options) -> list[Path]:
         path = options.data_dir / ABOUT
         _refuse_other(path, about)
         _write(path, about)
-        missing = [i for i, name in enumerate(shard_names(about)) if not (options.data_dir / name).is_file()]
-        _work(options, pairs, about["shards"], missing)
+        shards = about["shards"]
+        missing = [i for i in range(shards) if not all(path.is_file() for path in _paths(options.data_dir, i, shards))]
+        _work(options, pairs, shards, missing)
         found = statistics(options.data_dir, about)
         if not found["pairs"]:
             raise PrepareError(
@@ -133,6 +134,13 @@ def _refuse_other(path: Path, about: dict[str, Any]) -> None:
             )
 
 
+def _paths(folder: Path, shard: int, shards: int) -> list[Path]:
+    """The files of a shard: to train on, and to validate with."""
+    from hf_plugin.pretraining.folder import shard_name
+
+    return [folder / shard_name(shard, shards, validation) for validation in (False, True)]
+
+
 def _tokenizer(name: str) -> Any:
     from hf_plugin.command_line.fields import ModelArguments
     from hf_plugin.scripts.models import load_tokenizer
@@ -168,16 +176,18 @@ class _Shards:
         tell(seen - told)
 
     def write(self, shard: int, tell: Callable[[int], None]) -> None:
-        """Write one shard; its file appears whole or not at all."""
-        from hf_plugin.pretraining.folder import shard_name, write_shard
+        """Write one shard; each of its files appears whole or not at all."""
+        from hf_plugin.pretraining.folder import write_shard
 
-        path = self.options.data_dir / shard_name(shard, self.shards)
-        part = part_path(path)
+        paths = _paths(self.options.data_dir, shard, self.shards)
+        parts = [part_path(path) for path in paths]
         try:
-            write_shard(part, pairs_of_shard(self.documents(shard, tell), self.pairs, shard))
-            os.replace(part, path)
+            write_shard(parts, pairs_of_shard(self.documents(shard, tell), self.pairs, shard))
+            for part, path in zip(parts, paths):
+                os.replace(part, path)
         finally:
-            part.unlink(missing_ok=True)
+            for part in parts:
+                part.unlink(missing_ok=True)
 
 
 _worker: tuple[_Shards, Any] | None = None
@@ -253,6 +263,12 @@ def parse(arguments: Sequence[str] | None) -> Options:
         default=plain.random_probability,
         help="share of random pairs (default %(default)s)",
     )
+    add(
+        "validation_split_percentage",
+        type=float,
+        default=plain.validation_percentage,
+        help="share of the documents to validate with (default %(default)s)",
+    )
     add("seed", type=int, default=plain.seed, help="of all draws (default %(default)s)")
     add("shards", type=int, help="files to write (default: as many as the hub's, or one for 64 MiB of local files)")
     add(
@@ -270,6 +286,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
     for name in ("short_seq_probability", "nsp_probability"):
         if not 0 <= getattr(given, name) <= 1:
             parser.error(f"--{name} must be from 0 to 1")
+    if not 0 <= given.validation_split_percentage < 100:
+        parser.error("--validation_split_percentage must be from 0 to below 100")
     if given.shards is not None and given.shards < 1 or given.max_seq_length < 0 or given.seed < 0:
         parser.error("--shards must be 1 or more, --max_seq_length and --seed 0 or more")
     try:
@@ -285,6 +303,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
             short_probability=given.short_seq_probability,
             random_probability=given.nsp_probability,
             seed=given.seed,
+            validation_percentage=given.validation_split_percentage,
         ),
         shards=given.shards,
         sentences=given.sentences,

@@ -129,7 +129,8 @@ class PretrainingArguments(DataArguments):
         default=False, metadata={"help": "mask whole words, not single tokens", "aliases": ["--use_wwm"]}
     )
     validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "share of the pairs, the last ones, that is kept back for evaluation"}
+        default=5.0,
+        metadata={"help": "share of the documents that is kept back for evaluation, as the pairs were made; 0: none"},
     )
 
 

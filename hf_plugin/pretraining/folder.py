@@ -5,13 +5,13 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from head_pruning import HeadPruningError
-from head_pruning.compact.shapes import Whole
+from head_pruning.compact.shapes import Number, Whole
 from head_pruning.errors import one_line
 from head_pruning.files import read_json
 
@@ -24,22 +24,28 @@ _ROWS = 1000
 _CURE = "run python -m prepare.wikipedia again"
 
 
-def shard_name(shard: int, shards: int) -> str:
-    """The file of a shard."""
-    return f"pairs-{shard:05d}-of-{shards:05d}.arrow"
+def shard_name(shard: int, shards: int, validation: bool = False) -> str:
+    """The file of a shard's pairs to train on, or of those to validate with."""
+    return f"{'validation' if validation else 'pairs'}-{shard:05d}-of-{shards:05d}.arrow"
 
 
-def write_shard(path: "str | Path", pairs: Iterable[Any]) -> None:
-    """Write objects with ``first``, ``second`` and ``random`` into a file."""
-    waiting = []
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
+def write_shard(paths: "Sequence[str | Path]", pairs: Iterable[Any]) -> None:
+    """Write objects with ``first``, ``second``, ``random`` and ``validation``: those to train on into the first of two
+    files, those to validate with into the second.
+    """
+    with contextlib.ExitStack() as stack:
+        sinks = [stack.enter_context(pa.OSFile(str(path), "wb")) for path in paths]
+        streams = [stack.enter_context(pa.ipc.new_stream(sink, SCHEMA)) for sink in sinks]
+        waiting: tuple[list[Any], list[Any]] = [], []
         for pair in pairs:
-            waiting.append(pair)
-            if len(waiting) == _ROWS:
-                stream.write_batch(_batch(waiting))
-                waiting = []
-        if waiting:
-            stream.write_batch(_batch(waiting))
+            mine = waiting[pair.validation]
+            mine.append(pair)
+            if len(mine) == _ROWS:
+                streams[pair.validation].write_batch(_batch(mine))
+                mine.clear()
+        for stream, rest in zip(streams, waiting):
+            if rest:
+                stream.write_batch(_batch(rest))
 
 
 def _batch(pairs: list[Any]) -> pa.RecordBatch:
@@ -63,23 +69,28 @@ def read_about(folder: "str | Path") -> dict[str, Any]:
         raise HeadPruningError(
             f"{folder} holds no segment pairs ({ABOUT}); make them: python -m prepare.wikipedia --data_dir {folder}."
         )
-    about = read_json(
-        path, {"format": Whole(), "tokenizer": str, "max_length": Whole(), "shards": Whole()}, cure=_CURE
-    )
+    shape = {"format": Whole(), "tokenizer": str, "max_length": Whole(), "shards": Whole()}
+    about = read_json(path, {**shape, "validation_percentage?": Number(0, 100)}, cure=_CURE)
     if about["format"] != FORMAT:
         raise HeadPruningError(f"{path} is of another version; {_CURE} into another folder.")
-    missing = [name for name in shard_names(about) if not (path.parent / name).is_file()]
+    names = [name for validation in splits(about) for name in shard_names(about, validation)]
+    missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise HeadPruningError(
-            f"{folder} lacks {missing[0]} ({len(missing)} of {about['shards']} shards); {_CURE}, which goes on where "
+            f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} files); {_CURE}, which goes on where "
             "it was stopped."
         )
     return about
 
 
-def shard_names(about: dict[str, Any]) -> list[str]:
-    """The files of all shards."""
-    return [shard_name(shard, about["shards"]) for shard in range(about["shards"])]
+def splits(about: dict[str, Any]) -> tuple[bool, ...]:
+    """Whether files are of pairs to validate with: of both kinds, but in folders that earlier versions wrote."""
+    return (False, True) if "validation_percentage" in about else (False,)
+
+
+def shard_names(about: dict[str, Any], validation: bool = False) -> list[str]:
+    """The files of all shards, of one kind."""
+    return [shard_name(shard, about["shards"], validation) for shard in range(about["shards"])]
 
 
 @contextlib.contextmanager
@@ -91,10 +102,10 @@ def _reading(path: Path) -> Iterator[None]:
         raise HeadPruningError(f"{path} is damaged ({one_line(error):.200}); remove it and {_CURE}.") from error
 
 
-def open_pairs(folder: "str | Path", about: dict[str, Any]) -> Dataset:
-    """All pairs, mapped into memory. Raises HeadPruningError for a damaged shard."""
+def open_pairs(folder: "str | Path", about: dict[str, Any], validation: bool = False) -> Dataset:
+    """All pairs of one kind, mapped into memory. Raises HeadPruningError for a damaged shard."""
     parts = []
-    for name in shard_names(about):
+    for name in shard_names(about, validation):
         with _reading(Path(folder) / name):
             parts.append(Dataset.from_file(str(Path(folder) / name)))
         if parts[-1].column_names != SCHEMA.names:
@@ -103,7 +114,7 @@ def open_pairs(folder: "str | Path", about: dict[str, Any]) -> Dataset:
 
 
 def _batches(folder: Path, about: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-    for name in shard_names(about):
+    for name in (name for validation in splits(about) for name in shard_names(about, validation)):
         path = folder / name
         with _reading(path), pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
             yield from stream

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_PRETRAINING_MAPPING
@@ -113,18 +114,17 @@ class PretrainingRun(TaskRun):
                 f"--validation_split_percentage {data.validation_split_percentage:g} from 0 to below 100; correct it."
             )
         about = read_about(data.data_dir)
-        table = open_pairs(data.data_dir, about)
         self.dataset = f"segment pairs of {Path(data.data_dir).name}"
         tokenizer, model = load_pieces(arguments.model, self.learners, self.fits)
         _check_fit(data.data_dir, about, tokenizer, model)
-        kept = round(len(table) * (1 - data.validation_split_percentage / 100))
-        if not kept or "validation" in self.splits and kept == len(table):
+        to_train, to_validate = split_pairs(data.data_dir, about, data.validation_split_percentage)
+        if not len(to_train) or "validation" in self.splits and not len(to_validate):
             raise HeadPruningError(
-                f"{data.data_dir} has {len(table)} pairs, too few for --validation_split_percentage "
-                f"{data.validation_split_percentage:g}; make more, or change it."
+                f"{data.data_dir} has {len(to_train) + len(to_validate)} pairs, too few for "
+                f"--validation_split_percentage {data.validation_split_percentage:g}; make more, or change it."
             )
-        train = Pairs(first_examples(table.select(range(kept)), data.max_train_samples), changing=True)
-        validation = Pairs(first_examples(table.select(range(kept, len(table))), data.max_eval_samples))
+        train = Pairs(first_examples(to_train, data.max_train_samples), changing=True)
+        validation = Pairs(first_examples(to_validate, data.max_eval_samples))
         training.remove_unused_columns = False
         if training.ddp_find_unused_parameters is None:
             training.ddp_find_unused_parameters = False  # all of them take part
@@ -153,6 +153,40 @@ class PretrainingRun(TaskRun):
         """Score the pairs that were kept back."""
         metrics = self.trainer.evaluate(metric_key_prefix="eval")
         self.report("eval", {**metrics, "eval_samples": len(self.trainer.eval_dataset), **self.kept_metrics()})
+
+
+def split_pairs(folder: "str | Path", about: dict[str, Any], percentage: float) -> tuple[Dataset, Dataset]:
+    """The pairs to train on, and those to validate with, which share no document.
+
+    Args:
+        folder: of the pairs.
+        about: what :func:`~hf_plugin.pretraining.folder.read_about` read there.
+        percentage: that the pairs were made with; 0: all are to train on. In folders of earlier versions, where the
+            second segments of both may be of the same documents: of the pairs, the last ones.
+
+    Raises:
+        HeadPruningError: the pairs were made with another percentage, or a file is damaged.
+    """
+    table, own = open_pairs(folder, about), about.get("validation_percentage")
+    if own is None:
+        if percentage:
+            logger.warning(
+                "the pairs in %s were made by an earlier version: some random second segments to train on are of "
+                "documents to validate with; make them anew with python -m prepare.wikipedia to part them",
+                folder,
+            )
+        kept = round(len(table) * (1 - percentage / 100))
+        return table.select(range(kept)), table.select(range(kept, len(table)))
+    back = open_pairs(folder, about, validation=True)
+    if not percentage:
+        return concatenate_datasets([table, back]), back.select([])
+    if percentage != own:
+        raise HeadPruningError(
+            f"{folder} was made to validate with {own:g} % of its documents, not {percentage:g}; give "
+            f"--validation_split_percentage {own:g}, or make pairs with python -m prepare.wikipedia "
+            f"--validation_split_percentage {percentage:g} in another folder."
+        )
+    return table, back
 
 
 def _check_fit(folder: "str | Path", about: dict[str, Any], tokenizer: Any, model: Any) -> None:

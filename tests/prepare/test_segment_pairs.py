@@ -1,5 +1,6 @@
 """Pairs of segments: properties that hold for all documents, and the shares of labels."""
 
+import dataclasses
 import itertools
 import json
 
@@ -54,6 +55,22 @@ def test_pairs_are_within_the_limit_and_cross_documents_only_where_labelled_so(l
         assert len(pair.first) + len(pair.second) <= options.max_length - options.specials
         owners = [{home[t] for t in part} for part in (pair.first, pair.second)]
         assert len(owners[0]) == len(owners[1]) == 1 and (owners[0] != owners[1]) == pair.random
+
+
+@settings(max_examples=25)
+@given(st.lists(DOCUMENTS, min_size=1, max_size=4), OPTIONS, st.sampled_from([0.0, 0.1, 5.0, 50.0, 99.0]))
+def test_no_document_is_trained_on_and_validated_with(batches, options, percentage):
+    documents = documents_of([document for batch in batches for document in batch])
+    home = {t: d for d, document in enumerate(documents) for sentence in document for t in sentence}
+    options = dataclasses.replace(options, max_length=10**6, validation_percentage=percentage)
+    owners = {False: set(), True: set()}
+    for pair in pairs_of_shard(iter(documents), options, 0):
+        owners[pair.validation].update(home[t] for t in (*pair.first, *pair.second))
+    assert not owners[False] & owners[True] and owners[False] | owners[True] == set(range(len(documents)))
+    enough = percentage and len(documents) >= 4
+    assert len(owners[False]) >= 2 and (len(owners[True]) >= 2 if enough else not owners[True])
+    if enough:
+        assert abs(len(owners[True]) - percentage / 100 * len(documents)) <= 2
 
 
 @settings(max_examples=25)

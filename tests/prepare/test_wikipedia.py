@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("sentencex")
 
+from datasets import concatenate_datasets  # noqa: E402
+
 from hf_plugin.pretraining.folder import open_pairs, read_about, statistics  # noqa: E402
 from prepare.corpus import Corpus, local_files, sentences_of, splitter  # noqa: E402
 from prepare.files import PrepareError  # noqa: E402
@@ -56,12 +58,12 @@ def made(place):
 
 
 def shards(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("pairs-*")}
+    return {path.name: path.read_bytes() for path in folder.glob("*.arrow")}
 
 
 def test_a_run_leaves_pairs_and_what_they_are(made):
     about = read_about(made)
-    pairs = open_pairs(made, about)
+    pairs = concatenate_datasets([open_pairs(made, about, validation) for validation in (False, True)])
     assert about["statistics"] == statistics(made, about)
     assert len(pairs) == about["statistics"]["pairs"] > DOCUMENTS
     lengths = [len(row["first"]) + len(row["second"]) for row in pairs]
@@ -83,18 +85,19 @@ def test_a_stopped_run_goes_on_where_it_was(place, made, monkeypatch):
 
     real, written = folder.write_shard, []
 
-    def cut_off(path, pairs):
+    def cut_off(paths, pairs):
         if len(written) == 1:
-            path.write_bytes(b"half")
+            paths[0].write_bytes(b"half")
             raise KeyboardInterrupt
-        written.append(path)
-        return real(path, pairs)
+        written.append(paths)
+        return real(paths, pairs)
 
     monkeypatch.setattr(folder, "write_shard", cut_off)
     assert prepare(place, "text", "stopped", "--workers=1") == 130
-    assert len(shards(place / "stopped")) == 1
+    assert len(shards(place / "stopped")) == 2
     monkeypatch.setattr(folder, "write_shard", real)
-    kept = next((place / "stopped").glob("pairs-*")).stat().st_mtime_ns
+    (place / "stopped" / "pairs-00001-of-00003.arrow").write_bytes(b"its other file is missing")
+    kept = (place / "stopped" / "pairs-00000-of-00003.arrow").stat().st_mtime_ns
     assert prepare(place, "text", "stopped", "--workers=1") == 0
     assert shards(place / "stopped") == shards(made)
     assert (place / "stopped" / "pairs-00000-of-00003.arrow").stat().st_mtime_ns == kept

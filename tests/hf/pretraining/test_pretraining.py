@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, BertForPreTraining, DistilBertConfig, Di
 from head_pruning import HeadPruningError
 from hf_plugin.command_line.arguments import parse
 from hf_plugin.pretraining.batches import IGNORED, Masker, Template, word_starts
-from hf_plugin.pretraining.run import PretrainingRun, run
+from hf_plugin.pretraining.folder import read_about
+from hf_plugin.pretraining.run import PretrainingRun, run, split_pairs
 from prepare.wikipedia import main as prepare
 from tests.hf.script_runs import ROOT, TINY, WORDS, write_model
 from tests.hf.training.test_two_ranks import free_port
@@ -102,6 +103,27 @@ def test_the_scripts_hold_the_recipe():
     own |= {"policy_begin_step": "0", "policy_end_step": "50000", "pruning_frequency": "1000", "lr_rewind": ""}
     own |= {"end_pruning_step": "80000", "begin_pruning_step": "0", "initial_sparsity": "0.0"}
     assert {**shared, **own}.items() <= flags(lines_of("student_pruning.sh")[0]).items()
+
+
+def test_documents_that_are_kept_back_when_pairs_are_made(here, teacher, caplog):
+    about = read_about("pairs")
+    train, validation = split_pairs("pairs", about, 5.0)
+    assert len(train) + len(validation) == about["statistics"]["pairs"] and teacher[1]["eval_samples"] == len(
+        validation
+    )
+    assert list(map(len, split_pairs("pairs", about, 0.0))) == [len(train) + len(validation), 0]
+    with pytest.raises(
+        HeadPruningError, match="with 5 % of its documents, not 7; give --validation_split_percentage 5"
+    ):
+        split_pairs("pairs", about, 7.0)
+    assert not caplog.records
+    del about["validation_percentage"]  # as earlier versions wrote it
+    shutil.copytree("pairs", "old_pairs", ignore=shutil.ignore_patterns("validation*"))
+    with open("old_pairs/pairs.json", "w", encoding="utf-8") as handle:
+        json.dump(about, handle)
+    first, last = split_pairs("old_pairs", read_about("old_pairs"), 20.0)
+    assert len(first) == round(0.8 * len(train)) and [*first["first"], *last["first"]] == list(train["first"])
+    assert "were made by an earlier version" in caplog.text
 
 
 def test_a_teacher_is_prepared(here, teacher):
