@@ -20,7 +20,7 @@ import yaml
 
 from head_pruning import HeadPruningError
 from head_pruning.files import atomic_path, write_json
-from head_pruning.report.plots import plot_scores
+from head_pruning.report.plots import plot_runs, plot_scores
 from head_pruning.report.runs import read_run
 from head_pruning.report.tables import markdown_table
 from head_pruning.sweep.plan import Cell, Plan, folder_of, read_plan
@@ -179,9 +179,12 @@ def in_numbers(spec: Mapping[str, Any], rows: Iterable[Row]) -> list[dict[str, A
     return found
 
 
-def by_mean(spec: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """A table of :func:`in_numbers` for each task: mean and range of seeds, best mean first, the distilled last."""
-    parts = []
+def by_mean(spec: Mapping[str, Any], rows: list[dict[str, Any]], picture: "Path | None") -> list[str]:
+    """A table of :func:`in_numbers` for each task: mean and range of seeds, best mean first, the distilled last.
+
+    And a picture of all runs, unless ``picture`` is None.
+    """
+    parts, panels = [], {}
     for task, told in spec["tasks"].items():
         groups: dict[tuple[int, bool, str], list[float]] = {}
         for row in rows:
@@ -196,6 +199,11 @@ def by_mean(spec: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         if lines:
             header = ("method", f"heads kept of {told['total']}", f"mean {told['score']}", "range", "runs")
             parts += [f"## {task}: {told['about']}", "", markdown_table(header, lines), ""]
+        for (kept, _, method), scores in order:
+            title = f"{task}, {kept} of {told['total']} heads: {told['score']}"
+            panels.setdefault(title, {})[method] = scores
+    if picture is not None:
+        plot_runs(panels, picture)
     return parts
 
 
@@ -240,7 +248,7 @@ def write_tables(name: str, rows: list[Row], folder: Path, pictures: bool = True
     else:
         numbers = in_numbers(spec, rows)
         write_json(folder / f"{name}.json", {"command": command, "rows": numbers})
-        parts += by_mean(spec, numbers)
+        parts += by_mean(spec, numbers, folder / f"{name}.png" if pictures else None)
     with atomic_path(folder / f"{name}.md") as temporary:
         temporary.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 

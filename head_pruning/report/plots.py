@@ -115,6 +115,28 @@ def plot_scores(
     _save(figure, path)
 
 
+def plot_runs(panels: Mapping[str, Mapping[str, Sequence[float]]], path: "str | Path") -> None:
+    """Every run's score as a point, the mean as a bar: a panel per setting, a row per method, the best at the top.
+
+    Args:
+        panels: title to methods, each to the scores of its runs.
+        path: the PNG or SVG to write.
+    """
+    rows = [len(methods) for methods in panels.values()]
+    figure = _figure(6.4, 0.4 + sum(0.75 + 0.25 * count for count in rows))
+    grid = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": rows})[:, 0]
+    for panel, (title, methods) in zip(grid, panels.items()):
+        order = sorted(methods.items(), key=lambda item: sum(item[1]) / len(item[1]))
+        for row, (_, scores) in enumerate(order):
+            panel.plot(scores, [row] * len(scores), "o", markersize=5, alpha=0.7, color=_COLOURS["encoder_self"])
+            panel.plot([sum(scores) / len(scores)], [row], "|", markersize=14, color="#222222")
+        panel.set_yticks(range(len(order)), [_plain(name) for name, _ in order], fontsize=8)
+        panel.set(ylim=(-0.6, len(order) - 0.4))
+        panel.set_title(_plain(title), fontsize=9, loc="left")
+        panel.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def _narrow(title: str, width: float) -> str:
     """A title in lines that fit into a panel of so many inches, so that it does not run into the next one's."""
     letters = int(width / 0.085)  # of the average width in 9 points

@@ -34,7 +34,8 @@ def test_a_plan_has_all_of_its_cells(name, capsys):
 def test_a_committed_table_comes_out_of_its_rows(name, tmp_path, monkeypatch):
     stored = (tables.STORED / f"{name}.csv").read_bytes()
     (tmp_path / f"{name}.csv").write_bytes(stored)
-    monkeypatch.setattr(tables, "plot_scores", lambda *args, **options: None)  # the next test draws
+    for plot in ("plot_scores", "plot_runs"):
+        monkeypatch.setattr(tables, plot, lambda *args, **options: None)  # the next tests draw
     monkeypatch.setattr(sys, "argv", ["tables", name, "--results", str(tmp_path)])
     tables.main()
     assert (tmp_path / f"{name}.csv").read_bytes() == stored

@@ -25,7 +25,7 @@ def test_pictures_are_written_whole(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    from head_pruning.report.plots import plot_head_masks, plot_scores
+    from head_pruning.report.plots import plot_head_masks, plot_runs, plot_scores
 
     kinds = ("encoder_self", "decoder_cross", "decoder_self")
     unit_map = UnitMap(tuple(AttentionSite(k, k, k, 4, 1, k) for k in kinds))
@@ -34,7 +34,8 @@ def test_pictures_are_written_whole(tmp_path):
     plot_scores(
         {"dsp": [(9, 36.0), (4, 31.0)]}, tmp_path / "scores.png", dense=("dense", 38.0), score="BLEU", total=12
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks.png", "scores.png"]
+    plot_runs({"4 of 12": {"dsp": [31.0, 32.5], "ste": [30.0]}, "9 of 12": {"dsp": [36.0]}}, tmp_path / "runs.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks.png", "runs.png", "scores.png"]
     for path in tmp_path.iterdir():
         picture = imread(path)
         assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.05
