@@ -161,7 +161,7 @@ class HeadPruningMixin(_Task):
                 f"{trained} goes on from a trained model, and no checkpoint was loaded; add --finetune-from-model or "
                 "--restore-file."
             )
-        self.session.metrics()  # settles the schedules, now that the length of training is known
+        self.session.settle()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -561,6 +561,10 @@ class PruningSession:
         ends = [end for end in (pruner.schedule_end(step) for pruner in self.pruners) if end is not None]
         return begin, min(ends, default=None)
 
+    def settle(self) -> None:
+        """Fix what depends on the length of training, now that it is known; or refuse it, with HeadPruningError."""
+        self.metrics()  # every schedule is worked out where its numbers are first asked for
+
     def metrics(self) -> dict[str, float]:
         """Numbers for the training log; ``lr_factor`` where a pruner changes the learning rate that the host logs."""
         found = {name: value for pruner in self.pruners for name, value in pruner.metrics().items()}

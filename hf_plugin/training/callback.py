@@ -300,7 +300,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._restored = False  # the Trainer may begin once more, with smaller batches
         self._rest(optimizer)
         self._trained = self._trainable() if self.session.steers_host else set()
-        self.session.metrics()  # settles the schedules, or refuses them, before anything is trained
+        self.session.settle()  # before anything is trained
         self._only_at_target(state)  # a resumed run's best was written before on_save()
 
     def _check_host(self, args: Any) -> None:

@@ -234,7 +234,7 @@ def test_a_fall_that_training_is_too_short_for_is_refused(toy, name):
     """Before the first update, where hosts ask for the numbers of the log: fairseq saves what breaks off in one."""
     session = opened(toy, name, count_schedule="0:21")
     with pytest.raises(HeadPruningError, match="within training"):
-        session.metrics()
+        session.settle()
 
 
 def test_noise_that_anneals_leaves_the_last_draws_on_the_heads_that_stay(toy):
