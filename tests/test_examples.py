@@ -38,7 +38,7 @@ def test_every_example_is_tested():
 
 
 def test_plain_loop(tmp_path):
-    printed = _run(tmp_path, sys.executable, str(EXAMPLES / "plain_loop.py"))
+    printed = _python(tmp_path, str(EXAMPLES / "plain_loop.py"))
     (score,) = re.findall(r"accuracy with 4 of 16 heads: ([\d.]+) %", printed)
     assert float(score) > 80
     mask = HeadMask.load(tmp_path / "plain_loop_masks.safetensors")

@@ -19,12 +19,26 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Optional
 
-from benchmarks.glue import HEADS, KEPT, MICHEL_ROUND, ROOT, Cell, draw, table_lines
+from benchmarks.tables import STORED, by_share
 from head_pruning.files import atomic_path, write_json
 
-from .glue_grid import BATCH, MICHEL_BATCH, MICHEL_EXAMPLES, NAME, TASKS, cells, dense_folder
+from .glue_grid import (
+    BATCH,
+    HEADS,
+    KEPT,
+    MICHEL_BATCH,
+    MICHEL_EXAMPLES,
+    MICHEL_ROUND,
+    NAME,
+    PLAN,
+    TABLE,
+    TASKS,
+    Cell,
+    cells,
+    dense_folder,
+)
 
-RESULTS = ROOT / "benchmarks" / "results" / "gpu-glue"
+RESULTS = STORED / "gpu-glue"
 FINISH = 8  # seconds kept for tables and pictures
 MOST_FAILURES = 5  # then something is wrong beyond one cell
 
@@ -96,15 +110,24 @@ class Results:
             "",
             f"{devices}; seconds per cell (median): {took}.",
             "",
-            *table_lines(rows, TASKS.values()),
+            *self.tables(None),
         ]
         with atomic_path(folder / f"{NAME}.md") as temporary:
             temporary.write_text("\n".join(text).rstrip() + "\n")
 
+    def tables(self, folder: Optional[Path]) -> list[str]:
+        """A table for each task, and its picture in ``folder``."""
+        rows = [
+            {"task": r["task"], "method": r["method"], "heads_kept": str(r["heads"]), "score": str(r["score"] / 100)}
+            for r in self.sorted()
+        ]
+        tasks = {name: f"{task.metric} x 100" for name, task in TASKS.items()}
+        return by_share(NAME, {**TABLE, "tasks": tasks}, PLAN, rows, folder)
+
     def write_pictures(self, folder: Path) -> None:
         """Draw the pictures, where matplotlib is."""
         try:
-            draw(self.sorted(), TASKS.values(), folder, NAME)
+            self.tables(folder)
         except ModuleNotFoundError as error:
             print(f"{error.name} is missing here: draw the pictures elsewhere with glue.sh --report", flush=True)
 

@@ -15,7 +15,6 @@ import transformers
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, set_seed
 
-from benchmarks.glue import HEADS, KEPT, MICHEL_ROUND, RECIPE, Cell
 from head_pruning import HeadMask
 from head_pruning.importance import pruning_rounds
 from hf_plugin.command_line.arguments import parse
@@ -26,7 +25,17 @@ from hf_plugin.heads.masking import head_mask
 from hf_plugin.mapping.unit_map import unit_map
 from hf_plugin.training.trainer import HeadPruningTrainer
 
-from .glue_grid import MICHEL_BATCH, MICHEL_EXAMPLES, TASKS, dense_folder
+from .glue_grid import (
+    HEADS,
+    KEPT,
+    MICHEL_BATCH,
+    MICHEL_EXAMPLES,
+    MICHEL_ROUND,
+    RECIPE,
+    TASKS,
+    Cell,
+    dense_folder,
+)
 from .glue_pack import PackedSplit, collate
 
 EVALUATION_BATCH = 256

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.glue import HEADS, Task
 from head_pruning import HeadPruningError
 from head_pruning.errors import one_line
 from head_pruning.files import write_json
 
-from .glue_grid import TASKS
+from .glue_grid import HEADS, TASKS, Task
 
 SPLITS = ("train", "validation")
 PAD_TO = 8  # few different shapes, which tensor cores like

@@ -108,6 +108,13 @@ def _add_sweep(commands: Any) -> None:
     command = commands.add_parser("sweep", help="run many command lines by a plan; goes on where it was cut off")
     command.add_argument("plan", nargs="+", metavar="[show] PLAN", help="YAML file; show: print what has been done")
     command.add_argument("--out", metavar="DIR", help="folder for everything (default: the plan's name, and -sweep)")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what stands for a name of the plan's set, such as model=FOLDER; may be repeated",
+    )
     command.add_argument("--dry-run", action="store_true", help="print the cells and their commands; run nothing")
     command.add_argument("--only", metavar="REGEX", help="leave out the cells whose names it does not match")
     command.add_argument("--jobs", type=int, default=0, metavar="N", help="cells at a time (default: by cores)")

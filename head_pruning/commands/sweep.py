@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     if words not in ([], [SHOW]):
         raise HeadPruningError(f"A sweep has one plan; {words[0]} is one too many.")
     _check(args, words)
-    plan = read_plan(name)
+    plan = read_plan(name, dict(_option(text, "--set") for text in args.set))
     if args.threads:
         plan = dataclasses.replace(plan, threads=args.threads)
     work = Path(args.out or f"{Path(name).stem}-sweep")
@@ -157,7 +157,8 @@ def _search(args: argparse.Namespace, plan: Plan, work: Path) -> None:
 @contextlib.contextmanager
 def _launcher(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Launcher, int, Callable[[], None]]]:
     """The launcher that the command line asks for; SIGTERM ends the block as Ctrl-C does."""
-    options = dict(_option(text) for text in args.launcher_option)
+    texts = (_option(text, "--launcher-option") for text in args.launcher_option)
+    options = {option: yaml.safe_load(value) for option, value in texts}
     place = {"jobs": args.jobs, "threads": plan.threads, "gpus": plan.gpus, "options": options}
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -178,8 +179,8 @@ def _stop(number: int) -> None:
     raise SystemExit(128 + number)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _option(text: str, flag: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not sign:
-        raise HeadPruningError(f"--launcher-option {text} has no value; write it as NAME=VALUE.")
-    return name, yaml.safe_load(value)
+        raise HeadPruningError(f"{flag} {text} has no value; write it as NAME=VALUE.")
+    return name, value

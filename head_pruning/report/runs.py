@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import statistics
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ CELL = {
     "score_name": str,
     "measure?": [str],
     "numbers": {str: Number()},
+    "more?": [{"folder": str, "score_name": str, "numbers": {str: Number()}}],
     "seconds": Number(0),
 }
 #: The keys of all_results.json that are taken for the score, the first that is there.
@@ -46,6 +48,8 @@ NUMBERS = {
     "latency_ms": "latency, ms",
     "examples_per_second": "examples per second",
     "macs": "MACs",
+    "speed_up": "times as fast",
+    "mac_bound": "times by MACs",
 }
 _TOLD = (*NUMBERS, "heads_total", "units_total")
 _MODELS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "checkpoint_last.pt")
@@ -109,7 +113,8 @@ def read_run(folder: "str | Path", scores: Sequence[str] = SCORES) -> Optional[R
 
     Args:
         folder: with ``all_results.json``, ``pruning.json`` or both.
-        scores: keys of all_results.json, of which the first that is there is the score.
+        scores: keys of all_results.json, of which the first that is there is the score; of several that are joined by
+            + it is the mean.
 
     Raises:
         HeadPruningError: a file is damaged.
@@ -127,9 +132,10 @@ def read_run(folder: "str | Path", scores: Sequence[str] = SCORES) -> Optional[R
     if "density" not in numbers and results.get("weights_total"):
         numbers["density"] = results.get("weights_kept", 0.0) / results["weights_total"]
     numbers |= {name: value for name, value in file_sizes(folder).items() if value}
-    score = next((name for name in scores if name in results), "")
+    parts = {name: [name] if name in results else name.split("+") for name in scores}
+    score = next((name for name in scores if all(part in results for part in parts[name])), "")
     if score:
-        numbers["score"] = results[score]
+        numbers["score"] = statistics.fmean(results[part] for part in parts[score])
     return Run(
         name=folder.name,
         folder=folder,
@@ -173,7 +179,7 @@ def find_runs(folders: Iterable["str | Path"], score: Optional[str] = None) -> l
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise HeadPruningError(f"There is no folder {folder}; give the folder of a run or of a sweep.")
-        here = {run.folder.resolve(): run for run in _below(folder, folder, score, 0)}
+        here = {run.folder.resolve(): run for run in runs_below(folder, (score, *SCORES) if score else SCORES)}
         if not here:
             raise HeadPruningError(
                 f"{folder} holds no {RESULTS_FILE}, {REPORT_FILE} or finished cells of a sweep; give the folder of a "
@@ -192,33 +198,47 @@ def _shown(path: Path) -> str:
     return path.as_posix().encode("utf-8", "replace").decode("utf-8")
 
 
-def _below(folder: Path, top: Path, score: Optional[str], depth: int) -> Iterator[Run]:
+def runs_below(folder: Path, scores: Sequence[str] = SCORES) -> Iterator[Run]:
+    """The runs in a folder and below it, see :func:`find_runs`; that of the folder itself comes first.
+
+    Args:
+        folder: where they lie.
+        scores: see :func:`read_run`; where they are not the usual ones, the first counts more than what a sweep took.
+
+    Raises:
+        HeadPruningError: a file is damaged.
+    """
+    return _below(folder, folder, scores, 0)
+
+
+def _below(folder: Path, top: Path, scores: Sequence[str], depth: int) -> Iterator[Run]:
     cells = sorted((folder / CELLS_FOLDER).glob("*.json"))
     for path in cells:
-        yield from _of_cell(read_json(path, CELL, cure="delete it and start the sweep again"), folder, score, depth)
+        yield from _of_cell(read_json(path, CELL, cure="delete it and start the sweep again"), folder, scores, depth)
     if cells:
         return
-    run = read_run(folder, SCORES if score is None else (score, *SCORES))
+    run = read_run(folder, scores)
     if run is not None:
         yield replace(run, name=_shown(Path(os.path.basename(os.path.abspath(top))) / folder.relative_to(top)))
     if depth < _DEEPEST:
         for below in sorted(folder.iterdir()):
             if below.is_dir() and not below.name.startswith((".", "checkpoint-")):
-                yield from _below(below, top, score, depth + 1)
+                yield from _below(below, top, scores, depth + 1)
 
 
-def _of_cell(cell: Mapping[str, Any], sweep: Path, score: Optional[str], depth: int) -> Iterator[Run]:
+def _of_cell(cell: Mapping[str, Any], sweep: Path, scores: Sequence[str], depth: int) -> Iterator[Run]:
     """What a cell measured, with what its folder tells beside it, and the further models that it left there."""
     folder = sweep / cell["folder"]
-    runs = list(_below(folder, folder, score, depth)) if folder.is_dir() else []
-    if not runs or runs[0].folder != folder:
-        runs.insert(0, Run(cell["name"], folder, "dense", {}))
-    first, *others = runs
+    found = {run.folder: run for run in (_below(folder, folder, scores, depth) if folder.is_dir() else ())}
+    measured = {folder: cell, **{folder / each["folder"]: each for each in cell.get("more", ())}}
+    nothing = Run(cell["name"], folder, "dense", {})
     told = {"values": cell["values"], "commands": cell["commands"]}
-    told["method"] = str(cell["values"].get("method", first.method))
-    numbers, score_name = {**first.numbers, **cell["numbers"]}, cell["score_name"]
-    if score is not None and first.score_name == score:  # it was not what the sweep took
-        numbers["score"], score_name = first.numbers["score"], score
-    yield replace(first, name=cell["name"], numbers=numbers, score_name=score_name, **told)
-    for run in others:
-        yield replace(run, name=f"{cell['name']}/{_shown(run.folder.relative_to(folder))}", **told)
+    told["method"] = str(cell["values"].get("method", found.get(folder, nothing).method))
+    for place in dict.fromkeys([*measured, *found]):
+        run = found.get(place, replace(nothing, folder=place))
+        each = measured.get(place, {"numbers": {}, "score_name": run.score_name})
+        numbers, score_name = {**run.numbers, **each["numbers"]}, each["score_name"]
+        if scores != SCORES and run.score_name == scores[0]:  # it was not what the sweep took
+            numbers["score"], score_name = run.numbers["score"], scores[0]
+        name = cell["name"] if place == folder else f"{cell['name']}/{_shown(place.relative_to(folder))}"
+        yield replace(run, name=name, numbers=numbers, score_name=score_name, **told)

@@ -23,7 +23,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 from ..errors import HeadPruningError
 from ..files import read_json, write_json
 from ..inference.environment import CPU_ENVIRONMENT
-from ..report.runs import CELL, CELLS_FOLDER, NUMBERS, SCORES, Run, model_files, read_run
+from ..report.runs import CELL, CELLS_FOLDER, NUMBERS, SCORES, Run, model_files, runs_below
 from .plan import MEASURES, TIMED, Cell, folder_of
 
 fcntl: Any
@@ -47,7 +47,7 @@ class Job:
         work: folder of the sweep.
         here: the folder that its commands run in.
         scores: keys of all_results.json for the score; empty for the usual ones.
-        score_pattern: finds the score in the log instead.
+        score_pattern: finds the score in the log instead; where it does not, ``scores`` do, if they are given.
         measure: of :data:`head_pruning.sweep.plan.MEASURES`.
         env: variables of the environment.
         threads: threads of its processes.
@@ -161,8 +161,9 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
             stream.write(f"$ {shlex.join(words)}\n")
             stream.flush()
             _call(job, words, lock, stdout=stream)
-        run = read_run(job.folder, job.scores or SCORES)
-        score = _score_in_log(job) if job.score_pattern else None
+        runs = list(runs_below(job.folder, job.scores or SCORES))
+        run = runs.pop(0) if runs and runs[0].folder == job.folder else None
+        score = _score_in_log(job, run) if job.score_pattern else None
         if run is None and score is None:
             raise HeadPruningError(
                 f"Its command ended well, but left neither all_results.json nor pruning.json in {job.folder}; let it "
@@ -176,8 +177,18 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
             numbers |= _timed(job, lock, stream)
     wanted = {number for name in job.measure for number in MEASURES[name]}
     if not job.keep_model:
-        for path in model_files(job.folder):
-            path.unlink()
+        for folder in (job.folder, *(path for path in job.folder.rglob("*") if path.is_dir())):
+            for path in model_files(folder):
+                path.unlink()
+    more = [
+        {
+            "folder": os.path.relpath(each.folder, job.folder),
+            "score_name": each.score_name,
+            "numbers": {name: value for name, value in each.numbers.items() if name in wanted},
+        }
+        for each in runs
+        if each.score is not None
+    ]
     return {
         "name": job.cell.name,
         "values": dict(job.cell.values),
@@ -186,6 +197,7 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
         "score_name": "score" if run is None or score is not None else run.score_name,
         "measure": list(job.measure),
         "numbers": {name: value for name, value in numbers.items() if name in wanted},
+        **({"more": more} if more else {}),
         "seconds": round(time.monotonic() - begin, 3),
     }
 
@@ -197,8 +209,11 @@ def _check_score(job: Job, run: Optional[Run], numbers: Mapping[str, float]) -> 
         )
 
 
-def _score_in_log(job: Job) -> float:
+def _score_in_log(job: Job, run: Optional[Run]) -> Optional[float]:
+    """What the pattern finds; None where it finds nothing and the plan's other scores do."""
     found = re.findall(job.score_pattern or "", job.log.read_text(encoding="utf-8", errors="replace"))
+    if not found and job.scores and run is not None and run.score is not None:
+        return None
     try:
         score = float(found[-1])
     except (IndexError, ValueError):
@@ -209,13 +224,17 @@ def _score_in_log(job: Job) -> float:
 
 
 def _timed(job: Job, lock: Optional[int], stream: Any) -> dict[str, float]:
-    """What ``head-pruning benchmark`` says of the model, without the heads that are gone."""
-    words = ("python", "-m", "head_pruning.cli", "benchmark", str(job.folder), "--json")
+    """What ``head-pruning benchmark`` says of the model, without the heads that are gone, and beside the dense one."""
+    what = (str(job.folder), "--json", "--threads", str(job.threads), *job.cell.benchmark)
+    words = ("python", "-m", "head_pruning.cli", "benchmark", *what)
     stream.write(f"$ {shlex.join(words)}\n")
     stream.flush()
-    printed = _call(job, (*words, "--threads", str(job.threads)), lock, stdout=subprocess.PIPE, stderr=stream)
-    *_, smallest = json.loads(printed)["models"]
-    return {name: smallest[name] for name in NUMBERS if name in smallest and name != "parameters"}
+    printed = json.loads(_call(job, words, lock, stdout=subprocess.PIPE, stderr=stream))
+    *_, smallest = printed["models"]
+    found = {name: smallest[name] for name in NUMBERS if name in smallest and name != "parameters"}
+    if "speed_up" in printed:
+        found |= {"speed_up": printed["speed_up"]["throughput"], "mac_bound": printed["mac_bound"]}
+    return found
 
 
 # -- processes -------------------------------------------------------------------------------------------------------

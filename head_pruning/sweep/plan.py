@@ -1,8 +1,12 @@
 """The plan of a sweep: a YAML file that says which command lines to run, and what to measure of what they leave.
 
-    command: python -m hf_plugin.run_glue --output_dir {out} --task_name {task} --seed {seed} {method}
+    command: python -m hf_plugin.run_glue --output_dir {out} --task_name {task} --seed {seed}
+      --num_train_epochs {task.epochs} --model_name_or_path {model} {method}
+    set: {model: bert-base-uncased}   # --set model=... gives another
     grid:
-      task: [CoLA, MRPC]
+      task:                         # a name, and what else is known of it
+        CoLA: {epochs: 4}
+        MRPC: {epochs: 3}
       seed: {from: 1, to: 3}
       heads: [36, 18]
       method:                       # a name, and the words that stand for it
@@ -11,17 +15,18 @@
 
 Each combination of the grid is a cell. Values that a cell's command does not use do not tell cells apart: ``dense``
 has one cell for each task and seed above. ``{out}`` is the cell's own folder, ``{out[method=dense]}`` that of the cell
-with this other value, which runs first.
+with this other value, which runs first. A command that has no words in a cell is left out there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 import yaml
 
@@ -31,12 +36,14 @@ from ..errors import HeadPruningError, one_line
 _SCALAR = Either(str, int, Number(), bool)
 _PLAN = {
     "command": Either(str, [str]),
-    "grid?": {str: Either([_SCALAR], {str: _SCALAR}, _SCALAR)},
+    "grid?": {str: Either([_SCALAR], {str: Either(_SCALAR, {str: _SCALAR})}, _SCALAR)},
+    "set?": {str: Either(_SCALAR, None)},
     "include?": [{str: Either([_SCALAR], _SCALAR)}],
     "exclude?": [{str: Either([_SCALAR], _SCALAR)}],
     "score?": Either(str, [str]),
     "score_pattern?": str,
     "measure?": [str],
+    "benchmark?": str,
     "env?": {str: _SCALAR},
     "threads?": Whole(1),
     "gpus?": Whole(),
@@ -56,11 +63,15 @@ MEASURES = {
     "latency": ("latency_ms",),
     "throughput": ("examples_per_second",),
     "macs": ("macs",),
+    "speed_up": ("speed_up", "mac_bound"),
 }
 #: Of them, what takes a run of ``head-pruning benchmark``.
-TIMED = ("latency", "throughput", "macs")
+TIMED = ("latency", "throughput", "macs", "speed_up")
 _LONGEST = 200  # bytes of a cell's name, to which files' names add theirs
-_PLACE = re.compile(r"\{([A-Za-z_]\w*)(?:\[([^\]{}]*)\])?\}")
+_PLACE = re.compile(r"\{([A-Za-z_]\w*)(?:\.(\w+))?(?:\[([^\]{}]*)\])?\}")
+
+# Of each value of an axis the words that stand for it, under "", or what is known of it: a name, and words.
+Words = Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]]
 
 
 @dataclass(frozen=True)
@@ -72,17 +83,20 @@ class Cell:
         values: the values that its command uses.
         commands: command lines, run one after the other.
         after: the names of the cells whose folders it reads.
+        benchmark: what ``head-pruning benchmark`` is told beside its model.
     """
 
     name: str
     values: Mapping[str, Any]
     commands: tuple[tuple[str, ...], ...]
     after: tuple[str, ...] = ()
+    benchmark: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[str]:
         """Its command lines, as a shell takes them."""
-        return [shlex.join(words) for words in self.commands]
+        timed = [("head-pruning", "benchmark", *self.benchmark)] if self.benchmark else []
+        return [shlex.join(words) for words in (*self.commands, *timed)]
 
 
 @dataclass(frozen=True)
@@ -92,12 +106,15 @@ class Plan:
     Args:
         commands: the command lines of a cell, with places for its values.
         axes: name to the values of the grid; of values with words, the names.
-        words: of an axis whose values have words: value to them.
-        include: cells beside the grid.
-        exclude: cells that are left out: where all values are among these.
-        scores: keys of all_results.json that a score is taken from, the first that is there; empty for the usual ones.
+        words: of an axis whose values have words: value to them, see :data:`Words`.
+        given: what else commands have a place for: name to the one word that stands there.
+        include: cells beside what is left of the grid.
+        exclude: cells of the grid that are left out: where all values are among these.
+        scores: keys of all_results.json that a score is taken from, the first that is there (of several that are
+            joined by + the mean); empty for the usual ones.
         score_pattern: a regular expression; the last place in a cell's log that it finds is the score instead.
         measure: of :data:`MEASURES`.
+        benchmark: what ``head-pruning benchmark`` is told.
         env: variables of the environment.
         threads: of each cell.
         gpus: of each cell.
@@ -109,12 +126,14 @@ class Plan:
 
     commands: tuple[tuple[str, ...], ...]
     axes: Mapping[str, Sequence[Any]]
-    words: Mapping[str, Mapping[str, tuple[str, ...]]]
+    words: Words
+    given: Mapping[str, str] = field(default_factory=dict)
     include: Sequence[Mapping[str, Sequence[Any]]] = ()
     exclude: Sequence[Mapping[str, Sequence[Any]]] = ()
     scores: tuple[str, ...] = ()
     score_pattern: Optional[str] = None
     measure: tuple[str, ...] = ("score", "heads", "units", "density", "parameters", "file_size")
+    benchmark: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     threads: int = 1
     gpus: int = 0
@@ -125,21 +144,21 @@ class Plan:
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """The values of every cell, before those that a command does not use are left out."""
-        grids = (self.axes, *self.include) if self.axes or not self.include else self.include
-        every = [dict(zip(grid, values)) for grid in grids for values in itertools.product(*grid.values())]
+        every = list(_products(self.axes)) if self.axes or not self.include else []
         idle = next((out for out in self.exclude if not any(_within(values, out) for values in every)), None)
         if idle is not None:
             told = _told({name: " or ".join(map(str, values)) for name, values in idle.items()})
-            raise HeadPruningError(f"The plan excludes {told}, which fits no cell; correct it or drop it.")
-        return (values for values in every if not any(_within(values, out) for out in self.exclude))
+            raise HeadPruningError(f"The plan excludes {told}, which fits no cell of its grid; correct it or drop it.")
+        left = [values for values in every if not any(_within(values, out) for out in self.exclude)]
+        return itertools.chain(left, *map(_products, self.include))
 
     def cells(self, work: Path) -> list[Cell]:
         """All cells, in the order of the plan; their folders lie in ``work``, as it stands in their commands.
 
         Raises:
             HeadPruningError: a command has a place for a value that there is not, two cells have one name, one has a
-                name that no file can have, a cell starts from one that is not in the plan, or nothing is excluded by
-                an entry of ``exclude``.
+                name that no file can have, no command, a cell starts from one that is not in the plan, or nothing is
+                excluded by an entry of ``exclude``.
         """
         found = Cells(self, work)
         cells = {cell.name: cell for cell in map(found.cell, self.combinations())}
@@ -172,7 +191,8 @@ class Cells:
         self._open.append(dict(values))
         used: dict[str, Any] = {}
         after: dict[str, None] = {}
-        filled = [self._fill(words, values, used, after) for words in self.plan.commands]
+        lines = (*self.plan.commands, self.plan.benchmark)
+        *filled, benchmark = (self._fill(words, values, used, after) for words in lines)
         self._open.pop()
         own = {name: value for name, value in values.items() if name in used}
         name = re.sub(r"[^\w.+-]+", "-", "-".join(_part(*item) for item in own.items()))
@@ -183,8 +203,10 @@ class Cells:
                 "values, as words of the grid."
             )
         folder = str(folder_of(self.work, name))
-        commands = tuple(tuple(word.replace("{out}", folder) for word in words) for words in filled)
-        cell = Cell(name, own, commands, tuple(after))
+        commands = tuple(tuple(word.replace("{out}", folder) for word in words) for words in filled if words)
+        if not commands:
+            raise HeadPruningError(f"The cell {name} has no command; give one to each value of the grid.")
+        cell = Cell(name, own, commands, tuple(after), tuple(benchmark))
         if self._named.setdefault(name, cell) != cell:
             raise HeadPruningError(f"Two cells of the plan are called {name}; give their values names that differ.")
         return cell
@@ -192,20 +214,31 @@ class Cells:
     def _fill(self, words: Sequence[str], values: Mapping[str, Any], used: dict, after: dict) -> list[str]:
         filled: list[str] = []
         for word in words:
-            whole = _PLACE.fullmatch(word)
-            if whole and whole[1] in self.plan.words and whole[2] is None:
-                value = self._value(whole[1], values, used)
-                filled += self._fill(self.plan.words[whole[1]][value], values, used, after)
-            else:
-                filled.append(_PLACE.sub(lambda place: self._put(place, values, used, after), word))
+            place = _PLACE.fullmatch(word)
+            found = self._words(place, values, used, after) if place else None
+            if found is None:
+                found = [_PLACE.sub(lambda place: self._put(place, values, used, after), word)]
+            filled += found
         return filled
 
+    def _words(self, place: re.Match, values: Mapping[str, Any], used: dict, after: dict) -> Optional[list[str]]:
+        """What stands for a place that is all of a word; None: one word."""
+        name, key = place[1], place[2] or ""
+        if name in self.plan.given:
+            return [self.plan.given[name]] if self.plan.given[name] else []
+        known = self.plan.words.get(name, {})
+        if not any(key in texts for texts in known.values()):
+            return None
+        return self._fill(known[self._value(name, values, used)].get(key, ()), values, used, after)
+
     def _put(self, place: re.Match, values: Mapping[str, Any], used: dict, after: dict) -> str:
-        name, others = place[1], place[2]
+        name, key, others = place.groups()
         if name != "out":
             if others is not None:
                 raise HeadPruningError(f"The plan has {place[0]}, but only out takes [...]; write {{{name}}}.")
-            return str(self._value(name, values, used))
+            if key is not None:
+                return " ".join(self._words(place, values, used, after) or ())
+            return self.plan.given[name] if name in self.plan.given else str(self._value(name, values, used))
         if others is None:
             return "{out}"
         change = {}
@@ -222,12 +255,16 @@ class Cells:
 
     def _value(self, name: str, values: Mapping[str, Any], used: dict) -> Any:
         if name not in values:
-            known = ", ".join(["out", *values])
+            known = ", ".join(["out", *self.plan.given, *values])
             raise HeadPruningError(
                 f"The plan's command has a place for {name}, which has no value here ({known} have)."
             )
         used[name] = values[name]
         return values[name]
+
+
+def _products(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(grid, values)) for values in itertools.product(*grid.values()))
 
 
 def _within(values: Mapping[str, Any], limits: Mapping[str, Sequence[Any]]) -> bool:
@@ -256,11 +293,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_plan(path: "str | Path") -> Plan:
+def read_plan(path: "str | Path", given: Mapping[str, str] = {}) -> Plan:
     """The plan in a YAML file.
 
+    Args:
+        path: the file. Its entries that start with ``x-`` are for others.
+        given: in place of what its ``set`` says.
+
     Raises:
-        HeadPruningError: there is none, or it is not of this form.
+        HeadPruningError: there is none, it is not of this form, or what its ``set`` asks for is not given.
     """
     path = Path(path)
     if not path.is_file():
@@ -268,26 +309,44 @@ def read_plan(path: "str | Path") -> Plan:
     try:
         plan = conform(yaml.load(path.read_text(encoding="utf-8"), _Loader), _PLAN, "the plan")
         known = [name.rstrip("?") for name in _PLAN]
-        more = [name for name in plan if name not in known]
+        more = [name for name in plan if name not in known and not name.startswith("x-")]
         if more:
             raise ValueError(f"it has {more[0]}, but there is only {', '.join(known)}")
-        return _plan(plan)
+        made = _plan(plan)
     except (yaml.YAMLError, ValueError) as error:
         raise HeadPruningError(
             f"{path} is no plan of a sweep ({one_line(error):.300}); docs/sweeps.md says what is."
         ) from error
+    return dataclasses.replace(made, given=_given(made.given, given, path))
+
+
+def _given(defaults: Mapping[str, Any], given: Mapping[str, str], path: Path) -> dict[str, str]:
+    """What stands for each name of ``set``."""
+    odd = next((name for name in given if name not in defaults), None)
+    if odd is not None:
+        names = f"only {', '.join(defaults)}" if defaults else "nothing"
+        raise HeadPruningError(f"--set {odd} is for nothing: {path} asks for {names}; correct it or leave it out.")
+    found = {**defaults, **given}
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        flags = " ".join(f"--set {name}=..." for name in missing)
+        raise HeadPruningError(f"{path} does not say what {missing[0]} is; add {flags}.")
+    return {name: str(value) for name, value in found.items()}
 
 
 def _plan(plan: Mapping[str, Any]) -> Plan:
     axes: dict[str, Sequence[Any]] = {}
-    words: dict[str, dict[str, tuple[str, ...]]] = {}
-    texts: list[dict[str, str]] = []
+    words: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {}
+    texts: list[str] = [plan.get("benchmark", "")]
     for axis, values in plan.get("grid", {}).items():
         if isinstance(values, dict) and values.keys() <= {"from", "to", "step"} and {"from", "to"} <= values.keys():
             axes[axis] = _steps(axis, values["from"], values["to"], values.get("step", 1))
         elif isinstance(values, dict):
-            texts.append({name: str(text) for name, text in values.items()})
-            words[axis] = {name: tuple(shlex.split(text)) for name, text in texts[-1].items()}
+            known = {name: each if isinstance(each, dict) else {"": each} for name, each in values.items()}
+            if any("" in each for each in known.values()) and any(each.keys() - {""} for each in known.values()):
+                raise ValueError(f"{axis} of its grid has words for some values, and names for others")
+            words[axis] = {n: {k: _split(str(t)) for k, t in each.items()} for n, each in known.items()}
+            texts += [str(text) for each in known.values() for text in each.values()]
             axes[axis] = tuple(values)
         else:
             axes[axis] = tuple(values) if isinstance(values, list) else (values,)
@@ -303,25 +362,33 @@ def _plan(plan: Mapping[str, Any]) -> Plan:
     if "score_pattern" in plan and _groups(plan["score_pattern"]) != 1:
         raise ValueError("score_pattern has not one pattern in parentheses, that of the number")
     lines = plan["command"] if isinstance(plan["command"], list) else [plan["command"]]
-    commands = [tuple(shlex.split(line)) for line in lines]
+    commands = [_split(line) for line in lines]
     if not all(commands):
         raise ValueError("its command is empty")
-    if not any("{out}" in text for text in (*lines, *itertools.chain(*(each.values() for each in texts)))):
+    texts += lines
+    if not any("{out}" in text for text in texts):
         raise ValueError("its command has no {out}, so the runs would write over each other")
     include = [_lists(each) for each in plan.get("include", ())]
     search = plan.get("search", {})
-    _check_names(axes, words, include, search, (*lines, *itertools.chain(*(each.values() for each in texts))))
+    kinds = {"grid": axes, "include": itertools.chain(*include), "search": search, "set": plan.get("set", {})}
+    _check_names(kinds, words, texts)
+    for name, values in itertools.chain(*(each.items() for each in include)):
+        odd = next((value for value in values if name in words and value not in words[name]), None)
+        if odd is not None:
+            raise ValueError(f"its include has the {name} {odd}, of which its grid has no words")
     _check_search(search, plan.get("aim", {}), {number for name in measure for number in MEASURES[name]})
     score = plan.get("score", ())
     return Plan(
         commands=tuple(commands),
         axes=axes,
         words=words,
+        given=plan.get("set", {}),
         include=include,
         exclude=[_lists(each) for each in plan.get("exclude", ())],
         scores=(score,) if isinstance(score, str) else tuple(score),
         score_pattern=plan.get("score_pattern"),
         measure=measure,
+        benchmark=_split(plan.get("benchmark", "")),
         env={name: str(value) for name, value in plan.get("env", {}).items()},
         threads=plan.get("threads", 1),
         gpus=plan.get("gpus", 0),
@@ -332,23 +399,36 @@ def _plan(plan: Mapping[str, Any]) -> Plan:
     )
 
 
-def _check_names(
-    axes: Mapping[str, Sequence[Any]],
-    words: Mapping[str, Mapping[str, Any]],
-    include: Sequence[Mapping[str, Sequence[Any]]],
-    search: Mapping[str, Any],
-    texts: Sequence[str],
-) -> None:
-    """Raise ValueError for values that no command has a place for, or that there are no words for."""
-    places = {place[1] for text in texts for place in _PLACE.finditer(text)}
-    for kind, names in (("grid", axes), ("include", itertools.chain(*include)), ("search", search)):
-        idle = next((name for name in names if name not in places), None)
-        if idle is not None:
-            raise ValueError(f"its {kind} has {idle}, but its command has no {{{idle}}}")
-    for name, values in itertools.chain(*(each.items() for each in include)):
-        odd = next((value for value in values if name in words and value not in words[name]), None)
-        if odd is not None:
-            raise ValueError(f"its include has the {name} {odd}, of which its grid has no words")
+def _split(text: str) -> tuple[str, ...]:
+    """Words as a shell takes them; a place is one, whatever is in it."""
+    places: list[str] = []
+
+    def hide(place: re.Match) -> str:
+        places.append(place[0])
+        return f"\0{len(places) - 1}\0"
+
+    words = shlex.split(_PLACE.sub(hide, text))
+    return tuple(re.sub("\0(\\d+)\0", lambda hidden: places[int(hidden[1])], word) for word in words)
+
+
+def _check_names(kinds: Mapping[str, Iterable[str]], words: Words, texts: Sequence[str]) -> None:
+    """Raise ValueError for values that no command has a place for, and places for what no value has."""
+    places = dict.fromkeys((place[1], place[2]) for text in texts for place in _PLACE.finditer(text))
+    taken = {"out"}
+    for kind, names in kinds.items():
+        for name in names:
+            if not any(name == axis for axis, _ in places):
+                raise ValueError(f"its {kind} has {name}, but its command has no {{{name}}}")
+            if kind == "set" and name in taken:
+                raise ValueError(f"its set has {name}, which something else is called too")
+            taken.add(name)
+    keys = {(axis, key) for axis, values in words.items() for each in values.values() for key in each if key}
+    odd = next((each for each in places if each[1] is not None and each not in keys), None)
+    if odd is not None:
+        raise ValueError(f"its command has {{{odd[0]}.{odd[1]}}}, but no value of its {odd[0]} has {odd[1]}")
+    idle = min(keys - places.keys(), default=None)
+    if idle is not None:
+        raise ValueError(f"its {idle[0]} has {idle[1]}, but its command has no {{{idle[0]}.{idle[1]}}}")
 
 
 def _check_search(search: Mapping[str, Mapping[str, Any]], aim: Mapping[str, float], measured: set[str]) -> None:

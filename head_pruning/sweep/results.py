@@ -28,11 +28,17 @@ def told(found: Mapping[str, Any]) -> str:
 
 
 def rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A flat row for each finished cell, all with the same columns; None for what a cell does not have.
+    """A flat row for each finished cell, and for each further model that it left, all with the same columns; None for
+    what there is not.
 
     A value of the plan that is called as a number, or another column, is in a column of its own: ``plan_density``.
     """
-    taken = {"cell", "score_name", "seconds", "commands"}.union(*(each["numbers"] for each in found))
+    every = [
+        {**each, **model, "name": each["name"] + name}
+        for each in found
+        for name, model in (("", {}), *(("/" + more["folder"], more) for more in each.get("more", ())))
+    ]
+    taken = {"cell", "score_name", "seconds", "commands"}.union(*(each["numbers"] for each in every))
     flat = [
         {
             "cell": each["name"],
@@ -42,7 +48,7 @@ def rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "seconds": each["seconds"],
             "commands": "\n".join(each["commands"]),
         }
-        for each in found
+        for each in every
     ]
     columns = dict.fromkeys(name for row in flat for name in row)
     return [{name: row.get(name) for name in columns} for row in flat]

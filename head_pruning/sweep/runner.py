@@ -1,4 +1,4 @@
-"""Running the cells of a sweep or a benchmark: several at a time, each after those it starts from."""
+"""Running the cells of a sweep: several at a time, each after those it starts from."""
 
 from __future__ import annotations
 

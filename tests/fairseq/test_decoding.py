@@ -74,6 +74,7 @@ def test_no_sentence_is_left_out_unless_asked_for(translation, models, capsys):
     assert len(decoded(out)) == 8  # fairseq's own default
 
 
+@pytest.mark.slow
 def test_a_dense_model_is_decoded_under_a_mask(translation, models, tmp_path, capsys):
     ours = decoded(generated(translation.generate(models.dense, under(models.file)), capsys))
     hand = zeroed_by_hand(models.dense, tmp_path / "hand.pt", models.mask)
@@ -105,7 +106,7 @@ def validated(line, capsys) -> str:
         ("dense", "--head-mask-file nowhere.safetensors", "There is no file nowhere.safetensors"),
         pytest.param("dense", "--num-of-heads 4", "--num-of-heads takes a training", marks=pytest.mark.slow),
         pytest.param("dense", "--num-of-heads 4 --pruner random", "takes a training", marks=pytest.mark.slow),
-        ("dense", "--annealing", "--annealing takes a training"),
+        pytest.param("dense", "--annealing", "--annealing takes a training", marks=pytest.mark.slow),
         ("dense", "--head-mask-file {file} --weight-pruner lock", "--weight-pruner"),
         (
             "nowhere",
@@ -128,7 +129,8 @@ def test_options_of_the_stored_run_are_not_those_of_the_command(models):
     assert "--num-of-heads takes a training" in sentence_of(caught.value)
 
 
-@pytest.mark.parametrize("last", [(0, 2), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [(0, 2), ()])
 def test_alignments_are_those_of_the_heads_that_stay(translation, models, capsys, last):
     file, compact = models.masked(f"last{len(last)}", last)
     found = []

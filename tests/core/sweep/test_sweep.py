@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 from head_pruning import HeadPruningError
 from head_pruning.cli import main
 from head_pruning.files import read_json
+from head_pruning.report.runs import find_runs
 from head_pruning.sweep.cell import Job, run_job
 from head_pruning.sweep.launchers import open_launcher
 from head_pruning.sweep.plan import Cell, read_plan
@@ -85,10 +87,61 @@ def test_values_that_a_command_does_not_use_tell_no_cells_apart(here):
     assert names(exclude=[{"seed": 2}], include=[{"seed": [7, 8], "method": "dense"}])[-2:] == [
         "seed7-dense", "seed8-dense",
     ]  # fmt: skip
+    # What is included is there also where the grid has lost it.
+    assert names(exclude=[{"seed": [1, 2]}], include=[{"seed": 2, "method": "dense"}]) == ["seed2-dense"]
     assert names(grid={}, command="python program.py {out} 1 1") == ["cell"]
     assert names(grid={"rate": [1e-4, "low er"]}, command="a {out} {rate}") == ["rate0.0001", "low-er"]
     steps = {"x": {"from": 0, "to": 1, "step": 0.5}}
     assert names(grid=steps, command="a {out} {x}") == ["x0.0", "x0.5", "x1.0"]
+
+
+def test_values_have_words_for_several_places(here):
+    write_plan(
+        command=["{method.first}", "run.{task.script} {task} {out} --rate {method.rate} {method.more} {model}"],
+        set={"model": None, "rate": 1.5},
+        grid={
+            "task": {"a b": {"script": "one", "last": 3}, "c": {"script": "two", "last": "{seed}"}},
+            "method": {
+                "dense": {"rate": "{rate}"},
+                "cut it": {"rate": 1, "first": "find {out[method=dense]}/x", "more": "--last {task.last} --y 'z z'"},
+            },
+            "seed": [1, 2],
+        },
+    )
+    given = {"model": "my {seed} folder"}
+    cells = {cell.name: cell for cell in read_plan("plan.yaml", given).cells(Path("w"))}
+    assert {name: cell.lines for name, cell in cells.items()} == {
+        "a-b-dense": ["run.one 'a b' w/runs/a-b-dense --rate 1.5 'my {seed} folder'"],
+        "a-b-cut-it": [
+            "find w/runs/a-b-dense/x",
+            "run.one 'a b' w/runs/a-b-cut-it --rate 1 --last 3 --y 'z z' 'my {seed} folder'",
+        ],
+        "c-dense": ["run.two c w/runs/c-dense --rate 1.5 'my {seed} folder'"],
+        **{
+            f"c-cut-it-seed{n}": [
+                "find w/runs/c-dense/x",
+                f"run.two c w/runs/c-cut-it-seed{n} --rate 1 --last {n} --y 'z z' 'my {{seed}} folder'",
+            ]
+            for n in (1, 2)
+        },
+    }
+    assert cells["a-b-cut-it"].after == ("a-b-dense",)
+    # Nothing leaves no word where it stands alone.
+    cells = read_plan("plan.yaml", {"model": "", "rate": "0.5"}).cells(Path("w"))
+    assert cells[0].lines == ["run.one 'a b' w/runs/a-b-dense --rate 0.5"]
+
+
+def test_what_is_to_be_given(here, capsys):
+    write_plan(command="python program.py {out} {heads} {seed} {model} {data}", set={"model": None, "data": None},
+               grid={"heads": [1], "seed": [1]})  # fmt: skip
+    with pytest.raises(SystemExit, match="does not say what data is; add --set data=..."):
+        main(["sweep", "plan.yaml", "--dry-run", "--set", "model=m"])
+    with pytest.raises(SystemExit, match="--set mode is for nothing: plan.yaml asks for only model, data; correct it"):
+        main(["sweep", "plan.yaml", "--dry-run", "--set", "mode=m"])
+    with pytest.raises(SystemExit, match="--set model has no value; write it as NAME=VALUE"):
+        main(["sweep", "plan.yaml", "--dry-run", "--set", "model"])
+    main(["sweep", "plan.yaml", "--dry-run", "--set", "model=m=1", "--set", "data=a b"])
+    assert capsys.readouterr().out.endswith("heads1-seed1 1 1 m=1 'a b'\n")
 
 
 def test_a_cell_starts_from_the_folder_of_another(here):
@@ -131,6 +184,12 @@ def test_a_cell_starts_from_the_folder_of_another(here):
     ({"search": {"heads": {"low": 1, "high": 2}}, "aim": {"heads": 3}}, "its search looks for heads, which it"),
     ({"search": {"heads": {"low": 1, "high": 2}}, "measure": ["heads"]}, "its search looks for score"),
     ({"grid": {"a": ["x" * 201]}, "command": "x {out} {a}"}, "names that are too long"),
+    ({"grid": {"a": {"x": {"b": 1}}}, "command": "x {out} {a.c}"}, "has {a.c}, but no value of its a has c"),
+    ({"grid": {"a": {"x": {"b": 1, "c": 2}}}, "command": "x {out} {a.c}"}, "its a has b, but its command has no"),
+    ({"grid": {"a": {"x": {"b": 1}, "y": ""}}, "command": "x {out} {a.b}"}, "a of its grid has words for some values"),
+    ({"grid": {"a": {"x": {"b": "{out}"}, "y": {}}}, "command": "{a.b}"}, "The cell y has no command"),
+    ({"set": {"a": 1}}, "its set has a, but its command has no {a}"),
+    ({"set": {"seed": 1}}, "its set has seed, which something else is called too"),
 ])  # fmt: skip
 def test_plans_that_cannot_be_run(here, changes, words):
     write_plan(**changes)
@@ -314,6 +373,10 @@ def test_what_is_measured(here):
     assert "is nan: its training came to nothing" in broken and read_json("w/failed/c.json")["error"] == broken
     assert "left neither all_results.json" in run_job(job(here, "true"))["error"]
     assert "no_such_program cannot be started" in run_job(job(here, "no_such_program"))["error"]
+    mixed = {"scores": ("eval_f1+heads_kept", "eval_accuracy+heads_kept"), "score_pattern": "no (x)"}
+    both = run_job(job(here, "python program.py OUT 18 1", **mixed))
+    assert (both["score_name"], both["numbers"]["score"]) == ("eval_accuracy+heads_kept", (0.5 + 0.18 + 18) / 2)
+    Path("w/cells/c.json").unlink()
     error = run_job(job(here, "python program.py OUT 18 1", scores=("eval_f1",)))["error"]
     assert "has no eval_f1; name one of its entries" in error
     assert read_json("w/failed/c.json")["error"] == error
@@ -330,6 +393,30 @@ def test_a_model_is_removed_once_it_is_measured(here):
     found = run_job(job(here, "python program.py OUT 18 1", **options))
     assert found["numbers"] == {"parameters": 17, "file_bytes": size}
     assert [path.name for path in Path("w/runs/c").iterdir()] == ["all_results.json"]
+
+
+def test_each_model_that_a_cell_leaves_is_measured(here):
+    import torch
+    from safetensors.torch import save_file
+
+    for name in ("small", "medium"):
+        Path("w/runs/c", name).mkdir(parents=True)
+        save_file({"a": torch.zeros(3)}, f"w/runs/c/{name}/model.safetensors")
+        result = {"eval_accuracy": len(name), "heads_kept": 3, "other": 1}
+        Path("w/runs/c", name, "all_results.json").write_text(json.dumps(result))
+    Path("w/runs/c/none").mkdir()
+    found = run_job(job(here, "python program.py OUT 18 1", go_on=True, keep_model=False, measure=("score", "heads")))
+    assert found["more"] == [
+        {"folder": name, "score_name": "eval_accuracy", "numbers": {"heads_kept": 3, "score": len(name)}}
+        for name in ("medium", "small")
+    ]
+    flat = rows([found])
+    assert [(row["cell"], row["score"]) for row in flat] == [("c", 0.5 + 0.18), ("c/medium", 6), ("c/small", 5)]
+    assert not list(Path("w").rglob("*.safetensors"))
+    shown = {run.name: run.numbers for run in find_runs(["w"])}
+    assert list(shown) == ["c", "c/medium", "c/small"]
+    shutil.rmtree("w/runs")  # the cells alone tell as much
+    assert {run.name: run.numbers for run in find_runs(["w"])} == shown
 
 
 def test_gpus_are_shared_out(here, monkeypatch):
@@ -493,7 +580,7 @@ def test_a_search_that_is_killed_goes_on(here, capsys):
     assert "only 6 of 9: nothing else is proposed" in capsys.readouterr().out
 
 
-# -- the runner, which benchmarks use too ----------------------------------------------------------------------------
+# -- the runner ------------------------------------------------------------------------------------------------------
 
 
 def test_cells_wait_for_what_they_start_from_and_failures_come_last():

@@ -146,6 +146,7 @@ def test_equal_content_gives_equal_bytes(toy, tmp_path):
         assert len(found) == 1
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=9), st.text(max_size=9), min_size=1, max_size=5))
 def test_sorted_metadata_reads_as_before(metadata):
     with tempfile.TemporaryDirectory() as folder:

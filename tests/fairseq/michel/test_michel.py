@@ -96,6 +96,7 @@ def test_a_killed_run_goes_on_to_the_same_rounds(data, dense, tmp_path):
     assert _rounds(tmp_path / "killed") == _rounds(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_importance_is_the_sum_of_absolute_derivatives(data, dense, tmp_path):
     from fairseq import checkpoint_utils
 
@@ -187,6 +188,7 @@ def test_impossible_options_are_refused_before_anything_is_loaded(data, tmp_path
         _quick(data, tmp_path / "nothing.pt", tmp_path, *change.split())
 
 
+@pytest.mark.slow
 def test_counts_that_no_round_leaves_are_refused(data, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(run_michel.MichelRun, "score", lambda *args: pytest.fail("it went on to score"))
     with pytest.raises(HeadPruningError, match="names 99, 9, but no round .* --num-of-heads 23 give some of 24, 1, 0"):

@@ -147,6 +147,15 @@ MODELS = [
 ]
 
 
+def models(*kept: str) -> list:
+    """All of them; by default only those that are named."""
+    assert set(kept) <= {model.id for model in MODELS}
+    return [
+        model if model.id in kept else pytest.param(*model.values, id=model.id, marks=pytest.mark.slow)
+        for model in MODELS
+    ]
+
+
 def flat(value) -> list:
     """All tensors of a nest of outputs, in order."""
     if isinstance(value, torch.Tensor):
@@ -171,7 +180,18 @@ def one_dictionary(data):
     return data
 
 
-@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize(
+    "build",
+    models(
+        "transformer",
+        "lightconv",
+        "bart_base",
+        "levenshtein_transformer",
+        "transformer_lm",
+        "s2t_conformer",
+        "wav2vec2",
+    ),
+)
 def test_gates(build, one_dictionary):
     torch.manual_seed(1)
     model, inputs = build(one_dictionary)

@@ -28,7 +28,7 @@ from head_pruning.surgery.remaining import recipe_of
 from tests.fairseq.command_lines import DSP, decoded, same_decoding
 from tests.fairseq.exporting.test_export import plain_user_dir
 from tests.fairseq.files import mask_beside, read, same_training_state, weights_of
-from tests.fairseq.modules.test_architectures import MODELS, one_dictionary, source_and_target  # noqa: F401  (a fixture)
+from tests.fairseq.modules.test_architectures import models, one_dictionary, source_and_target  # noqa: F401  (a fixture)
 from tests.fairseq.runner import ROOT, Runner
 from tests.fairseq.training.test_two_ranks import run_two
 
@@ -102,7 +102,10 @@ def run(model, inputs) -> torch.Tensor:
         return torch.cat([tensor.reshape(-1) for tensor in outputs(model(*inputs))])
 
 
-@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize(
+    "build",
+    models("transformer_align", "bart_base", "cmlm_transformer", "roberta_base", "s2t_transformer_s", "hubert"),
+)
 def test_compact_equals_masked(build, one_dictionary):  # noqa: F811
     torch.manual_seed(1)
     model, inputs = build(one_dictionary)
@@ -360,6 +363,7 @@ def test_ensembles(runner, translation, runs, tmp_path):
         same_decoding(*pair)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_without_units(runner, translation, runs, tmp_path):
     checkpoint, _ = runs[0]
     model = load(checkpoint).model

@@ -14,6 +14,7 @@ from tests.fairseq.command_lines import DSP
 from tests.fairseq.files import same_training_state
 from tests.fairseq.in_process import in_process
 from tests.fairseq.runner import logged
+from tests.few import few
 
 PROBING = str(Path(__file__).resolve().parents[1] / "probing")
 LR = 0.01
@@ -47,7 +48,7 @@ def test_hooks_in_order_and_learning_rates(run):
     np.testing.assert_allclose(logged(out, "lr_factor")[:UPDATES], FACTORS, rtol=1e-3)
 
 
-@pytest.mark.parametrize("start", ["", "--reset-optimizer"])
+@pytest.mark.parametrize("start", few(["", "--reset-optimizer"], ""))
 def test_a_schedule_that_ends_ends_with_its_phase(run, start):
     options = f"--lr-scheduler polynomial_decay --total-num-update {UPDATES} --warmup-updates 0"
     _, found, _ = run("run", f"{options} {start}")

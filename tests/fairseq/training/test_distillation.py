@@ -165,6 +165,7 @@ def test_a_wider_and_deeper_teacher_teaches_logits_only(translation, tmp_path):
         in_process(translation.train(tmp_path, LOSS, f"--teacher-path {deep}"))
 
 
+@pytest.mark.slow
 def test_mistakes(translation, teacher, english, tmp_path):
     foreign = write(
         test_other_tasks.command(english, tmp_path, "language_modeling", MODELS["language_modeling"]),

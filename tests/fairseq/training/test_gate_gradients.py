@@ -71,6 +71,7 @@ def test_checkpointed_activations_give_the_same_gradients(watch):
     np.testing.assert_allclose(again["first_moment"], plain["first_moment"], rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_clipping_the_model_leaves_the_gates_alone(watch):
     free, clipped = (watch(f"clip{norm}", f"{DSP} --clip-norm {norm}", updates=1)[0] for norm in (0, 0.001))
     assert np.array_equal(free["first_moment"], clipped["first_moment"])

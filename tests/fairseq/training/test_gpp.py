@@ -69,6 +69,7 @@ def test_a_run_that_was_stopped_in_any_phase_ends_bit_equal(whole, translation, 
     same(first, second)
 
 
+@pytest.mark.slow
 def test_what_is_left_is_exported(whole, translation, runner, tmp_path):
     last = whole[0] / "checkpoint_last.pt"
     mask = mask_beside(last)

@@ -57,6 +57,7 @@ def test_language_model(runner, text, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_masked_language_model(runner, text, tmp_path):
     model = "--arch roberta_base --encoder-layers 3 --encoder-embed-dim 16 --encoder-ffn-embed-dim 24 \
         --encoder-attention-heads 4 --criterion masked_lm"

@@ -48,6 +48,7 @@ def test_killed_run_goes_on(runner, translation, tmp_path):
     same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "killed" / "checkpoint_last.pt")
 
 
+@pytest.mark.slow
 def test_finished_run_is_left_as_it_is(runner, translation, tmp_path):
     line = translation.train(tmp_path / "run", DSP, "--save-interval-updates 4", updates=8)
     runner.run("train", line)
@@ -64,6 +65,7 @@ def test_finished_run_is_left_as_it_is(runner, translation, tmp_path):
     assert again == {**files, "pruning.json": rewritten}
 
 
+@pytest.mark.slow
 def test_run_killed_between_a_checkpoint_and_its_reports_loses_none(runner, translation, tmp_path):
     line = translation.train(tmp_path / "run", DSP, "--save-interval-updates 2", updates=8)
     runner.run("train", line)

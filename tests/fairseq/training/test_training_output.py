@@ -105,6 +105,7 @@ def test_table_of_kept_heads(run):
     assert {name: [c == "#" for c in heads] for name, heads, _ in rows[6:]} == mask.by_site()
 
 
+@pytest.mark.slow
 def test_penalty_falls_in_the_log(runner, translation, tmp_path):
     own = f"{VOITA} --criterion label_smoothed_cross_entropy_head_pruning --log-interval 1"
     done = runner.run("train", translation.train(tmp_path / "run", own, updates=20))

@@ -110,6 +110,7 @@ def test_inspect_tells_that_weights_were_pruned(platon, capsys):
     assert found["weights"] == {"method": "platon", **kept}
 
 
+@pytest.mark.slow
 def test_plain_fairseq_decodes_checkpoint_and_export(platon, translation, runner, tmp_path):
     folder, _ = platon
     last, exported = folder / "checkpoint_last.pt", tmp_path / "masked.pt"

@@ -100,6 +100,7 @@ print("FOUND", json.dumps([type(weight).__name__, list(weight.shape), before.tol
 """
 
 
+@pytest.mark.slow
 def test_a_quantized_compact_model_loads_after_one_import(tmp_path):
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
     from transformers import AutoModelForCausalLM, TorchAoConfig

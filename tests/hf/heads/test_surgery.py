@@ -119,15 +119,15 @@ def test_compact_equals_masked(host):
     assert max(float((a - b).abs().max()) for a, b in zip(dense, expected)) > 1e-3
 
 
-def test_without_any_head(host):
-    keep = np.zeros(host.units.num_heads, dtype=bool)
-    model = compact(host, keep)
-    assert_equal(run(host, model), masked(host, keep))
+def test_without_any_head(layout):
+    keep = np.zeros(layout.units.num_heads, dtype=bool)
+    model = compact(layout, keep)
+    assert_equal(run(layout, model), masked(layout, keep))
     entries = recipe_of(model)["sites"]
     dummies = sum("dummy" in entry for entry in entries.values())
     if NEWEST:
-        assert dummies == DUMMIES.get(host.name, 0)
-    for site in host.units.attention:
+        assert dummies == DUMMIES.get(layout.name, 0)
+    for site in layout.units.attention:
         for name, dim, _ in entries[site.name]["tensors"]:
             if "dummy" not in entries[site.name] and name == f"{site.out_proj}.weight":
                 assert get_tensor(model, name).shape[dim] == 0
@@ -219,8 +219,10 @@ def test_again_from_a_recipe_and_as_a_copy(layout):
         assert_equal(run(host, twin), expected)
 
 
-def test_nothing_is_refused(host):
-    assert [plan_site(host.model, site).refuse for site in host.units.attention] == [""] * len(host.units.attention)
+def test_nothing_is_refused(layout):
+    assert [plan_site(layout.model, site).refuse for site in layout.units.attention] == [""] * len(
+        layout.units.attention
+    )
 
 
 # -- other settings of families ------------------------------------------------------------------------------------

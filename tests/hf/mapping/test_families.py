@@ -114,30 +114,30 @@ def test_sites_and_their_order(host):
         assert [site.layer for site in host.unit_map.feed_forward] == list(host.unit_map.layers)
 
 
-def test_gates_of_one_change_no_bit(host):
-    plain = run(host)
-    with gated(host) as bank:
-        assert equal(run(host), plain)
+def test_gates_of_one_change_no_bit(layout):
+    plain = run(layout)
+    with gated(layout) as bank:
+        assert equal(run(layout), plain)
         with bank.forced("training"):
-            assert equal(run(host), plain)
+            assert equal(run(layout), plain)
         bank.check_fired()
-    assert equal(run(host), plain)
+    assert equal(run(layout), plain)
     assert all(torch.isfinite(tensor).all() for tensor in plain)
 
 
-def test_a_closed_gate_is_a_zeroed_slice_of_the_output_projection(host):
-    plain = run(host)
-    for site, where in host.unit_map.slices():
+def test_a_closed_gate_is_a_zeroed_slice_of_the_output_projection(layout):
+    plain = run(layout)
+    for site, where in layout.unit_map.slices():
         head = (where.start // site.heads + 1) % site.heads
-        values = np.ones(host.unit_map.num_heads)
+        values = np.ones(layout.unit_map.num_heads)
         values[where.start + head] = 0.0
-        with gated(host, values):
-            closed = run(host)
-        weight = columns(host.model.get_submodule(site.out_proj))
+        with gated(layout, values):
+            closed = run(layout)
+        weight = columns(layout.model.get_submodule(site.out_proj))
         columns_of_head = weight[:, head * site.head_dim : (head + 1) * site.head_dim]
         kept = columns_of_head.clone()
         columns_of_head.zero_()
-        zeroed = run(host)
+        zeroed = run(layout)
         columns_of_head.copy_(kept)
         assert furthest(closed, zeroed) < 1e-5
         assert furthest(closed, plain) > 1e-4, site.name
@@ -164,18 +164,18 @@ def test_a_head_is_what_the_map_says(host):
         assert reached == set(range(site.heads)), site.name
 
 
-def test_eager_and_sdpa_agree(host):
-    if not host.model._supports_sdpa:
-        pytest.skip(f"{host.family} has no sdpa attention")
+def test_eager_and_sdpa_agree(layout):
+    if not layout.model._supports_sdpa:
+        pytest.skip(f"{layout.family} has no sdpa attention")
     results = {}
     for implementation in ("eager", "sdpa"):
-        model = build(host.family, attn_implementation=implementation).eval()
-        model.load_state_dict(host.model.state_dict())
+        model = build(layout.family, attn_implementation=implementation).eval()
+        model.load_state_dict(layout.model.state_dict())
         assert model.config._attn_implementation == implementation
-        with gated(host, some_gates(host), model) as bank:
-            results[implementation] = run(host, model)
+        with gated(layout, some_gates(layout), model) as bank:
+            results[implementation] = run(layout, model)
         bank.check_fired()
-    mask = host.inputs.get("attention_mask")
+    mask = layout.inputs.get("attention_mask")
     for eager, sdpa in zip(results["eager"], results["sdpa"], strict=True):
         if mask is not None and eager.shape[:2] == mask.shape:  # what padding reads is nobody's business
             eager, sdpa = eager[mask.bool()], sdpa[mask.bool()]

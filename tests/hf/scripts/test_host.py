@@ -39,7 +39,7 @@ from hf_plugin.heads.masking import head_mask, mask_heads
 from hf_plugin.heads.pruning import remove_query_heads
 from hf_plugin.saving.example_inputs import example_inputs
 from hf_plugin.saving.programs import export_program
-from tests.hf.families import FAMILIES, make, missing
+from tests.hf.families import FAMILIES, make, missing, one_of_each
 from tests.macs import stack_macs
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
@@ -99,7 +99,7 @@ def test_bert_base_with_12_heads_can_be_one_and_a_half_times_as_fast():
     assert mac_bound(dense, compact) == pytest.approx(1.48, abs=0.006)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", one_of_each(), ids=str)
 def test_example_inputs_run_through_every_family(family):
     if missing(family):
         pytest.skip(missing(family))
@@ -122,7 +122,8 @@ def test_without_a_length_the_text_is_as_long_as_the_model_takes(saved, capsys):
                 main([*line, "--length", str(longest + 1)])
 
 
-@pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "bart"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "gpt2", "bart"])
 def test_all_exports_of_all_kinds_of_models(saved, name, tmp_path):
     pytest.importorskip("onnxruntime")
     source = saved(name)
@@ -273,11 +274,11 @@ def rounds(tmp_path):
     ("first", "second", "both", "only_first", "only_second"),
     [
         ("compact", "again", [0, 3], [2], []),
-        ("again", "masked", [0, 3], [], [2]),
-        ("smaller", "masked", [0, 3], [], [2]),
-        ("again", "smaller", [0, 3], [], []),
+        pytest.param("again", "masked", [0, 3], [], [2], marks=pytest.mark.slow),
+        pytest.param("smaller", "masked", [0, 3], [], [2], marks=pytest.mark.slow),
+        pytest.param("again", "smaller", [0, 3], [], [], marks=pytest.mark.slow),
         ("again/masks.safetensors", "compact/masks.safetensors", [0, 3], [], [2]),
-        ("dense", "smaller", [0, 3], [1, 2], []),
+        pytest.param("dense", "smaller", [0, 3], [1, 2], [], marks=pytest.mark.slow),
         ("compact", "dense", [0, 2, 3], [], [1]),
     ],
 )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.glue import Bench, Cell
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.importance.rounds import RoundsReport
 from head_pruning.masks import full_mask
@@ -269,24 +268,6 @@ def test_the_model_of_another_round_is_one_command_away(here):
     mask = HeadMask.load("rounds/michel_masks/heads16.safetensors")
     export_masked(Path("dense"), Path("round16"), mask)
     assert HeadMask.load("round16/masks.safetensors").kept_heads() == rounds[1]["kept_heads_by_site"]
-
-
-def test_the_benchmark_keeps_no_model_of_a_cut(here, tmp_path):
-    class InProcess(Bench):
-        def call(self, cell: Cell, arguments: list[str]) -> Path:
-            out = self.work / "runs" / cell.name
-            run(parse_michel([*LINE, "--output_dir", str(out), *arguments]))
-            return out
-
-    shutil.copytree("dense", tmp_path / "runs" / "MRPC-dense-s1")
-    bench = InProcess(here / "dense", here / "data", tmp_path, 1)
-    cell = Cell("MRPC", "Michel, one-shot", None, 1, "run_michel", ("--num_of_heads", "6"))
-    rows = bench.cut(cell)
-    assert [row["heads"] for row in rows] == [18, 6]
-    left = {path.name for path in (tmp_path / "runs" / cell.name).iterdir()}
-    assert {"michel_rounds.json", "all_results.json"} <= left and not {"michel_masks", "model.safetensors"} & left
-    # Cut off before the rows were written: the rounds are there, and nothing is run again.
-    assert bench.cut(cell) == rows
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

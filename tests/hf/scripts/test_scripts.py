@@ -153,10 +153,8 @@ def test_michel_on_a_part_of_the_training_set(here, dense):
     assert found["100000"][1]["importance"] == whole[1]["importance"] != found["2"][1]["importance"]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["-m", "hf_plugin.run_dsp"], pytest.param([str(ROOT / "hf_plugin" / "run_dsp.py")], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["-m", "hf_plugin.run_dsp"], [str(ROOT / "hf_plugin" / "run_dsp.py")]])
 def test_as_a_process(place, command):
     process = start(place, *command, *JOINT_DSP, *TINY, *ANNEAL, "--output_dir", "process", "--overwrite_output_dir")
     _, log = process.communicate(timeout=300)

@@ -163,6 +163,7 @@ def onnx_file(trained, tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_the_onnx_file_computes_with_integers_as_the_model_did(trained, onnx_file):
     import onnx
 

@@ -79,10 +79,8 @@ def test_ranks_agree_with_each_other_and_with_one_process(repo, two, tmp_path):
     assert [sum(int(each[name].sum()) for name in masks) for each in ranks] == [left - int(left * 0.8) + 1] * 3
 
 
-@pytest.mark.parametrize(
-    "variant",
-    ["gpp", pytest.param("voita", marks=pytest.mark.slow), pytest.param("pipelined", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["gpp", "voita", "pipelined"])
 def test_other_methods(repo, tmp_path, variant):
     check(run(repo, tmp_path / "two", variant)[variant], *run(repo, tmp_path / "one", variant, ranks=1)[variant])
 

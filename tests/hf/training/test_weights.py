@@ -322,6 +322,7 @@ def test_heads_and_weights_in_one_session(tmp_path, capsys):
     assert 0 < zeros(smaller) < before
 
 
+@pytest.mark.slow
 def test_saved_weights_alone_load_without_us(tmp_path):
     trainer = trainer_of(tmp_path / "run")
     trainer.train()

@@ -1,0 +1,81 @@
+"""The benchmarks as plans: their cells, and that the committed tables come out of the committed rows."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from head_pruning import HeadPruningError
+from head_pruning.cli import main
+
+#: Trainings of each plan.
+CELLS = {"glue": 102, "gpp_glue": 84, "heads": 276, "prune_once": 75, "spd_glue": 103, "weights_glue": 47}
+CELLS |= {"translation": 28}
+
+
+def test_every_plan_is_known():
+    assert sorted(path.stem for path in tables.PLANS.glob("*.yaml")) == sorted(CELLS)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_plan_has_all_of_its_cells(name, capsys):
+    given = [word for each in tables.asked(name)[2].items() for word in ("--set", "=".join(each))]
+    main(["sweep", str(tables.PLANS / f"{name}.yaml"), "--out", "DIR", "--dry-run", *given])
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line for line in lines if not line.startswith(" ")]
+    assert len(cells) == len(set(cells)) == CELLS[name]
+    commands = [line for line in lines if line.startswith(" ")]
+    assert all(line.split()[0] in ("python", "head-pruning") and "{" not in line for line in commands)
+
+
+@pytest.mark.parametrize("name", [*CELLS, "translation-recorded"])
+def test_a_committed_table_comes_out_of_its_rows(name, tmp_path, monkeypatch):
+    stored = (tables.STORED / f"{name}.csv").read_bytes()
+    (tmp_path / f"{name}.csv").write_bytes(stored)
+    monkeypatch.setattr(tables, "plot_scores", lambda *args, **options: None)  # the next test draws
+    monkeypatch.setattr(sys, "argv", ["tables", name, "--results", str(tmp_path)])
+    tables.main()
+    assert (tmp_path / f"{name}.csv").read_bytes() == stored
+    assert (tmp_path / f"{name}.md").read_bytes() == (tables.STORED / f"{name}.md").read_bytes()
+
+
+def test_what_a_sweep_has_measured_is_taken_in(tmp_path, monkeypatch):
+    out, sweep = tmp_path / "out", tmp_path / "sweep"
+    row = {"cell": "seed1-10-SST-2-SPD", "seed": "1", "task": "SST-2", "method": "SPD", "percent": "10"}
+    row |= {"score": "0.5", "density": "0.1", "score_name": "eval_accuracy", "seconds": "1", "commands": "a\nb"}
+    for folder, rows in (
+        (sweep, [row, {**row, "cell": "seed2-10-SST-2-SPD", "seed": "2", "score": "0.25"}]),
+        (tmp_path / "other", [{**row, "cell": "dense"}]),
+    ):
+        folder.mkdir()
+        with (folder / "results.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row))
+            writer.writeheader()
+            writer.writerows(rows)
+    out.mkdir()
+    (out / "spd_glue.csv").write_bytes((tables.STORED / "spd_glue.csv").read_bytes())
+    before = tables.read_rows(out / "spd_glue.csv")
+    monkeypatch.setattr(sys, "argv", ["tables", "spd_glue", str(sweep), "--results", str(out)])
+    tables.main()
+    after = {each["cell"]: each for each in tables.read_rows(out / "spd_glue.csv")}
+    assert after.keys() == {each["cell"] for each in before} | {"seed2-10-SST-2-SPD"}
+    assert after[row["cell"]]["score"] == "0.5" and "commands" not in after[row["cell"]]
+    assert all(after[each["cell"]]["score"] == each["score"] for each in before if each["cell"] != row["cell"])
+    text = (out / "spd_glue.md").read_text()
+    assert "| SPD | 37.5 (25.0 to 50.0) |" in text and f"{len(after)} of 103 trainings" in text
+    pictures = {path.name: path.read_bytes()[:4] for path in out.glob("*.png")}
+    assert pictures == {f"spd_glue-{task}.png": b"\x89PNG" for task in ("CoLA", "SST-2")}
+    monkeypatch.setattr(sys, "argv", ["tables", "spd_glue", str(tmp_path / "other"), "--results", str(out)])
+    with pytest.raises(SystemExit, match="error: The plan has no cell dense; give the folder of its own sweep"):
+        tables.main()
+
+
+def test_tables_that_are_not_there(tmp_path):
+    with pytest.raises(HeadPruningError, match="There is no plan glu, only glue, gpp_glue"):
+        tables.asked("glu")
+    with pytest.raises(HeadPruningError, match="The plan translation has no table translation-small"):
+        tables.asked("translation-small")
+    with pytest.raises(HeadPruningError, match="cannot be read .*; run the sweep first"):
+        tables.read_rows(Path(tmp_path / "none.csv"))
