@@ -12,7 +12,6 @@ from pathlib import Path
 from head_pruning.files import read_json
 
 LENGTH = 128
-SPLIT = ("--validation_split_percentage", "3")  # as the plan says
 
 
 def main() -> None:
@@ -27,9 +26,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as corpus:
         Path(corpus, "paragraphs.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
         words = ["--data_dir", options.pairs, "--corpus", corpus, "--tokenizer", options.model, "--workers", "1"]
-        done = subprocess.run(
-            [sys.executable, "-m", "prepare.wikipedia", *words, "--max_seq_length", str(LENGTH), *SPLIT]
-        )
+        words += ["--max_seq_length", str(LENGTH), "--validation_split_percentage", "3"]  # as the plan trains on them
+        done = subprocess.run([sys.executable, "-m", "prepare.wikipedia", *words])
     sys.exit(done.returncode)
 
 

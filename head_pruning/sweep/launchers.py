@@ -22,6 +22,7 @@ from .cell import Job, end_all, run_job
 Launcher = Callable[[Job], dict[str, Any]]
 
 _MOMENT = 0.5  # seconds to wait for further cells of one array of Slurm
+_RAY_RETRIES = 3  # of a cell whose node or process is lost
 _FAR_JOBS = 64  # cells that wait in a cluster's queue at a time, unless --jobs says otherwise
 
 
@@ -104,7 +105,9 @@ def _ray(
     except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
         raise HeadPruningError(f"Ray does not start ({one_line(error):.300}); correct its options.") from error
     # A cell of a lost node is run again, on another: Ray's own errors are retried, ours are what a cell returns.
-    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=-1)(run_job)
+    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RAY_RETRIES)(run_job)
+    errors = ray.exceptions
+    lost = (errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError, errors.ObjectLostError)
     running: set[Any] = set()
 
     def launch(job: Job) -> dict[str, Any]:
@@ -112,6 +115,9 @@ def _ray(
         running.add(reference)
         try:
             return ray.get(reference)
+        except lost as error:
+            reason = f"its process was lost, and so in {_RAY_RETRIES} further tries ({one_line(error):.300})"
+            return {"error": f"{reason}; find out what ends it, then start the sweep again"}
         finally:
             running.discard(reference)
 

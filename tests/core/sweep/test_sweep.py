@@ -465,6 +465,19 @@ def test_a_node_of_a_ray_cluster_that_is_lost(here, monkeypatch):
     assert sorted(path.stem for path in Path("plan-sweep/cells").iterdir()) == ["seed1", "seed2"]
 
 
+@pytest.mark.slow
+def test_a_cell_whose_process_is_lost_every_time_fails(here, capsys):
+    pytest.importorskip("ray", reason="ray is not installed")
+    Path("kill.py").write_text(
+        "import os, signal\nopen('ran.txt', 'a').write('x\\n')\nos.kill(os.getppid(), signal.SIGKILL)\n"
+    )
+    write_plan(grid={"seed": [1]}, command="python kill.py {out} {seed}")
+    words = ["--launcher-option", "address=local", "--launcher-option", "num_cpus=1"]
+    with pytest.raises(SystemExit, match="1 of the cells failed"):
+        main(["sweep", "plan.yaml", "--launcher", "ray", *words])
+    assert len(ran()) == 4 and "its process was lost, and so in 3 further tries" in capsys.readouterr().out
+
+
 def test_slurm_through_submitit(here, monkeypatch):
     pytest.importorskip("submitit", reason="submitit is not installed")
     write_plan(grid={"seed": [1, 2]}, command="python program.py {out} {seed}3 {seed}")

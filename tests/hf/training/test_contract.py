@@ -8,7 +8,8 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback
 
 from head_pruning import HeadPruningError
-from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner
+from head_pruning.outputs import Recorder
+from hf_plugin import HeadPruningCallback, HeadPruningTrainer, open_session, pruner, unit_map
 from hf_plugin.training import checkpoints
 from hf_plugin.training.wrapping import token_masks
 from tests.contract import FACTORS, SECOND, UPDATE, UPDATES, Probe, expected, watching
@@ -209,6 +210,18 @@ def test_a_sequence_to_sequence_model(tmp_path):
     ]
     for each in outputs.attentions:
         assert each.min() >= 0  # probabilities, not the bias of relative positions
+
+
+def test_hidden_state_0_goes_into_the_first_layer_and_attention_0_is_its_own():
+    model = tiny_bert(attn_implementation="eager")
+    recorder = Recorder(model, unit_map(model), {"hidden_states", "attentions"})
+    recorder.attach()
+    batch = collate(sentences(3))
+    own = model(**batch, output_hidden_states=True, output_attentions=True)
+    found = recorder.take()
+    for name in ("hidden_states", "attentions"):
+        mine, theirs = getattr(found, name), getattr(own, name)
+        assert len(mine) == len(theirs) and all(map(torch.equal, mine, theirs)), name
 
 
 def test_what_is_refused(tmp_path):
