@@ -202,7 +202,7 @@ def by_mean(spec: Mapping[str, Any], rows: list[dict[str, Any]], picture: "Path 
         for (kept, _, method), scores in order:
             title = f"{task}, {kept} of {told['total']} heads: {told['score']}"
             panels.setdefault(title, {})[method] = scores
-    if picture is not None:
+    if picture is not None and panels:
         plot_runs(panels, picture)
     return parts
 

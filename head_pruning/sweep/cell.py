@@ -140,6 +140,8 @@ def run_job(job: Job) -> dict[str, Any]:
             if found is None:
                 found = _measured(job, lock)
                 write_json(job.result, found)
+            if not job.keep_model:
+                _delete_models(job.folder)
             job.failure.unlink(missing_ok=True)
             return found
     except (HeadPruningError, OSError) as error:
@@ -148,6 +150,13 @@ def run_job(job: Job) -> dict[str, Any]:
             with contextlib.suppress(HeadPruningError, OSError):
                 write_json(job.failure, {**said, "commands": job.cell.lines})
         return said
+
+
+def _delete_models(folder: Path) -> None:
+    """Of a cell that is measured, and of all folders below its own; what a link leads to stays."""
+    for each in (folder, *(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())):
+        for path in model_files(each):
+            path.unlink()
 
 
 def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
@@ -176,10 +185,6 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
         if any(name in TIMED for name in job.measure):
             numbers |= _timed(job, lock, stream)
     wanted = {number for name in job.measure for number in MEASURES[name]}
-    if not job.keep_model:
-        for folder in (job.folder, *(path for path in job.folder.rglob("*") if path.is_dir())):
-            for path in model_files(folder):
-                path.unlink()
     more = [
         {
             "folder": os.path.relpath(each.folder, job.folder),

@@ -356,6 +356,8 @@ def _plan(plan: Mapping[str, Any]) -> Plan:
     unknown = [name for name in measure if name not in MEASURES]
     if unknown:
         raise ValueError(f"{unknown[0]} cannot be measured, only {', '.join(MEASURES)}")
+    if "benchmark" in plan and not any(name in TIMED for name in measure):
+        raise ValueError(f"its benchmark is for none of what it measures; measure one of {', '.join(TIMED)}")
     unfinished = plan.get("unfinished", "restart")
     if unfinished not in ("restart", "continue"):
         raise ValueError(f"unfinished is {unfinished}, not restart or continue")

@@ -324,6 +324,22 @@ def test_a_part_of_a_sweep_heeds_the_rest(here):
     assert [path.parent.name for path in Path("plan-sweep").rglob("pytorch_model.bin")] == ["seed1-dense"]
 
 
+def test_models_outside_the_sweep_stay(here):
+    Path("elsewhere").mkdir()
+    Path("elsewhere/model.safetensors").write_text("x")
+    linked = "import os\nos.symlink(pathlib.Path('elsewhere').resolve(), pathlib.Path(out, 'start'))\n"
+    Path("program.py").write_text(PROGRAM + linked + "pathlib.Path(out, 'model.safetensors').write_text('x')\n")
+    write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}", keep_models=False)
+    main(["sweep", "plan.yaml"])
+    assert [str(path) for path in Path().rglob("model.safetensors")] == ["elsewhere/model.safetensors"]
+
+
+def test_a_benchmark_that_measures_nothing_is_refused(here):
+    write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}", benchmark="--batch 8")
+    with pytest.raises(SystemExit, match="benchmark is for none of what it measures; measure one of latency"):
+        main(["sweep", "plan.yaml", "--dry-run"])
+
+
 def test_a_search_does_not_go_on_from_cells_of_a_grid(here):
     write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}")
     main(["sweep", "plan.yaml"])
