@@ -326,12 +326,12 @@ def test_a_part_of_a_sweep_heeds_the_rest(here):
 
 def test_models_outside_the_sweep_stay(here):
     Path("elsewhere").mkdir()
-    Path("elsewhere/model.safetensors").write_text("x")
+    Path("elsewhere/pytorch_model.bin").write_text("x")
     linked = "import os\nos.symlink(pathlib.Path('elsewhere').resolve(), pathlib.Path(out, 'start'))\n"
-    Path("program.py").write_text(PROGRAM + linked + "pathlib.Path(out, 'model.safetensors').write_text('x')\n")
+    Path("program.py").write_text(PROGRAM + linked + "pathlib.Path(out, 'pytorch_model.bin').write_text('x')\n")
     write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}", keep_models=False)
     main(["sweep", "plan.yaml"])
-    assert [str(path) for path in Path().rglob("model.safetensors")] == ["elsewhere/model.safetensors"]
+    assert [str(path) for path in Path().rglob("pytorch_model.bin")] == ["elsewhere/pytorch_model.bin"]
 
 
 def test_a_benchmark_that_measures_nothing_is_refused(here):
