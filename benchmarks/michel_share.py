@@ -5,6 +5,7 @@
 The other flags are those of ``hf_plugin.run_michel``; the mask is ``DIR/masks.safetensors``.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,10 +18,15 @@ from hf_plugin.glue.michel import MichelRun
 
 def main() -> None:
     """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("share", type=float, help="of the heads and of the units, to keep")
+    options, others = parser.parse_known_args()
     try:
-        share, arguments = float(sys.argv[1]), parse_michel(sys.argv[2:])
+        arguments = parse_michel(others)
         run = MichelRun(arguments)
-        mask = HeadMask(run.unit_map, of_each_kind(run.unit_map, run.importance(full_mask(run.unit_map)), share))
+        mask = HeadMask(
+            run.unit_map, of_each_kind(run.unit_map, run.importance(full_mask(run.unit_map)), options.share)
+        )
         mask.save(Path(arguments.output_dir) / MASKS_FILE)
     except HeadPruningError as error:
         sys.exit(f"error: {error}")

@@ -9,9 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from head_pruning import HeadPruningError
 from head_pruning.files import read_json
 
 LENGTH = 128
+SHAPE = {"data": [{"paragraphs": [{"context": str}]}]}
 
 
 def main() -> None:
@@ -21,7 +23,10 @@ def main() -> None:
     parser.add_argument("train_file", type=Path, help="training file of SQuAD v1.1")
     parser.add_argument("pairs", help="folder for the pairs")
     options = parser.parse_args()
-    articles = read_json(options.train_file)["data"]
+    try:
+        articles = read_json(options.train_file, SHAPE, cure="give a training file of SQuAD")["data"]
+    except HeadPruningError as error:
+        sys.exit(f"error: {error}")
     texts = dict.fromkeys(" ".join(p["context"].split()) for article in articles for p in article["paragraphs"])
     with tempfile.TemporaryDirectory() as corpus:
         Path(corpus, "paragraphs.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ earlier sweep stay, unless the same cell was measured anew. What the tables look
 import argparse
 import csv
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 PLANS, STORED = HERE / "plans", HERE / "results"
 SITES, SENTENCES = "heads_by_site", "sentences"
 DISTILLED = ", distilled"  # at the end of a method
+ANY = "ANYTHING"
 Row = dict[str, str]
 
 
@@ -53,6 +55,27 @@ def asked(name: str) -> tuple[Plan, dict[str, Any], dict[str, str]]:
     given = {each: each.upper() for each, value in found["set"].items() if value is None}
     given |= {each: str(value) for each, value in spec.get("set", {}).items()}
     return read_plan(path, given), spec, given
+
+
+def check_commands(name: str, rows: Iterable[Row]) -> None:
+    """Raise HeadPruningError for a row of a sweep that was measured by other commands than the plan's.
+
+    What is no number in the plan's ``set`` may be any word, or none: a folder, or a GPU.
+    """
+    _, spec, given = asked(name)
+    path = PLANS / f"{name.partition('-')[0]}.yaml"
+    defaults = yaml.safe_load(path.read_text(encoding="utf-8"))["set"]
+    any_word = {each: ANY for each, value in defaults.items() if not isinstance(value, (int, float))}
+    lines = {cell.name: cell.lines for cell in read_plan(path, {**given, **any_word}).cells(Path(ANY))}
+    for row in rows:
+        cell = row["cell"].partition("/")[0]
+        words = [re.escape(word).replace(ANY, ".*") for line in lines.get(cell, ()) for word in shlex.split(line)]
+        pattern = "".join("(?:.*\n)?" if word == ".*" else f"{word}\n" for word in words)
+        if words and not re.fullmatch(pattern, "".join(f"{word}\n" for word in shlex.split(row["commands"]))):
+            raise HeadPruningError(
+                f"{cell} was measured by other commands than those of the plan {name}; give the folder of its own "
+                "sweep, made with the same --set."
+            )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -264,7 +287,10 @@ def main() -> None:
         cells = asked(options.name)[0].cells(Path("DIR"))
         stored = options.results / f"{options.name}.csv"
         before = read_rows(stored) if stored.exists() or not options.sweep else []
-        write_tables(options.name, merged(cells, before, *map(collected, options.sweep)), options.results)
+        sweeps = [collected(sweep) for sweep in options.sweep]
+        for rows in sweeps:
+            check_commands(options.name, rows)
+        write_tables(options.name, merged(cells, before, *sweeps), options.results)
     except HeadPruningError as error:
         sys.exit(f"error: {error}")
 

@@ -19,7 +19,7 @@ MICHEL_BATCH = 64
 MICHEL_EXAMPLES = 16000  # of the training set, for the importance
 FIRST, LATER = (18, 6), (36, 9)  # numbers of heads kept
 METHODS = ("joint DSP", "K random heads", "STE", "pipelined DSP", "Voita, top K", "joint DSP, published schedule")
-# What methods say is that of plans/glue.yaml, and so is the recipe of training.
+# What methods say is that of plans/glue.yaml. The recipe of training is the same, for a Trainer in this process.
 PLAN, TABLE, _ = asked("glue")
 RECIPE = (
     f"--per_device_train_batch_size {BATCH} --learning_rate 5e-5 --warmup_steps 0.06 --save_strategy no "

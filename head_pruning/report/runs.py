@@ -27,6 +27,7 @@ CELL = {
     "folder": str,
     "score_name": str,
     "measure?": [str],
+    "settings?": {str: str},
     "numbers": {str: Number()},
     "more?": [{"folder": str, "score_name": str, "numbers": {str: Number()}}],
     "seconds": Number(0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,8 @@ from ..files import read_json, write_json
 from ..inference.environment import CPU_ENVIRONMENT
 from ..report.runs import CELL, CELLS_FOLDER, NUMBERS, SCORES, Run, model_files, runs_below
 from .plan import MEASURES, TIMED, Cell, folder_of
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # a folder of transformers
 
 fcntl: Any
 try:
@@ -92,7 +95,7 @@ class Job:
         """What it measured, if it has been.
 
         Raises:
-            HeadPruningError: the file is damaged, is of other commands, or lacks what is to be measured.
+            HeadPruningError: the file is damaged, is of other commands or settings, or lacks what is to be measured.
         """
         if not self.result.is_file():
             return None
@@ -108,7 +111,26 @@ class Job:
                 f"{self.result} was measured without {lacking[0]}; delete it to run the cell again, or drop that from "
                 "the plan's measure."
             )
+        theirs = found.get("settings", self.settings)
+        other = next((name for name, value in self.settings.items() if theirs.get(name, value) != value), None)
+        if other is not None:
+            raise HeadPruningError(
+                f"{self.result} was measured with another {other} than the plan's; delete it to run the cell again, "
+                "or choose another --out."
+            )
         return found
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What its numbers depend on beside its commands; how many threads it has only where it is timed."""
+        found = {"score": ", ".join(self.scores), "score_pattern": self.score_pattern or ""}
+        found["env"] = hashlib.sha256(repr(sorted(self.env.items())).encode()).hexdigest()  # some of it may be secret
+        return {**found, "threads": str(self.threads)} if self.timed else found
+
+    @property
+    def timed(self) -> bool:
+        """Whether ``head-pruning benchmark`` measures it."""
+        return any(name in TIMED for name in self.measure)
 
     def failed(self) -> Optional[str]:
         """How it failed last, if it did."""
@@ -153,9 +175,12 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def _delete_models(folder: Path) -> None:
-    """Of a cell that is measured, and of all folders below its own; what a link leads to stays."""
-    for each in (folder, *(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())):
-        for path in model_files(each):
+    """Of a cell that is measured, with all checkpoints, here and in folders below; what a link leads to stays."""
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())]
+    for each in folders:
+        if each != folder and CHECKPOINT.fullmatch(each.name):
+            shutil.rmtree(each, ignore_errors=True)
+        for path in {*model_files(each), *each.glob("checkpoint*.pt")}:
             path.unlink()
 
 
@@ -182,7 +207,7 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
         if score is not None:
             numbers["score"] = score
         _check_score(job, run, numbers)
-        if any(name in TIMED for name in job.measure):
+        if job.timed:
             numbers |= _timed(job, lock, stream)
     wanted = {number for name in job.measure for number in MEASURES[name]}
     more = [
@@ -201,6 +226,7 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
         "folder": os.path.relpath(job.folder, job.work),
         "score_name": "score" if run is None or score is not None else run.score_name,
         "measure": list(job.measure),
+        "settings": job.settings,
         "numbers": {name: value for name, value in numbers.items() if name in wanted},
         **({"more": more} if more else {}),
         "seconds": round(time.monotonic() - begin, 3),

@@ -16,7 +16,7 @@ from head_pruning.errors import one_line
 from head_pruning.files import read_json
 
 ABOUT = "pairs.json"
-FORMAT = 1
+FORMAT = 2  # of 1 no document is kept back for validation
 #: Of a shard: the tokens of both segments without special ones, and whether the second is a random one.
 SCHEMA = pa.schema([("first", pa.list_(pa.int32())), ("second", pa.list_(pa.int32())), ("random", pa.bool_())])
 # Pairs in a batch of the file, and of the statistics.
@@ -71,7 +71,7 @@ def read_about(folder: "str | Path") -> dict[str, Any]:
         )
     shape = {"format": Whole(), "tokenizer": str, "max_length": Whole(), "shards": Whole()}
     about = read_json(path, {**shape, "validation_percentage?": Number(0, 100)}, cure=_CURE)
-    if about["format"] != FORMAT:
+    if about["format"] not in (1, FORMAT):
         raise HeadPruningError(f"{path} is of another version; {_CURE} into another folder.")
     names = [name for validation in splits(about) for name in shard_names(about, validation)]
     missing = [name for name in names if not (path.parent / name).is_file()]
@@ -85,7 +85,7 @@ def read_about(folder: "str | Path") -> dict[str, Any]:
 
 def splits(about: dict[str, Any]) -> tuple[bool, ...]:
     """Whether files are of pairs to validate with: of both kinds, but in folders that earlier versions wrote."""
-    return (False, True) if "validation_percentage" in about else (False,)
+    return (False, True) if about["format"] > 1 else (False,)
 
 
 def shard_names(about: dict[str, Any], validation: bool = False) -> list[str]:

@@ -121,7 +121,8 @@ class PretrainingRun(TaskRun):
         if not len(to_train) or "validation" in self.splits and not len(to_validate):
             raise HeadPruningError(
                 f"{data.data_dir} has {len(to_train) + len(to_validate)} pairs, too few for "
-                f"--validation_split_percentage {data.validation_split_percentage:g}; make more, or change it."
+                f"--validation_split_percentage {data.validation_split_percentage:g}; make them of more documents, or "
+                "with fewer --shards of at least four each."
             )
         train = Pairs(first_examples(to_train, data.max_train_samples), changing=True)
         validation = Pairs(first_examples(to_validate, data.max_eval_samples))
@@ -167,8 +168,8 @@ def split_pairs(folder: "str | Path", about: dict[str, Any], percentage: float) 
     Raises:
         HeadPruningError: the pairs were made with another percentage, or a file is damaged.
     """
-    table, own = open_pairs(folder, about), about.get("validation_percentage")
-    if own is None:
+    table, own = open_pairs(folder, about), about.get("validation_percentage", 0.0)
+    if about["format"] == 1:
         if percentage:
             logger.warning(
                 "the pairs in %s were made by an earlier version: some random second segments to train on are of "

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import tables
 from head_pruning import HeadPruningError
 from head_pruning.cli import main
+from head_pruning.sweep.plan import read_plan
 
 #: Trainings of each plan.
 CELLS = {"glue": 102, "gpp_glue": 84, "heads": 276, "prune_once": 75, "spd_glue": 109, "weights_glue": 47}
@@ -39,16 +40,22 @@ def test_a_committed_table_comes_out_of_its_rows(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables", name, "--results", str(tmp_path)])
     tables.main()
     assert (tmp_path / f"{name}.csv").read_bytes() == stored
-    assert (tmp_path / f"{name}.md").read_bytes() == (tables.STORED / f"{name}.md").read_bytes()
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (tables.STORED / path.name).read_bytes()
+    assert (tmp_path / f"{name}.md").exists() and (name != "heads" or (tmp_path / "heads.json").exists())
 
 
 def test_what_a_sweep_has_measured_is_taken_in(tmp_path, monkeypatch):
-    out, sweep = tmp_path / "out", tmp_path / "sweep"
+    out, sweep, other = tmp_path / "out", tmp_path / "sweep", "seed2-10-SST-2-SPD"
     row = {"cell": "seed1-10-SST-2-SPD", "seed": "1", "task": "SST-2", "method": "SPD", "percent": "10"}
-    row |= {"score": "0.5", "density": "0.1", "score_name": "eval_accuracy", "seconds": "1", "commands": "a\nb"}
+    row |= {"score": "0.5", "density": "0.1", "score_name": "eval_accuracy", "seconds": "1"}
+    plan = read_plan(tables.PLANS / "spd_glue.yaml", {"model": "m", "data": "a folder", "device": ""})
+    commands = {cell.name: "\n".join(cell.lines) for cell in plan.cells(sweep)}
+    row["commands"] = commands[row["cell"]]
     for folder, rows in (
-        (sweep, [row, {**row, "cell": "seed2-10-SST-2-SPD", "seed": "2", "score": "0.25"}]),
-        (tmp_path / "other", [{**row, "cell": "dense"}]),
+        (sweep, [row, {**row, "cell": other, "seed": "2", "score": "0.25", "commands": commands[other]}]),
+        (tmp_path / "foreign", [{**row, "cell": "dense"}]),
+        (tmp_path / "changed", [{**row, "commands": row["commands"].replace("--sparsity 0.9", "--sparsity 0.8")}]),
     ):
         folder.mkdir()
         with (folder / "results.csv").open("w", newline="") as stream:
@@ -61,16 +68,33 @@ def test_what_a_sweep_has_measured_is_taken_in(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables", "spd_glue", str(sweep), "--results", str(out)])
     tables.main()
     after = {each["cell"]: each for each in tables.read_rows(out / "spd_glue.csv")}
-    assert after.keys() == {each["cell"] for each in before} | {"seed2-10-SST-2-SPD"}
+    assert after.keys() == {each["cell"] for each in before} | {other}
     assert after[row["cell"]]["score"] == "0.5" and "commands" not in after[row["cell"]]
     assert all(after[each["cell"]]["score"] == each["score"] for each in before if each["cell"] != row["cell"])
     text = (out / "spd_glue.md").read_text()
     assert "| SPD | 37.5 (25.0 to 50.0) |" in text and f"{len(after)} of {CELLS['spd_glue']} trainings" in text
     pictures = {path.name: path.read_bytes()[:4] for path in out.glob("*.png")}
     assert pictures == {f"spd_glue-{task}.png": b"\x89PNG" for task in ("CoLA", "SST-2")}
-    monkeypatch.setattr(sys, "argv", ["tables", "spd_glue", str(tmp_path / "other"), "--results", str(out)])
-    with pytest.raises(SystemExit, match="error: The plan has no cell dense; give the folder of its own sweep"):
-        tables.main()
+    for folder, sentence in (
+        ("foreign", "The plan has no cell dense; give the folder of its own sweep"),
+        ("changed", "seed1-10-SST-2-SPD was measured by other commands than those of the plan spd_glue"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["tables", "spd_glue", str(tmp_path / folder), "--results", str(out)])
+        with pytest.raises(SystemExit, match=f"error: {sentence}"):
+            tables.main()
+
+
+def test_a_sweep_in_another_setting_is_refused():
+    recorded = {"updates": "2000", "warmup": "400", "short": "260", "cooldown": "200"}
+    for given, own, other in (
+        ({}, "translation", "translation-recorded"),
+        (recorded, "translation-recorded", "translation"),
+    ):
+        plan = read_plan(tables.PLANS / "translation.yaml", {"binary": "b", **given})
+        rows = [{"cell": cell.name, "commands": "\n".join(cell.lines)} for cell in plan.cells(Path("sweep"))]
+        tables.check_commands(own, rows)
+        with pytest.raises(HeadPruningError, match="was measured by other commands than those of the plan"):
+            tables.check_commands(other, rows)
 
 
 def test_tables_that_are_not_there(tmp_path):

@@ -334,6 +334,31 @@ def test_models_outside_the_sweep_stay(here):
     assert [str(path) for path in Path().rglob("pytorch_model.bin")] == ["elsewhere/pytorch_model.bin"]
 
 
+def test_checkpoints_go_with_the_models(here):
+    saved = ["checkpoint-3/optimizer.pt", "checkpoint_1_3.pt", "checkpoint_last.pt", "keep/pytorch_model.bin"]
+    lines = [f"path = pathlib.Path(out, {n!r}); path.parent.mkdir(exist_ok=True); path.write_text('x')" for n in saved]
+    Path("program.py").write_text(PROGRAM + "\n".join([*lines, ""]))
+    write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}", keep_models=False)
+    main(["sweep", "plan.yaml"])
+    left = [path.name for path in Path("plan-sweep/runs").rglob("*") if path.is_file()]
+    assert left == ["all_results.json"]
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [({"score": "heads_kept"}, "score"), ({"env": {"WORD": "b"}}, "env"), ({"score_pattern": "(1)"}, "score_pattern")],
+)
+def test_cells_of_other_settings_are_not_mixed_in(here, change, name):
+    plan = {"grid": {"seed": [1]}, "command": "python program.py {out} 3 {seed}", "env": {"WORD": "a"}}
+    write_plan(**plan)
+    main(["sweep", "plan.yaml"])
+    main(["sweep", "plan.yaml", "--threads", "2"])  # what is not timed does not depend on them
+    write_plan(**{**plan, **change})
+    with pytest.raises(SystemExit, match=f"seed1.json was measured with another {name} than the plan's; delete it"):
+        main(["sweep", "plan.yaml"])
+    assert ran() == ["seed1"]
+
+
 def test_a_benchmark_that_measures_nothing_is_refused(here):
     write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}", benchmark="--batch 8")
     with pytest.raises(SystemExit, match="benchmark is for none of what it measures; measure one of latency"):
