@@ -1,5 +1,6 @@
 """The tables and pictures of a plan in ``benchmarks/plans/``, from what its sweep measured.
 
+    python -m benchmarks.NAME ... --work DIR  # the sweep, and then this; or, by hand:
     head-pruning sweep benchmarks/plans/NAME.yaml --set ... --out DIR
     python -m benchmarks.tables NAME DIR      # takes what was measured in DIR into results/NAME.csv
     python -m benchmarks.tables NAME          # from results/NAME.csv alone
@@ -276,6 +277,21 @@ def write_tables(name: str, rows: list[Row], folder: Path, pictures: bool = True
         temporary.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 
 
+def take(name: str, sweeps: Iterable[Path], folder: Path) -> None:
+    """Take what sweeps have measured into the rows in a folder, and write the tables there.
+
+    Raises:
+        HeadPruningError: nothing was measured, or by other commands than the plan's.
+    """
+    cells = asked(name)[0].cells(Path("DIR"))
+    stored = folder / f"{name}.csv"
+    found = [collected(sweep) for sweep in sweeps]
+    for rows in found:
+        check_commands(name, rows)
+    before = read_rows(stored) if stored.exists() or not found else []
+    write_tables(name, merged(cells, before, *found), folder)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,13 +300,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=STORED, help="folder of NAME.csv, tables and pictures")
     options = parser.parse_args()
     try:
-        cells = asked(options.name)[0].cells(Path("DIR"))
-        stored = options.results / f"{options.name}.csv"
-        before = read_rows(stored) if stored.exists() or not options.sweep else []
-        sweeps = [collected(sweep) for sweep in options.sweep]
-        for rows in sweeps:
-            check_commands(options.name, rows)
-        write_tables(options.name, merged(cells, before, *sweeps), options.results)
+        take(options.name, options.sweep, options.results)
     except HeadPruningError as error:
         sys.exit(f"error: {error}")
 

@@ -1,6 +1,8 @@
 """The plans of the benchmarks: their command lines are those of the scripts, and two of their cells run."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,12 @@ def test_a_teacher_and_a_student_without_half_of_its_units(tmp_path, monkeypatch
     write_task(tmp_path / "glue", "SST-2")
     model, out = write_model(tmp_path / "model", max_position_embeddings=64), tmp_path / "out"
     given = ["--set", f"model={model}", "--set", f"data={tmp_path / 'glue'}", "--out", str(out), "--jobs", "1"]
-    main(["sweep", str(tables.PLANS / "gpp_glue.yaml"), *given, "--only", "^seed1-(50-)?SST-2-(dense|Michel)$"])
+    places = [str(model), str(tmp_path / "glue"), "--work", str(out), "--results", str(tmp_path / "table")]
+    monkeypatch.setattr(
+        sys, "argv", ["gpp_glue", *places, "--jobs", "1", "--only", "^seed1-(50-)?SST-2-(dense|Michel)$"]
+    )
+    runpy.run_module("benchmarks.gpp_glue", run_name="__main__")
+    assert "2 of 84 trainings have been measured" in (tmp_path / "table" / "gpp_glue.md").read_text()
     dense, student = (
         json.loads((out / "cells" / f"seed1-{name}.json").read_text()) for name in ("SST-2-dense", "50-SST-2-Michel")
     )

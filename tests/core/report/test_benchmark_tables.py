@@ -1,6 +1,8 @@
 """The benchmarks as plans: their cells, and that the committed tables come out of the committed rows."""
 
 import csv
+import importlib
+import runpy
 import sys
 from pathlib import Path
 
@@ -29,6 +31,30 @@ def test_a_plan_has_all_of_its_cells(name, capsys):
     assert len(cells) == len(set(cells)) == CELLS[name]
     commands = [line for line in lines if line.startswith(" ")]
     assert all(line.split()[0] in ("python", "head-pruning") and "{" not in line for line in commands)
+
+
+@pytest.mark.parametrize(
+    "line, count",
+    [
+        ("glue M D", CELLS["glue"]),
+        ("weights_glue M D S", CELLS["weights_glue"]),
+        ("spd_glue M D --only ^seed1-10-SST-2", 9),
+        ("gpp_glue M D", CELLS["gpp_glue"]),
+        ("prune_once M D S", CELLS["prune_once"]),
+        ("translation C", CELLS["translation"]),
+        ("translation C --updates 2000", CELLS["translation"]),
+        ("heads --data D --model M --wide-model W --corpus C", CELLS["heads"]),
+        ("heads", 27),
+        ("heads --data D --wide-model W --only dsp", 12),
+    ],
+)
+def test_the_commands_that_are_named_after_plans(line, count, monkeypatch, capsys):
+    name, *words = line.split()
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *words, "--work", "DIR", "--dry-run"])
+    runpy.run_path(module.__file__, run_name="__main__")
+    cells = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert len(cells) == count
 
 
 @pytest.mark.parametrize("name", [*CELLS, "translation-recorded"])
