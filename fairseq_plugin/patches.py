@@ -7,6 +7,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import inspect
 import logging
 import math
 import re
@@ -60,6 +61,7 @@ from .masters import carry_over
 from .modules.surgery import take_shape
 from .options import TASK_SUFFIX, all_flags, pruners_to_decode, refuse_other_options, second_flags
 from .schedules import linear_warmup, restart_schedule
+from .sizes import save_size, watch_sizes
 
 logger = logging.getLogger(__name__)
 _MARK = "of_head_pruning"
@@ -347,6 +349,8 @@ def build_for_phase(original, self):
 def begin_phase(original, self, *args, **kwargs):
     """Where a phase begins the trainer builds its learning-rate schedule, and mostly its optimizer, anew."""
     session, step = getattr(self.task, "session", None), self.get_num_updates()
+    if session is not None:
+        save_size(self, step)
     entered = session is not None and session.enter_phase(step)
     if session is not None and (entered or getattr(self, "head_pruning_built_for", 0) is None):
         old, self.head_pruning_built_for = self.optimizer, step
@@ -399,6 +403,8 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     saved = original(cfg, trainer, epoch_itr, val_loss)
     if not cfg.no_save and trainer.data_parallel_rank == 0:
         write_beside(cfg.save_dir, trainer, log_heads=last or epoch_itr.end_of_epoch())
+    if last:
+        save_size(trainer, trainer.get_num_updates())
     return saved
 
 
@@ -419,6 +425,9 @@ def stop_at_end(original, cfg, trainer, task, epoch_itr):
     if updates >= (cfg.optimization.max_update or math.inf) or 0 < cfg.optimization.stop_time_hours < hours:
         logger.info("training was over after %d updates; nothing is trained", updates)
         return [None], True
+    if getattr(task, "session", None) is not None:
+        subsets, validate = cfg.dataset.valid_subset.split(","), inspect.unwrap(original).__globals__["validate"]
+        watch_sizes(trainer, epoch_itr, lambda: validate(cfg, trainer, task, epoch_itr, subsets)[0])
     return original(cfg, trainer, task, epoch_itr)
 
 

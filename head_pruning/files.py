@@ -25,6 +25,8 @@ except ImportError:  # a system without locks of this kind
 
 MASKS_FILE = "masks.safetensors"
 REPORT_FILE = "pruning.json"
+#: In a run's folder: the smaller models that it left on its way, in a folder each.
+SIZES_FOLDER = "sizes"
 
 
 # What begins the names of unfinished files and folders. Whoever makes one holds a lock on it, which ends with the

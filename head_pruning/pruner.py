@@ -100,6 +100,11 @@ class Pruner:
         return self.kind == "heads"
 
     @property
+    def idle_hooks(self) -> frozenset:
+        """Hooks that the class has and its options leave idle."""
+        return frozenset()
+
+    @property
     def units(self) -> str:
         """What is gated, where gates are needed: one of :data:`head_pruning.unit_map.NUMBERED`."""
         return getattr(self.config, "prune_units", "heads")
@@ -204,6 +209,13 @@ class Pruner:
 
     def schedule_end(self, step: int) -> Optional[int]:
         """The update at which the learning-rate schedule of the phase of ``step`` ends; None: the end of training."""
+        return None
+
+    def size_before(self, step: int) -> Optional[str]:
+        """The name of the smaller model that is finished when update ``step`` begins, such as ``heads12``; else None.
+
+        The host saves it, with the heads that it lacks cut out, before :meth:`enter_phase` and at the end of training.
+        """
         return None
 
     def evaluating(self) -> ContextManager[None]:

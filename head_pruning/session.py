@@ -455,8 +455,7 @@ class PruningSession:
 
     def overrides(self, hook: str) -> bool:
         """Whether a pruner does something in this hook."""
-        base = getattr(Pruner, hook)
-        return any(getattr(getattr(pruner, hook), "__func__", None) is not base for pruner in self.pruners)
+        return any(_overrides(pruner, hook) for pruner in self.pruners)
 
     @property
     def in_step(self) -> bool:
@@ -476,7 +475,7 @@ class PruningSession:
     @property
     def keeps_optimizer(self) -> bool:
         """Whether the host's optimizer goes on, with its averages, where a phase begins."""
-        phased = [pruner for pruner in self.pruners if type(pruner).phase is not Pruner.phase]
+        phased = [pruner for pruner in self.pruners if _overrides(pruner, "phase")]
         return bool(phased) and all(pruner.keeps_optimizer for pruner in phased)
 
     @property
@@ -560,6 +559,14 @@ class PruningSession:
             begin = 0
         ends = [end for end in (pruner.schedule_end(step) for pruner in self.pruners) if end is not None]
         return begin, min(ends, default=None)
+
+    def size_before(self, step: int) -> Optional[str]:
+        """The name of a smaller model that is finished when update ``step`` begins, or training ends.
+
+        It is the model as it is in :meth:`evaluating`, before :meth:`enter_phase`, without the heads that
+        :meth:`head_mask` removes; None where none is.
+        """
+        return next((name for pruner in self.pruners if (name := pruner.size_before(step)) is not None), None)
 
     def settle(self) -> None:
         """Fix what depends on the length of training, now that it is known; or refuse it, with HeadPruningError."""
@@ -684,6 +691,12 @@ class PruningSession:
                 "unit_map": None if self.unit_map is None else self.unit_map.to_dict(),
             }
         )
+
+
+def _overrides(pruner: Pruner, hook: str) -> bool:
+    """Whether a pruner does something in this hook."""
+    changed = getattr(getattr(pruner, hook), "__func__", None) is not getattr(Pruner, hook)
+    return changed and hook not in pruner.idle_hooks
 
 
 def _of(pruner: Pruner, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -268,15 +268,15 @@ def _describe_weights(
     card.write_text(text, encoding="utf-8")
 
 
-def export_compact(source: Path, target: Path, mask: Optional[HeadMask] = None) -> str:
-    """Write the folder of the model whose removed heads are cut out."""
+def export_compact(source: Path, target: Path, mask: Optional[HeadMask] = None, **about: Any) -> str:
+    """Write the folder of the model whose removed heads are cut out; ``about`` it: see :func:`save_compact`."""
     loaded = _pruned(source, mask)
     before = _before_the_cut(loaded)
     words = cut_out(loaded)
     if recipe_of(loaded.model) is None:
         raise HeadPruningError(f"The head mask of {source} keeps every head, so there is nothing to cut out.")
     with _whole_folder(target, source) as folder, _quiet():
-        save_compact(loaded.model, folder, **_history(source))
+        save_compact(loaded.model, folder, **{**_history(source), **about})
         if before:
             words += _describe_cut_weights(folder, loaded, before)
     return f"{target}: {words}, the others are cut out"

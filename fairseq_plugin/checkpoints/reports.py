@@ -44,7 +44,7 @@ def write_beside(save_dir: str, trainer, log_heads: bool, numbers: Optional[dict
             options=options_of(session.pruners),
             history=history,
             versions=versions,
-            parameters=_parameters(trainer.get_model(), mask),
+            parameters=dense_and_left(trainer.get_model(), mask),
         )
     if masks:
         _write_weights(folder, trainer.get_model(), session, masks, history, versions)
@@ -97,7 +97,7 @@ def _report(save_dir: Path) -> dict:
         return {}
 
 
-def _parameters(model: torch.nn.Module, mask: HeadMask) -> tuple[int, int]:
+def dense_and_left(model: torch.nn.Module, mask: HeadMask) -> tuple[int, int]:
     """Parameters of the model, and how many are left when those of the removed heads are zero."""
     total = sum(parameter.numel() for parameter in model.parameters())
     return total, total - sum(removed_counts(model, mask).values())

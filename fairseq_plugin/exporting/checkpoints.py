@@ -251,9 +251,16 @@ def export_compact(source: "str | Path", target: "str | Path", mask: Optional[He
         HeadPruningError: the checkpoint is missing or damaged, has no mask, the mask is of another model, or the
             target is a folder.
     """
-    applied = _export(source, target, mask, compact=True).mask
-    assert applied is not None
-    return applied
+    return export_counted(source, target, mask)[0]
+
+
+def export_counted(
+    source: "str | Path", target: "str | Path", mask: Optional[HeadMask] = None
+) -> tuple[HeadMask, int]:
+    """:func:`export_compact`; also the number of parameters that are left."""
+    done = _export(source, target, mask, compact=True)
+    assert done.mask is not None
+    return done.mask, done.parameters[1]
 
 
 def masked(source: Path, target: Path, mask: Optional[HeadMask]) -> str:

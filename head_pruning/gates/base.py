@@ -121,9 +121,13 @@ class HeadPruner(Pruner):
         super().attach(session)
         assert session.unit_map is not None  # the session refuses pruners of heads without one
         self.unit_map = session.unit_map
-        count = self.config.num_of_heads if isinstance(self.config, HeadCountConfig) else None
+        count = self.first_count()
         self.rounds = None if count is None else self.plan(count)
         self.final: Optional[np.ndarray] = None
+
+    def first_count(self) -> Optional[int]:
+        """The number of heads that would stay, were training to end at once; None: it is not set."""
+        return self.config.num_of_heads if isinstance(self.config, HeadCountConfig) else None
 
     def plan(self, count: int) -> Rounds:
         """How ``count`` heads are chosen, with the minimum of each group; HeadPruningError if that cannot be."""
@@ -166,6 +170,10 @@ class HeadPruner(Pruner):
     def harden(self) -> None:
         self.final = self.keep()
         self.session.gates.set_fixed(self.final)
+
+    def _set_evaluation(self) -> None:
+        """Have evaluations see what would stay now."""
+        self.session.gates.set_evaluation(self.keep())
 
     def final_state(self) -> dict[str, np.ndarray]:
         """The entry of :meth:`state_dict` that tells the outcome; empty where it is not fixed yet."""

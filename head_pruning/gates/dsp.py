@@ -176,13 +176,13 @@ class DSPPruner(FallingCount, HeadGatePruner):
 
     def draw(self, step: int) -> np.ndarray:
         self.step = step
-        if self.settled(step):
+        if self.settled(step) or self.held(step):
             self.sample, self.gradient_norm = None, 0.0
-            return self.keep().astype(np.float64)
+            return (self.keep() if self.settled(step) else self.alive).astype(np.float64)
         temperature, noise = self.temperature(step), gumbel(self.uniforms(step))
         if self.config.anneal_noise:
             noise *= min(1.0, temperature)
-        self.sample = SoftTopK(self.logits + noise, self.open_rounds(step), temperature)
+        self.sample = SoftTopK(self.living(self.logits + noise), self.open_rounds(step), temperature)
         return self.sample.mask
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:

@@ -75,7 +75,7 @@ class HeadSensitivityPruner(FallingCount):
 
     def discounted(self) -> np.ndarray:
         """``float64[N]``: the sensitivities, each divided by its rank within its site (D'Hondt's method)."""
-        scores = self.scores.copy()
+        scores = self.living(self.scores).copy()
         for row in self.unit_map.rows():
             rank = np.empty(row.size)
             rank[np.argsort(-scores[row], kind="stable")] = np.arange(1.0, row.size + 1.0)
@@ -83,6 +83,7 @@ class HeadSensitivityPruner(FallingCount):
         return scores
 
     def before_update(self, step: int) -> None:
+        super().before_update(step)
         self._new = None
         if self.final is None and self.fallen(step):
             self.harden()
@@ -93,7 +94,7 @@ class HeadSensitivityPruner(FallingCount):
         self.session.gates.set_training(self.opened)
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
-        if self.final is not None:
+        if not self.choosing:
             return
         counts = np.array([denominator, micro_batches])
         gradient, (denominator, _) = self.session.collect(self.session.gates.gradients, counts)

@@ -45,19 +45,20 @@ class SubsetPruner(FallingCount, HeadGatePruner):
         return np.zeros(self.unit_map.num_heads)
 
     def before_update(self, step: int) -> None:
+        self.move_to(step)
         if self.final is None and self.fallen(step):
             self.harden()
         super().before_update(step)
 
     def draw(self, step: int) -> np.ndarray:
         generator = np.random.default_rng([self.session.seed, 1, step])
-        taken, self._stages = np.zeros(self.logits.size, dtype=bool), []
+        taken, self._stages = ~self.alive, []
         for support, count in self.open_rounds(step).stages():
             where = np.flatnonzero(~taken) if support is None else support[~taken[support]]
             stage = ConditionalBernoulli(self.logits[where], count)
             self._stages.append((where, stage))
             taken[where[stage.sample(generator)]] = True
-        return taken.astype(np.float64)
+        return (taken & self.alive).astype(np.float64)
 
     def chain(self, gradient: np.ndarray) -> np.ndarray:
         chained = np.zeros_like(gradient)

@@ -9,6 +9,7 @@ from typing import Optional, Sequence
 
 from head_pruning import HeadPruningError
 from head_pruning.options import MACS_PER_ROUND, require
+from head_pruning.registry import option_fields
 
 from .fields import GlueArguments, ModelArguments
 from .old_flags import MICHEL_SPELLINGS, add_legacy_flags
@@ -132,5 +133,7 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
 
 def michel_only() -> set[str]:
     """The flags that no other script has; without --batch_size, by which others mean one of transformers' own."""
-    shared = {f.name for kind in (ModelArguments, GlueArguments) for f in dataclasses.fields(kind)}
+    shared = {f.name for kind in (ModelArguments, GlueArguments) for f in dataclasses.fields(kind)} | {
+        *option_fields()
+    }
     return {f.name for f in dataclasses.fields(MichelArguments)} - shared - {"batch_size", "notes"}

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
-from head_pruning.files import alone_in, write_json, writing
+from head_pruning.files import SIZES_FOLDER, alone_in, write_json, writing
 from head_pruning.importance import pruning_rounds
 from head_pruning.importance.michel import macs_words, round_sizes
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
@@ -35,7 +35,7 @@ from . import compute_metrics, find_task, load_task
 from .features import check_files
 from .metrics import find_metric
 from .run import load_pieces
-from .sizes import SIZES_FOLDER, save_sizes, sizes_left
+from .sizes import save_sizes, sizes_left
 
 logger = logging.getLogger("hf_plugin.run_michel")
 

@@ -105,14 +105,14 @@ class GlueRun(TaskRun):
         """As GLUE spells it."""
         return find_task(_data(arguments).task_name).folder
 
-    def evaluate(self) -> None:
-        """Score every validation set (MNLI has two)."""
+    def scores(self) -> dict[str, float]:
+        """Those of every validation set (MNLI has two)."""
         metrics: dict[str, float] = {}
         for i, (name, part) in enumerate(self.validation.items()):
             prefix = "eval" if i == 0 else f"eval_{name.rpartition('-')[2]}"
             metrics |= self.trainer.evaluate(part, metric_key_prefix=prefix)
             metrics[f"{prefix}_samples"] = len(part)
-        self.report("eval", {**metrics, **self.kept_metrics()})
+        return metrics
 
     def predict(self) -> None:
         """Write GLUE's submission files."""

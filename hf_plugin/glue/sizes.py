@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from head_pruning.files import write_json
+from head_pruning.files import SIZES_FOLDER, write_json
 from head_pruning.importance.rounds import RoundsReport
 from head_pruning.report.report_file import counts_told
 from head_pruning.report.runs import RESULTS_FILE
@@ -15,7 +15,6 @@ from ..saving.folders import save_compact, save_pruned
 
 logger = logging.getLogger("hf_plugin.run_michel")
 
-SIZES_FOLDER = "sizes"
 _OPTIONS = ("num_of_heads", "exact_pruning", "per_example", "finetune_updates", "finetune_learning_rate")
 
 

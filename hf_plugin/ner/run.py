@@ -148,10 +148,8 @@ class NerRun(TaskRun):
     def _tags(self, numbers: Any, labels: Any) -> list[list[str]]:
         return [[self.labels[n] for n, label in zip(*pair) if label != NONE] for pair in zip(numbers, labels)]
 
-    def evaluate(self) -> None:
-        """Score the validation set."""
-        metrics = self.trainer.evaluate()
-        self.report("eval", {**metrics, "eval_samples": len(self.parts["validation"]), **self.kept_metrics()})
+    def scores(self) -> dict[str, float]:
+        return {**self.trainer.evaluate(), "eval_samples": len(self.parts["validation"])}
 
     def predict(self) -> None:
         """Write the tags of the test set: a line of tags for each row."""

@@ -150,10 +150,9 @@ class PretrainingRun(TaskRun):
         if not (training.ddp_find_unused_parameters or training.torch_compile):
             self.trainer.last_layer = checked_last_layer(model)
 
-    def evaluate(self) -> None:
-        """Score the pairs that were kept back."""
-        metrics = self.trainer.evaluate(metric_key_prefix="eval")
-        self.report("eval", {**metrics, "eval_samples": len(self.trainer.eval_dataset), **self.kept_metrics()})
+    def scores(self) -> dict[str, float]:
+        """Those of the pairs that were kept back."""
+        return {**self.trainer.evaluate(metric_key_prefix="eval"), "eval_samples": len(self.trainer.eval_dataset)}
 
 
 def split_pairs(folder: "str | Path", about: dict[str, Any], percentage: float) -> tuple[Dataset, Dataset]:

@@ -16,7 +16,7 @@ from transformers import Trainer, set_seed
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
-from head_pruning.files import alone_in, atomic_path, writing
+from head_pruning.files import SIZES_FOLDER, alone_in, atomic_path, writing
 from head_pruning.report.report_file import counts_told
 from head_pruning.report.tables import head_table
 from head_pruning.report.weights import session_counts, sum_counts
@@ -85,7 +85,7 @@ class TaskRun:
     """The steps of one run; ``run()`` does all that the arguments ask for.
 
     A task's own class loads model and data, sets ``trainer`` (see :meth:`build_trainer`), ``dataset`` and
-    ``main_metric``, and brings :meth:`evaluate` and :meth:`predict`.
+    ``main_metric``, and brings :meth:`scores` and :meth:`predict`.
     """
 
     #: Whether evaluation must keep the dataset's order.
@@ -176,6 +176,7 @@ class TaskRun:
         for pattern in ("mask[0-9]*.safetensors", "*_results.json", "trainer_state.json"):
             for path in self.out.glob(pattern):
                 path.unlink()
+        shutil.rmtree(self.out / SIZES_FOLDER, ignore_errors=True)
 
     def fits(self, twin: nn.Module) -> None:
         """Raise HeadPruningError if the pruners' options do not fit models like ``twin``, which is left as it is.
@@ -202,6 +203,7 @@ class TaskRun:
         trainer = self.pruning_trainer(
             **options, pruners=arguments.pruners, mask_steps=mask_steps, teacher_options=hub
         )
+        trainer.score_size = self.scores if arguments.training.do_eval else dict
         for pruner in trainer.session.pruners:
             logger.info("pruning with %s: %s", pruner.name, pruner.summary())
         return self._prepared(trainer)
@@ -279,6 +281,10 @@ class TaskRun:
 
     def evaluate(self) -> None:
         """Score the validation sets."""
+        self.report("eval", {**self.scores(), **self.kept_metrics()})
+
+    def scores(self) -> dict[str, float]:
+        """The metrics of the model on the validation sets."""
         raise NotImplementedError
 
     def predict(self) -> None:

@@ -196,10 +196,12 @@ class SquadRun(TaskRun):
 
     def evaluate(self) -> None:
         """Score the model, and the checkpoints if asked for."""
-        metrics = self._evaluate("", "eval")
+        super().evaluate()
         if self.data.eval_all_checkpoints:
-            metrics |= self._evaluate_checkpoints()
-        self.report("eval", {**metrics, "eval_samples": len(self.windows), **self.kept_metrics()})
+            self.report("eval", self._evaluate_checkpoints())
+
+    def scores(self) -> dict[str, float]:
+        return {**self._evaluate("", "eval"), "eval_samples": len(self.windows)}
 
     def _evaluate(self, name: str, prefix: str) -> dict[str, float]:
         self._name = name

@@ -79,10 +79,8 @@ class SwagRun(TaskRun):
                 )
         return rows
 
-    def evaluate(self) -> None:
-        """Score the validation set."""
-        metrics = self.trainer.evaluate()
-        self.report("eval", {**metrics, "eval_samples": len(self.parts["validation"]), **self.kept_metrics()})
+    def scores(self) -> dict[str, float]:
+        return {**self.trainer.evaluate(), "eval_samples": len(self.parts["validation"])}
 
 
 def encode(batch: dict[str, list], tokenizer: Any, *, length: int) -> dict[str, list]:

@@ -34,6 +34,7 @@ from .checkpoints import (
     write_tensor_state,
 )
 from .sharding import refuse_sharding, whole
+from .sizes import check_sizes, save_size
 from .weights import save_weight_masks_and_report
 from .wrapping import (
     allow_skipped_parameters,
@@ -292,6 +293,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             if torch.distributed.get_world_size() > 1:
                 self.session.all_reduce = torch.distributed.all_reduce
         self._check_host(args)
+        if self.session.overrides("size_before"):
+            check_sizes(self.session)
         self.session.follow()
         if state.global_step > 0 and not self._restored:
             own = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -327,6 +330,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """An update starts: draw the gates. Where a phase begins, the Trainer gets a new optimizer and schedule."""
+        self._save_size(state.global_step)
         if self.session.enter_phase(state.global_step):
             if self.session.all_reduce is not None and not self._trainable() <= self._trained:
                 raise HeadPruningError(
@@ -419,6 +423,12 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             self.restore(read_checkpoint(state.best_model_checkpoint))
         self.session.tell_unfinished()
         self.session.harden()
+        self._save_size(state.global_step)
+
+    def _save_size(self, step: int) -> None:
+        name = self.session.size_before(step)
+        if name is not None:
+            save_size(self._trainer, self.session, name, functools.partial(self.save_outcome, self._trainer))
 
 
 def _lr_factor(optimizer: Any) -> float:

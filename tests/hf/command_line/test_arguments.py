@@ -128,8 +128,10 @@ def test_all_options_of_a_method_can_be_set():
         name = name_of(parse(line(f"--num_of_heads 3 {extra}"), script))
         for option, found in option_fields([name]).items():
             kinds = {bool: "True", int: "3", float: "0.25", str: "ffn"}
-            value = "0:0.5" if option == "count_schedule" else kinds[_KINDS.get(found.type, found.type)]
+            own = {"count_schedule": "0:0.5", "save_at": "6,3"}.get(option)
+            value = own or kinds[_KINDS.get(found.type, found.type)]
             count = "" if option in ("keep_share", "keep_macs") else "--num_of_heads 3"  # in the place of a count
+            count += " --save_at 6" if option == "finetune_updates" else ""
             options = options_of(parse(line(f"{count} {extra} --{option} {value}"), script))
             assert options[option] == {"True": True, "3": 3, "0.25": 0.25}.get(value, value), option
 

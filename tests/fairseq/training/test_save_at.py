@@ -1,0 +1,85 @@
+"""--save-at in fairseq: many sizes from one training."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fairseq_plugin.host import load
+from head_pruning import HeadMask
+from head_pruning.report.runs import find_runs
+from head_pruning.surgery.remaining import heads_left
+from tests.fairseq.command_lines import decoded, same_decoding
+from tests.fairseq.files import read, same_training_state
+from tests.fairseq.runner import PLUGIN, Runner, logged
+
+COUNTS = (24, 12, 4)
+SIZES = "--num-of-heads 4 --joint-pruning --save-at 24,12,4 --finetune-updates 2 --save-interval-updates 1 \
+    --keep-interval-updates 20"
+
+
+@pytest.fixture(scope="module")
+def whole(translation, tmp_path_factory):
+    """The folder of a run, its command line, and its validation losses by the number of updates."""
+    folder = tmp_path_factory.mktemp("sizes")
+    line = [word for word in translation.train(folder / "run", SIZES, updates=12) if word != "--disable-validation"]
+    out = Runner(folder).run("train", line).out
+    return folder / "run", line, dict(zip(logged(out, "valid_num_updates"), logged(out, "valid_loss")))
+
+
+def validate(translation, path):
+    words = "--valid-subset valid --max-tokens 90 --cpu --num-workers 0 --log-format json"
+    return [translation.data, "--path", path, "--user-dir", PLUGIN, "--task", "translation", *words.split()]
+
+
+def weights(folder):
+    return {count: read(folder / "sizes" / f"heads{count}" / "checkpoint_last.pt")["model"] for count in COUNTS}
+
+
+def test_each_count_leaves_a_compact_checkpoint_that_decodes_and_was_scored(whole, translation, runner, tmp_path):
+    folder, _, scores = whole
+    masks = []
+    for count, updates in zip(COUNTS, (2, 7, 12)):
+        size = folder / "sizes" / f"heads{count}"
+        results, report = (json.loads((size / name).read_text()) for name in ("all_results.json", "pruning.json"))
+        assert results["heads_kept"] == report["heads_kept"] == count and results["updates"] == updates
+        masks.append(HeadMask.load(size / "masks.safetensors").keep)
+        state = read(size / "checkpoint_last.pt")
+        assert state["optimizer_history"][-1]["num_updates"] == updates and "last_optimizer_state" not in state
+        model = load(size / "checkpoint_last.pt").model
+        assert heads_left(model).kept == count
+        assert sum(each.numel() for each in model.parameters()) == report["sparsity"]["compact_parameters"]
+        # The masked checkpoint of the same update decodes and scores the same.
+        masked = folder / f"checkpoint_1_{updates}.pt"
+        lines = (translation.generate(path) for path in (masked, size / "checkpoint_last.pt"))
+        same_decoding(*(decoded(runner.run("generate", line).out) for line in lines))
+        lines = (validate(translation, path) for path in (masked, size / "checkpoint_last.pt"))
+        losses = [logged(runner.run("validate", line).out, "valid_loss")[-1] for line in lines]
+        assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+        assert results["loss"] == scores[updates]
+    assert all((small <= large).all() for large, small in zip(masks, masks[1:]))
+    runs = {run.folder.name: run for run in find_runs([folder])}
+    assert {"run", "heads24", "heads12", "heads4"} <= runs.keys()
+
+
+@pytest.mark.parametrize("stopped", [1, 7, 9])
+def test_a_run_that_was_stopped_in_any_stage_leaves_the_same_sizes(whole, translation, runner, tmp_path, stopped):
+    """At a count's last update too: its model is made when training goes on."""
+    folder, line, _ = whole
+    (tmp_path / "run").mkdir()
+    shutil.copy(folder / f"checkpoint_1_{stopped}.pt", tmp_path / "run" / "checkpoint_last.pt")
+    runner.run("train", [tmp_path / "run" if word == folder else word for word in line])
+    same_training_state(folder / "checkpoint_last.pt", tmp_path / "run" / "checkpoint_last.pt")
+    theirs = weights(folder)
+    made = [count for count, updates in zip(COUNTS, (2, 7, 12)) if updates >= stopped]
+    for count in made:
+        mine = read(tmp_path / "run" / "sizes" / f"heads{count}" / "checkpoint_last.pt")["model"]
+        assert mine.keys() == theirs[count].keys()
+        assert all(torch.equal(mine[name], theirs[count][name]) for name in mine)
+    assert len(list((tmp_path / "run" / "sizes").iterdir())) == len(made)
+
+
+def test_nothing_can_be_saved_where_nothing_is_to_be_saved(translation, runner, tmp_path):
+    line = translation.train(tmp_path / "run", SIZES, "--no-save", updates=12)
+    assert "--save-at saves models and --no-save saves none; drop one of them" in runner.fail("train", line)
