@@ -13,6 +13,7 @@ from head_pruning.surgery.remaining import heads_left
 from tests.fairseq.command_lines import decoded, same_decoding
 from tests.fairseq.files import read, same_training_state
 from tests.fairseq.runner import PLUGIN, Runner, logged
+from tests.fairseq.training.test_two_ranks import run_two
 
 COUNTS = (24, 12, 4)
 SIZES = "--num-of-heads 4 --joint-pruning --save-at 24,12,4 --finetune-updates 2 --save-interval-updates 1 \
@@ -83,3 +84,19 @@ def test_a_run_that_was_stopped_in_any_stage_leaves_the_same_sizes(whole, transl
 def test_nothing_can_be_saved_where_nothing_is_to_be_saved(translation, runner, tmp_path):
     line = translation.train(tmp_path / "run", SIZES, "--no-save", updates=12)
     assert "--save-at saves models and --no-save saves none; drop one of them" in runner.fail("train", line)
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_the_same_sizes_as_one(translation, runner, tmp_path):
+    run_two(runner, translation.train(tmp_path / "two", SIZES, "--dropout 0", updates=12), tmp_path / "watch")
+    runner.run("train", translation.train(tmp_path / "one", SIZES, "--dropout 0 --update-freq 2", updates=12))
+    masks = [
+        [HeadMask.load(tmp_path / name / "sizes" / f"heads{count}" / "masks.safetensors") for count in COUNTS]
+        for name in ("two", "one")
+    ]
+    assert masks[0] == masks[1]
+    for count in COUNTS:
+        mine, theirs = weights(tmp_path / "two")[count], weights(tmp_path / "one")[count]
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], atol=5e-3, rtol=1e-2)

@@ -130,3 +130,23 @@ def test_models_of_ones_own_trainer_are_scored_on_its_validation_set(here):
     assert np.isfinite(results["eval_loss"]) and results["heads_kept"] == 12
     assert not (here / "own/sizes/heads6").exists() and trainer.head_mask.kept == 6
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
+
+
+@pytest.mark.slow
+def test_two_processes_leave_each_size_once(here):
+    from tests import forked
+    from tests.hf.training.test_two_ranks import free_port
+
+    port, processes = free_port(), []
+    for rank in ("0", "1"):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = ["-m", "hf_plugin.run_glue", *LINE, "--output_dir", "two", "--ddp_backend", "gloo"]
+        processes.append(forked.Command("transformers", command, here, env))
+    for process in processes:
+        assert process.wait() == 0, process.out[-3000:] + process.err[-3000:]
+    for count in (24, 12, 4):
+        folder = here / "two" / "sizes" / f"heads{count}"
+        assert json.loads((folder / "all_results.json").read_text())["heads_kept"] == count
+        again = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert sum(parameter.numel() for parameter in again.parameters())
+    assert not [path for path in (here / "two" / "sizes").iterdir() if not path.name.startswith("heads")]
