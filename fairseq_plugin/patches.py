@@ -61,7 +61,7 @@ from .masters import carry_over
 from .modules.surgery import take_shape
 from .options import TASK_SUFFIX, all_flags, pruners_to_decode, refuse_other_options, second_flags
 from .schedules import linear_warmup, restart_schedule
-from .sizes import save_size, watch_sizes
+from .sizes import save_last_size, save_size, watch_sizes
 
 logger = logging.getLogger(__name__)
 _MARK = "of_head_pruning"
@@ -403,8 +403,6 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
     saved = original(cfg, trainer, epoch_itr, val_loss)
     if not cfg.no_save and trainer.data_parallel_rank == 0:
         write_beside(cfg.save_dir, trainer, log_heads=last or epoch_itr.end_of_epoch())
-    if last:
-        save_size(trainer, trainer.get_num_updates())
     return saved
 
 
@@ -420,15 +418,23 @@ def report_what_was_saved(original, cfg, trainer, **options):
 
 
 def stop_at_end(original, cfg, trainer, task, epoch_itr):
-    """A run that is resumed at its end stays as it is; fairseq would train one update more before it looks."""
+    """A run that is resumed at its end stays as it is; fairseq would train one update more before it looks.
+
+    At the end of any other the last of its smaller models is saved.
+    """
+    prunes = getattr(task, "session", None) is not None
+    if prunes:
+        subsets, validate = cfg.dataset.valid_subset.split(","), inspect.unwrap(original).__globals__["validate"]
+        watch_sizes(trainer, epoch_itr, lambda: validate(cfg, trainer, task, epoch_itr, subsets)[0])
     updates, hours = trainer.get_num_updates(), trainer.cumulative_training_time() / 3600
     if updates >= (cfg.optimization.max_update or math.inf) or 0 < cfg.optimization.stop_time_hours < hours:
         logger.info("training was over after %d updates; nothing is trained", updates)
-        return [None], True
-    if getattr(task, "session", None) is not None:
-        subsets, validate = cfg.dataset.valid_subset.split(","), inspect.unwrap(original).__globals__["validate"]
-        watch_sizes(trainer, epoch_itr, lambda: validate(cfg, trainer, task, epoch_itr, subsets)[0])
-    return original(cfg, trainer, task, epoch_itr)
+        found: tuple = [None], True
+    else:
+        found = original(cfg, trainer, task, epoch_itr)
+    if prunes and (found[1] or epoch_itr.next_epoch_idx > (cfg.optimization.max_epoch or math.inf)):
+        save_last_size(trainer)
+    return found
 
 
 def validate_masked(original, cfg, trainer, task, *args, **kwargs):

@@ -2,12 +2,12 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import fairseq
 
 from head_pruning import HeadPruningError
-from head_pruning.files import SIZES_FOLDER, temporary_folder, write_json
+from head_pruning.files import SIZES_FOLDER, read_json, temporary_folder, write_json
 from head_pruning.pruner import options_of
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.report_file import counts_told
@@ -32,7 +32,18 @@ def watch_sizes(trainer: Any, epoch_itr: Any, validate: Callable[[], Any]) -> No
     trainer.head_pruning_loop = (epoch_itr, validate)
 
 
-def save_size(trainer: Any, step: int) -> None:
+def save_last_size(trainer: Any) -> None:
+    """Training is over: save what :func:`save_size` would have saved next, and the model of the run itself."""
+    session, updates = trainer.task.session, trainer.get_num_updates()
+    save_size(trainer, updates)
+    name = session.size_before(None)
+    made = name and Path(trainer.cfg.checkpoint.save_dir) / SIZES_FOLDER / name / RESULTS_FILE
+    known = read_json(made, {str: object}, cure="delete it") if made and made.is_file() else {}
+    if known.get("updates") != updates:  # a finished run that is started again is left as it is
+        save_size(trainer, None)
+
+
+def save_size(trainer: Any, step: Optional[int]) -> None:
     """If a smaller model is finished with ``step`` updates: validate it, and save it without the heads that it lacks.
 
     ``checkpoint_last.pt`` in its folder is a compact checkpoint, and ``all_results.json`` has the score that
@@ -40,9 +51,9 @@ def save_size(trainer: Any, step: int) -> None:
     """
     session = trainer.task.session
     name = session.size_before(step)
-    if name is None or getattr(trainer, "head_pruning_size", None) == step:  # an update that is tried again
+    if name is None or getattr(trainer, "head_pruning_size", None) == name:  # an update that is tried again
         return
-    trainer.head_pruning_size = step
+    trainer.head_pruning_size = name
     mask, checkpoint = session.head_mask(), trainer.cfg.checkpoint
     folder = Path(checkpoint.save_dir) / SIZES_FOLDER / name
     epoch_itr, validate = getattr(trainer, "head_pruning_loop", (None, None))
@@ -65,5 +76,5 @@ def save_size(trainer: Any, step: int) -> None:
         compact_parameters=left,
     )
     scores = {} if score is None else {checkpoint.best_checkpoint_metric: score}
-    write_json(folder / RESULTS_FILE, {**scores, **counts_told(mask), "updates": step})
+    write_json(folder / RESULTS_FILE, {**scores, **counts_told(mask), "updates": trainer.get_num_updates()})
     logger.info("%s: the compact model, as trained so far, is in %s", mask.words, folder)

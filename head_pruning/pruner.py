@@ -85,6 +85,8 @@ class Pruner:
     needs_training = True
     #: The option that says how long the method's schedule takes; None: it has none.
     schedule_option: Optional[str] = None
+    #: Entries of :meth:`state_dict` that a run which starts anew from a checkpoint's weights does not take over.
+    schedule_state: frozenset = frozenset()
     #: What entries of :meth:`state_dict` must be, by name (:mod:`head_pruning.compact.shapes`); others: finite.
     state_shapes: Mapping[str, Any] = {}
 
@@ -211,10 +213,11 @@ class Pruner:
         """The update at which the learning-rate schedule of the phase of ``step`` ends; None: the end of training."""
         return None
 
-    def size_before(self, step: int) -> Optional[str]:
+    def size_before(self, step: Optional[int]) -> Optional[str]:
         """The name of the smaller model that is finished when update ``step`` begins, such as ``heads12``; else None.
 
-        The host saves it, with the heads that it lacks cut out, before :meth:`enter_phase` and at the end of training.
+        The host saves it, with the heads that it lacks cut out, before :meth:`enter_phase`. When training is over it
+        asks once for the number of updates made, before :meth:`harden`, and once for None, after it.
         """
         return None
 

@@ -560,11 +560,12 @@ class PruningSession:
         ends = [end for end in (pruner.schedule_end(step) for pruner in self.pruners) if end is not None]
         return begin, min(ends, default=None)
 
-    def size_before(self, step: int) -> Optional[str]:
-        """The name of a smaller model that is finished when update ``step`` begins, or training ends.
+    def size_before(self, step: Optional[int]) -> Optional[str]:
+        """The name of a smaller model that is finished when update ``step`` begins; None where none is.
 
         It is the model as it is in :meth:`evaluating`, before :meth:`enter_phase`, without the heads that
-        :meth:`head_mask` removes; None where none is.
+        :meth:`head_mask` removes. When training is over, ask for the number of updates made, before :meth:`harden`,
+        and for None, after it.
         """
         return next((name for pruner in self.pruners if (name := pruner.size_before(step)) is not None), None)
 

@@ -173,6 +173,12 @@ class StateKeeper:
         assert self.session is not None
         state = {name: value for name, value in self.session.state_dict().items() if _owner(name) not in owners}
         state |= {name: value for name, value in values.items() if _owner(name) in owners}
+        if self.reset_optimizer:
+            mine, anew = self.session.state_dict(), set()
+            for pruner in self.session.pruners:
+                anew |= {f"{pruner.name}.{entry}" for entry in pruner.schedule_state}
+            state = {name: value for name, value in state.items() if name not in anew}
+            state |= {name: value for name, value in mine.items() if name in anew}
         try:
             self.session.load_state_dict(state)
         except HeadPruningError:

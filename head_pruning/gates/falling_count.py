@@ -58,6 +58,7 @@ class FallingCount(HeadPruner):
         "stages": [Whole()],
         "alive": [FLAG],
     }
+    schedule_state = frozenset({"fall", "stages", "alive"})
     #: The learning-rate schedule of a stage begins anew, the optimizer goes on.
     keeps_optimizer = True
 
@@ -81,6 +82,11 @@ class FallingCount(HeadPruner):
         super().check_options()
         self._ends()
         read_counts(self.config.save_at, self.config.num_of_heads)
+        if self._several and self.count_schedule is None and self.config.finetune_updates is None:
+            raise HeadPruningError(
+                f"--save-at stops where the number of heads falls, and {self.name} closes all at once before it knows "
+                f"any; add {_FLAG} 0:0.5 (of each count's part of training), or --finetune-updates N."
+            )
         if self.config.finetune_updates is None:
             return
         require(self.config, "finetune_updates", lambda value: value >= 1, "a number of updates, 1 or more")
@@ -109,6 +115,7 @@ class FallingCount(HeadPruner):
 
     def attach(self, session: SessionView) -> None:
         self.step = self._stage = 0
+        self._over = False
         self._table: Optional[list[Stage]] = None
         self._open: Optional[tuple[int, Rounds]] = None
         #: ``bool[N]``: the heads that may still be open.
@@ -154,7 +161,9 @@ class FallingCount(HeadPruner):
         return begin, end
 
     def _place(self, step: int) -> int:
-        """The number of the stage, from 0, that update ``step`` is in."""
+        """The number of the stage, from 0, that update ``step`` is in; once training is over, the last."""
+        if self._over:
+            return len(self._timetable()) - 1
         return sum(stage.begin <= step for stage in self._timetable()[1:])
 
     def fallen(self, step: int) -> bool:
@@ -176,13 +185,15 @@ class FallingCount(HeadPruner):
         following = self._timetable()[self._place(step) + 1 :] if self._several else []
         return following[0].begin if following else None
 
-    def size_before(self, step: int) -> Optional[str]:
-        if not self._several or step < 1:
+    def size_before(self, step: Optional[int]) -> Optional[str]:
+        if not self._several:
             return None
-        done = {stage.begin: before.count for before, stage in zip(self._timetable(), self._timetable()[1:])}
-        done[self.session.total_steps or 0] = self.config.num_of_heads
-        count = done.get(step)
-        return f"heads{count}" if count in read_counts(self.config.save_at, None) else None
+        table = self._timetable()
+        done = {stage.begin: before.count for before, stage in zip(table, table[1:])}
+        count = self.config.num_of_heads if step is None else done.get(step)
+        if count not in read_counts(self.config.save_at, None) or self.head_mask().kept != count:
+            return None
+        return f"heads{count}"
 
     # -- an update ---------------------------------------------------------------------------------------------------
 
@@ -191,8 +202,10 @@ class FallingCount(HeadPruner):
         self.step = step
         if not self._several or self.final is not None:
             return
-        self._stage = self._place(step)
-        stage = self._timetable()[self._stage]
+        place = self._place(step)
+        if place < self._stage:  # a host that begins once more
+            self.alive[:] = True
+        self._stage, stage = place, self._timetable()[place]
         if self._aim(stage.count):
             self._set_evaluation()
         if step >= stage.full and self.alive.sum() > stage.count:
@@ -223,10 +236,15 @@ class FallingCount(HeadPruner):
     def top_k(self, scores: np.ndarray, rounds: Optional[Rounds] = None) -> np.ndarray:
         return super().top_k(self.living(scores), rounds)
 
-    def harden(self) -> None:
+    def stay(self) -> None:
+        """Keep the K heads that are chosen now."""
         if self._several:
             self._aim(self.config.num_of_heads)
         super().harden()
+
+    def harden(self) -> None:
+        self.stay()
+        self._over = True
 
     # -- what a host asks --------------------------------------------------------------------------------------------
 
@@ -272,14 +290,15 @@ class FallingCount(HeadPruner):
                 + "; resume with the options that the run was started with."
             )
         if self._several:
-            self._load_stages([int(value) for value in state["stages"]], state["alive"] > 0.5)
+            settled = "final" in state and state["final"].size > 0
+            self._load_stages([int(value) for value in state["stages"]], state["alive"] > 0.5, settled)
         elif self.count_schedule is not None:
             begin, end, self.step = (int(value) for value in state["fall"])
             size, keep = self.unit_map.num_heads, self.config.num_of_heads
             self._table = [Stage(size, keep, 0, begin, end)] if begin >= 0 else None
         super().load_state_dict(state)
 
-    def _load_stages(self, values: list[int], alive: np.ndarray) -> None:
+    def _load_stages(self, values: list[int], alive: np.ndarray, settled: bool) -> None:
         (place, step, *numbers), size = values, len(Stage.__dataclass_fields__)
         stages = (
             [Stage(*numbers[i : i + size]) for i in range(0, len(numbers), size)] if len(numbers) % size == 0 else []
@@ -293,4 +312,4 @@ class FallingCount(HeadPruner):
             )
         self._stage, self.step, self._table = place, step, stages or None
         self.alive = alive
-        self._aim(self.counts[min(place, len(self.counts) - 1)])
+        self._aim(self.counts[-1 if settled else min(place, len(self.counts) - 1)])

@@ -86,7 +86,7 @@ class HeadSensitivityPruner(FallingCount):
         super().before_update(step)
         self._new = None
         if self.final is None and self.fallen(step):
-            self.harden()
+            self.stay()
         if self.final is not None:
             self.session.gates.set_fixed(self.final)
             return

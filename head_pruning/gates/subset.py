@@ -47,7 +47,7 @@ class SubsetPruner(FallingCount, HeadGatePruner):
     def before_update(self, step: int) -> None:
         self.move_to(step)
         if self.final is None and self.fallen(step):
-            self.harden()
+            self.stay()
         super().before_update(step)
 
     def draw(self, step: int) -> np.ndarray:

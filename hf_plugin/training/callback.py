@@ -419,13 +419,14 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args, state, control, **kwargs):
         """Fix the outcome. If the Trainer went back to its best checkpoint, gates and masks go back as well."""
         refuse_broken(self.session.model, state.global_step)
+        self._save_size(state.global_step)  # where training is cut short with it
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.restore(read_checkpoint(state.best_model_checkpoint))
         self.session.tell_unfinished()
         self.session.harden()
-        self._save_size(state.global_step)
+        self._save_size(None)
 
-    def _save_size(self, step: int) -> None:
+    def _save_size(self, step: Optional[int]) -> None:
         name = self.session.size_before(step)
         if name is not None:
             save_size(self._trainer, self.session, name, functools.partial(self.save_outcome, self._trainer))

@@ -12,6 +12,7 @@ from head_pruning import HeadPruningError, PruningSession, build_pruner
 from head_pruning.gates.engine.stages import plan_stages, read_counts
 from head_pruning.registry import methods
 
+LEARN = {"dsp": {"cooldown_steps": 0.9, "annealing": True, "initial_temperature": 10.0, "pruning_lr": 0.5}}
 NAMES = ["head_sensitivity", "subset", "ste", "dsp"]
 
 
@@ -38,14 +39,13 @@ def update(toy, session, step):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_count_is_trained_on_with_its_own_heads_and_the_masks_are_nested(toy, name):
-    options = {"count_schedule": "0:0.5"} if name != "ste" else {}
-    session, gates, sizes = opened(toy, name, **options), [], {}
+    session, gates, sizes = opened(toy, name, count_schedule="0:0.5"), [], {}
     for step in range(24):
         if (size := session.size_before(step)) is not None:
             sizes[size] = session.head_mask().keep
         gates.append(update(toy, session, step))
-        assert session.at_target() == (step >= (20 if name != "ste" else 17))
-    sizes[session.size_before(24) or "end"] = session.harden().keep
+        assert session.at_target() == (step >= 20)
+    sizes["end"] = session.harden().keep
     assert [(size, mask.sum()) for size, mask in sizes.items()] == [
         ("heads12", 12),
         ("heads6", 6),
@@ -113,6 +113,52 @@ def test_teachers_are_listened_to_between_the_falls(toy):
     assert choosing == [*[False] * 3, *([True] * 4 + [False] * 3) * 3]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_are_chosen_by_what_was_learnt(toy, name):
+    """The loss falls by 1 with each of heads 2, 5 and 7; the others only make noise."""
+    session = opened(toy, name, 96, num_of_heads=3, save_at="6", count_schedule="0:0.9", **LEARN.get(name, {}))
+    useful, rng, kept = np.isin(np.arange(12), [2, 5, 7]), np.random.default_rng(0), {}
+    for step in range(96):
+        kept[session.size_before(step)] = session.head_mask().keep
+        session.enter_phase(step)
+        session.before_update(step)
+        with torch.no_grad():
+            toy.loss(session.model, toy.batch(step))
+        session.gates.gradients += torch.from_numpy(0.3 * rng.normal(size=12) - useful)
+        session.after_backward()
+        session.before_step(None)
+        session.after_step()
+    assert kept["heads6"][[2, 5, 7]].all() and kept["heads6"].sum() == 6
+    np.testing.assert_array_equal(np.flatnonzero(session.harden().keep), [2, 5, 7])
+
+
+def test_k_is_among_the_sizes_if_it_is_listed_and_a_hardened_run_has_no_others(toy):
+    for save_at, last in (("12,6,2", "heads2"), ("12,6", None)):
+        session = opened(toy, "head_sensitivity", save_at=save_at)
+        for step in range(24):
+            update(toy, session, step)
+        session.harden()
+        assert session.size_before(None) == last
+        assert not any(session.size_before(step) for step in range(25))
+        assert session.phase(0) == session.phase(23)  # trained on: no learning-rate schedules within
+
+
+def test_a_run_that_was_cut_short_and_hardened_can_be_loaded(toy):
+    first, second = opened(toy, "head_sensitivity"), opened(toy, "head_sensitivity")
+    for step in range(12):
+        update(toy, first, step)
+    first.harden()
+    second.load_state_dict(first.state_dict())
+    assert second.head_mask() == first.head_mask() and second.head_mask().kept == 2
+
+
+def test_a_run_that_begins_once_more_opens_all_heads_again(toy):
+    session = opened(toy, "head_sensitivity")
+    for step in (*range(10), *range(3)):
+        gates = update(toy, session, step)
+    assert gates.all() and session.head_mask().kept == 12
+
+
 @given(
     counts=st.sets(st.integers(1, 144), min_size=1, max_size=6).map(lambda found: sorted(found, reverse=True)),
     train=st.none() | st.integers(1, 20),
@@ -139,12 +185,14 @@ def test_stages_fill_training_and_the_count_never_rises(counts, train, spare):
         ({"save_at": "13,6"}, "13 heads to keep are more than the 12 heads of the model"),
         ({"save_at": None, "finetune_updates": 3}, "--finetune-updates trains the models of --save-at"),
         ({"finetune_updates": 0}, "--finetune-updates is 0; it must be a number of updates, 1 or more"),
+        ({"name": "ste"}, "and ste closes all at once before it knows any; add --count-schedule"),
+        ({"name": "dsp"}, "and dsp closes all at once before it knows any; add --count-schedule"),
         ({"finetune_updates": 2, "count_schedule": "0:0.5"}, "both say how long heads are closed; give one"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(toy, options, sentence):
     with pytest.raises(HeadPruningError, match=sentence):
-        opened(toy, "head_sensitivity", **options)
+        opened(toy, **{"name": "head_sensitivity", **options})
 
 
 @pytest.mark.parametrize(

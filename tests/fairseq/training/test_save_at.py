@@ -86,6 +86,39 @@ def test_nothing_can_be_saved_where_nothing_is_to_be_saved(translation, runner, 
     assert "--save-at saves models and --no-save saves none; drop one of them" in runner.fail("train", line)
 
 
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param("--max-update 18 --patience 1 --validate-interval-updates 1 --lr 2", id="patience"),
+        pytest.param(
+            "--max-update 0 --max-epoch 1 --save-interval 2 --save-interval-updates 0",
+            id="epochs",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_k_is_saved_however_training_ends(translation, runner, tmp_path, ends):
+    line = [word for word in translation.train(tmp_path / "run", SIZES, ends) if word != "--disable-validation"]
+    runner.run("train", line)
+    found = tmp_path / "run" / "sizes" / "heads4"
+    assert HeadMask.load(found / "masks.safetensors").kept == 4
+    done = json.loads((found / "all_results.json").read_text())["updates"]
+    assert done < 18 and heads_left(load(found / "checkpoint_last.pt").model).kept == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [("", SIZES), (SIZES, ""), (SIZES, SIZES.replace("24,12", "20,10"))])
+def test_a_run_from_the_weights_of_another_has_its_own_sizes(translation, runner, tmp_path, before, after):
+    """Logits of gates are taken over, schedules are not."""
+    ste = "--num-of-heads 4 --joint-pruning --use-ste"
+    runner.run("train", translation.train(tmp_path / "first", f"{ste} {before}", updates=12))
+    start = f"{ste} {after} --finetune-from-model {tmp_path / 'first' / 'checkpoint_last.pt'}"
+    runner.run("train", translation.train(tmp_path / "second", start, updates=12))
+    counts = {"": set(), SIZES: {"heads24", "heads12", "heads4"}}.get(after, {"heads20", "heads10", "heads4"})
+    sizes = tmp_path / "second" / "sizes"
+    assert {path.name for path in sizes.iterdir() if sizes.exists()} == counts if counts else not sizes.exists()
+
+
 @pytest.mark.slow
 def test_two_ranks_leave_the_same_sizes_as_one(translation, runner, tmp_path):
     run_two(runner, translation.train(tmp_path / "two", SIZES, "--dropout 0", updates=12), tmp_path / "watch")

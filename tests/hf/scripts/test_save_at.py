@@ -132,6 +132,30 @@ def test_models_of_ones_own_trainer_are_scored_on_its_validation_set(here):
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
 
 
+def test_a_training_that_is_cut_short_at_a_size_saves_it_and_one_that_goes_on_changes_none(here):
+    from transformers import TrainerCallback, TrainingArguments
+
+    from hf_plugin import HeadPruningTrainer, pruner
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **options):
+            control.should_training_stop = state.global_step == 4
+
+    rows = [{"input_ids": [2, 5 + i, 3], "attention_mask": [1, 1, 1], "labels": i % 2} for i in range(12)]
+    trainer = HeadPruningTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained("bert-base-uncased"),
+        args=TrainingArguments("cut", max_steps=8, report_to="none", use_cpu=True, per_device_train_batch_size=4),
+        train_dataset=rows,
+        callbacks=[Stop()],
+        pruners=[pruner("head_sensitivity", num_of_heads=6, joint_pruning=True, save_at="12,6")],
+    )
+    kept = []
+    for _ in range(2):
+        trainer.train()
+        kept.append({count: HeadMask.load(f"cut/sizes/heads{count}/masks.safetensors").kept for count in (12, 6)})
+    assert kept == [{12: 12, 6: 6}] * 2
+
+
 @pytest.mark.slow
 def test_two_processes_leave_each_size_once(here):
     from tests import forked
