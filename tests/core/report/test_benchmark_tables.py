@@ -14,7 +14,7 @@ from head_pruning.cli import main
 from head_pruning.sweep.plan import read_plan
 
 #: Trainings of each plan.
-CELLS = {"glue": 102, "gpp_glue": 84, "heads": 276, "prune_once": 75, "spd_glue": 109, "weights_glue": 47}
+CELLS = {"glue": 102, "gpp_glue": 84, "heads": 276, "prune_once": 75, "sizes": 16, "spd_glue": 109, "weights_glue": 47}
 CELLS |= {"translation": 28}
 
 
