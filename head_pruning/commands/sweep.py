@@ -37,18 +37,19 @@ def run(args: argparse.Namespace) -> None:
         with alone_in(work):
             _search(args, plan, work)
         return
-    every = plan.cells(work)
-    cells = [cell for cell in every if not args.only or re.search(args.only, cell.name)]
-    if not cells:
+    cells = plan.cells(work)
+    every = jobs_of(plan, cells, work, {start for cell in cells for start in cell.after})
+    jobs = [job for job in every if not args.only or re.search(args.only, job.cell.name)]
+    if not jobs:
         raise HeadPruningError(f"The plan {name} has no cell here; look at its grid, exclude and --only.")
-    jobs = jobs_of(plan, cells, work, {start for cell in every for start in cell.after})
     if args.dry_run:
-        print("\n".join(f"{cell.name}\n" + "\n".join(f"    {line}" for line in cell.lines) for cell in cells))
+        shown = (job.cell for job in jobs)
+        print("\n".join(f"{cell.name}\n" + "\n".join(f"    {line}" for line in cell.lines) for cell in shown))
     elif words:
         print(state_table(jobs))
     else:
         with alone_in(work):
-            _run(args, plan, jobs, work)
+            _run(args, plan, jobs, every, work)
 
 
 def _check(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -88,11 +89,16 @@ def jobs_of(plan: Plan, cells: Sequence[Cell], work: Path, started_from: Collect
     ]
 
 
-def _run(args: argparse.Namespace, plan: Plan, jobs: Sequence[Job], work: Path) -> None:
-    by_name = {job.cell.name: job for job in jobs}
-    done = {name: found for name, job in by_name.items() if (found := job.finished()) is not None}
+def _run(args: argparse.Namespace, plan: Plan, jobs: Sequence[Job], every: Sequence[Job], work: Path) -> None:
+    """Run ``jobs``, and collect what all of ``every`` have measured that the plan, as it is now, measures so."""
+    by_name = {job.cell.name: job for job in every}
+    done = {job.cell.name: found for job in jobs if (found := job.finished()) is not None}
     left = [job.cell for job in jobs if job.cell.name not in done]
-    print(f"{len(done)} of {len(jobs)} cells are finished", flush=True)
+    for name in by_name.keys() - {job.cell.name for job in jobs}:
+        with contextlib.suppress(HeadPruningError):  # of a --set that these do not need
+            if (found := by_name[name].finished()) is not None:
+                done[name] = found
+    print(f"{len(jobs) - len(left)} of {len(jobs)} cells are finished", flush=True)
 
     def write(found: Sequence[dict[str, Any]]) -> None:
         done.update((each["name"], each) for each in found)

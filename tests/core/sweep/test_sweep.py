@@ -322,6 +322,8 @@ def test_a_part_of_a_sweep_heeds_the_rest(here):
     main(["sweep", "plan.yaml", "--only", "dense"])
     main(["sweep", "plan.yaml", "--only", "cut"])
     assert [path.parent.name for path in Path("plan-sweep").rglob("pytorch_model.bin")] == ["seed1-dense"]
+    with open("plan-sweep/results.csv", encoding="utf-8", newline="") as stream:
+        assert [row["cell"] for row in csv.DictReader(stream)] == ["seed1-dense", "seed1-cut"]
 
 
 def test_models_outside_the_sweep_stay(here):
