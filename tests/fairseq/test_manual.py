@@ -203,11 +203,12 @@ def test_joint(manual, command, options, save_dir):
 
 @pytest.mark.slow
 def test_voita(manual):
-    done = manual.run("train", [*arguments(VOITA, "voita_checkpoints"), *TINY])
+    # The manual's penalty of 200 closes all heads of a model this small, and a checkpoint without any is refused.
+    done = manual.run("train", [*arguments(VOITA, "voita_checkpoints"), *TINY, "--l0-penalty", "5"])
     kept = logged(done.out, "heads_kept")
     checkpoint = manual.folder / "voita_checkpoints" / "checkpoint_last.pt"
     mask = mask_beside(checkpoint)
-    assert kept[0] > kept[-1] == mask.kept  # a penalty of 200 is large
+    assert kept[0] > kept[-1] == mask.kept  # still a large penalty
     assert len(list(checkpoint.parent.glob("checkpoint.best_loss_*.pt"))) == 1
     check_pruned(manual, "voita_checkpoints", "checkpoint_last.pt", GENERATE_VOITA)
 
