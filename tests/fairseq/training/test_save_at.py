@@ -14,6 +14,7 @@ from tests.fairseq.command_lines import decoded, same_decoding
 from tests.fairseq.files import read, same_training_state
 from tests.fairseq.runner import PLUGIN, Runner, logged
 from tests.fairseq.training.test_two_ranks import run_two
+from tests.few import few
 
 COUNTS = (24, 12, 4)
 SIZES = "--num-of-heads 4 --joint-pruning --save-at 24,12,4 --finetune-updates 2 --save-interval-updates 1 \
@@ -51,6 +52,9 @@ def test_each_count_leaves_a_compact_checkpoint_that_decodes_and_was_scored(whol
         model = load(size / "checkpoint_last.pt").model
         assert heads_left(model).kept == count
         assert sum(each.numel() for each in model.parameters()) == report["sparsity"]["compact_parameters"]
+        assert results["loss"] == scores[updates]
+        if count != 12:
+            continue
         # The masked checkpoint of the same update decodes and scores the same.
         masked = folder / f"checkpoint_1_{updates}.pt"
         lines = (translation.generate(path) for path in (masked, size / "checkpoint_last.pt"))
@@ -58,13 +62,12 @@ def test_each_count_leaves_a_compact_checkpoint_that_decodes_and_was_scored(whol
         lines = (validate(translation, path) for path in (masked, size / "checkpoint_last.pt"))
         losses = [logged(runner.run("validate", line).out, "valid_loss")[-1] for line in lines]
         assert losses[0] == pytest.approx(losses[1], abs=2e-3)
-        assert results["loss"] == scores[updates]
     assert all((small <= large).all() for large, small in zip(masks, masks[1:]))
     runs = {run.folder.name: run for run in find_runs([folder])}
     assert {"run", "heads24", "heads12", "heads4"} <= runs.keys()
 
 
-@pytest.mark.parametrize("stopped", [1, 7, 9])
+@pytest.mark.parametrize("stopped", few([1, 7, 9], 7))
 def test_a_run_that_was_stopped_in_any_stage_leaves_the_same_sizes(whole, translation, runner, tmp_path, stopped):
     """At a count's last update too: its model is made when training goes on."""
     folder, line, _ = whole

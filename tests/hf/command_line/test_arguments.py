@@ -131,7 +131,7 @@ def test_all_options_of_a_method_can_be_set():
             own = {"count_schedule": "0:0.5", "save_at": "6,3"}.get(option)
             value = own or kinds[_KINDS.get(found.type, found.type)]
             count = "" if option in ("keep_share", "keep_macs") else "--num_of_heads 3"  # in the place of a count
-            count += " --save_at 6" if option == "finetune_updates" else ""
+            count += {"finetune_updates": " --save_at 6", "save_at": " --count_schedule 0:0.5"}.get(option, "")
             options = options_of(parse(line(f"{count} {extra} --{option} {value}"), script))
             assert options[option] == {"True": True, "3": 3, "0.25": 0.25}.get(value, value), option
 

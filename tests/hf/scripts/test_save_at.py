@@ -12,6 +12,7 @@ from head_pruning.report.runs import find_runs
 from hf_plugin.command_line.arguments import parse
 from hf_plugin.glue.run import run
 from hf_plugin.training.callback import HeadPruningCallback
+from tests.few import few
 from tests.hf.script_runs import TINY, write_place
 
 LINE = "--task_name MNLI --data_dir data/MNLI --model_name_or_path bert-base-uncased --do_train --do_eval".split()
@@ -63,7 +64,7 @@ def test_each_count_leaves_a_compact_model_that_is_the_one_that_was_scored(here)
     assert len(rates) == 16 and [step for step in range(1, 16) if rates[step] > rates[step - 1]] == [5, 11]
 
 
-@pytest.mark.parametrize("kill", [5, 7])
+@pytest.mark.parametrize("kill", few([5, 7], 5))
 def test_a_run_killed_at_or_after_a_size_leaves_the_same_sizes(here, monkeypatch, kill):
     if not (here / "whole").exists():
         glue("whole")
@@ -82,6 +83,7 @@ def test_a_run_killed_at_or_after_a_size_leaves_the_same_sizes(here, monkeypatch
     assert len(whole) == 6 and files(here / f"killed{kill}") == whole
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_used_anew_has_no_size_of_the_run_before(here):
     glue("anew", "--max_steps", "8")
     run(parse([*LINE[:-2], "--output_dir", "anew", "--overwrite_output_dir", "--max_steps", "2"], "run_glue"))
