@@ -171,14 +171,12 @@ class StateKeeper:
     def _take(self, owners: set, values: Mapping[str, np.ndarray], tensors: Optional[Mapping]) -> None:
         """Restore what the session keeps of ``owners``, pruners or its step; the others stay as they are."""
         assert self.session is not None
-        state = {name: value for name, value in self.session.state_dict().items() if _owner(name) not in owners}
-        state |= {name: value for name, value in values.items() if _owner(name) in owners}
+        anew = set()
         if self.reset_optimizer:
-            mine, anew = self.session.state_dict(), set()
-            for pruner in self.session.pruners:
-                anew |= {f"{pruner.name}.{entry}" for entry in pruner.schedule_state}
-            state = {name: value for name, value in state.items() if name not in anew}
-            state |= {name: value for name, value in mine.items() if name in anew}
+            anew = {f"{pruner.name}.{entry}" for pruner in self.session.pruners for entry in pruner.schedule_state}
+        mine = self.session.state_dict().items()
+        state = {name: value for name, value in mine if _owner(name) not in owners or name in anew}
+        state |= {name: value for name, value in values.items() if _owner(name) in owners and name not in anew}
         try:
             self.session.load_state_dict(state)
         except HeadPruningError:

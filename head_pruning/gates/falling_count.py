@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any, Optional
 
 import numpy as np
@@ -188,12 +188,12 @@ class FallingCount(HeadPruner):
     def size_before(self, step: Optional[int]) -> Optional[str]:
         if not self._several:
             return None
-        table = self._timetable()
-        done = {stage.begin: before.count for before, stage in zip(table, table[1:])}
-        count = self.config.num_of_heads if step is None else done.get(step)
-        if count not in read_counts(self.config.save_at, None) or self.head_mask().kept != count:
-            return None
-        return f"heads{count}"
+        if step is None:
+            keep = self.config.num_of_heads
+            count = keep if keep in read_counts(self.config.save_at, keep) else None
+        else:
+            count = next((stage.before for stage in self._timetable()[1:] if stage.begin == step), None)
+        return None if count is None or self.head_mask().kept != count else f"heads{count}"
 
     # -- an update ---------------------------------------------------------------------------------------------------
 
@@ -272,9 +272,8 @@ class FallingCount(HeadPruner):
     def state_dict(self) -> dict[str, np.ndarray]:
         # It may have been given in fractions: a resumed run keeps the updates that it was started with.
         if self._several:
-            told = [[s.before, s.count, s.begin, s.falls, s.full] for s in self._table or ()]
-            place = [float(self._stage), float(self.step)]
-            stages = np.array([*place, *(value for stage in told for value in stage)])
+            told = [value for stage in self._table or () for value in astuple(stage)]
+            stages = np.array([self._stage, self.step, *told], dtype=float)
             return {**super().state_dict(), "stages": stages, "alive": self.alive.astype(np.float64)}
         if self.count_schedule is None:
             return super().state_dict()
@@ -299,7 +298,7 @@ class FallingCount(HeadPruner):
         super().load_state_dict(state)
 
     def _load_stages(self, values: list[int], alive: np.ndarray, settled: bool) -> None:
-        (place, step, *numbers), size = values, len(Stage.__dataclass_fields__)
+        (place, step, *numbers), size = values, len(fields(Stage))
         stages = (
             [Stage(*numbers[i : i + size]) for i in range(0, len(numbers), size)] if len(numbers) % size == 0 else []
         )

@@ -133,7 +133,5 @@ def parse_michel(argv: Sequence[str]) -> MichelArguments:
 
 def michel_only() -> set[str]:
     """The flags that no other script has; without --batch_size, by which others mean one of transformers' own."""
-    shared = {f.name for kind in (ModelArguments, GlueArguments) for f in dataclasses.fields(kind)} | {
-        *option_fields()
-    }
-    return {f.name for f in dataclasses.fields(MichelArguments)} - shared - {"batch_size", "notes"}
+    shared = {f.name for kind in (ModelArguments, GlueArguments) for f in dataclasses.fields(kind)}
+    return {f.name for f in dataclasses.fields(MichelArguments)} - shared - {*option_fields(), "batch_size", "notes"}

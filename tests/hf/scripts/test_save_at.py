@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForSequenceClassification
 
 from head_pruning import HeadMask, HeadPruningError
@@ -131,7 +130,6 @@ def test_models_of_ones_own_trainer_are_scored_on_its_validation_set(here):
     results = json.loads((here / "own/sizes/heads12/all_results.json").read_text())
     assert np.isfinite(results["eval_loss"]) and results["heads_kept"] == 12
     assert not (here / "own/sizes/heads6").exists() and trainer.head_mask.kept == 6
-    assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
 
 
 def test_a_training_that_is_cut_short_at_a_size_saves_it_and_one_that_goes_on_changes_none(here):
@@ -173,6 +171,6 @@ def test_two_processes_leave_each_size_once(here):
     for count in (24, 12, 4):
         folder = here / "two" / "sizes" / f"heads{count}"
         assert json.loads((folder / "all_results.json").read_text())["heads_kept"] == count
-        again = AutoModelForSequenceClassification.from_pretrained(folder)
-        assert sum(parameter.numel() for parameter in again.parameters())
+        assert HeadMask.load(folder / "masks.safetensors").kept == count
+        AutoModelForSequenceClassification.from_pretrained(folder)
     assert not [path for path in (here / "two" / "sizes").iterdir() if not path.name.startswith("heads")]
