@@ -14,8 +14,9 @@ all parameters), as the published code has it. Encoders are counted by the param
 
 A step of GPP with DFD, with indicators on all heads and feed-forward units, is taken beside the same floor, of models
 without indicators; forward passes of the student are counted. The fusion of DFD alone is measured on random hidden
-states, forward and backward, in maps (one hidden state): beside it the definition step by step, whose fused states are
-all alive until the gradients are there. The gradients of all states, one map for each layer, are in both.
+states, forward and backward, by the tensors that it keeps alive, in maps (one hidden state): beside it the definition
+step by step, whose fused states are all alive until the gradients are there. The gradients of all states, one map for
+each layer, are in both.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.alive import Alive
 from head_pruning import PruningSession
 from head_pruning.distillation.engine.fusion import fused_loss
 from head_pruning.files import atomic_path, write_json
@@ -254,12 +256,13 @@ def fusion(kind: str, options: argparse.Namespace) -> dict[str, float]:
         for _ in range(2)
     )
     leaves = [state.requires_grad_() for state in mine]
-    of_a_map = leaves[0].numel() * leaves[0].element_size() / 2**20
-    before = _held(options)
-    loss = fused_loss(leaves, theirs, WINDOW) if kind == "fusion" else step_by_step(leaves, theirs, WINDOW)
-    forward = _held(options, peak=True) - before
-    loss.backward()
-    return {"forward": round(forward / of_a_map, 2), "in_all": round((_held(options, True) - before) / of_a_map, 2)}
+    function = fused_loss if kind == "fusion" else step_by_step
+    with Alive() as alive:
+        loss = function(leaves, theirs, WINDOW)
+        forward = alive.most
+        gradients = torch.autograd.grad(loss, leaves)
+    assert len(gradients) == options.layers  # they are alive until here
+    return {name: round(size / leaves[0].nbytes, 2) for name, size in (("forward", forward), ("in_all", alive.most))}
 
 
 def step_by_step(mine: list[torch.Tensor], theirs: list[torch.Tensor], window: int) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """Fused hidden states, and how far a student's are from its teacher's (DFD, Neural Networks 2024).
 
-A fused state is a sum of the states of layers, weighted by the shares that the sums of their elements have. So fusion
-needs a number per layer and no copy of a state: the loss and its gradient go over the layers from the top, and hold
-one fused state of each model at a time.
+A fused state is a sum of the states of layers, weighted by the shares that the sums of their elements have. So all
+fused states are one small matrix times the states, which needs no copy of them: the loss and its gradient are computed
+for some tokens at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 
@@ -36,71 +36,78 @@ def shares(sums: torch.Tensor, *, published: bool = False) -> torch.Tensor:
     return sums / total
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """What the student's states are compared with; no gradient flows here.
+
+    Attributes:
+        states: the teacher's, ``[B, T, width]`` each.
+        mixed: ``[B, pairs, layers]``, how much of each is in each fused state.
+        mask: ``[B, T]``; None: all tokens.
+        number: of elements that a mean is over.
+    """
+
+    states: Sequence[torch.Tensor]
+    mixed: torch.Tensor
+    mask: Optional[torch.Tensor]
+    number: Any
+
+
 class _FusedSquares(torch.autograd.Function):
-    """Sum over layers of the mean squared difference of fused states, see :func:`fused_loss`.
+    """Sum over pairs of the mean squared difference of fused states, see :func:`fused_loss`.
 
     The gradient is computed from the states, which the models' own graphs hold anyway: nothing else is kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, theirs: "_Stack", mask: Any, pairs: Any, *mine: torch.Tensor) -> Any:
-        """``weights``: ``[layers, window]`` or ``[layers, window, B]``."""
-        ctx.save_for_backward(weights, *mine)
-        ctx.rest = theirs, mask, pairs
-        terms = [far.square().sum() / size for _, far, size in _differences(weights, theirs, mask, pairs, mine)]
-        return torch.stack(terms).sum()
+    def forward(ctx: Any, mixed: torch.Tensor, goal: _Goal, *mine: torch.Tensor) -> Any:
+        """``mixed``: ``[B, pairs, layers]``, how much of each of the student's states is in each fused one."""
+        ctx.save_for_backward(mixed, *mine)
+        ctx.goal = goal
+        with _as_it_is(mixed):
+            squares = [_differences(mixed, goal, mine, some)[1].square_().sum() for some in _slices(mixed, goal, mine)]
+            return torch.stack(squares).sum() / goal.number
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        """Of the weights and of the student's states."""
-        (gradient,) = gradients
-        weights, *mine = ctx.saved_tensors
-        of_weights, of_states = torch.zeros_like(weights), [torch.zeros_like(state) for state in mine]
-        theirs, mask, pairs = ctx.rest
-        for i, far, size in _differences(weights, theirs, mask, pairs, mine):
-            far = far * (2 * gradient / size)
-            for place, state in enumerate(mine[i : i + weights.shape[1]]):
-                j = i + place
-                of_states[j] += (far * _spread(weights[i, place], far)).to(state.dtype)
-                product = (far * state).flatten(1).sum(1)
-                of_weights[i, place] = product if weights.dim() == 3 else product.sum()
-        return of_weights, None, None, None, *of_states
+        """Of ``mixed`` and of the student's states."""
+        mixed, *mine = ctx.saved_tensors
+        of_mixed, of_states = torch.zeros_like(mixed), [torch.empty_like(state) for state in mine]
+        with _as_it_is(mixed):
+            for some in _slices(mixed, ctx.goal, mine):
+                states, far = _differences(mixed, ctx.goal, mine, some)
+                far *= 2 * gradients[0] / ctx.goal.number
+                of_mixed.baddbmm_(far, states.transpose(1, 2))
+                torch.bmm(mixed.transpose(1, 2), far, out=states)
+                for of_state, part in zip(of_states, states.unbind(1)):
+                    of_state[:, some] = part.unflatten(1, (-1, of_state.shape[-1]))
+                del states, far  # before those of the next are made
+        return of_mixed, None, *of_states
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """A teacher's states, ``[B, T, width]`` each, and the shares of each layer and of the fused one above it."""
-
-    states: Sequence[torch.Tensor]
-    own: torch.Tensor
-    above: torch.Tensor
+def _as_it_is(tensor: torch.Tensor) -> Any:
+    """Autocast would round sums and products to half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _spread(share: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A share, ``[]`` or ``[B]``, in a shape that multiplies states."""
-    return share.view(-1, *[1] * (like.dim() - 1)) if share.dim() else share
+def _slices(mixed: torch.Tensor, goal: _Goal, mine: Sequence[torch.Tensor]) -> Iterator[slice]:
+    """Tokens for :func:`_differences`: so many that all it needs is about as large as one state."""
+    tokens = mine[0].shape[1]
+    at_once = (len(mine) + len(goal.states) + 2 * mixed.shape[1]) * mixed.element_size() // mine[0].element_size()
+    step = max(1, tokens // at_once)
+    return (slice(begin, begin + step) for begin in range(0, tokens, step))
 
 
-def _differences(weights: torch.Tensor, theirs: _Stack, mask: Any, pairs: Any, mine: Sequence[torch.Tensor]) -> Any:
-    """For each of the student's layers, from the top: its number, its fused state minus the teacher's, elements."""
-    wanted: dict[int, list[int]] = {}
-    for i, j in pairs:
-        wanted.setdefault(j, []).append(i)
-    wide = None if mask is None else torch.promote_types(mask.dtype, torch.float32)  # float16 ends at 65504
-    number = None if mask is None else (mask.sum(dtype=wide) * mine[0].shape[-1]).clamp(min=1)
-    fused: Optional[torch.Tensor] = None
-    for j in reversed(range(len(theirs.states))):
-        state = theirs.states[j]
-        state = state.to(torch.promote_types(state.dtype, torch.float32))
-        if fused is None:
-            fused = state
-        else:
-            fused = state * _spread(theirs.own[j], state) + fused * _spread(theirs.above[j], state)
-        for i in wanted.get(j, ()):
-            far = -fused
-            for place, own in enumerate(mine[i : i + weights.shape[1]]):
-                far = far.addcmul(own.to(far.dtype), _spread(weights[i, place], far).to(far.dtype))
-            yield i, *((far, far.numel()) if mask is None else (far * mask, number))
+def _differences(
+    mixed: torch.Tensor, goal: _Goal, mine: Sequence[torch.Tensor], some: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of some tokens: the student's states, ``[B, layers, n]``; how far the fused ones are, ``[B, pairs, n]``."""
+    states = torch.stack([state[:, some] for state in mine], 1).to(mixed.dtype).flatten(2)
+    theirs = torch.stack([state[:, some] for state in goal.states], 1).to(mixed.dtype).flatten(2)
+    far = torch.bmm(mixed, states).baddbmm_(goal.mixed, theirs, alpha=-1)
+    if goal.mask is not None:
+        far.unflatten(2, (-1, mine[0].shape[-1])).mul_(goal.mask[:, None, some, None])
+    return states, far
 
 
 def fused_loss(
@@ -136,37 +143,53 @@ def fused_loss(
             f"The student's hidden states are {mine[0].shape[-1]} wide and its teacher's {theirs[0].shape[-1]}, so "
             "they cannot be compared; take a teacher of the same width."
         )
-    counted = None if mask is None else mask[..., None].to(mine[0].dtype)
+    wide = torch.promote_types(mine[0].dtype, torch.float32)
+    batch, tokens, width = mine[0].shape
+    counted = None if mask is None else mask.to(wide)
 
     def sums(states: Sequence[torch.Tensor]) -> torch.Tensor:
-        dims = (1, 2) if per_example else (0, 1, 2)
-        wide = torch.promote_types(states[0].dtype, torch.float32)
-        return torch.stack([(s if counted is None else s * counted).sum(dims, dtype=wide) for s in states])
+        of_tokens = torch.stack([state.sum(-1, dtype=wide) for state in states])
+        return (of_tokens if counted is None else of_tokens * counted).sum(2 if per_example else (1, 2))
 
-    last = len(mine) - 1
-    own = sums(mine)
-    above = torch.stack([own[[min(i + place, last) for place in range(window)]] for i in range(len(mine))])
-    parts = shares(above.transpose(0, 1), published=published).transpose(0, 1)
-    # The last state stands for those that are not there.
-    weights = torch.stack([
-        torch.stack([parts[i, place] if i + place < last else _rest(parts, i, place, last) for place in range(window)])
-        for i in range(len(mine))
-    ])  # fmt: skip
-    with torch.no_grad():
-        totals = sums(theirs)
-        kept, passed, fused = [], [], totals[-1]
-        for total in reversed(totals[:-1].unbind()):
-            share = shares(torch.stack([total, fused]), published=published)
-            kept.append(share[0])
-            passed.append(share[1])
-            fused = share[0] * total + share[1] * fused
-        ends = [torch.ones_like(fused)], [torch.zeros_like(fused)]
-        stack = _Stack(theirs, torch.stack([*reversed(kept), *ends[0]]), torch.stack([*reversed(passed), *ends[1]]))
+    def of_examples(mixed: torch.Tensor) -> torch.Tensor:
+        return mixed.permute(2, 0, 1) if per_example else mixed.expand(batch, *mixed.shape)
+
     pairs = layer_pairs(layers, len(mine), len(theirs))
-    loss: torch.Tensor = _FusedSquares.apply(weights, stack, counted, pairs, *mine)
+    with _as_it_is(mine[0]):
+        local, top = _windows(sums(mine), window, published), _from_the_top(sums(theirs).detach(), published)
+    goal = _Goal(
+        theirs,
+        of_examples(torch.stack([top[j] for _, j in pairs])),  # an index of a list would wait for the device
+        counted,
+        batch * tokens * width if counted is None else (counted.sum() * width).clamp(min=1),
+    )
+    mixed = of_examples(torch.stack([local[i] for i, _ in pairs]))
+    loss: torch.Tensor = _FusedSquares.apply(mixed, goal, *mine)
     return loss
 
 
-def _rest(parts: torch.Tensor, i: int, place: int, last: int) -> torch.Tensor:
-    """The share of the last state in a fusion that counts it several times, or 0 behind it."""
-    return parts[i, place:].sum(0) if i + place == last else torch.zeros_like(parts[i, place])
+def _from_the_top(totals: torch.Tensor, published: bool) -> torch.Tensor:
+    """How much of each state (last) is in each globally fused one (first), from the sums of the states.
+
+    Args:
+        totals: ``[layers]`` or ``[layers, B]``.
+        published: see :func:`shares`.
+    """
+    mixed = torch.zeros(len(totals), *totals.shape, dtype=totals.dtype, device=totals.device)
+    mixed[-1, -1] = 1
+    fused = totals[-1]
+    for i in reversed(range(len(totals) - 1)):
+        own, above = shares(torch.stack([totals[i], fused]), published=published)
+        mixed[i] = above * mixed[i + 1]
+        mixed[i, i] += own
+        fused = own * totals[i] + above * fused
+    return mixed
+
+
+def _windows(totals: torch.Tensor, window: int, published: bool) -> torch.Tensor:
+    """The same of locally fused states, with gradients. The last state stands for those that are not there."""
+    layers = torch.arange(len(totals), device=totals.device)
+    taken = (layers[:, None] + torch.arange(window, device=totals.device)).clamp(max=len(totals) - 1)
+    parts = shares(totals[taken].transpose(0, 1), published=published).transpose(0, 1)
+    chosen = (taken[..., None] == layers).view(*taken.shape, -1, *[1] * (totals.dim() - 1))
+    return (parts[:, :, None] * chosen).sum(1)
