@@ -4,12 +4,13 @@ A BERT-base (random weights, three labels) against the same with heads cut out: 
 and 12 heads packed into two layers, so that ten have none; in two models units of the feed-forward blocks are cut out
 too. Beside each speed-up stands what the MACs allow: per token and layer ``4 d^2`` for the projections, ``2 s d`` for
 scores and sums, ``8 d^2`` for the feed-forward block; they are counted, not measured. On the CPU: processor time of
-one thread; on a GPU: between two events of its stream. The models
-take turns, the shortest of their times counts (of onnxruntime over four sessions of each model). glibc is told to keep
-large buffers, for all of them: else each activation of 512 x 8 tokens faults its pages in anew, in layers that no head
-is cut from. "onnxruntime" does without its SkipLayerNormFusion: the operator that it makes of a residual sum and a
-norm takes longer than both, in every layer of every model, and no head is cut from it; "onnxruntime, fused" has it, as
-onnxruntime comes. With ``--results`` the cells that were measured before with the same options are kept.
+one thread; on a GPU: between two events of its stream. The models take turns, the shortest of their times counts (of
+onnxruntime over four sessions of each model). glibc is told to keep large buffers, for all of them: else each
+activation of 512 x 8 tokens faults its pages in anew, in layers that no head is cut from. "onnxruntime" does without
+its SkipLayerNormFusion: the operator that it makes of a residual sum and a norm takes longer than both, in every layer
+of every model, and no head is cut from it; "onnxruntime, fused" has it, as onnxruntime comes. With ``--results`` what
+was measured before with the same options is kept; a model that is new is measured in turns with the dense one, and its
+speed-up is to the dense one's time of then.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import itertools
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Collection, Optional
 
 import numpy as np
 import torch
@@ -115,35 +116,37 @@ class Contest:
         sizes = {name: measure_sizes(model, self.unit_map, inputs) for name, model in self.models.items()}
         return {name: mac_bound(sizes[DENSE], size) for name, size in sizes.items()}
 
-    def passes(self, runtime: str, batch: int, length: int) -> dict[str, Callable[[], Any]]:
-        """A forward pass of each model."""
+    def passes(self, runtime: str, batch: int, length: int, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+        """A forward pass of each of these models."""
         inputs = example_inputs(self.models[DENSE], batch, length)
         if runtime == "torch":
             inputs = {name: value.to(self.device) for name, value in inputs.items()}
-            return {name: torch_pass(model, inputs) for name, model in self.models.items()}
-        for name in tqdm([name for name in self.models if name not in self.files], leave=False, **bar_options()):
+            return {name: torch_pass(self.models[name], inputs) for name in names}
+        for name in tqdm([name for name in names if name not in self.files], leave=False, **bar_options()):
             model, file = self.models[name], self.folder / f"{name}.onnx"
             export_onnx(model, lambda batch, length, model=model: example_inputs(model, batch, length), file)
             self.files[name] = file
         fused = runtime == FUSED
-        return {name: onnx_pass(onnx_session(file, fused_norms=fused), inputs) for name, file in self.files.items()}
+        return {name: onnx_pass(onnx_session(self.files[name], fused_norms=fused), inputs) for name in names}
 
-    def times(self, cell: tuple[str, int, int], options: argparse.Namespace, bar: tqdm) -> dict[str, float]:
-        """The shortest time of each model; of onnxruntime over several sessions, whose weights lie elsewhere each."""
+    def times(
+        self, cell: tuple[str, int, int], names: Collection[str], options: argparse.Namespace, bar: tqdm
+    ) -> dict[str, float]:
+        """The shortest time of each; of onnxruntime over several sessions, whose weights lie elsewhere each."""
         runtime, length, batch = cell
         sittings = 1 if runtime == "torch" else SITTINGS
         found = []
         for _ in range(sittings):
             found.append(
                 fastest(
-                    self.passes(runtime, batch, length),
+                    self.passes(runtime, batch, length, names),
                     -(-options.rounds // sittings),
                     stopwatch(options.device),
                     progress=lambda turn: bar.set_postfix_str(f"round {turn}"),
                     at_least=1000.0 * options.seconds / sittings,
                 )
             )
-        return {name: min(times[name] for times in found) for name in self.models}
+        return {name: min(times[name] for times in found) for name in names}
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -157,18 +160,22 @@ def measure(options: argparse.Namespace, before: list[dict]) -> tuple[list[dict]
     """A row per cell and model, and the models' sizes; ``before``: rows that need not be measured again."""
     cells = list(itertools.product(options.runtimes, options.lengths, options.batches))
     cells.sort(key=lambda cell: cell[1] * cell[2])  # the quick ones first
+    used = settings(options)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="inference-") as folder, tqdm(total=len(cells), **bar_options()) as bar:
         contest = Contest(options, Path(folder))
+        place = {name: number for number, name in enumerate(contest.models)}
+        rows += [row for row in before if used.items() <= row.items() and row["model"] in place]
         for runtime, length, batch in cells:
-            cell = {"runtime": runtime, "length": length, "batch": batch, **settings(options)}
-            known = [row for row in before if cell.items() <= row.items()]
-            if {row["model"] for row in known} != contest.models.keys():
+            cell = {"runtime": runtime, "length": length, "batch": batch, **used}
+            known = {row["model"] for row in rows if cell.items() <= row.items()}
+            names = [name for name in contest.models if name == DENSE or name not in known]
+            if names != [DENSE] or DENSE not in known:
                 bar.set_description(f"{runtime}, length {length}, batch {batch}")
-                times = contest.times((runtime, length, batch), options, bar)
-                known = _rows(cell, times, contest.bounds(length))
-            rows = sorted(
-                [*rows, *known], key=lambda row: (RUNTIMES.index(row["runtime"]), row["length"], row["batch"])
+                times = contest.times((runtime, length, batch), names, options, bar)
+                rows += [row for row in _rows(cell, times, contest.bounds(length)) if row["model"] not in known]
+            rows.sort(
+                key=lambda row: (RUNTIMES.index(row["runtime"]), row["length"], row["batch"], place[row["model"]])
             )
             bar.update()
             if options.results:

@@ -42,6 +42,16 @@ def test_json_holds_speed_ups_bounds_and_sizes_and_a_second_run_goes_on(run, tmp
     table = (tmp_path / "inference.md").read_text(encoding="utf-8")
     assert table.count("| torch | 8 | 1 |") == table.count("| torch | 16 | 1 |") == 8
 
+    # A model that is new is measured; what is there stays, cells that are not asked for too.
+    file = tmp_path / "inference.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored["rows"] = [row for row in stored["rows"] if row["model"] != KEEPS[-1]]
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    again = json.loads(run("--json", "--results", tmp_path, "--lengths", "8", "--batches", "1"))["rows"]
+    assert again[:7] == rows[:7] and again[7]["model"] == KEEPS[-1]
+    assert again[8:] == longer["rows"][8:15]
+    assert "other options" not in (tmp_path / "inference.md").read_text(encoding="utf-8")
+
 
 @pytest.mark.slow
 def test_table_has_a_line_per_model(run):
