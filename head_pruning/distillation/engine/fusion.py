@@ -17,6 +17,8 @@ from ..losses import layer_pairs
 
 #: A denominator is not taken as smaller than this share of what its parts are in absolute value.
 _SMALLEST = 0.1
+#: Numbers that may be alive at a time in any case: a GPU waits for each small operation longer than it works on it.
+_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}
 
 
 def shares(sums: torch.Tensor, *, published: bool = False) -> torch.Tensor:
@@ -79,8 +81,8 @@ class _FusedSquares(torch.autograd.Function):
                 far *= 2 * gradients[0] / ctx.goal.number
                 of_mixed.baddbmm_(far, states.transpose(1, 2))
                 torch.bmm(mixed.transpose(1, 2), far, out=states)
-                for of_state, part in zip(of_states, states.unbind(1)):
-                    of_state[:, some] = part.unflatten(1, (-1, of_state.shape[-1]))
+                for place, of_state in enumerate(of_states):
+                    of_state[:, some] = states[:, place].unflatten(1, (-1, of_state.shape[-1]))
                 del states, far  # before those of the next are made
         return of_mixed, None, *of_states
 
@@ -91,10 +93,11 @@ def _as_it_is(tensor: torch.Tensor) -> Any:
 
 
 def _slices(mixed: torch.Tensor, goal: _Goal, mine: Sequence[torch.Tensor]) -> Iterator[slice]:
-    """Tokens for :func:`_differences`: so many that all it needs is about as large as one state."""
-    tokens = mine[0].shape[1]
-    at_once = (len(mine) + len(goal.states) + 2 * mixed.shape[1]) * mixed.element_size() // mine[0].element_size()
-    step = max(1, tokens // at_once)
+    """Tokens for :func:`_differences`: so many that all it needs is no larger than one state, or than ``_AT_ONCE``."""
+    batch, tokens, width = mine[0].shape
+    of_token = (len(mine) + len(goal.states) + mixed.shape[1]) * batch * width
+    one_state = batch * tokens * width * mine[0].element_size() // mixed.element_size()
+    step = max(1, max(one_state, _AT_ONCE.get(mixed.device.type, 0)) // of_token)
     return (slice(begin, begin + step) for begin in range(0, tokens, step))
 
 

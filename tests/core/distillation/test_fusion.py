@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.alive import Alive
+from head_pruning.distillation.engine import fusion
 from head_pruning.distillation.engine.fusion import fused_loss, shares
 
 
@@ -27,7 +28,13 @@ def by_definition(mine, theirs, window, *, mask, pairs, per_example, published):
     return sum(each.square().sum() for each in far) / size
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.fixture(autouse=True)
+def in_slices(monkeypatch):
+    """As where one state is much."""
+    monkeypatch.setattr(fusion, "_AT_ONCE", {})
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     depth=st.integers(1, 5),
     window=st.integers(1, 6),
