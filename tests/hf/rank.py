@@ -61,7 +61,11 @@ def pruners(variant: str) -> list:
     cubic = {"final_threshold": 0.2, "warmup_steps": 1, "initial_warmup": 1, "final_warmup": 3, "deltaT": 2}
     if variant in WEIGHTS:
         method, options = WEIGHTS[variant]
-        return [pruner(method, **(options if "gradual" in method or method == "lock" else {**cubic, **options}))]
+        if method == "lock":
+            return [pruner(method, **options)]
+        # The gradients of key biases are rounding alone, since softmax does not see them: nothing to choose by.
+        options = {"weights_exclude": r"key\.bias$", **options}
+        return [pruner(method, **(options if "gradual" in method else {**cubic, **options}))]
     if variant == "dfd":
         return [pruner("dfd", window_size=2, distill_logits=1.0)]
     schedule = {"annealing": True, "cooldown_steps": 6, "initial_temperature": 1.0}
