@@ -4,9 +4,10 @@ Sparse progressive distillation of a BERT of the base's shape with random weight
 distillation must do: the student's forward and backward pass and the teacher's forward pass. Both in one process, in
 turns, without an optimizer; without a GPU the time is that of the processor, not of the clock on the wall, so what
 else runs on the machine hardly shows. Each step of SPD is divided by the mean of the floor just before and just after
-it, and the ratio is the median over the rounds, with its quartiles beside it. Attention is computed openly in both. At
-a replacing rate of 1 every layer is the student's and has gradients, which is the dearest; at 0.8 one layer in five is
-the teacher's and has none.
+it, and the ratio is the median over the rounds, with its quartiles beside it. Memory that was freed stays with the
+process (glibc's ``M_MMAP_MAX`` 0, no trimming): else which of the two gets new pages from the system, up to a tenth of
+a step, is chance. Attention is computed openly in both. At a replacing rate of 1 every layer is the student's and has
+gradients, which is the dearest; at 0.8 one layer in five is the teacher's and has none.
 
 Memory is the peak of a process of its own after two updates with AdamW, less what it held before there was a model:
 ours, and the straightforward way with deep copies (a student and a teacher of two stacks of layers each, gradients for
@@ -21,6 +22,7 @@ each layer, are in both.
 
 import argparse
 import copy
+import ctypes
 import functools
 import gc
 import json
@@ -61,7 +63,7 @@ UPDATES = 1000  # of the schedule; the steps measured are in its first phase, wh
 
 
 def model(options: argparse.Namespace) -> BertForSequenceClassification:
-    """A BERT without dropout, in training."""
+    """A BERT in training, with its dropout."""
     torch.manual_seed(0)
     config = BertConfig(
         num_hidden_layers=options.layers,
@@ -386,6 +388,14 @@ def _peak(options: argparse.Namespace, action: Callable[[], Any]) -> float:
     return peak
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, and take large tensors from it too; nothing with other allocators."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def _time(options: argparse.Namespace, action: Callable[[], Any]) -> float:
     """Milliseconds."""
     gpu = options.device == "cuda"
@@ -491,12 +501,14 @@ def main() -> None:
         parser.error("--rounds must be 1 or more")
     torch.set_num_threads(options.threads)
     if options.vocabulary:
+        keep_freed_memory()
         print(json.dumps(vocabulary(options)))
         return
     if options.memory:
         measured = memory if options.memory in MEMORY[:2] else fusion
         print(json.dumps(measured(options.memory, options)))
         return
+    keep_freed_memory()
     outcome = summary(options)
     if options.results:
         write_results(outcome)
