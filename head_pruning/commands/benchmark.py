@@ -40,6 +40,15 @@ class Contestant:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
+    found = measured(args)
+    if args.json:
+        print_json(found)
+    else:
+        print(table(found))
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``--json`` prints."""
     for name in COUNTS:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -50,11 +59,7 @@ def run(args: argparse.Namespace) -> None:
     args.length = chosen_length(args.length, [contestant.loaded for contestant in contestants])
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="head-pruning-") as folder:
-        found = compare(contestants, args, Path(folder))
-    if args.json:
-        print_json(found)
-    else:
-        print(_table(found))
+        return compare(contestants, args, Path(folder))
 
 
 def _contestants(args: argparse.Namespace) -> list[Contestant]:
@@ -77,7 +82,7 @@ def _contestants(args: argparse.Namespace) -> list[Contestant]:
 
 
 def compare(contestants: list[Contestant], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What ``--json`` prints; ``folder`` is for exported files."""
+    """:func:`measured` of these; ``folder`` is for exported files."""
     sizes = [measure_sizes(c.loaded.model, c.loaded.unit_map, c.loaded.example(1, args.length)) for c in contestants]
     prepare = _prepare(contestants, args, folder)
     watch = stopwatch("cpu", args.threads)
@@ -139,7 +144,8 @@ def _note_turn(shown: str, turn: int) -> None:
     note_step(shown.format(turn))
 
 
-def _table(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
+    """What :func:`measured` found, for people."""
     header = ("", "parameters", "MACs", "ms, batch 1", f"examples/s, batch {found['batch']}")
     rows: list[tuple] = [
         (m["model"], count(m["parameters"]), count(m["macs"]), m["latency_ms"], m["examples_per_second"])

@@ -13,6 +13,7 @@ from ..errors import HeadPruningError
 from ..options import require
 from ..pruner import SessionView
 from ..registry import methods, register_pruner
+from ..unit_map import AttentionSite
 from .base import HeadCountConfig, JointConfig, UnitsConfig
 from .falling_count import CountConfig, FallingCount
 
@@ -27,7 +28,8 @@ class HeadSensitivityConfig(CountConfig, UnitsConfig, JointConfig, HeadCountConf
         default=1.0,
         metadata={
             "help": "divide a head's sensitivity by its rank within its site to this power, 0 or more; 1: the second "
-            "head of a site counts half, since heads of a site can do each other's work; 0: each counts alone"
+            "head of a site counts half, since heads of a site can do each other's work; 0: each counts alone; units "
+            "of feed-forward blocks always do"
         },
     )
     sensitivity_decay: float = field(
@@ -74,12 +76,16 @@ class HeadSensitivityPruner(FallingCount):
         return self.top_k(self.discounted())
 
     def discounted(self) -> np.ndarray:
-        """``float64[N]``: the sensitivities, each divided by its rank within its site (D'Hondt's method)."""
+        """``float64[N]``: the sensitivities, those of heads divided by their rank within their site (D'Hondt's
+        method); a feed-forward block has thousands of units, whose ranks would leave none of them.
+        """
         scores = self.living(self.scores).copy()
-        for row in self.unit_map.rows():
-            rank = np.empty(row.size)
-            rank[np.argsort(-scores[row], kind="stable")] = np.arange(1.0, row.size + 1.0)
-            scores[row] /= rank**self.config.site_discount
+        for site, where in self.unit_map.slices():
+            if not isinstance(site, AttentionSite):
+                continue
+            rank = np.empty(site.heads)
+            rank[np.argsort(-scores[where], kind="stable")] = np.arange(1.0, site.heads + 1.0)
+            scores[where] /= rank**self.config.site_discount
         return scores
 
     def before_update(self, step: int) -> None:

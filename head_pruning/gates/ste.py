@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..registry import register_pruner
-from .base import HeadGateConfig, HeadGatePruner
+from .base import HeadGateConfig, HeadGatePruner, UnitsConfig
 from .falling_count import CountConfig, FallingCount
 
 
 @dataclass
-class STEConfig(CountConfig, HeadGateConfig):
+class STEConfig(CountConfig, UnitsConfig, HeadGateConfig):
     """Options of the straight-through estimator."""
 
     use_ste: bool = field(default=False, metadata={"help": "use the straight-through estimator instead of Gumbel"})

@@ -1,4 +1,4 @@
-"""Heads and units by the size of their weights: those of the smallest sums of squares go, before training."""
+"""Heads and units by the size of their weights: those of the smallest mean squares go, before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class UnitMagnitudeConfig(BudgetConfig):
 
 
 class UnitMagnitudePruner(RankedPruner):
-    """Keeps the heads and units with the largest sums of squared weights and trains the model with only them."""
+    """Keeps the heads and units with the largest mean squared weights and trains the model with only them.
+
+    A mean, since a head has many times the weights of a feed-forward unit, and costs as many times as much.
+    """
 
     name = "unit_magnitude"
     needs_trained_model = True
@@ -33,9 +36,9 @@ class UnitMagnitudePruner(RankedPruner):
             self._settled = True
 
     def chosen(self) -> np.ndarray:
-        from ..surgery.per_unit import per_unit  # executes torch, which listing methods does not need
+        from ..surgery.per_unit import mean_squares  # executes torch, which listing methods does not need
 
-        return self.first(per_unit(self.session.model, self.unit_map, lambda tensor: tensor.double().square()))
+        return self.first(mean_squares(self.session.model, self.unit_map))
 
     def before_update(self, step: int) -> None:
         if not self._settled:

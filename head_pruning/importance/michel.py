@@ -82,11 +82,16 @@ class ImportanceAccumulator:
 def normalize_importance(
     scores: np.ndarray, unit_map: UnitMap, *, by_layer: bool = True, globally: bool = True
 ) -> np.ndarray:
-    """Divide each attention layer's scores by their L2 norm, then scale all to [0, 1], as the published code does."""
+    """Divide each attention layer's scores by their L2 norm, then scale all to [0, 1], as the published code does.
+
+    Where heads and feed-forward units are numbered together, it is the root of the mean square in the place of the
+    norm: a norm makes scores small where a site has many, so that units would go before any head.
+    """
     scores = np.array(scores, dtype=np.float64)
     if by_layer:
+        both = len(full_mask(unit_map).counts()) > 1
         for row in unit_map.rows():
-            scores[row] /= np.sqrt((scores[row] ** 2).sum()) + 1e-20
+            scores[row] /= np.sqrt((scores[row] ** 2).sum() / (row.size if both else 1)) + 1e-20
     if globally:
         spread = scores.max() - scores.min()
         scores = (scores - scores.min()) / spread if spread else np.zeros_like(scores)

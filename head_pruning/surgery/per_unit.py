@@ -30,6 +30,12 @@ def per_unit(model: nn.Module, unit_map: UnitMap, of: Callable[[torch.Tensor], t
     return found
 
 
+def mean_squares(model: nn.Module, unit_map: UnitMap) -> np.ndarray:
+    """``float64[N]``: the mean of the squares of the numbers that belong to each head or unit alone."""
+    squares = per_unit(model, unit_map, lambda tensor: tensor.double().square())
+    return squares / np.maximum(per_unit(model, unit_map, torch.ones_like), 1.0)
+
+
 def unit_macs(model: nn.Module, unit_map: UnitMap, length: int) -> np.ndarray:
     """``float64[N]``: the multiply-accumulates that each head or unit costs, per token.
 

@@ -22,7 +22,7 @@ class HeadWeights:
 
     These are what the unit map's planner says. Without one, or where it refuses, they are the columns of the output
     projections, and the rows of query, key and value where each has a projection of its own and no norm spans the
-    heads.
+    heads; of feed-forward units the columns, and the rows of projections that are not fused.
 
     Args:
         model: the model, or a tree of modules that hold nothing but its tensors.
@@ -79,6 +79,10 @@ def owned_parts(model: nn.Module, unit_map: UnitMap, site: Site) -> Iterator[tup
     heads = np.arange(site.heads)
     yield out.weight, dim, heads.repeat(site.head_dim)
     if isinstance(site, FeedForwardSite):
+        for name in site.projections:
+            projection = _plain(model.get_submodule(name))
+            if not hasattr(projection, "nf") and len(projection.weight) == site.width:
+                yield projection.weight, 0, heads
         return
     normed = any("norm" in name for name, _ in model.get_submodule(site.name).named_children())
     if normed or len(set(site.projections)) != 3:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from head_pruning import HeadPruningError, PruningSession, build_pruner
-from head_pruning.importance.michel import pruning_rounds
+from head_pruning.importance.michel import normalize_importance, pruning_rounds
 from head_pruning.registry import get_method
 from head_pruning.surgery.per_unit import affordable, per_unit, unit_macs
 from tests.core.gates.test_gpp import units
@@ -43,6 +43,54 @@ def test_never_above_a_budget_of_macs_and_less_than_a_unit_below(method, share):
     spent = macs[keep].sum()
     assert spent <= share * macs.sum() * (1 + 1e-9) < spent + (macs[~keep].min() if share < 1 else 1)
     assert f"{session.head_mask().words} stay, with {spent / macs.sum():.2%} of their MACs at 16" in pruner.summary()
+
+
+def test_both_kinds_shrink_within_a_budget():
+    """Weights drawn alike are as dear, head or unit, though a head has ten times as many."""
+    torch.manual_seed(3)
+    model = Classifier()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    for options in ({"keep_macs": 0.5}, {"num_of_heads": 21}):
+        session, _ = opened("unit_magnitude", model, **options)
+        assert all(0 < kept < total for kept, total in session.head_mask().counts().values())
+        session.detach()
+    both = units().numbering("both")
+    raw = np.random.default_rng(0).lognormal(size=both.num_heads) * np.repeat((64.0, 1.0), (6, 36))
+    scores, macs = normalize_importance(raw, both), unit_macs(model, both, 16)
+    rounds = pruning_rounds(
+        both, lambda mask: scores, lambda mask: 0.0, heads_per_round=1, costs=macs, cost_per_round=0.5
+    )
+    assert all(0 < kept < total for kept, total in list(rounds)[1].mask.counts().values())
+
+
+def test_units_are_not_discounted_by_their_rank():
+    session, pruner = opened("head_sensitivity", num_of_heads=20, joint_pruning=True, count_schedule="0:1")
+    pruner.scores = np.linspace(1.0, 2.0, pruner.scores.size)
+    found = pruner.discounted()
+    assert (found[6:] == pruner.scores[6:]).all()
+    assert sorted(pruner.scores[:2] / found[:2]) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("method", ["subset", "head_sensitivity", "ste"])
+@pytest.mark.parametrize("what, total", [("ffn", 36), ("both", 42)])
+def test_learnt_counts_of_units_are_exact(method, what, total):
+    """The plain loop trains with them, and the mask keeps so many."""
+    model = Classifier()
+    options = SimpleNamespace(num_of_heads=total // 3, prune_units=what, joint_pruning=True, count_schedule="0:3")
+    session = PruningSession(model, units(), [build_pruner(get_method(method), options)], total_steps=6).attach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, labels = torch.randint(20, (8, 5)), torch.arange(8) % 3
+    for step in range(6):
+        session.before_update(step)
+        torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+        session.after_backward()
+        session.before_step(optimizer)
+        optimizer.step()
+        session.after_step()
+        optimizer.zero_grad()
+    mask = session.harden()
+    assert mask.kept == total // 3 and mask.unit_map.units == what
 
 
 def test_a_share_of_each_kind():

@@ -60,5 +60,8 @@ def test_both_lines_run(tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(small(words).logits, dense(words).logits, rtol=0, atol=1e-5)
     printed = capsys.readouterr().out
     assert "12 of 24 heads and 32 of 64 units, the others are cut out" in printed and "of the MACs' bound" in printed
+    stored = json.loads((tmp_path / "place" / "gpp/cola/compact/benchmark.json").read_text())
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (dense, small)]
+    assert [told["parameters"] for told in stored["models"]] == sizes and stored["mac_bound"] > 1
     report = json.loads((tmp_path / "place" / "gpp/cola/pruning.json").read_text())
     assert report["method"] == "gpp+dfd" and report["sparsity"]["units_removed"] == 0.5

@@ -12,6 +12,7 @@ from head_pruning import HeadPruningError
 from head_pruning.cli import main
 from head_pruning.weights import load_compressed
 from hf_plugin import HeadPruningTrainer, mark_compact, open_session, prune_heads, pruner
+from hf_plugin.scripts.compact import leave_compact
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
 from tests.hf.training.test_trainer import StopAt, same, same_session
 
@@ -128,7 +129,7 @@ def test_it_learns_from_a_teacher_beside(tmp_path):
     assert all(type(module).__name__ != "FakeQuantizedLinear" for module in teacher.teacher.model.modules())
 
 
-def test_heads_go_to_zero_before_weights_are_rounded(tmp_path):
+def test_heads_go_to_zero_before_weights_are_rounded(tmp_path, caplog):
     dsp = pruner("dsp", num_of_heads=3, joint_pruning=True)
     trainer = trainer_of(tmp_path, student(), others=[dsp], max_steps=2)
     trainer.train()
@@ -140,6 +141,8 @@ def test_heads_go_to_zero_before_weights_are_rounded(tmp_path):
     with pytest.raises(SystemExit, match="has 8-bit weights, out of which heads that are only zeroed cannot be cut"):
         main(["export", "--to", "compact", str(tmp_path / "model"), str(tmp_path / "cut")])
     assert not (tmp_path / "cut").exists()
+    leave_compact(tmp_path / "model")
+    assert "compact/ is not written: " in caplog.text and not (tmp_path / "model" / "compact").exists()
 
 
 @pytest.mark.parametrize("options, sentence", [
