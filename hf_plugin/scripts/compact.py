@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def leave_compact(folder: "str | Path") -> None:
-    """Write what is left of a run's model into ``compact/`` in its folder, with its size and its speed, and print them.
+    """Write what is left of a run's model into ``compact/`` in its folder, and print its size and its speed.
 
     A model that cannot be cut, such as one of 8-bit weights, stays as it is, and the log says why.
     """
