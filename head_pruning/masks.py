@@ -167,7 +167,7 @@ def mask_without(unit_map: UnitMap, removed: Mapping[str, Sequence[int]], base: 
     where = {site.name: (site, span) for site, span in unit_map.slices()}
     for name, heads in removed.items():
         if name not in where:
-            raise HeadPruningError(f"There is no attention site {name}; the map has {', '.join(where)}.")
+            raise HeadPruningError(f"There is no site {name}; the map has {', '.join(where)}.")
         site, span = where[name]
         numbers = head_numbers(name, heads)
         bad = [head for head in numbers if not 0 <= head < site.heads]

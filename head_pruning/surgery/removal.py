@@ -74,7 +74,7 @@ def remove_query_heads(
     for name, listed in removed.items():
         heads = head_numbers(name, listed)
         if name not in sites:
-            raise HeadPruningError(f"There is no attention site {name}; the model has {', '.join(sites)}.")
+            raise HeadPruningError(f"There is no site {name}; the model has {', '.join(sites)}.")
         entry = _entry(recipe, model, unit_map, sites[name])
         of = entry.get("per_group", 1)
         if of == 1:

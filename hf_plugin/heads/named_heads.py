@@ -69,7 +69,7 @@ def _removed(
     for layer, listed in heads.items():
         name = layer if isinstance(layer, str) else site_of_layer(unit_map, layer)
         if name not in sites:
-            raise HeadPruningError(f"There is no attention site {name}; the model has {', '.join(sites)}.")
+            raise HeadPruningError(f"There is no site {name}; the model has {', '.join(sites)}.")
         numbers = head_numbers(name, listed)
         bad = [head for head in numbers if not 0 <= head < sites[name].heads]
         if bad:

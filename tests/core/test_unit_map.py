@@ -80,7 +80,7 @@ def test_a_mask_says_what_stays(unit_map):
     ]
 
 
-@pytest.mark.parametrize("removed, words", [({"d": [0]}, "no attention site d; the map has a, b, c"),
+@pytest.mark.parametrize("removed, words", [({"d": [0]}, "no site d; the map has a, b, c"),
                                             ({"b": [3]}, "b has heads 0 to 2; 3 is not"),
                                             ({"b": [-1]}, "-1 is not")])  # fmt: skip
 def test_removing_what_is_not_there_is_refused(unit_map, removed, words):

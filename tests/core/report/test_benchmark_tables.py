@@ -14,8 +14,8 @@ from head_pruning.cli import main
 from head_pruning.sweep.plan import read_plan
 
 #: Trainings of each plan.
-CELLS = {"glue": 102, "gpp_glue": 84, "heads": 276, "prune_once": 75, "sizes": 16, "spd_glue": 117, "weights_glue": 47}
-CELLS |= {"translation": 28}
+CELLS = {"glue": 102, "gpp_glue": 104, "heads": 276, "prune_once": 75, "sizes": 16, "spd_glue": 117}
+CELLS |= {"translation": 28, "weights_glue": 47}
 
 
 def test_every_plan_is_known():

@@ -105,3 +105,15 @@ def test_two_ranks_are_as_one(translation, runner, tmp_path):
     weights = weights_of(one)
     for name, value in weights_of(two).items():
         np.testing.assert_allclose(value, weights[name], atol=2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("method, kept", [
+    ("head_sensitivity --num-of-heads 40 --joint-pruning --count-schedule 0:2", 40),
+    pytest.param("subset --num-of-heads 40 --joint-pruning --count-schedule 0:2", 40, marks=pytest.mark.slow),
+    pytest.param("ste --num-of-heads 40 --joint-pruning", 40, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_other_methods_prune_units_as_they_do_heads(method, kept, translation, runner, tmp_path):
+    runner.run("train", translation.train(tmp_path, f"--pruner {method} --prune-units both", updates=3))
+    counts = mask_beside(tmp_path / "checkpoint_last.pt").counts()
+    assert all(0 < count < total for count, total in counts.values()) and len(counts) == 2
+    assert sum(count for count, _ in counts.values()) == kept

@@ -190,7 +190,7 @@ BAD = [
     ("bert", {0: [-1]}, "-1 is not one of them"),
     ("bert", {2: [0]}, "attention layers 0 to 1; 2 is not one"),
     ("bert", {-1: [0]}, "-1 is not one of them"),
-    ("bert", {"layer": [0]}, "no attention site layer; the model has bert.encoder.layer.0.attention"),
+    ("bert", {"layer": [0]}, "no site layer; the model has bert.encoder.layer.0.attention"),
     ("bert", {0.5: [0]}, "0.5 is neither a layer's index nor the name of a site"),
     ("bert", {0: 1}, "must be a list of integers"),
     ("bert", {0: [1.0]}, "must be a list of integers"),

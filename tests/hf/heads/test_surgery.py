@@ -608,7 +608,7 @@ def test_query_heads_that_cannot_be_removed():
     for heads, message in (
         ({0: [0]}, "groups of .* would keep 1, 2 query heads; remove equally many from each, or pass expand=True"),
         ({0: [4]}, "query heads 0 to 3; 4 is not one of them"),
-        ({"no": [0]}, "no attention site no"),
+        ({"no": [0]}, "no site no"),
         ({0: 1}, "must be a list of integers"),
         ({0: ["1"]}, "must be a list of integers"),
         ([0], "must be a dict"),
