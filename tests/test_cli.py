@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from head_pruning import AttentionSite, HeadMask, UnitMap
+from head_pruning import AttentionSite, FeedForwardSite, HeadMask, UnitMap
 from head_pruning.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +114,22 @@ def test_show_prints_compares_and_draws(unit_map, tmp_path, call):
     printed = call("show", first, second, "--plot", picture)
     assert "##.." in printed and "3/8" in printed and "0.50" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_and_diff_compare_masks_of_heads_with_masks_of_units_too(unit_map, tmp_path, call):
+    blocks = tuple(FeedForwardSite(f"layers.{i}.ffn", f"layers.{i}", 6, f"l.{i}.in", f"l.{i}.out") for i in range(2))
+    heads = UnitMap(unit_map.attention, blocks)
+    HeadMask(heads, np.array([1, 1, 0, 0, 0, 0, 0, 1])).save(tmp_path / "heads.safetensors")
+    both = HeadMask(heads.numbering("both"), np.array([1, 0, 0, 0, 0, 0, 1, 1] + [1, 0, 0] * 4))
+    both.save(tmp_path / "both.safetensors")
+    for first, second in (("heads", "both"), ("both", "heads")):
+        files = tmp_path / f"{first}.safetensors", tmp_path / f"{second}.safetensors"
+        printed = call("show", *files, "--plot", tmp_path / f"{first}.png").splitlines()
+        only = ["9", "1"] if first == "heads" else ["1", "9"]
+        assert printed[-1].split() == [str(files[1]), "6", *only, "0.38"]
+        told = json.loads(call("diff", *files, "--json"))
+        assert [told["both"], told["only_first"], told["only_second"]] == [6, *map(int, only)]
+        assert (tmp_path / f"{first}.png").is_file()
 
 
 def test_a_mask_beside_a_configuration_that_is_no_models(call, unit_map, tmp_path):
