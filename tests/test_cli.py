@@ -77,9 +77,10 @@ def compact(pruned):
 @pytest.fixture
 def batch():
     ids = torch.randint(5, 40, (3, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
+    mask, types = torch.ones_like(ids), torch.zeros_like(ids)
     mask[1, 4:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    types[0, 3:], types[2, 5:] = 1, 1
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
 @pytest.fixture
@@ -222,6 +223,7 @@ def test_onnx_and_torch_export_give_the_models_outputs_for_any_batch_and_length(
     assert {(axis.name, *axis.shape) for axis in session.get_inputs()} == {
         ("input_ids", "batch", "length"),
         ("attention_mask", "batch", "length"),
+        ("token_type_ids", "batch", "length"),
     }
     (found,) = session.run(["logits"], {name: value.numpy() for name, value in batch.items()})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
