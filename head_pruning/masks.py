@@ -124,6 +124,18 @@ class HeadMask:
         return f"{self.words} stay; {'; '.join(kept)}"
 
 
+def numbered_alike(masks: Iterable[HeadMask]) -> list[HeadMask]:
+    """Masks of one model with the names of the first, of heads and units where not all number the same.
+
+    Raises:
+        HeadPruningError: one is of another architecture.
+    """
+    masks = list(masks)
+    if len({mask.unit_map.units for mask in masks}) > 1:
+        masks = [mask.numbering("both") for mask in masks]
+    return [mask.fitted(masks[0].unit_map, "The other mask") for mask in masks]
+
+
 def full_mask(unit_map: UnitMap) -> HeadMask:
     """The mask that keeps every head."""
     return HeadMask(unit_map, np.ones(unit_map.num_heads, dtype=bool))

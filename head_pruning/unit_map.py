@@ -119,6 +119,8 @@ class UnitMap:
     layers: tuple[str, ...] = ()
     experts: tuple[ExpertSite, ...] = field(default=(), kw_only=True)
     units: str = field(default="heads", kw_only=True)
+    #: Layers whose feed-forward units were all removed, so that none is missing here; the host's, never stored.
+    emptied: tuple[str, ...] = field(default=(), kw_only=True, compare=False, repr=False)
     #: Says what of the model belongs to the heads of a site, see head_pruning.surgery; the host's, never stored.
     planner: Optional[Callable[[Any, Site], Any]] = field(default=None, compare=False, repr=False)
     #: What else the host does to a model whose heads were removed, e.g. changing classes; the host's, never stored.
@@ -175,7 +177,7 @@ class UnitMap:
 
     def _without_units(self) -> list[str]:
         experts = [*(site.name for site in self.experts), *(s.name for s in self.feed_forward if _is_expert(s.name))]
-        known = {site.layer for site in self.feed_forward} | {site.layer for site in self.experts}
+        known = {site.layer for sites in (self.feed_forward, self.experts) for site in sites} | set(self.emptied)
         return [*experts, *(layer for layer in self.layers if layer not in known)]
 
     @property

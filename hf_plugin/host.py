@@ -315,17 +315,29 @@ def export_int8(kind: str, source: Path, target: Path, mask: Optional[HeadMask] 
         target: the file.
         mask: as for all exports.
 
+    Returns:
+        The line to print, which says so where the inputs had other ranges in training than they can have here.
+
     Raises:
         HeadPruningError: it was not trained so, or cannot be exported.
     """
-    ranges = read_ranges(source)
+    ranges = read_ranges(source) or {"inputs": {}, "input_ranges": "average"}
     loaded = load(source, mask)
-    words, number = cut_for_runtimes(loaded), to_qdq(loaded.model, ranges["inputs"] if ranges else {})
+    words, number = cut_for_runtimes(loaded), to_qdq(loaded.model, ranges["inputs"])
     openvino = kind == "openvino"
     difference = export_onnx(loaded.model, loaded.example, target, integers=True, openvino=openvino)
+    others = (
+        ""
+        if ranges["input_ranges"] == "average"
+        else (
+            f" with averaged ranges, so not the model that was trained with --input_ranges {ranges['input_ranges']} (train "
+            "with --input_ranges average to export what is trained)"
+        )
+    )
+    exact = "" if openvino else "; on CPUs without VNNI give sessions the option session.x64quantprecision = 1"
     return (
-        f"{target}: {words}, {number} linear layers of 8 bits; largest difference between "
-        f"{'OpenVINO' if openvino else 'onnxruntime'} and torch {difference:.1e}"
+        f"{target}: {words}, {number} linear layers of 8 bits{others}; largest difference between "
+        f"{'OpenVINO' if openvino else 'onnxruntime'} and torch {difference:.1e}{exact}"
     )
 
 

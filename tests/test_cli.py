@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from head_pruning import AttentionSite, HeadMask, UnitMap
+from head_pruning import AttentionSite, FeedForwardSite, HeadMask, UnitMap
 from head_pruning.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,9 +77,10 @@ def compact(pruned):
 @pytest.fixture
 def batch():
     ids = torch.randint(5, 40, (3, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
+    mask, types = torch.ones_like(ids), torch.zeros_like(ids)
     mask[1, 4:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    types[0, 3:], types[2, 5:] = 1, 1
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
 @pytest.fixture
@@ -114,6 +115,22 @@ def test_show_prints_compares_and_draws(unit_map, tmp_path, call):
     printed = call("show", first, second, "--plot", picture)
     assert "##.." in printed and "3/8" in printed and "0.50" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_and_diff_compare_masks_of_heads_with_masks_of_units_too(unit_map, tmp_path, call):
+    blocks = tuple(FeedForwardSite(f"layers.{i}.ffn", f"layers.{i}", 6, f"l.{i}.in", f"l.{i}.out") for i in range(2))
+    heads = UnitMap(unit_map.attention, blocks)
+    HeadMask(heads, np.array([1, 1, 0, 0, 0, 0, 0, 1])).save(tmp_path / "heads.safetensors")
+    both = HeadMask(heads.numbering("both"), np.array([1, 0, 0, 0, 0, 0, 1, 1] + [1, 0, 0] * 4))
+    both.save(tmp_path / "both.safetensors")
+    for first, second in (("heads", "both"), ("both", "heads")):
+        files = tmp_path / f"{first}.safetensors", tmp_path / f"{second}.safetensors"
+        printed = call("show", *files, "--plot", tmp_path / f"{first}.png").splitlines()
+        only = ["9", "1"] if first == "heads" else ["1", "9"]
+        assert printed[-1].split() == [str(files[1]), "6", *only, "0.38"]
+        told = json.loads(call("diff", *files, "--json"))
+        assert [told["both"], told["only_first"], told["only_second"]] == [6, *map(int, only)]
+        assert (tmp_path / f"{first}.png").is_file()
 
 
 def test_a_mask_beside_a_configuration_that_is_no_models(call, unit_map, tmp_path):
@@ -206,6 +223,7 @@ def test_onnx_and_torch_export_give_the_models_outputs_for_any_batch_and_length(
     assert {(axis.name, *axis.shape) for axis in session.get_inputs()} == {
         ("input_ids", "batch", "length"),
         ("attention_mask", "batch", "length"),
+        ("token_type_ids", "batch", "length"),
     }
     (found,) = session.run(["logits"], {name: value.numpy() for name, value in batch.items()})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)

@@ -25,7 +25,7 @@ def unit_map(model: nn.Module) -> UnitMap:
     Raises:
         HeadPruningError: the model has no MultiheadAttention.
     """
-    attention, feed_forward, layers = [], [], []
+    attention, feed_forward, layers, emptied = [], [], [], []
     for name, module in model.named_modules():
         layer = name.rpartition(".")[0]
         if isinstance(module, MultiheadAttention):
@@ -48,6 +48,7 @@ def unit_map(model: nn.Module) -> UnitMap:
         ):
             layers.append(name)
             if is_silent(module.fc2):
+                emptied.append(name)
                 continue
             feed_forward.append(
                 FeedForwardSite(
@@ -60,4 +61,5 @@ def unit_map(model: nn.Module) -> UnitMap:
             )
     attention.sort(key=lambda site: ATTENTION_KINDS.index(site.kind))
     ordered = tuple(dict.fromkeys(layers))  # modules are listed in the order in which data goes through them
-    return UnitMap(tuple(attention), tuple(feed_forward), ordered, planner=plan_site, adapt=adapt)
+    sites = tuple(attention), tuple(feed_forward)
+    return UnitMap(*sites, ordered, emptied=tuple(emptied), planner=plan_site, adapt=adapt)

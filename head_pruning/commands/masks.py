@@ -3,7 +3,7 @@
 import argparse
 
 from ..hosts import read_mask
-from ..masks import HeadMask
+from ..masks import HeadMask, numbered_alike
 from ..report.plots import plot_head_masks
 from ..report.tables import head_table, text_table
 from .common import print_json, short
@@ -14,6 +14,7 @@ def show(args: argparse.Namespace) -> None:
     masks = {path: read_mask(path) for path in args.masks}
     for path, mask in masks.items():
         print(f"{path}\n{head_table(mask)}\n")
+    masks = dict(zip(masks, numbered_alike(masks.values())))
     first = next(iter(masks.values()))
     rows = [(path, *first.compare(mask).values()) for path, mask in list(masks.items())[1:]]
     if rows:
@@ -37,9 +38,7 @@ def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[in
 
 def diff(args: argparse.Namespace) -> None:
     """``head-pruning diff``."""
-    first, second = read_mask(args.first, dense=True), read_mask(args.second, dense=True)
-    if first.unit_map.units != second.unit_map.units:
-        first, second = first.numbering("both"), second.numbering("both")
+    first, second = numbered_alike([read_mask(args.first, dense=True), read_mask(args.second, dense=True)])
     overlap = first.compare(second)
     sites = difference(first, second)
     if args.json:

@@ -54,7 +54,23 @@ def onnx_session(path: "str | Path", threads: int = 1, *, fused_norms: bool = Tr
 
 
 def onnx_pass(session: Any, inputs: Mapping[str, torch.Tensor]) -> Callable[[], list]:
-    """A forward pass of :func:`onnx_session`; inputs that the exported model does not read are left out."""
+    """A forward pass of :func:`onnx_session`.
+
+    Inputs that the file does not have are left out where they are the same everywhere, as the token types of single
+    sentences are.
+
+    Raises:
+        HeadPruningError: the file has no such input and its values differ, or it has one more.
+    """
     names = {given.name for given in session.get_inputs()}
+    for name, tensor in inputs.items():
+        if name not in names and tensor.numel() and bool((tensor != tensor.flatten()[0]).any()):
+            raise HeadPruningError(
+                f"The ONNX file has no input {name}, whose values differ from token to token, so it would compute "
+                f"without them; export the model again, or leave {name} out."
+            )
+    if names - inputs.keys():
+        missing = ", ".join(sorted(names - inputs.keys()))
+        raise HeadPruningError(f"The ONNX file reads {missing}, too; give {missing} with the other inputs.")
     feed = {name: tensor.numpy() for name, tensor in inputs.items() if name in names}
     return lambda: session.run(None, feed)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 from urllib.parse import quote
 
+from ..errors import HeadPruningError
 from ..files import atomic_path
-from ..masks import HeadMask
+from ..masks import HeadMask, numbered_alike
 from .plots import plot_head_masks, plot_scores
 from .runs import NUMBERS, Run, lower_is_better
 from .tables import head_table
@@ -175,10 +176,16 @@ def _mask_figures(
     front = [point.runs for point in pareto((p for p in points_of(runs, "heads") if p.runs[0].kept), lower)]
     best = [min(group, key=lambda run: (run.score or 0.0) * (1 if lower else -1)) for group in front]
     masks: dict[str, HeadMask] = {}
+    others = []  # of another model, which has no place in the picture
     for run in best[-_SHOWN_MASKS:] or list(runs):
         mask = run.mask() if len(masks) < _SHOWN_MASKS else None
-        if mask is not None and not (masks and next(iter(masks.values())).unit_map != mask.unit_map):
-            masks[f"{run.name}\n{run.method}" + ("" if run.score is None else f": {run.score:.4g}")] = mask
+        if mask is None:
+            continue
+        title = f"{run.name}\n{run.method}" + ("" if run.score is None else f": {run.score:.4g}")
+        try:
+            masks = dict(zip([*masks, title], numbered_alike([*masks.values(), mask])))
+        except HeadPruningError:
+            others.append(run.name)
     if not masks:
         return
     for ending in endings:
@@ -188,7 +195,8 @@ def _mask_figures(
     yield Figure(
         f"{prefix}-masks",
         "Heads that are kept, by site",
-        f"A square per head, filled where it is kept: {names}.",
+        f"A square per head, filled where it is kept: {names}."
+        + (f" Left out, as other models' masks: {', '.join(others)}." if others else ""),
         tables,
     )
 

@@ -52,22 +52,23 @@ def _gates(tree: Tree, first: nn.Module, last: nn.Module) -> Iterator[str]:
 
 def feed_forward_sites(
     tree: Tree, attention: Sequence[AttentionSite], keep: Callable[[str], bool]
-) -> tuple[FeedForwardSite, ...]:
-    """The blocks that lie in an attention site's layer or in a list of modules, in the order of the modules.
+) -> tuple[tuple[FeedForwardSite, ...], tuple[str, ...]]:
+    """The blocks that lie in an attention site's layer or in a list of modules, in the order of the modules; and the
+    layers of those whose units were all removed.
 
     ``in_proj`` is as wide as the block, or twice as wide where it also makes the gates of the units; other projections
-    of its widths beside it make them too. What has no known layout, e.g. experts, is left out, and so are blocks whose
-    units were all removed.
+    of its widths beside it make them too. What has no known layout, e.g. experts, is left out.
     """
     layers = {site.layer for site in attention if site.layer}
     taken: set[int] = set()
-    sites = []
+    sites, emptied = [], []
     for name, module in tree.modules.items():
         parts = first_fit(module, LAYOUTS)
         if parts is None or not keep(name):
             continue
         first, last = (module.get_submodule(parts[role]) for role in ("in", "out"))
         if is_silent(last):
+            emptied.append(_layer(tree, name, layers))
             continue
         width = widths(last)[0]
         layer = _layer(tree, name, layers)
@@ -86,4 +87,4 @@ def feed_forward_sites(
                 gates=tuple(_gates(tree, first, last)),
             )
         )
-    return tuple(sites)
+    return tuple(sites), tuple(emptied)

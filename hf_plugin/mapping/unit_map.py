@@ -74,11 +74,19 @@ def unit_map(model: nn.Module, *, sites: Sequence[AttentionSite] = (), ignore: O
         raise_unmapped(tree, unmapped)
     order = {name: position for position, name in enumerate(tree.modules)}
     attention = sorted([*found, *sites], key=lambda site: (ATTENTION_KINDS.index(site.kind), order[site.name]))
-    feed_forward, experts = feed_forward_sites(tree, attention, keep), expert_sites(tree, attention, keep)
+    (feed_forward, emptied), experts = feed_forward_sites(tree, attention, keep), expert_sites(tree, attention, keep)
     named = {site.layer for sites in (attention, compact, feed_forward, experts) for site in sites}
     layers = filter(keep, named)
     ordered = tuple(sorted(layers, key=order.__getitem__))
-    return UnitMap(tuple(attention), feed_forward, ordered, experts=experts, planner=plan_site, adapt=mark_compact)
+    return UnitMap(
+        tuple(attention),
+        feed_forward,
+        ordered,
+        experts=experts,
+        emptied=emptied,
+        planner=plan_site,
+        adapt=mark_compact,
+    )
 
 
 def _compact_sites(tree: Tree) -> Iterator[AttentionSite]:

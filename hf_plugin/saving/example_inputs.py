@@ -10,6 +10,7 @@ from head_pruning import HeadPruningError
 
 # How configurations call the tokens that they have positions for.
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
+CHOICES = 4  # of an example of a multiple choice
 
 
 def longest(model: PreTrainedModel) -> Optional[int]:
@@ -47,7 +48,7 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str,
     Args:
         model: for text, images (their size is the configuration's), sound, or several of these.
         batch: examples.
-        length: tokens of source and target, or frames of a sound; an image has what it has.
+        length: tokens of source and target, or of each choice, or frames of a sound; an image has what it has.
 
     Raises:
         HeadPruningError: the model takes something else, or not so many tokens.
@@ -63,9 +64,13 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str,
     if _reads_text(model):
         words = _value(_text_config(config), "vocab_size", "src_vocab_size")
         # The first few are special in most vocabularies.
-        made["input_ids"] = torch.randint(min(5, words - 1), words, (batch, length), generator=draw)
+        choices = (CHOICES,) if type(model).__name__.endswith("ForMultipleChoice") else ()
+        made["input_ids"] = torch.randint(min(5, words - 1), words, (batch, *choices, length), generator=draw)
         if "attention_mask" in takes:
             made["attention_mask"] = torch.ones_like(made["input_ids"])
+        types = _second_half(model, made["input_ids"]) if "token_type_ids" in takes else None
+        if types is not None:
+            made["token_type_ids"] = types
     if main == "pixel_values" or ("pixel_values" in takes and getattr(config, "vision_config", None) is not None):
         made["pixel_values"] = torch.randn(batch, *_image(config), generator=draw).to(model.dtype)
     if main == "input_values":
@@ -83,6 +88,21 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str,
         words = _value(getattr(config, "decoder", None) or config, "vocab_size", "tgt_vocab_size")
         made["decoder_input_ids"] = torch.randint(min(5, words - 1), words, (batch, length), generator=draw)
     return made
+
+
+def _second_half(model: PreTrainedModel, ids: torch.Tensor) -> Optional[torch.Tensor]:
+    """Token types for ``ids``, as of pairs: 1 in the second half. None for a model that tells no types apart.
+
+    Where ``forward`` takes types but the model has no embeddings for them (GPT-2, XLM), they are more words.
+    """
+    config = _text_config(model.config)
+    second = (torch.arange(ids.shape[-1]) >= ids.shape[-1] / 2).long().expand(ids.shape)
+    several = getattr(config, "type_vocab_sizes", None)  # TAPAS, which has one type for each column, row, rank ...
+    if several:
+        return torch.stack([second.clamp(max=size - 1) for size in several], dim=-1)
+    # Funnel and XLNet compare the types of two tokens instead of embedding them.
+    compares = any(name.endswith("seg_embed") for name, _ in model.named_parameters())
+    return second.contiguous() if compares or (getattr(config, "type_vocab_size", None) or 0) > 1 else None
 
 
 def _value(config: Any, *names: str) -> Any:

@@ -34,17 +34,22 @@ def _by_name(model: PreTrainedModel, names: Iterable[str]) -> ByName:
 
 
 def _axes(inputs: Mapping[str, torch.Tensor], free: Any = None) -> dict[str, dict[int, Any]]:
-    """What varies: the batch of every input, and the length of tokens and sounds."""
+    """What varies: the batch of every input, the length of tokens and sounds, and the number of choices."""
 
     def axis(name: str) -> Any:
         return free if free is not None else name
 
-    axes = {}
+    axes, choices = {}, ["choices"] if _has_choices(inputs) else []
     for name, tensor in inputs.items():
-        axes[name] = {0: axis("batch")}
-        if tensor.ndim == 2:
-            axes[name][1] = axis("target_length" if name.startswith("decoder") else "length")
+        varying = ["batch"]
+        if tensor.ndim == 2 or not tensor.is_floating_point():
+            varying += [*choices, "target_length" if name.startswith("decoder") else "length"]
+        axes[name] = {number: axis(what) for number, what in enumerate(varying)}
     return axes
+
+
+def _has_choices(inputs: Mapping[str, torch.Tensor]) -> bool:
+    return "input_ids" in inputs and inputs["input_ids"].ndim == 3
 
 
 def _difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
@@ -60,8 +65,10 @@ def _check(
     what: str,
     integers: bool = False,
 ) -> float:
-    """The largest difference between an export and the model, for another batch and length than it was made with."""
+    """The largest difference between an export and the model, for other sizes than it was made with."""
     inputs = dict(example(3, 9))
+    if _has_choices(inputs):
+        inputs = {name: tensor[:, 1:].contiguous() for name, tensor in inputs.items()}
     with torch.no_grad():
         expected = outputs(**inputs)
     difference = _difference(run(inputs), expected)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from head_pruning import AttentionSite, HeadMask, HeadPruningError, UnitMap
+from head_pruning import AttentionSite, FeedForwardSite, HeadMask, HeadPruningError, UnitMap
 from head_pruning.cli import main
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.page import build_sections, pareto, points_of, write_page
@@ -206,6 +206,21 @@ def test_runs_of_several_tasks_and_scores_stay_apart(tmp_path):
         ("eval_accuracy", ["c"]), ("eval_loss", ["a", "b"]), ("without a score", ["d"]),
     ]  # fmt: skip
     assert len(sections[1].figures) == 1 and not sections[2].figures
+
+
+def test_masks_of_heads_and_of_units_stand_in_one_picture(tmp_path):
+    """So that they can be compared; what has no place beside them is named."""
+    blocks = tuple(FeedForwardSite(f"ffn{i}", f"{i}", 3, f"{i}.in", f"{i}.out") for i in range(6))
+    heads, foreign = UnitMap(SITES.attention, blocks), UnitMap(SITES.attention[:1])
+    runs = []
+    for name, sites in (("heads", heads), ("both", heads.numbering("both")), ("other", foreign)):
+        (tmp_path / name).mkdir()
+        HeadMask(sites, np.arange(sites.num_heads) < 4).save(tmp_path / name / "masks.safetensors")
+        runs.append(Run(name, tmp_path / name, "dsp", {"heads_kept": 4}, kept={"layer0": [0]}))
+    (figure,) = build_sections(runs, tmp_path)[0].figures
+    assert "both with 4 of 24 heads and 0 of 18 units" in figure.text
+    assert "heads with 4 of 24 heads and 18 of 18 units" in figure.text
+    assert figure.text.endswith("Left out, as other models' masks: other.")
 
 
 def test_folders_without_a_run(tmp_path):

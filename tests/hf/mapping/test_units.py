@@ -204,6 +204,20 @@ def test_units_that_cannot_be_pruned_are_named(caplog):
         unit_map(make(next(family for family in FAMILIES if family.name == "mixtral")).model).numbering("ffn")
 
 
+@pytest.mark.parametrize("heads", [{}, {0: range(4)}], ids=["with heads", "without"])
+def test_a_block_whose_units_were_cut_out_is_not_missed(heads, tmp_path, caplog):
+    model = bert()
+    block = unit_map(model).feed_forward[0]
+    prune_heads(model, {block.name: range(block.width), **heads})
+    save_compact(model, tmp_path)
+    for each in (model, command_host.load_model(tmp_path)):
+        sites = unit_map(each).numbering("both")
+        assert block.layer in sites.layers and sites.sites[-1].layer != block.layer == sites.emptied[0]
+        with caplog.at_level(logging.WARNING):
+            open_session(each, [pruner("random", num_of_heads=4, prune_units="both")]).detach()
+        assert "cannot be pruned" not in caplog.text
+
+
 def test_a_norm_over_the_units_is_refused():
     model = bert()
     model.bert.encoder.layer[0].output.norm = torch.nn.LayerNorm(32)

@@ -25,7 +25,7 @@ def compact(tmp_path_factory):
 def batch():
     found = collate(sentences(64, seed=5))
     found.pop("labels")
-    return found
+    return {**found, "token_type_ids": found["input_ids"] % 2}
 
 
 def expected(model):

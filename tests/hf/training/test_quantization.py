@@ -178,12 +178,23 @@ def test_the_onnx_file_computes_with_integers_as_the_model_did(trained, onnx_fil
     model = trained["whole"][1].session.model.eval()
     batch = collate(sentences(64, seed=5))
     batch.pop("labels")
+    batch["token_type_ids"] = (torch.arange(batch["input_ids"].shape[1]) > 3).long().expand_as(batch["input_ids"])
     with torch.no_grad():
         expected = model(**batch).logits
     found = torch.from_numpy(onnx_pass(onnx_session(onnx_file), batch)()[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
     sure = (expected[:, 0] - expected[:, 1]).abs() > 2e-3
     assert torch.equal(found.argmax(-1)[sure], expected.argmax(-1)[sure]) and sure.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["whole", "compact"])
+def test_the_export_says_when_it_has_other_ranges_than_the_model_had(trained, name, tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="needs onnx")
+    main(["export", str(trained[name][0]), str(tmp_path / "model.onnx"), "--to", "onnx", "--int8"])
+    printed = capsys.readouterr().out
+    assert ("not the model that was trained with --input_ranges token" in printed) == (name == "compact")
+    assert "session.x64quantprecision" in printed and printed.count("\n") == 1
 
 
 def test_files_without_zeros(trained, tmp_path, capsys):
