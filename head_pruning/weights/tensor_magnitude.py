@@ -21,7 +21,14 @@ from .magnitude import MagnitudeScores
 class TensorSparsityConfig(SelectionConfig):
     """Options of every method that removes the smallest weights of each tensor."""
 
-    target_sparsity: float = field(default=0.0, metadata={"help": "ratio of weights removed at the end, 0 to 1"})
+    target_sparsity: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share removed at the end, 0 to 1: of weights, or by gpp of the heads and of the feed-forward "
+            "units (a half unless given)",
+            "once_unset": 0.0,
+        },
+    )
     threshold_decay: float = field(
         default=0.0, metadata={"help": "weight of the previous threshold of a tensor in its next, 0 to below 1"}
     )
@@ -50,10 +57,12 @@ class TensorMagnitudePruner(MagnitudeScores):
 
     def check_options(self) -> None:
         super().check_options()
-        require(self.config, "target_sparsity", lambda value: 0 <= value <= 1, "a removed ratio from 0 to 1")
+        given = self.config.target_sparsity
+        if given is not None:
+            require(self.config, "target_sparsity", lambda value: 0 <= value <= 1, "a removed ratio from 0 to 1")
         require(self.config, "threshold_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
         #: The removed ratio of the outcome, and the one that it rises to on the way there.
-        self._target = self._ramp = self.config.target_sparsity
+        self._asked = self._target = self._ramp = given or 0.0
         self._map = parse_map(self.config.weight_sparsity_map)
         self._check_allocation()
         if self.selection.density is not None:
@@ -110,11 +119,11 @@ class TensorMagnitudePruner(MagnitudeScores):
     def _allot(self) -> dict[str, float]:
         """The removed ratio of each tensor in the end; empty where it is the same."""
         if self._map:
-            return mapped(list(self.storage.sizes), self._map, self.config.target_sparsity)
+            return mapped(list(self.storage.sizes), self._map, self._asked)
         if self.config.init_strategy == "uniform":
             return {}
         shapes = {target.name: target.parameter.shape for target in self.targets}
-        return erdos_renyi(shapes, self.config.target_sparsity, kernels=self.config.init_strategy == "erk")
+        return erdos_renyi(shapes, self._asked, kernels=self.config.init_strategy == "erk")
 
     def density_of(self, name: str, density: float) -> float:
         return 1.0 - self._each[name] if self._each else density
