@@ -15,7 +15,7 @@ from omegaconf import II
 
 from head_pruning import HeadPruningError, Pruner, build_pruner, choose_methods
 from head_pruning.choosing import CommandLine
-from head_pruning.options import dashed
+from head_pruning.options import dashed, is_same
 from head_pruning.registry import KINDS, methods, option_fields, owners
 
 #: What a task's name ends in that prunes.
@@ -129,7 +129,7 @@ def refuse_other_options(file: str, names: Sequence[str], stored: Mapping[str, A
     for pruner in theirs:
         for name, value in mine[pruner].items():
             option = option_fields()[name]
-            if theirs[pruner][name] != value and not option.metadata.get("by_content"):
+            if not is_same(option, theirs[pruner][name], value) and not option.metadata.get("by_content"):
                 flag = dashed(name) if option.default is True else _flag(name)
                 raise HeadPruningError(
                     f"{file} was pruned with {flag} {theirs[pruner][name]}, this run has {flag} {value}; go on with "

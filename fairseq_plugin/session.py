@@ -35,7 +35,7 @@ def open_session(model: nn.Module, pruners: Sequence[Pruner], **options) -> Prun
             "layers and does not call them; drop it, or train a model of transformers with it (hf_plugin)."
         )
     options.setdefault("fired_within", LAYERDROP_UPDATES if _drops_layers(model) else 1)
-    options = {"time_first": True, "read_attention": probabilities, **options}
+    options = {"time_first": True, "sums_losses": True, "read_attention": probabilities, **options}
     session = PruningSession(model, unit_map(model), pruners, **options).attach()
     watched = ATTENTIONS in session.needs
     if session.gated or watched:

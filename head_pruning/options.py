@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from typing import Any, Callable, get_args, get_type_hints
+from typing import Any, Callable, Optional, get_args, get_type_hints
 
 from .errors import HeadPruningError
 
@@ -37,6 +37,12 @@ def check_types(config: Any) -> None:
         kind, words = _TYPES[wanted]
         if not isinstance(value, kind) or isinstance(value, bool) and wanted is not bool:
             raise HeadPruningError(f"{dashed(name)} is {value!r}; it must be {words}.")
+
+
+def is_same(option: Optional[dataclasses.Field], stored: Any, value: Any) -> bool:
+    """Whether an option's value is the one that a checkpoint has, which may be of an earlier version."""
+    unset = (None, option.metadata.get("once_unset") if option else None)
+    return stored == value or stored in unset and value in unset
 
 
 def require(config: Any, option: str, holds: Callable[[float], bool], words: str) -> None:

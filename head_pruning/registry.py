@@ -103,7 +103,8 @@ def register_pruner(
     Args:
         name: what a command line calls it.
         config: dataclass of its options; every field has ``help`` and a default. Further metadata: ``by_content``
-            (truth value): the option names a file, and what counts is what is in it, not where it lies.
+            (truth value): the option names a file, and what counts is what is in it, not where it lies;
+            ``once_unset``: what earlier versions stored where the option was not set.
         pruner: the :class:`~head_pruning.Pruner`'s class.
         selected_by: tells from all options whether the user means this method without naming it; default: never.
         prunes: its kind, one of :data:`KINDS`; default: ``pruner.kind``.

@@ -93,6 +93,7 @@ class PruningSession:
             where it has another schedule, or it is not known.
         weights_come_later: whether the host loads the model's trained weights after :meth:`attach`, so that a copy of
             the model as it is then teaches nothing.
+        sums_losses: whether the host's losses are sums, whose gradients it divides before its optimizer steps.
 
     Typical use::
 
@@ -130,6 +131,7 @@ class PruningSession:
         warmup_steps: Optional[int] = None,
         load_teacher: Optional[Callable[[str, frozenset], tuple[nn.Module, Optional[UnitMap]]]] = None,
         weights_come_later: bool = False,
+        sums_losses: bool = False,
     ) -> None:
         self.model = model
         self.unit_map = unit_map
@@ -137,6 +139,7 @@ class PruningSession:
         self.seed = seed
         self.total_steps, self.steps_per_epoch, self.warmup_steps = total_steps, steps_per_epoch, warmup_steps
         self.load_teacher, self.weights_come_later = load_teacher, weights_come_later
+        self.sums_losses = sums_losses
         self.all_reduce = all_reduce
         self.fired_within = fired_within
         gating = [pruner for pruner in self.pruners if pruner.needs_gates]

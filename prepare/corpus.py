@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,12 @@ WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
 # What ends so is read by which loader.
 _KINDS = {".txt": "text", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _SHARD_BYTES = 2**26
+#: The languages of NLTK's punkt by their codes.
+PUNKT_LANGUAGES = {
+    "cs": "czech", "da": "danish", "de": "german", "el": "greek", "en": "english", "es": "spanish", "et": "estonian",
+    "fi": "finnish", "fr": "french", "it": "italian", "ml": "malayalam", "nl": "dutch", "no": "norwegian",
+    "pl": "polish", "pt": "portuguese", "ru": "russian", "sl": "slovene", "sv": "swedish", "tr": "turkish",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,18 +82,20 @@ class Corpus:
             return self.open().num_shards
         return max(1, math.ceil(sum(path.stat().st_size for path in self.files) / _SHARD_BYTES))
 
-    def documents(self, shard: int, shards: int) -> Iterator[str]:
-        """The texts of one part: of whole files where there are enough of them, else every so many-th row.
+    def whole_files(self, shards: int) -> bool:
+        """Whether there are files enough for so many parts of whole ones."""
+        return shards == 1 or self.open().num_shards >= shards
+
+    def documents(self, shard: int = 0, shards: int = 1) -> Iterator[str]:
+        """The texts of all files, or of one of several parts of whole ones, see :meth:`whole_files`.
 
         A row whose text is null is an empty one. PrepareError if rows cannot be read, or have no text.
         """
         rows = self.open()
-        if rows.num_shards >= shards > 1:
-            mine = iter(rows.shard(num_shards=shards, index=shard, contiguous=False))
-        else:
-            mine = itertools.islice(rows, shard, None, shards)
+        if shards > 1:
+            rows = rows.shard(num_shards=shards, index=shard, contiguous=False)
         with self._reading():
-            for row in mine:
+            for row in rows:
                 text = row.get(self.column, 0)
                 if not isinstance(text, str | None):
                     raise PrepareError(
@@ -110,11 +117,17 @@ def local_files(corpus: Path) -> tuple[Path, ...]:
 
 
 def splitter(name: str, language: str) -> Callable[[str], list[str]]:
-    """Cuts a line of text into sentences. PrepareError where the tool, or its data, is not there.
+    """Cuts a line of text into sentences. PrepareError where the tool or its data are not there, or it does not know
+    the language.
 
     ``name``: ``sentencex`` (rules, no download) or ``punkt`` (NLTK's, whose data must be there). ``language``: its
-    code, such as en.
+    code, such as en; punkt takes NLTK's own names, too.
     """
+    if name == "punkt" and language not in {*PUNKT_LANGUAGES, *PUNKT_LANGUAGES.values()}:
+        raise PrepareError(
+            f"NLTK's punkt does not know the language {language!r}; give --language one of "
+            f"{', '.join(PUNKT_LANGUAGES)}, or choose --sentences sentencex."
+        )
     if importlib.util.find_spec("sentencex" if name == "sentencex" else "nltk") is None:
         raise PrepareError(f"Sentences are found by {name}, which is not installed; pip install it.")
     if name == "sentencex":
@@ -123,10 +136,14 @@ def splitter(name: str, language: str) -> Callable[[str], list[str]]:
         return partial(sentencex.segment, language)
     import nltk
 
+    theirs = PUNKT_LANGUAGES.get(language, language)
     try:
-        return nltk.PunktTokenizer({"en": "english"}.get(language, language)).tokenize
+        return nltk.PunktTokenizer(theirs).tokenize
     except LookupError:
-        raise PrepareError("The data of NLTK's punkt are not there; choose --sentences sentencex.") from None
+        raise PrepareError(
+            f"The data of NLTK's punkt are not there for {theirs}; download them (python -m nltk.downloader "
+            "punkt_tab), or choose --sentences sentencex."
+        ) from None
 
 
 def sentences_of(text: str, split: Callable[[str], list[str]]) -> list[str]:

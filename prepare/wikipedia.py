@@ -33,6 +33,7 @@ from prepare.corpus import WIKIPEDIA, Corpus, local_files, sentences_of, splitte
 from prepare.files import PrepareError, atomic_text, part_path
 from prepare.parallel import default_workers, leave_with_parent
 from prepare.segment_pairs import PairOptions, pairs_of_shard
+from prepare.spread import documents_of, spread, spread_path
 from prepare.stages import only_run
 
 # Documents between two reports of a worker.
@@ -95,6 +96,8 @@ def prepare(options: Options) -> list[Path]:
         shards = about["shards"]
         missing = [i for i in range(shards) if not all(path.is_file() for path in _paths(options.data_dir, i, shards))]
         _work(options, pairs, shards, missing)
+        for shard in range(shards):  # of a shard that was written just before a kill
+            spread_path(options.data_dir, shard, shards).unlink(missing_ok=True)
         found = statistics(options.data_dir, about)
         if not found["pairs"]:
             raise PrepareError(
@@ -155,6 +158,10 @@ class _Shards:
         self.options, self.pairs, self.shards = options, pairs, shards
         self._tools: tuple[Any, Callable[[str], list[str]]] | None = None
 
+    def _texts(self, shard: int) -> Iterator[str]:
+        path = spread_path(self.options.data_dir, shard, self.shards)
+        return documents_of(path) if path.is_file() else self.options.corpus.documents(shard, self.shards)
+
     def documents(self, shard: int, tell: Callable[[int], None]) -> Iterator[list[list[int]]]:
         """The token numbers of the sentences of each document."""
         if self._tools is None:
@@ -162,7 +169,7 @@ class _Shards:
             self._tools = _tokenizer(self.options.tokenizer), split
         tokenizer, split = self._tools
         told = seen = 0
-        for seen, text in enumerate(self.options.corpus.documents(shard, self.shards), 1):
+        for seen, text in enumerate(self._texts(shard), 1):
             if seen % _TOLD == 0:
                 tell(seen - told)
                 told = seen
@@ -185,6 +192,7 @@ class _Shards:
             write_shard(parts, pairs_of_shard(self.documents(shard, tell), self.pairs, shard))
             for part, path in zip(parts, paths):
                 os.replace(part, path)
+            spread_path(self.options.data_dir, shard, self.shards).unlink(missing_ok=True)
         finally:
             for part in parts:
                 part.unlink(missing_ok=True)
@@ -212,10 +220,21 @@ def _write_in_worker(shard: int) -> None:
     shards.write(shard, tell)
 
 
+def _spread(options: Options, number: int, missing: list[int], shown: dict[str, Any]) -> None:
+    """Read the corpus once for all missing shards, where they are not of whole files."""
+    if not missing or options.corpus.whole_files(number):
+        return
+    wanted = [shard for shard in missing if not spread_path(options.data_dir, shard, number).is_file()]
+    if wanted:
+        with tqdm(desc="reading", unit="document", disable=options.quiet, **shown) as bar:
+            spread(options.corpus.documents(), options.data_dir, wanted, number, bar.update)
+
+
 def _work(options: Options, pairs: PairOptions, number: int, missing: list[int]) -> None:
     """Write the missing shards."""
     shards = _Shards(options, pairs, number)
     shown = {"mininterval": 0.5, **bar_options()}
+    _spread(options, number, missing, shown)
     with tqdm(desc="documents", unit="document", disable=options.quiet or not missing, **shown) as bar:
         if options.workers <= 1 or len(missing) < 2:
             for shard in missing:
@@ -277,7 +296,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         default="sentencex",
         help="what finds sentences (default %(default)s)",
     )
-    add("language", default="en", help="of the text, as a code (default %(default)s)")
+    add("language", default="en", help="of the text, as a code such as de (default %(default)s)")
     add("workers", type=int, default=default_workers(), help="processes (default: all cores, %(default)s)")
     add("quiet", action="store_true", help="no progress, only warnings and errors")
     given = parser.parse_args(arguments)

@@ -33,9 +33,13 @@ PENALTY = 0.5
 class GppConfig:
     """Options of gradient progressive pruning."""
 
-    target_sparsity: float = field(
-        default=0.0,
-        metadata={"help": "share of the heads, and of the feed-forward units, that is removed; 0: a half"},
+    target_sparsity: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share removed at the end, 0 to 1: of weights, or by gpp of the heads and of the feed-forward "
+            "units (a half unless given)",
+            "once_unset": 0.0,
+        },
     )
     pruning_type: str = field(
         default=_BOTH, metadata={"help": f"what is pruned: {', '.join(TYPES)}, or several joined with +"}
@@ -111,7 +115,7 @@ class GppPruner(HeadPruner):
     @property
     def target(self) -> float:
         """The share of each type that is removed."""
-        return self.config.target_sparsity or 0.5
+        return 0.5 if self.config.target_sparsity is None else self.config.target_sparsity
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "target_sparsity": self.target}
@@ -129,7 +133,9 @@ class GppPruner(HeadPruner):
             raise HeadPruningError(
                 f"--pruning-type is {self.config.pruning_type!r}; give {', '.join(TYPES)} or {_BOTH}."
             )
-        require(self.config, "target_sparsity", lambda value: 0 <= value < 1, "a share below 1 (0: a half)")
+        if self.config.target_sparsity is not None:
+            words = "a share above 0 and below 1; for a model of which nothing is removed choose no pruner"
+            require(self.config, "target_sparsity", lambda value: 0 < value < 1, words)
         require(self.config, "retrain_lr_factor", lambda value: value > 0, "above 0")
         require(self.config, "prepruning_finetune_epochs", lambda value: value >= 0, "a number of epochs, 0 or more")
         if self.config.prune_epochs is not None:
@@ -137,6 +143,7 @@ class GppPruner(HeadPruner):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
+        self._refuse_published(session.sums_losses)
         totals = {name: total for name, (_, total) in full_mask(self.unit_map).counts().items()}
         if not any(count_of(self.target, total) for total in totals.values()):
             words = " and ".join(f"{total} {name}" for name, total in totals.items())
@@ -149,6 +156,13 @@ class GppPruner(HeadPruner):
         self._new: Optional[torch.Tensor] = None
         self._carried: dict[str, torch.Tensor] = {}
         session.gates.set_evaluation(self.z)
+
+    def _refuse_published(self, scaled: bool) -> None:
+        if scaled and self.config.published_gradients:
+            raise HeadPruningError(
+                "--published-gradients adds up gradients of a mean loss that is not scaled; drop it, or train in full "
+                "precision with the scripts of transformers."
+            )
 
     # -- schedule ----------------------------------------------------------------------------------------------------
 
@@ -242,11 +256,7 @@ class GppPruner(HeadPruner):
         return PENALTY * self.steps_above_0 + learnt
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
-        if self.config.published_gradients and (loss_scale, denominator) != (1.0, 1.0):
-            raise HeadPruningError(
-                "--published-gradients adds up gradients of a mean loss that is not scaled; drop it, or train in full "
-                "precision with the scripts of transformers."
-            )
+        self._refuse_published((loss_scale, denominator) != (1.0, 1.0))
         if self._learns:
             count = np.array([denominator or 1.0])
             summed = self.session.summed(self.session.gates.gradients, count)

@@ -106,13 +106,15 @@ class GradualMagnitudePruner(TensorMagnitudePruner):
         return gradual_sparsity(t, initial=self.config.initial_sparsity, final=final, begin=begin, end=end)
 
     def density_at(self, t: int) -> float:
+        if self._each and self.selection.scope == "pattern":
+            return 1.0 - self._together(self._counted({n: self._rising(t, r) for n, r in self._ramps.items()}))
         rising = self._rising(t, self._ramp)
         return 1.0 - (min(rising, self._target) if self._ramp > self._target else rising)
 
     def density_of(self, name: str, density: float) -> float:
         if not self._each or density == self.final_density():
             return super().density_of(name, density)
-        return 1.0 - self._rising(self.t, self._each[name])  # each on its own way
+        return 1.0 - self._rising(self.t, self._ramps[name])  # each on its own way
 
     def due(self, t: int) -> bool:
         begin, end = self.steps["begin_pruning_step"], self.steps["end_pruning_step"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 import torch
 
@@ -21,7 +21,14 @@ from .magnitude import MagnitudeScores
 class TensorSparsityConfig(SelectionConfig):
     """Options of every method that removes the smallest weights of each tensor."""
 
-    target_sparsity: float = field(default=0.0, metadata={"help": "ratio of weights removed at the end, 0 to 1"})
+    target_sparsity: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share removed at the end, 0 to 1: of weights, or by gpp of the heads and of the feed-forward "
+            "units (a half unless given)",
+            "once_unset": 0.0,
+        },
+    )
     threshold_decay: float = field(
         default=0.0, metadata={"help": "weight of the previous threshold of a tensor in its next, 0 to below 1"}
     )
@@ -36,7 +43,7 @@ class TensorSparsityConfig(SelectionConfig):
         default=None,
         metadata={
             "help": "JSON of regular expressions of parameters and the ratio removed of these where it is not the "
-            'target, such as {"layer.0": 0.5}'
+            'target (or what N:M removes), such as {"layer.0": 0.5}'
         },
     )
 
@@ -50,10 +57,12 @@ class TensorMagnitudePruner(MagnitudeScores):
 
     def check_options(self) -> None:
         super().check_options()
-        require(self.config, "target_sparsity", lambda value: 0 <= value <= 1, "a removed ratio from 0 to 1")
+        given = self.config.target_sparsity
+        if given is not None:
+            require(self.config, "target_sparsity", lambda value: 0 <= value <= 1, "a removed ratio from 0 to 1")
         require(self.config, "threshold_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
         #: The removed ratio of the outcome, and the one that it rises to on the way there.
-        self._target = self._ramp = self.config.target_sparsity
+        self._asked = self._target = self._ramp = given or 0.0
         self._map = parse_map(self.config.weight_sparsity_map)
         self._check_allocation()
         if self.selection.density is not None:
@@ -65,7 +74,8 @@ class TensorMagnitudePruner(MagnitudeScores):
                     f"--weight-selection {self.config.weight_selection} removes {fixed:g} of the weights, which "
                     f"contradicts --target-sparsity {self._target}; leave one of them out."
                 )
-            self._target, self._ramp = fixed, self._target or fixed
+            self._asked = self._ramp = self._target or fixed
+            self._target = fixed
         if self._target <= 0 and not self._map:
             raise HeadPruningError("--target-sparsity is 0, so nothing would be pruned; give a ratio such as 0.9.")
 
@@ -77,10 +87,10 @@ class TensorMagnitudePruner(MagnitudeScores):
         uneven += ["--weight-sparsity-map"] if self._map else []
         if len(uneven) > 1:
             raise HeadPruningError(f"{' and '.join(uneven)} both say what each tensor loses; drop one of them.")
-        if uneven and self.selection.scope in ("global", "pattern"):
+        if uneven and self.selection.scope == "global":
             raise HeadPruningError(
-                f"{uneven[0]} gives each tensor a ratio of its own, which --weight-selection {self.selection} does "
-                "not; drop one of them, or choose tensor or blocks."
+                f"{uneven[0]} gives each tensor a ratio of its own, which --weight-selection global does not; drop "
+                "one of them, or choose tensor, N:M or blocks."
             )
         if self.config.threshold_decay and self.selection.scope in ("global", "pattern"):
             raise HeadPruningError(
@@ -102,19 +112,30 @@ class TensorMagnitudePruner(MagnitudeScores):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
-        self._each, sizes = self._allot(), self.storage.sizes
+        #: The removed ratio of each tensor in the end, and the one that it rises to on the way there, as above.
+        self._ramps = self._allot()
+        self._each = self._counted(self._ramps)
         if self._each:
-            total = sum(sizes.values())
-            self._target = self._ramp = sum(self._each[name] * size for name, size in sizes.items()) / total
+            self._target, self._ramp = self._together(self._each), self._together(self._ramps)
+
+    def _counted(self, ratios: Mapping[str, float]) -> dict[str, float]:
+        """What masks make of the tensors' ratios: with N:M whole numbers of M neighbours, rounded down."""
+        size = self.selection.size[0] if self.selection.scope == "pattern" else 0
+        return {name: count_of(ratio, size) / size if size else ratio for name, ratio in ratios.items()}
+
+    def _together(self, ratios: Mapping[str, float]) -> float:
+        """The removed ratio of all tensors."""
+        sizes = self.storage.sizes
+        return sum(ratios[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
     def _allot(self) -> dict[str, float]:
         """The removed ratio of each tensor in the end; empty where it is the same."""
         if self._map:
-            return mapped(list(self.storage.sizes), self._map, self.config.target_sparsity)
+            return mapped(list(self.storage.sizes), self._map, self._asked)
         if self.config.init_strategy == "uniform":
             return {}
         shapes = {target.name: target.parameter.shape for target in self.targets}
-        return erdos_renyi(shapes, self.config.target_sparsity, kernels=self.config.init_strategy == "erk")
+        return erdos_renyi(shapes, self._asked, kernels=self.config.init_strategy == "erk")
 
     def density_of(self, name: str, density: float) -> float:
         return 1.0 - self._each[name] if self._each else density

@@ -73,7 +73,7 @@ def _read(argv: Sequence[str], script: Script, notes: list[str]) -> dict[str, An
     add_legacy_flags(parser, notes, script.spellings)
     given = parser.parse_set(argv)
     mend_names(given, notes)
-    add_preset(given, notes)
+    add_preset(given, notes, script.name)
     if given.get("debug") == []:
         del given["debug"]
         notes.append("--debug without a value is ignored: it printed figures of TPUs.")

@@ -134,8 +134,8 @@ class PretrainingArguments(DataArguments):
     )
 
 
-def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
-    """Read the published script's flags: its losses of several logits are added up, its configurations are flags."""
+def complete_config(given: dict[str, Any], notes: list[str]) -> None:
+    """Write the flags that a configuration of Prune Once for All means; those that were set win."""
     do_prune, config, override = (given.pop(f, None) for f in ("do_prune", "pruning_config", "pruning_override"))
     if override and not config:
         raise HeadPruningError("--pruning_override replaces keys of --pruning_config, which is not given; give it.")
@@ -149,6 +149,11 @@ def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
         given.update({**as_flags(read_config(config, **changed)), **given})
     elif do_prune:
         given.setdefault("pruner_name", "gradual_magnitude")
+
+
+def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
+    """Read the published script's flags: its losses of several logits are added up, its configurations are flags."""
+    complete_config(given, notes)
     if given.get("distill") == "logits" or "distill" not in given and given.get("distill_logits") is not None:
         given.setdefault("distill_sum", True)
         if "temperature" in given:
@@ -214,6 +219,7 @@ def complete_gpp(given: dict[str, Any], notes: list[str]) -> None:
 
 def complete_squad(given: dict[str, Any], notes: list[str]) -> None:
     """Write into the flags that were set what run_squad's say of transformers' own; each adds a line to ``notes``."""
+    complete_config(given, notes)
     if given.get("eval_steps") and "eval_strategy" not in given:
         given["eval_strategy"] = "steps"
         notes.append("--eval_steps is read as --eval_strategy steps too.")

@@ -169,23 +169,8 @@ GPP_SPELLINGS = (
     ),
     Spelling("do_finetune", "the trained model is evaluated anyway (--do_eval)"),
 )
-_PREPARED = "python -m prepare.wikipedia has made the pairs, see its --help"
-PRETRAINING_SPELLINGS = (
-    _renamed("teacher_name_or_path", "teacher_path"),
-    _renamed("cross_entropy_alpha", "distill_task"),
-    _renamed("knowledge_distillation_alpha", "distill_logits"),
-    *(
-        _renamed(f"dataset_cache_{ending}", "data_dir")  # an abbreviation, in the published scripts
-        for ending in ("directory", "dir")
-    ),
-    *(
-        Spelling(name, _PREPARED)
-        for name in (
-            *("datasets_name_config", "dataset_name", "dataset_config_name", "data_process_type", "dataset_seed"),
-            *("short_seq_probability", "nsp_probability", "keep_in_memory", "preprocessing_num_workers"),
-            *("max_seq_length", "train_file", "validation_file"),
-        )
-    ),
+#: Flags of Prune Once for All's scripts that say what is pruned, see :func:`.fields.complete_config`.
+CONFIG_SPELLINGS = (
     Spelling(
         "do_prune",
         "--pruner_name gradual_magnitude, unless another is named",
@@ -208,6 +193,25 @@ PRETRAINING_SPELLINGS = (
         lambda given, text: given.update(pruning_override=text),
         str,
     ),
+)
+_PREPARED = "python -m prepare.wikipedia has made the pairs, see its --help"
+PRETRAINING_SPELLINGS = (
+    _renamed("teacher_name_or_path", "teacher_path"),
+    _renamed("cross_entropy_alpha", "distill_task"),
+    _renamed("knowledge_distillation_alpha", "distill_logits"),
+    *(
+        _renamed(f"dataset_cache_{ending}", "data_dir")  # an abbreviation, in the published scripts
+        for ending in ("directory", "dir")
+    ),
+    *(
+        Spelling(name, _PREPARED)
+        for name in (
+            *("datasets_name_config", "dataset_name", "dataset_config_name", "data_process_type", "dataset_seed"),
+            *("short_seq_probability", "nsp_probability", "keep_in_memory", "preprocessing_num_workers"),
+            *("max_seq_length", "train_file", "validation_file"),
+        )
+    ),
+    *CONFIG_SPELLINGS,
     Spelling("model_type", "the model's configuration says what it is"),
 )
 #: Names of models as a manual spells them.

@@ -5,6 +5,7 @@ from typing import Any
 from head_pruning import HeadPruningError
 from head_pruning.registry import get_method, option_fields
 
+from ..training.pruning_config import PUBLISHED, as_flags
 from .fields import SHARED
 
 _PLATON = {"pruner_name": "platon", "initial_threshold": 1.0, "beta1": 0.85, "deltaT": 10}
@@ -18,18 +19,25 @@ _GLUE = {
 }
 
 
-def _gradual(*, begin: int, target: int, end: int) -> dict[str, Any]:
-    """Prune Once for All's for fine-tuning without a sparse pretrained model."""
-    return {
-        "pruner_name": "gradual_magnitude",
-        "target_sparsity": 0.85,
-        "prune_biases": False,
-        "pruning_frequency": 100,
-        "begin_pruning_step": begin,
-        "end_pruning_step": end,
-        "policy_begin_step": begin,
-        "policy_end_step": target,
-    }
+# What Prune Once for All's student learns beside what is pruned; its teacher is the user's.
+_STUDENT = {
+    "distill": "logits",
+    "distill_task": 0.5,
+    "distill_logits": 0.5,
+    "distill_temperature": 2.0,
+    "lr_rewind": True,
+    "max_steps": 100000,
+    "per_device_train_batch_size": 256,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "optimizer_warmup_steps": 0.01,
+    "weight_decay": 0.01,
+}
+
+
+def _config(name: str) -> dict[str, Any]:
+    """The flags of a configuration that Prune Once for All ships."""
+    return as_flags(PUBLISHED[f"{name}_config.json"])
 
 
 def _glue(
@@ -86,24 +94,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "platon/sst-2": _glue(0.10, 0.85, steps=1000, final=5, batch=32, rate=8e-5, epochs=6, seed=8),
     "platon/sts-b": _glue(0.10, 0.85, steps=500, final=5, batch=16, rate=1e-4, epochs=15, seed=9),
-    "pruneofa/glue-85": _gradual(begin=0, target=800, end=1200),
-    "pruneofa/squad-85": _gradual(begin=1400, target=10000, end=12000),
+    "pruneofa/glue-85": _config("glue_85"),
+    "pruneofa/lock": _config("lock"),
+    "pruneofa/squad-85": _config("squad_85"),
+    "pruneofa/student-85": {**_STUDENT, **_config("student_pruning_85")},
+    "pruneofa/student-90": {**_STUDENT, **_config("student_pruning_90")},
 }
+# The scripts that a recipe is for, by the beginning of its name, where it is not for all.
+_ONLY = {"pruneofa/student": ("run_pretraining", "run_mlm")}
 
 
-def add_preset(given: dict[str, Any], notes: list[str]) -> None:
+def add_preset(given: dict[str, Any], notes: list[str], script: str) -> None:
     """Take ``preset`` out of the flags that were set and add its recipe; a flag that was set wins.
 
     With another pruner of the same kind the recipe gives what that one has too: the baselines share PLATON's schedule.
 
     Raises:
-        HeadPruningError: there is no such preset.
+        HeadPruningError: there is no such preset, it is for other scripts, or a configuration says the same.
     """
     name = given.pop("preset", None)
     if not name:
         return
     if name.lower() not in PRESETS:
         raise HeadPruningError(f"There is no preset {name}; choose one of {', '.join(PRESETS)}.")
+    scripts = next((only for prefix, only in _ONLY.items() if name.lower().startswith(prefix)), (script,))
+    if script not in scripts:
+        raise HeadPruningError(f"--preset {name} is a recipe of {scripts[0]}.py; use that, or choose another preset.")
+    if given.get("pruning_config"):
+        raise HeadPruningError(f"--preset {name} and --pruning_config both say what is pruned; drop one of them.")
     recipe = dict(PRESETS[name.lower()])
     kind = get_method(recipe["pruner_name"]).kind
     named = [get_method(given[flag]) for flag in ("pruner_name", "pruner") if given.get(flag)]

@@ -14,11 +14,13 @@ from .fields import (
     PretrainingArguments,
     SquadArguments,
     SwagArguments,
+    complete_config,
     complete_gpp,
     complete_pretraining,
     complete_squad,
 )
 from .old_flags import (
+    CONFIG_SPELLINGS,
     GLUE_SPELLINGS,
     GPP_SPELLINGS,
     PRETRAINING_SPELLINGS,
@@ -92,7 +94,8 @@ SCRIPTS = {
         Script(
             "run_glue",
             "Fine-tune on a GLUE task: dense, or with the pruning method that --pruner names or the options imply.",
-            spellings=(*SPELLINGS, *GLUE_SPELLINGS),
+            complete=complete_config,
+            spellings=(*SPELLINGS, *GLUE_SPELLINGS, *CONFIG_SPELLINGS),
         ),
         Script(
             "run_GDbert_glue",
@@ -110,7 +113,7 @@ SCRIPTS = {
             sizes=SquadArguments.SIZES,
             training_defaults={"per_device_train_batch_size": 16, "per_device_eval_batch_size": 64},
             complete=complete_squad,
-            spellings=(*SPELLINGS, *SQUAD_SPELLINGS),
+            spellings=(*SPELLINGS, *SQUAD_SPELLINGS, *CONFIG_SPELLINGS),
             own_warmup=True,
         ),
         *(
@@ -130,13 +133,15 @@ SCRIPTS = {
             "run_ner",
             "Fine-tune on token classification: dense, or with the pruning method that --pruner_name names.",
             data=NerArguments,
-            spellings=(*SPELLINGS, *TABLE_SPELLINGS),
+            complete=complete_config,
+            spellings=(*SPELLINGS, *TABLE_SPELLINGS, *CONFIG_SPELLINGS),
         ),
         Script(
             "run_swag",
             "Fine-tune on multiple choice: dense, or with the pruning method that --pruner_name names.",
             data=SwagArguments,
-            spellings=(*SPELLINGS, *TABLE_SPELLINGS),
+            complete=complete_config,
+            spellings=(*SPELLINGS, *TABLE_SPELLINGS, *CONFIG_SPELLINGS),
         ),
     )
 }

@@ -10,6 +10,8 @@ from transformers.trainer_callback import ExportableState
 from head_pruning import HeadPruningError
 from head_pruning.compact.shapes import conform
 from head_pruning.errors import one_line
+from head_pruning.options import is_same
+from head_pruning.registry import option_fields
 
 from ..command_line.arguments import Arguments
 from ..command_line.scripts import choosers
@@ -80,7 +82,7 @@ def check_same_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> 
     # The pruner first: where it differs, so do all its options.
     names = sorted({*theirs, *settings}, key=lambda name: name not in ("task_name", *choosers()))
     for name in names:
-        if theirs.get(name) != settings.get(name):
+        if not is_same(option_fields().get(name), theirs.get(name), settings.get(name)):
             raise HeadPruningError(
                 f"The checkpoint {checkpoint.folder} is of a run {_shown(name, theirs)}, this one is "
                 f"{_shown(name, settings)}; go on with the same options, choose another --output_dir, or start "

@@ -204,29 +204,45 @@ def _meaning(config: Mapping[str, Any], chosen: Mapping[str, Mapping[str, Any]])
     ratio = "initial_sparsity" if one_shot else "target_sparsity"
     group = "group_" if "group" in function.kwargs else ""
     ratios = {name: kwargs.get(group + ratio, 0.0) for name, kwargs in chosen.items()}
-    alike = [{k: v for k, v in kwargs.items() if k not in ("name", ratio)} for kwargs in chosen.values()]
-    if any(kwargs != alike[0] for kwargs in alike):
-        raise HeadPruningError(
-            f"The pruning configuration gives modules different keywords; between them only {ratio} may differ."
-        )
-    options = _options(alike[0], group)
+    _refuse_uneven(config["pruning_fn"], chosen, "" if group else ratio)
+    common = next(iter(chosen.values()))
+    options = _options({key: value for key, value in common.items() if group or key != ratio}, group)
+    uneven = config.get("init_strategy", "uniform") != "uniform"
+    if uneven and (group or "target_sparsity" not in function.kwargs):
+        why = "one ratio of all modules, none" if group else "no ratios"
+        raise HeadPruningError(f"{config['pruning_fn']} has {why} for an init_strategy to allot; drop it.")
     if "target_sparsity" in function.kwargs or group:
-        options |= _sparsities(ratios)
+        size = common.get("block_size", 1)
+        options |= _sparsities(ratios, size)
         if one_shot and not any(ratios.values()):
             raise HeadPruningError(
                 "The scheduler one_shot prunes initial_sparsity at once, which is 0; give it, or choose iterative."
             )
         if one_shot:
             options.pop("initial_sparsity", None)
-        if alike[0].get("block_size", 1) > 1:
-            options["weight_selection"] = _neighbours(options["target_sparsity"], alike[0]["block_size"])
-        if config.get("init_strategy", "uniform") != "uniform":
+        if size > 1:
+            options["weight_selection"] = _neighbours(options["target_sparsity"], size)
+        if uneven:
             options["init_strategy"] = config["init_strategy"]
-    elif config.get("init_strategy", "uniform") != "uniform":
-        raise HeadPruningError(f"{config['pruning_fn']} has no ratios for an init_strategy to allot; drop it.")
     if not one_shot:
         options |= {name: config[name] for key in _STEPS if (name := key.rstrip("?")) in config}
     return function.pruners[config["scheduler"]], {**options, "prune_biases": False}
+
+
+def _refuse_uneven(function: str, chosen: Mapping[str, Mapping[str, Any]], ratio: str) -> None:
+    """Raise HeadPruningError where modules differ in what one pruner has once.
+
+    Args:
+        function: the ``pruning_fn``.
+        chosen: the parameters to prune, and the keywords of each.
+        ratio: the keyword that may differ; empty where there is one threshold for all.
+    """
+    first, keys = next(iter(chosen.values())), {key for kwargs in chosen.values() for key in kwargs}
+    uneven = [key for key in keys if any(kwargs.get(key) != first.get(key) for kwargs in chosen.values())]
+    uneven = sorted({*uneven} - {"name", ratio})
+    if uneven:
+        may = f"between them only {ratio} may differ" if ratio else f"{function} has one threshold for all; give one"
+        raise HeadPruningError(f"The pruning configuration gives modules different {', '.join(uneven)}; {may}.")
 
 
 def _chosen(model: nn.Module, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -299,10 +315,11 @@ def _neighbours(sparsity: float, size: int) -> str:
     return f"{size - removed}:{size}"
 
 
-def _sparsities(ratios: Mapping[str, float]) -> dict[str, Any]:
-    """The options that say what each tensor loses."""
+def _sparsities(ratios: Mapping[str, float], size: int) -> dict[str, Any]:
+    """The options that say what each tensor loses; of neighbours the most common ratio that takes some of ``size``."""
     values = list(ratios.values())
-    common = max(set(values), key=values.count)
+    some = [value for value in values if 0 < count_of(value, size) < size] if size > 1 else []
+    common = max(set(some or values), key=values.count)
     others = {value for value in values if value != common}
     names = list(ratios)
     each = {_pattern([n for n in names if ratios[n] == value], names): value for value in sorted(others)}

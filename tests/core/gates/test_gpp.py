@@ -176,7 +176,8 @@ def test_a_run_that_has_pruned_is_not_resumed_with_another_target():
 @pytest.mark.parametrize("options, sentence", [
     ({"target_sparsity": 0.02}, "--target-sparsity 0.02 takes none of 6 heads and 36 units; raise it"),
     ({"prepruning_finetune_epochs": 6.0}, "Pruning would end with update 13 of 12"),
-    ({"target_sparsity": 1.0}, "--target-sparsity is 1.0; it must be a share below 1"),
+    ({"target_sparsity": 1.0}, "--target-sparsity is 1.0; it must be a share above 0 and below 1"),
+    ({"target_sparsity": 0.0}, "--target-sparsity is 0.0; it must be a share above 0 and below 1; for a model of"),
     ({"pruning_type": "heads"}, "--pruning-type is 'heads'; give structured_heads, structured_mlp or"),
     ({"prune_epochs": 5.0, "prepruning_finetune_epochs": 2.0}, "Pruning would end with update 14 of 12"),
 ])  # fmt: skip

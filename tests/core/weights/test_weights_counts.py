@@ -101,6 +101,30 @@ def test_each_tensor_of_a_map_goes_its_own_way():
     assert found == [[int((0.3 - 0.2 * q) * 70 + 1e-9), int((0.3 + 0.5 * q) * 70 + 1e-9)] for q in shares]
 
 
+def test_each_tensor_of_a_pattern_goes_its_own_way():
+    """int(s * M) of each M neighbours, with the tensor's own s on its way up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False), nn.Linear(8, 6, bias=False))
+    options = {"initial_sparsity": 0.0, "target_sparsity": 0.0, "threshold_decay": 0.0, "policy_begin_step": 0}
+    options |= {"weight_sparsity_map": '{"0": 0.8, "1": 0.3}', "weight_selection": "2:4", "policy_end_step": 9}
+    pruner = make_pruner("gradual_magnitude", weights_include="weight", **options, begin_pruning_step=0,
+                         pruning_frequency=1, mask_policy="retained")  # fmt: skip
+    session = PruningSession(model, None, [pruner], total_steps=12).attach()
+    found, densities = [], []
+    for step in range(12):
+        session.before_update(step)
+        session.before_step()
+        session.after_step()
+        found.append([float((layer.weight == 0).double().mean()) for layer in model])
+        densities.append(session.metrics()["prune_target"])
+    shares = [1 - (1 - t / 9) ** 3 if t < 9 else 1.0 for t in range(12)]
+    assert found == [[int(4 * s * q + 1e-9) / 4 for s in (0.8, 0.3, 0.5)] for q in shares]
+    assert found[-1] == [0.75, 0.25, 0.5] and session.at_target()
+    sizes = [32, 32, 48]
+    assert densities == pytest.approx([1 - sum(r * n for r, n in zip(row, sizes)) / 112 for row in found])
+    assert pruner.final_density() == pytest.approx(1 - (24 + 8 + 24) / 112)
+
+
 def test_the_first_mask_has_the_initial_count():
     torch.manual_seed(0)
     model = nn.Linear(20, 20, bias=False)

@@ -1,13 +1,17 @@
 """GPP and DFD in fairseq: heads and feed-forward units fade out together, runs that were stopped, what is left."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fairseq.dataclass import FairseqDataclass
 
 from fairseq_plugin.exporting.checkpoints import export_compact, export_masked
 from fairseq_plugin.host import load
+from fairseq_plugin.options import pruning_config, refuse_other_options
+from head_pruning import HeadPruningError
 from head_pruning.surgery.remaining import heads_left
 from tests.fairseq.command_lines import decoded, same_decoding
 from tests.fairseq.files import mask_beside, read, same, same_training_state, session_of, weights_of
@@ -34,6 +38,20 @@ def whole(translation, tmp_path_factory):
     options = f"{GPP} {learning(translation, folder)}"
     done = Runner(folder).run("train", translation.train(folder / "run", options))
     return folder / "run", options, done.out
+
+
+def test_a_half_that_earlier_versions_stored_as_0():
+    options = vars(pruning_config(FairseqDataclass, "Options", __name__)()) | {"pruner": "gpp"}
+    stored = {"target_sparsity": 0.0}
+    refuse_other_options("last.pt", ["gpp"], stored, SimpleNamespace(**options))
+    with pytest.raises(HeadPruningError, match="last.pt was pruned with --target-sparsity 0.0, this run has .* 0.5"):
+        refuse_other_options("last.pt", ["gpp"], stored, SimpleNamespace(**options | {"target_sparsity": 0.5}))
+
+
+def test_sums_of_the_published_gradients_are_refused_before_training(runner, translation, tmp_path):
+    words = translation.train(tmp_path / "run", f"{GPP} --published-gradients")
+    assert "--published-gradients adds up gradients of a mean loss that is not scaled" in runner.fail("train", words)
+    assert not list((tmp_path / "run").glob("*.pt"))  # an error in an update leaves a crash checkpoint
 
 
 def test_three_phases(whole):

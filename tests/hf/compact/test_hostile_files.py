@@ -79,6 +79,18 @@ def test_a_damaged_trainer_state(checkpoint, change, words):
         callback.restore(found)
 
 
+def test_an_option_that_earlier_versions_stored_unset(checkpoint):
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    settings = {"attributes": {"settings": {"pruner": "gpp", "target_sparsity": 0.0}}, "args": {}}
+    state["stateful_callbacks"]["RunSettings"] = settings
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    check_same_settings(read_checkpoint(checkpoint), {"pruner": "gpp"})
+    with pytest.raises(
+        HeadPruningError, match="run with --target_sparsity 0.0, this one is with --target_sparsity 0.5"
+    ):
+        check_same_settings(read_checkpoint(checkpoint), {"pruner": "gpp", "target_sparsity": 0.5})
+
+
 def _kept(state):
     return state["stateful_callbacks"]["HeadPruningCallback"]["attributes"]
 

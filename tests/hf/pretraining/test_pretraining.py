@@ -105,6 +105,22 @@ def test_the_scripts_hold_the_recipe():
     assert {**shared, **own}.items() <= flags(lines_of("student_pruning.sh")[0]).items()
 
 
+@pytest.mark.parametrize("percent", [90, 85])
+def test_the_presets_of_students_are_the_script(percent):
+    (line,) = lines_of("student_pruning.sh")
+    words = [*line[2:], "--target_sparsity", f"{percent / 100}", "--use_cpu"]
+    own = "--model_name_or_path teacher --teacher_path teacher --data_dir pairs --do_train --do_eval".split()
+    own += ["--use_cpu", "--save_steps", "1000", "--save_total_limit", "2", "--output_dir", "student"]
+    script = parse(words, "run_pretraining")
+    preset = parse([*own, "--preset", f"pruneofa/student-{percent}"], "run_mlm")
+    assert preset.training.to_dict() == script.training.to_dict() and preset.data == script.data
+    for ours, theirs in zip(preset.pruners, script.pruners, strict=True):
+        assert ours.name == theirs.name
+        # The published pattern and the script's leave out the same of BERT.
+        differing = {n for n, value in vars(ours.config).items() if value != getattr(theirs.config, n)}
+        assert differing == ({"weights_exclude"} if ours.name == "gradual_magnitude" else set())
+
+
 def test_documents_that_are_kept_back_when_pairs_are_made(here, teacher, caplog):
     about = read_about("pairs")
     train, validation = split_pairs("pairs", about, 5.0)

@@ -66,6 +66,24 @@ def test_heads_and_weights_in_one_run(here, both):
         assert again[name] == pytest.approx(both[name], abs=1e-5)
 
 
+def test_configurations_prune_and_lock(here):
+    """A file's, whose zeros the published one then keeps."""
+    own = {"scheduler": "iterative", "pruning_fn": "unstructured_magnitude", "not_to_prune": ["classifier"]}
+    own |= {"pruning_fn_default_kwargs": {"target_sparsity": 0.5}, "pruning_frequency": 1, "policy_end_step": 4}
+    (here / "own.json").write_text(json.dumps(own))
+    line = [word for word in LINE if word != "--do_eval"]
+    run(parse([*line, "--pruning_config", "own.json", "--output_dir", "halved"], "run_glue"))
+    more = ["--model_name_or_path", "halved", "--pruning_config", "lock_config.json", "--output_dir", "kept"]
+    run(parse([*line, *more], "run_glue"))
+    first, then = (AutoModelForSequenceClassification.from_pretrained(n).state_dict() for n in ("halved", "kept"))
+    matrices = [n for n, p in first.items() if n.endswith("weight") and p.dim() > 1 and "embeddings" not in n]
+    assert len(matrices) == 14 and "bert.pooler.dense.weight" in matrices
+    for name in matrices:
+        zeros = first[name] == 0
+        assert zeros.float().mean().item() == (0 if name == "classifier.weight" else 0.5), name
+        assert torch.equal(then[name] == 0, zeros) and not torch.equal(then[name], first[name]), name
+
+
 @pytest.mark.slow
 def test_lock_fine_tunes_a_pruned_folder(here, both):
     line = [*LINE, "--model_name_or_path", "both", "--pruner_name", "lock", "--output_dir", "locked"]
@@ -133,13 +151,40 @@ def test_a_recipe_trains_with_adamax_and_goes_on_to_the_same_bits(here):
 class TestPresets:
     LINE = "--task_name MNLI --data_dir data/MNLI --model_name_or_path m --do_train --output_dir out --use_cpu".split()
 
-    @pytest.mark.parametrize("task", ["glue", "squad"])
-    def test_recipes_of_prune_once_for_all_are_its_configurations(self, task):
-        line = self.LINE[2:] if task == "squad" else self.LINE
-        arguments = parse([*line, "--preset", f"pruneofa/{task}-85"], f"run_{task}")
-        options, config = vars(arguments.of("weights").config), PUBLISHED[f"{task}_85_config.json"]
-        wanted = {name: value for name, value in config.items() if name.endswith(("_step", "_frequency"))}
-        assert len(wanted) == 5 and wanted.items() <= options.items() and options["target_sparsity"] == 0.85
+    LINES = {
+        "run_glue": LINE,
+        "run_squad": LINE[2:],
+        "run_ner": [word.replace("data_dir", "train_file") for word in LINE[2:]],
+        "run_swag": [word.replace("data_dir", "train_file") for word in LINE[2:]],
+    }
+
+    @pytest.mark.parametrize("name", ["glue-85", "squad-85", "lock"])
+    @pytest.mark.parametrize("script", LINES)
+    def test_recipes_of_prune_once_for_all_are_its_configurations(self, script, name):
+        line, file = self.LINES[script], f"{name.replace('-', '_')}_config.json"
+        (preset,) = parse([*line, "--preset", f"pruneofa/{name}"], script).pruners
+        (config,) = parse([*line, "--do_prune", "--pruning_config", f"config/{file}"], script).pruners
+        assert preset.name == config.name and preset.config == config.config
+        options, wanted = vars(config.config), PUBLISHED[file]
+        kept = wanted["not_to_prune"]
+        assert options["weights_exclude"] == "|".join(f"(?:{text})" for text in kept) and not options["prune_biases"]
+        steps = {name: value for name, value in wanted.items() if name.endswith(("_step", "_frequency"))}
+        assert len(steps) == (0 if name == "lock" else 5) and steps.items() <= options.items()
+        assert name == "lock" or options["target_sparsity"] == 0.85
+
+    def test_a_configuration_and_what_contradicts_it(self):
+        config = "--pruning_config squad_85_config.json"
+        more = f"{config} --policy_end_step 9000 --pruner dsp --num_of_heads 3 --joint_pruning"
+        heads, weights = parse([*self.LINES["run_squad"], *more.split()], "run_squad").pruners
+        assert (heads.name, weights.name, weights.config.policy_end_step) == ("dsp", "gradual_magnitude", 9000)
+        for words, sentence in (
+            ("--preset pruneofa/lock", "--preset pruneofa/lock and --pruning_config both say what is pruned"),
+            ("--pruner_name lock", "belongs to"),
+        ):
+            with pytest.raises(HeadPruningError, match=sentence):
+                parse([*self.LINES["run_squad"], *config.split(), *words.split()], "run_squad")
+        with pytest.raises(HeadPruningError, match="student-90 is a recipe of run_pretraining.py; use that, or"):
+            parse([*self.LINE, "--preset", "pruneofa/student-90"], "run_glue")
 
     @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("platon")])
     def test_recipes_are_flags_that_fit(self, name):

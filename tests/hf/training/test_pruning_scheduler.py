@@ -32,6 +32,10 @@ ITERATIVE = {
     "pruning_frequency": 2,
     "policy_end_step": 6,
 }
+GROUPED = {
+    "pruning_fn": "grouped_unstructured_magnitude",
+    "pruning_fn_default_kwargs": {"group_target_sparsity": 0.5, "group": "a"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -389,6 +393,37 @@ def test_what_a_configuration_of_fixed_masks_cannot_use():
         pruning_scheduler_factory(tiny_bert(), config)
 
 
+def test_ratios_of_neighbours_and_of_blocks_may_differ():
+    """In each block of 4 neighbours as many go as the module's own ratio takes of 4, rounded down."""
+    uniform = {**ITERATIVE, "pruning_fn": "uniform_magnitude", "not_to_prune": ["classifier"]}
+    uniform["pruning_fn_default_kwargs"] = {"target_sparsity": 0.6, "block_size": 4}
+    uniform["weight_sparsity_map"] = {
+        "pooler": {"target_sparsity": 0.9},
+        "layer.0.output": {"target_sparsity": 0.2},
+        "layer.1.output": {"target_sparsity": 1.0},
+    }
+    model = tiny_bert()
+    before = {name: parameter.detach().abs().clone() for name, parameter in model.named_parameters()}
+    ratios = masked(uniform, model)
+    assert "bert.encoder.layer.0.output.dense.weight" not in ratios
+    assert ratios.pop("bert.encoder.layer.1.output.dense.weight") == 1.0
+    assert ratios.pop("bert.pooler.dense.weight") == 0.75 and set(ratios.values()) == {0.5} and len(ratios) == 10
+    for name in ratios:  # the smallest of each
+        order = before[name].reshape(-1, 4).argsort(-1).argsort(-1)
+        assert torch.equal(model.get_parameter(name).reshape(-1, 4) != 0, order >= 2), name
+    del uniform["weight_sparsity_map"]
+    allotted = {**uniform, "init_strategy": "er"}
+    allotted["pruning_fn_default_kwargs"] = {"target_sparsity": 0.5, "block_size": 4}
+    free = {**allotted, "pruning_fn": "unstructured_magnitude", "pruning_fn_default_kwargs": {"target_sparsity": 0.5}}
+    exact, found = masked(free), masked(allotted)
+    counts = {name: int(4 * ratio) / 4 for name, ratio in exact.items()}
+    assert found == {name: ratio for name, ratio in counts.items() if ratio} and len(set(counts.values())) > 1
+    blocks = {**uniform, "pruning_fn": "block_structured_magnitude"}
+    blocks["pruning_fn_default_kwargs"] = {"target_sparsity": 0.5, "block_dims": [2, 4]}
+    ratios = masked({**blocks, "weight_sparsity_map": {"pooler": {"target_sparsity": 0.75}}})
+    assert ratios.pop("bert.pooler.dense.weight") == 0.75 and set(ratios.values()) == {0.5}
+
+
 @pytest.mark.parametrize("change, sentence", [
     ({"freqency": 3}, "has the unknown key 'freqency'; it takes scheduler, pruning_fn"),
     ({"pruning_fn": "magnitude"}, "the pruning_fn 'magnitude'; choose one of unstructured_magnitude, uniform"),
@@ -404,6 +439,14 @@ def test_what_a_configuration_of_fixed_masks_cannot_use():
     ({"not_to_prune": [""]}, "chooses no weight of the model"),
     ({"weight_sparsity_map": {"pool": {}, "dense": {}}}, "bert.pooler.dense fits 'pool' and 'dense' of"),
     ({"weight_sparsity_map": {"pool": {"threshold_decay": 0.1}}}, "between them only target_sparsity may differ"),
+    ({"pruning_fn": "uniform_magnitude", "pruning_fn_default_kwargs": {"target_sparsity": 0.5, "block_size": 4},
+      "weight_sparsity_map": {"pool": {"block_size": 8}}},
+     "modules different block_size; between them only target_sparsity may differ"),
+    ({**GROUPED, "weight_sparsity_map": {"pool": {"group": "b"}}},
+     "modules different group; grouped_unstructured_magnitude has one threshold for all; give one"),
+    ({**GROUPED, "weight_sparsity_map": {"pool": {"group_target_sparsity": 0.9}}},
+     "modules different group_target_sparsity; grouped_unstructured_magnitude has one threshold for all"),
+    ({**GROUPED, "init_strategy": "erk"}, "has one ratio of all modules, none for an init_strategy to allot; drop it"),
     ({"explicit_prune": {"pooler.dense": {"name": "wait"}}}, "for bert.pooler.dense.wait, which the model has not"),
     ({"explicit_prune": {"word_embed": {"name": "weight"}}}, "word_embeddings.weight, which is never pruned"),
     ({"weight_sparsity_map": {"polar": {}}}, "'polar' of weight_sparsity_map fits no pruned module; correct it"),
