@@ -31,6 +31,7 @@ from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
 from .outputs import NEEDS, LastLayer, Recorder, last_of
 from .pruner import Pruner
+from .quantization.engine.linears import refuse_integers
 from .registry import KINDS
 from .states import check_tensors, checked_entry
 from .surgery.zeros import HeadWeights
@@ -171,11 +172,12 @@ class PruningSession:
         """Put gates and masks on. If that fails, the model is left as it was.
 
         Raises:
-            HeadPruningError: the session is attached already, the heads are gated already, or options do not fit the
-                model.
+            HeadPruningError: the session is attached already, the heads are gated already, the weights are stored
+                integers, or options do not fit the model.
         """
         if self._attached:
             raise HeadPruningError("The session is attached already; detach() it first to start anew.")
+        refuse_integers(self.model)
         for pruner in self.pruners:
             pruner.check_options()
         if self.gated:

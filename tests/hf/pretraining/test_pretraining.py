@@ -199,17 +199,37 @@ def test_logits_in_chunks_train_like_those_that_are_all_there(here, teacher, mor
         assert trainer.session.pruners[0].config.distill_sum
 
 
-def test_a_model_without_a_head_for_the_next_sentence_learns_words(here, teacher, caplog):
+def _distil(folder) -> None:
     torch.manual_seed(1)
     sizes = {"vocab_size": len(WORDS) + 5, "dim": 16, "n_heads": 4, "n_layers": 1, "hidden_dim": 32}
-    DistilBertForMaskedLM(DistilBertConfig(**sizes)).save_pretrained(here / "distil")
-    AutoTokenizer.from_pretrained("bert-base-uncased").save_pretrained(here / "distil")
+    DistilBertForMaskedLM(DistilBertConfig(**sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained("bert-base-uncased").save_pretrained(folder)
+
+
+def test_a_model_without_a_head_for_the_next_sentence_learns_words(here, teacher, caplog):
+    _distil(here / "distil")
     words = "--data_dir pairs --model_name_or_path distil --do_train --do_eval --output_dir words".split()
     more = "--max_steps 2 --gradient_accumulation_steps 2 --gradient_checkpointing --bf16".split()
     with caplog.at_level("INFO"):
         metrics = run(parse([*words, *TINY, *more], "run_mlm"))
     assert "no head for the next sentence" in caplog.text
     assert "eval_nsp_loss" not in metrics and metrics["eval_mlm_loss"] == pytest.approx(metrics["eval_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("start", ["teacher", "words-alone"])
+def test_an_8_bit_model_scores_as_it_did_in_training(here, teacher, start):
+    pytest.importorskip("torchao")
+    if start == "words-alone":
+        _distil(here / start)
+    line = "--data_dir pairs --do_eval --model_name_or_path".split()
+    more = [*TINY, "--do_train", "--do_quantization", "--max_steps", "2", "--output_dir", f"int8-{start}"]
+    trained = run(parse([*line, start, *more], "run_pretraining"))
+    more = ["--use_cpu", "--output_dir", f"int8-{start}-scored"]
+    scored = run(parse([*line, f"int8-{start}", *more], "run_pretraining"))
+    names = {name for name in trained if name.startswith("eval_") and "second" not in name and "runtime" not in name}
+    assert len(names) >= 3 and {name: scored[name] for name in names} == {name: trained[name] for name in names}
+    with pytest.raises(HeadPruningError, match=f"weights in int8-{start} are 8-bit integers"):
+        run(parse([*line, f"int8-{start}", *TINY, "--do_train", "--output_dir", "refused"], "run_pretraining"))
 
 
 def _masker(tokenizer, **options) -> Masker:
