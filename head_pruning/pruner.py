@@ -37,6 +37,10 @@ class SessionView(Protocol):
         """The same on the device, counts behind the gradients; nothing is waited for."""
 
     @property
+    def greatest(self) -> Optional[Callable[[torch.Tensor], Any]]:
+        """Takes the greatest of each value over the ranks, in place; None when there is one rank."""
+
+    @property
     def needs(self) -> frozenset:
         """What all pruners of the session need of a model's outputs."""
 

@@ -291,7 +291,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._saved_step = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:
-                self.session.all_reduce = torch.distributed.all_reduce
+                self.session.all_reduce = reduce = torch.distributed.all_reduce
+                self.session.all_greatest = functools.partial(reduce, op=torch.distributed.ReduceOp.MAX)
         self._check_host(args)
         if self.session.overrides("size_before"):
             check_sizes(self.session)
