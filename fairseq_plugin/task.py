@@ -99,6 +99,7 @@ class HeadPruningMixin(_Task):
             pruners,
             seed=self.options.seed,
             all_reduce=_all_reduce if _ranks() > 1 else None,
+            all_greatest=functools.partial(_all_reduce, op="max") if _ranks() > 1 else None,
             load_teacher=functools.partial(load_teacher, self, model),
             weights_come_later=True,
         )
@@ -290,8 +291,8 @@ def _ranks() -> int:
     return distributed_utils.get_world_size(distributed_utils.get_data_parallel_group())
 
 
-def _all_reduce(tensor: torch.Tensor) -> None:
-    distributed_utils.all_reduce(tensor, group=distributed_utils.get_data_parallel_group())
+def _all_reduce(tensor: torch.Tensor, op: str = "sum") -> None:
+    distributed_utils.all_reduce(tensor, distributed_utils.get_data_parallel_group(), op)
 
 
 def register_prunable(name: str) -> None:

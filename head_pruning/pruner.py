@@ -38,6 +38,10 @@ class SessionView(Protocol):
         """The same on the device, counts behind the gradients; nothing is waited for."""
 
     @property
+    def greatest(self) -> Optional[Callable[[torch.Tensor], Any]]:
+        """Takes the greatest of each value over the ranks, in place; None when there is one rank."""
+
+    @property
     def needs(self) -> frozenset:
         """What all pruners of the session need of a model's outputs."""
 
@@ -147,6 +151,12 @@ class Pruner:
     def detach(self) -> None:
         """Leave the model as it was."""
         self.session = None  # type: ignore[assignment]
+
+    def begin_anew(self) -> None:
+        """Training begins once more, with the model as it is now: be again as :meth:`attach` left it."""
+        session = self.session
+        self.detach()
+        self.attach(session)
 
     def follow(self) -> None:
         """Other parameters may stand in the model's places: a host made shards of them."""

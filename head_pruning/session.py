@@ -31,6 +31,7 @@ from .gates.engine.bank import GateBank, refuse_gates
 from .masks import HeadMask
 from .outputs import NEEDS, LastLayer, Recorder, last_of
 from .pruner import Pruner
+from .quantization.engine.linears import refuse_integers
 from .registry import KINDS
 from .states import check_tensors, checked_entry
 from .surgery.zeros import HeadWeights
@@ -82,6 +83,7 @@ class PruningSession:
         seed: of every draw; the same on all ranks.
         total_steps: updates in training if known, for step counts given as fractions.
         all_reduce: sums a float64 tensor over the data-parallel ranks in place; None when there is one rank.
+        all_greatest: takes the greatest of each value of a float tensor over these ranks in place; quantizers need it.
         fired_within: every targeted site must have run within this many updates (1; more for models that drop layers).
         time_first: whether the model's layers give ``[T, B, width]`` instead of ``[B, T, width]``.
         read_attention: finds the probabilities ``[B, H, T, S]`` in what an attention module gives; default: its last
@@ -124,6 +126,7 @@ class PruningSession:
         seed: int = 1,
         total_steps: Optional[int] = None,
         all_reduce: Optional[Callable[[torch.Tensor], Any]] = None,
+        all_greatest: Optional[Callable[[torch.Tensor], Any]] = None,
         fired_within: int = 1,
         time_first: bool = False,
         read_attention: Callable[[Any], Optional[torch.Tensor]] = last_of,
@@ -140,7 +143,7 @@ class PruningSession:
         self.total_steps, self.steps_per_epoch, self.warmup_steps = total_steps, steps_per_epoch, warmup_steps
         self.load_teacher, self.weights_come_later = load_teacher, weights_come_later
         self.sums_losses = sums_losses
-        self.all_reduce = all_reduce
+        self.all_reduce, self.all_greatest = all_reduce, all_greatest
         self.fired_within = fired_within
         gating = [pruner for pruner in self.pruners if pruner.needs_gates]
         self.gated = bool(gating)
@@ -174,11 +177,12 @@ class PruningSession:
         """Put gates and masks on. If that fails, the model is left as it was.
 
         Raises:
-            HeadPruningError: the session is attached already, the heads are gated already, or options do not fit the
-                model.
+            HeadPruningError: the session is attached already, the heads are gated already, the weights are stored
+                integers, or options do not fit the model.
         """
         if self._attached:
             raise HeadPruningError("The session is attached already; detach() it first to start anew.")
+        refuse_integers(self.model)
         for pruner in self.pruners:
             pruner.check_options()
         if self.gated:
@@ -206,6 +210,17 @@ class PruningSession:
         self._started = self._stepping = self.hardened = False
         self._phases = [0] * len(self.pruners)
         return self
+
+    def begin_anew(self) -> None:
+        """Forget what was learnt and planned since :meth:`attach`: the host begins training once more, with update 0.
+
+        The model keeps the weights that it has now, and teachers are what they were.
+        """
+        self.skip_update()
+        for pruner in self.pruners:
+            pruner.begin_anew()
+        self.step, self._phases, self._updates_here = 0, [0] * len(self.pruners), 0
+        self._started = False
 
     def follow(self) -> None:
         """Look the model's parameters up anew: the host put others, shards of them (FSDP2), in their places.
@@ -609,6 +624,20 @@ class PruningSession:
         if self.all_reduce is not None:
             self.all_reduce(flat)
         return flat
+
+    @property
+    def greatest(self) -> Optional[Callable[[torch.Tensor], Any]]:
+        """Takes the greatest of each value over the ranks, in place; None when there is one rank.
+
+        Raises:
+            HeadPruningError: the host sums over ranks, and gave no ``all_greatest``.
+        """
+        if self.all_reduce is not None and self.all_greatest is None:
+            raise HeadPruningError(
+                "A pruner needs the greatest of values over the ranks, and the session can only sum; give it "
+                "all_greatest beside all_reduce (torch.distributed.all_reduce with ReduceOp.MAX)."
+            )
+        return self.all_greatest
 
     def collect(self, gradients: torch.Tensor, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum gradients and counts over the ranks and bring them to the host as float64: the one sync of an update."""

@@ -15,6 +15,7 @@ from ..errors import HeadPruningError, one_line
 from ..pruner import Pruner, SessionView
 from ..registry import register_pruner
 from ..schedules import STEPS, resolve_steps
+from .engine.inputs import QuantizedInput, begin_update, end_update
 
 RANGES = ("token", "average")
 
@@ -97,6 +98,10 @@ class QatPruner(Pruner):
     def _prepared(self) -> list[Any]:
         return [self.session.model.get_submodule(name) for name in self._layers]
 
+    @property
+    def _inputs(self) -> list[QuantizedInput]:
+        return [layer.activation_fake_quantizer for layer in self._prepared]
+
     def _switch(self, on: bool) -> None:
         for layer in self._prepared:
             layer.weight_fake_quantizer.enabled = layer.activation_fake_quantizer.enabled = on
@@ -109,6 +114,12 @@ class QatPruner(Pruner):
             )
         if not self._begun and step >= self._begin:
             self._switch(True)
+        if self._begun:
+            begin_update(self._inputs)
+
+    def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
+        if self._begun:
+            end_update(self._inputs, self.session.greatest)
 
     def at_target(self) -> bool:
         return self._begun
@@ -125,17 +136,17 @@ class QatPruner(Pruner):
     def save_beside(self, folder: Path) -> None:
         from .engine.files import save_ranges
 
-        inputs = {name: layer.activation_fake_quantizer for name, layer in zip(self._layers, self._prepared)}
-        save_ranges(folder, self.config.input_ranges, {name: each.state()[2:] for name, each in inputs.items()})
+        inputs = zip(self._layers, self._inputs)
+        save_ranges(folder, self.config.input_ranges, {name: each.state()[2:] for name, each in inputs})
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        states = [layer.activation_fake_quantizer.state() for layer in self._prepared]
+        states = [each.state() for each in self._inputs]
         return {"begun": np.array([float(self._begun)]), "ranges": np.array(states, dtype=float).flatten()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         ranges = state["ranges"].reshape(len(self._layers), 4)
-        for layer, values in zip(self._prepared, ranges.tolist()):
-            layer.activation_fake_quantizer.load(values)
+        for each, values in zip(self._inputs, ranges.tolist()):
+            each.load(values)
         self._switch(bool(state["begun"][0]))
 
 

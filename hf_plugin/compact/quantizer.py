@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from head_pruning import HeadPruningError
+from head_pruning.quantization.engine.linears import quantized_linears
 from head_pruning.surgery.remaining import recipe_of
 
 METHOD = "head_pruning"
@@ -130,9 +131,26 @@ def _mark_after(original: Callable[..., Any]) -> Callable[..., Any]:
     def postprocess_model(self: HfQuantizer, model: Any, *args: Any, **options: Any) -> Any:
         result = original(self, model, *args, **options)
         mark_compact(model)
+        _keep_in_parts(model)
         return result
 
     return postprocess_model
+
+
+def _keep_in_parts(model: Any) -> None:
+    """Let a model with 8-bit weights be saved once more.
+
+    transformers undoes the conversions of loading when it saves, and raises at torchao's, which has no way back; but
+    torchao's tensors are in parts again by then.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and quantized_linears(model):
+        from transformers.integrations.torchao import TorchAoDeserialize
+
+        def joins(conversion: Any) -> bool:
+            return any(isinstance(each, TorchAoDeserialize) for each in getattr(conversion, "operations", ()))
+
+        model._weight_conversions = [each for each in conversions if not joins(each)]
 
 
 # No quantizer but ours knows of recipes, and transformers calls no other place between building and loading a model.

@@ -29,6 +29,7 @@ from ..host import COMPANIONS
 from ..mapping.unit_map import unit_map
 from ..saving.folders import save_pruned
 from ..scripts import logs
+from ..scripts.models import refuse_stored_integers
 from ..scripts.output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from ..scripts.run import first_examples
 from . import compute_metrics, find_task, load_task
@@ -107,6 +108,7 @@ class MichelRun:
 
     def _check_sizes(self, twin: nn.Module) -> None:
         """Raise HeadPruningError if the rounds do not fit models like ``twin``, or leave no count of ``--save_at``."""
+        refuse_stored_integers(twin.config, self.arguments.model_name_or_path)
         left = round_sizes(self._numbered(twin), self._per_round)
         missing = [count for count in self.arguments.sizes if count not in left]
         if missing:

@@ -9,8 +9,6 @@ from transformers import PreTrainedModel
 from head_pruning import PruningSession
 from head_pruning.quantization.engine.linears import base_config, quantized_linears
 
-_MARKS = ("quantization_config", "hf_quantizer")
-
 
 @contextlib.contextmanager
 def stored_form(model: nn.Module, session: PruningSession) -> Iterator[None]:
@@ -42,3 +40,14 @@ def _told_quantized(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.config.quantization_config, model.hf_quantizer
+
+
+@contextlib.contextmanager
+def only_evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside the block a Trainer may be built on a quantized model, which it refuses, also where it will not train."""
+    marked = vars(model).pop("is_quantized", None)
+    try:
+        yield
+    finally:
+        if marked is not None:
+            model.is_quantized = marked

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from head_pruning import HeadPruningError
 from head_pruning.errors import one_line
+from head_pruning.quantization.engine.linears import CURE_OF_INTEGERS
 
 from ..command_line.fields import ModelArguments
 
@@ -67,6 +68,12 @@ def check_twin(auto: Any, config: Any, fits: Callable[[nn.Module], Any]) -> None
         return
     finally:
         logging.disable(before)
+
+
+def refuse_stored_integers(config: Any, name: str) -> None:
+    """Raise HeadPruningError if the model ``name`` of this configuration is stored with torchao's 8-bit weights."""
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "torchao":
+        raise HeadPruningError(f"The weights in {name} are 8-bit integers, {CURE_OF_INTEGERS}")
 
 
 def load_model(auto: Any, name: str, learners: Sequence[str] = (), **options: Any) -> tuple[Any, Optional[int]]:

@@ -24,7 +24,7 @@ from head_pruning.report.weights import session_counts, sum_counts
 from ..command_line.arguments import Arguments
 from ..saving.card import dense_card
 from ..saving.folders import describe_pruned, save_pruned
-from ..saving.quantized import stored_form
+from ..saving.quantized import only_evaluated, stored_form
 from ..training.callback import refuse_broken
 from ..training.checkpoints import Checkpoint, check_resumable, last_checkpoint
 from ..training.optimizers import check_resumed, trainer_options
@@ -34,6 +34,7 @@ from ..training.trainer import HeadPruningTrainer
 from ..training.weights import save_weight_masks_and_report
 from ..training.wrapping import save_at_once, wrap_checkpoints, wrap_end
 from .logs import no_bars, set_up
+from .models import refuse_stored_integers
 from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
 from .settings import RunSettings, check_same_settings, settings_of
 
@@ -179,10 +180,12 @@ class TaskRun:
         shutil.rmtree(self.out / SIZES_FOLDER, ignore_errors=True)
 
     def fits(self, twin: nn.Module) -> None:
-        """Raise HeadPruningError if the pruners' options do not fit models like ``twin``, which is left as it is.
+        """Raise HeadPruningError if models like ``twin``, which is left as it is, cannot be trained with the options.
 
         Distillers, which would load a teacher, are left out.
         """
+        if self.arguments.training.do_train:
+            refuse_stored_integers(twin.config, self.arguments.model.model_name_or_path)
         cutting = [each for each in self.arguments.pruners if each.kind in ("heads", "units", "weights")]
         if cutting:
             pruners = [type(each)(copy.deepcopy(each.config)) for each in cutting]
@@ -194,7 +197,8 @@ class TaskRun:
         options = {"args": arguments.training, **trainer_options(arguments.optimizer, arguments.training), **options}
         options["callbacks"] = [RunSettings(self.settings), *options.get("callbacks", [])]
         if not arguments.pruners:
-            trainer = self.dense_trainer(**options)
+            with contextlib.nullcontext() if arguments.training.do_train else only_evaluated(options["model"]):
+                trainer = self.dense_trainer(**options)
             wrap_end(trainer, lambda: 0 if self.resume is None else self.resume.step)
             wrap_checkpoints(trainer)
             return self._prepared(trainer)

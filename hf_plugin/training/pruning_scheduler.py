@@ -44,7 +44,7 @@ class PruningScheduler:
         if id(optimizer) in self._stepped:
             raise HeadPruningError(
                 "The optimizer steps once more, but scheduler.step() was not called since; call it after each "
-                "optimizer.step()."
+                "optimizer.step(), or with a Trainer scheduler.add_to(trainer) once, before it trains."
             )
         if not self._stepped:
             self.session.after_backward()

@@ -66,6 +66,8 @@ def pruners(variant: str) -> list:
         # The gradients of key biases are rounding alone, since softmax does not see them: nothing to choose by.
         options = {"weights_exclude": r"key\.bias$", **options}
         return [pruner(method, **(options if "gradual" in method else {**cubic, **options}))]
+    if variant in ("token", "average"):
+        return [pruner("qat", quantization_begin=2, input_ranges=variant)]
     if variant == "dfd":
         return [pruner("dfd", window_size=2, distill_logits=1.0)]
     schedule = {"annealing": True, "cooldown_steps": 6, "initial_temperature": 1.0}
@@ -109,6 +111,8 @@ def train(folder: Path, variant: str, resume: bool, sharded: bool) -> None:
         state = trainer.session.pruners[0].state_dict()
         values.update({name: state[name] for name in ("logits", "z", "learnt") if name in state})
         values["gradients"] = trainer.session.gates.gradients.numpy()
+    if trainer.session.of_kind("quantizes"):
+        values["ranges"] = trainer.session.pruners[0].state_dict()["ranges"].reshape(-1, 4)
     values.update({f"mask.{name}": mask.numpy() for name, mask in trainer.session.weight_masks().items()})
     trainer.save_model(str(folder / "outcome"))
     np.savez(folder / f"rank{os.environ.get('RANK', '0')}.npz", **values)

@@ -14,6 +14,10 @@ from .inputs import QuantizedInput
 from .tensors import is_quantized
 
 NEEDS_TORCHAO = "torchao is needed for this; install it: pip install 'head-pruning[int8]'."
+CURE_OF_INTEGERS = (
+    "which can be evaluated, but not trained or pruned; start from the model in floats that they were made from, and "
+    "quantize that in training (--do_quantization)."
+)
 # Hooks of a module, which go with its name and not with the object in its place.
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))]
 
@@ -35,6 +39,13 @@ def quantized_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers of the model whose weights hold integers."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return {name: module for name, module in found if is_quantized(module.weight)}
+
+
+def refuse_integers(model: nn.Module) -> None:
+    """Raise HeadPruningError if the model is stored with 8-bit weights, which nothing can train or mask."""
+    found = next(iter(quantized_linears(model)), None)
+    if found is not None:
+        raise HeadPruningError(f"The model's weights are 8-bit integers ({found}.weight), {CURE_OF_INTEGERS}")
 
 
 def is_fake_quantized(model: nn.Module) -> bool:

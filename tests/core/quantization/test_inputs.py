@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from head_pruning.quantization.engine.inputs import QuantizedInput
+from head_pruning.quantization.engine.inputs import QuantizedInput, begin_update, end_update
 
 BATCHES = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
 
@@ -38,3 +38,49 @@ def test_nothing_is_rounded_by_a_range_that_is_not_there():
     assert torch.equal(other(BATCHES[0]), rounded)
     other.load([0.0] * 4)
     assert torch.equal(other(BATCHES[0]), BATCHES[0])
+
+
+def moved_by(batches, over_ranks=None, start=None) -> QuantizedInput:
+    """One update of these micro-batches."""
+    layer = quantized()
+    if start is not None:
+        layer.load(start)
+    begin_update([layer])
+    for batch in batches:
+        layer(batch)
+    end_update([layer], over_ranks)
+    return layer
+
+
+@pytest.mark.parametrize("start", [None, [-0.5, 2.5, 3.0 / 255, 42.0]])
+def test_the_range_of_an_update_is_that_of_all_its_micro_batches(start):
+    whole = quantized()
+    if start:
+        whole.load(start)
+    expected = whole(torch.cat(list(BATCHES)))
+    several, alone = moved_by(BATCHES, start=start), moved_by([torch.cat(list(BATCHES))], start=start)
+    assert several.state() == alone.state() == whole.state()
+    assert torch.equal(several.eval()(torch.cat(list(BATCHES))), expected)
+    for batch in BATCHES:  # and between updates each forward is one
+        whole(batch), several.train()(batch)
+    assert several.state() == whole.state()
+
+
+def test_two_ranks_hold_the_range_of_both():
+    """The second is told what the first would send; what each computes before is as on one process."""
+    sent: list[torch.Tensor] = []
+    moved_by(BATCHES[:1], over_ranks=sent.append)
+    moved_by(BATCHES[1:], over_ranks=sent.append)
+    first, second = (moved_by(part, lambda t: t.copy_(torch.maximum(*sent))) for part in (BATCHES[:1], BATCHES[1:]))
+    assert first.state() == second.state() == moved_by(BATCHES).state()
+
+
+def test_a_layer_that_no_micro_batch_reached_keeps_its_range():
+    start = quantized()
+    start(BATCHES[0])
+    layer, other = quantized(), quantized()
+    layer.load(start.state())
+    begin_update([layer, other])
+    other(BATCHES[0]), other(BATCHES[1])
+    end_update([layer, other])
+    assert layer.state() == start.state() != other.state()

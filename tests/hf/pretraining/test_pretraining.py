@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForPreTraining, DistilBertConfig, DistilBertForMaskedLM
 
 from head_pruning import HeadPruningError
+from head_pruning.weights import load_weight_masks
 from hf_plugin.command_line.arguments import parse
 from hf_plugin.pretraining.batches import IGNORED, Masker, Template, word_starts
 from hf_plugin.pretraining.folder import read_about
@@ -26,9 +27,10 @@ from tests.hf.training.test_two_ranks import free_port
 pytest.importorskip("sentencex")
 
 SCRIPTS = ROOT / "research" / "prune-once-for-all"
-# Epochs of about 8 updates: the run is stopped in the middle of the second.
-SHORT = [*TINY, "--save_steps", "11", "--logging_steps", "1", "--max_steps", "14"]
-SCHEDULE = "--policy_end_step 8 --end_pruning_step 11 --pruning_frequency 2".split()
+# Epochs of 9 updates: the run is stopped in the second, while sparsity rises and before it rewinds once more.
+KILLED = 10
+SHORT = [*TINY, "--save_steps", str(KILLED), "--logging_steps", "1", "--max_steps", "14"]
+SCHEDULE = "--policy_end_step 12 --end_pruning_step 13 --pruning_frequency 2".split()
 
 
 def lines_of(script: str) -> list[list[str]]:
@@ -165,9 +167,9 @@ def test_a_student_is_pruned_but_for_heads_and_embeddings(here, student):
         elif tensor.dim() > 1:
             assert share < 0.05, name
     assert metrics["weights_total"] == sum(weights[name].numel() for name in pruned)
-    history = json.loads((here / "student" / "trainer_state.json").read_text())["log_history"]
+    history = _history(here / "student")
     factors = [entry["lr_factor"] for entry in history if "lr_factor" in entry]
-    assert len(factors) == 14 and factors[-1] == pytest.approx(13 / 5)  # the linear rate falls more slowly
+    assert len(factors) == 14 and factors[-1] == pytest.approx(13)  # where the linear rate is a 13th
     assert all("logits_logits_loss" in entry for entry in history if "lr_factor" in entry)
 
 
@@ -178,13 +180,24 @@ def test_a_student_is_pruned_but_for_heads_and_embeddings(here, student):
 def test_a_killed_run_ends_bit_equal(here, request, stage, more, files):
     line, metrics = request.getfixturevalue(stage)
     killed = f"killed-{stage}"
-    shutil.copytree(here / stage / "checkpoint-11", here / killed / "checkpoint-11")
-    epoch = json.loads((here / killed / "checkpoint-11" / "trainer_state.json").read_text())["epoch"]
-    assert 1 < epoch < 2
+    checkpoint = here / killed / f"checkpoint-{KILLED}"
+    shutil.copytree(here / stage / checkpoint.name, checkpoint)
+    assert 1 < json.loads((checkpoint / "trainer_state.json").read_text())["epoch"] < 2
     again = run(parse([*line, *SHORT, *more, "--output_dir", killed], "run_pretraining"))
+    if stage == "student":
+        log = [each for each in _history(here / killed) if "weights_kept" in each]
+        kept = {each["step"]: each["weights_kept"] for each in log}
+        masks = [kept[step] for step in (KILLED, KILLED + 2, 14)]
+        assert masks == sorted(set(masks), reverse=True)  # drawn after the run went on, twice
+        rates = [each["lr_factor"] * each["learning_rate"] for each in log if each["step"] > KILLED]
+        assert any(later > earlier for earlier, later in zip(rates, rates[1:]))  # and rewound
     for name in files:
         assert (here / killed / name).read_bytes() == (here / stage / name).read_bytes(), name
     assert again["eval_perplexity"] == metrics["eval_perplexity"]
+
+
+def _history(folder) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 def _built(*more: str) -> PretrainingRun:
@@ -215,17 +228,70 @@ def test_logits_in_chunks_train_like_those_that_are_all_there(here, teacher, mor
         assert trainer.session.pruners[0].config.distill_sum
 
 
-def test_a_model_without_a_head_for_the_next_sentence_learns_words(here, teacher, caplog):
+def _distil(folder) -> None:
     torch.manual_seed(1)
     sizes = {"vocab_size": len(WORDS) + 5, "dim": 16, "n_heads": 4, "n_layers": 1, "hidden_dim": 32}
-    DistilBertForMaskedLM(DistilBertConfig(**sizes)).save_pretrained(here / "distil")
-    AutoTokenizer.from_pretrained("bert-base-uncased").save_pretrained(here / "distil")
+    DistilBertForMaskedLM(DistilBertConfig(**sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained("bert-base-uncased").save_pretrained(folder)
+
+
+def test_a_model_without_a_head_for_the_next_sentence_learns_words(here, teacher, caplog):
+    _distil(here / "distil")
     words = "--data_dir pairs --model_name_or_path distil --do_train --do_eval --output_dir words".split()
     more = "--max_steps 2 --gradient_accumulation_steps 2 --gradient_checkpointing --bf16".split()
     with caplog.at_level("INFO"):
         metrics = run(parse([*words, *TINY, *more], "run_mlm"))
     assert "no head for the next sentence" in caplog.text
     assert "eval_nsp_loss" not in metrics and metrics["eval_mlm_loss"] == pytest.approx(metrics["eval_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("start", ["teacher", "words-alone"])
+def test_an_8_bit_model_scores_as_it_did_in_training(here, teacher, start):
+    pytest.importorskip("torchao")
+    if start == "words-alone":
+        _distil(here / start)
+    line = "--data_dir pairs --do_eval --model_name_or_path".split()
+    more = [*TINY, "--do_train", "--do_quantization", "--max_steps", "2", "--output_dir", f"int8-{start}"]
+    trained = run(parse([*line, start, *more], "run_pretraining"))
+    more = ["--use_cpu", "--output_dir", f"int8-{start}-scored"]
+    scored = run(parse([*line, f"int8-{start}", *more], "run_pretraining"))
+    names = {name for name in trained if name.startswith("eval_") and "second" not in name and "runtime" not in name}
+    assert len(names) >= 3 and {name: scored[name] for name in names} == {name: trained[name] for name in names}
+    with pytest.raises(HeadPruningError, match=f"weights in int8-{start} are 8-bit integers"):
+        run(parse([*line, f"int8-{start}", *TINY, "--do_train", "--output_dir", "refused"], "run_pretraining"))
+
+
+@pytest.fixture(scope="module")
+def plain(place, teacher):
+    """A student's few updates, in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return _student("plain")
+
+
+def _student(out: str, *more: str) -> dict[str, float]:
+    (line,) = lines_of("student_pruning.sh")
+    own = "--max_steps 6 --policy_end_step 3 --end_pruning_step 4 --pruning_frequency 1 --output_dir".split()
+    return run(parse([*line[2:], *TINY, "--logging_steps", "1", *own, out, *more], "run_pretraining"))
+
+
+@pytest.mark.parametrize("flags, close", [
+    pytest.param("--gradient_checkpointing", 1e-5, marks=pytest.mark.slow),
+    ("--gradient_checkpointing --bf16", 2e-2),
+    ("--torch_compile --torch_compile_backend eager", 1e-4),
+])  # fmt: skip
+def test_a_student_is_pruned_alike_however_it_computes(here, plain, flags, close):
+    out = "-".join(flags.split()).replace("--", "")
+    found = _student(out, *flags.split())
+    assert found["weights_kept"] == plain["weights_kept"]
+    for name in ("eval_mlm_loss", "eval_nsp_loss", "train_loss"):
+        assert found[name] == pytest.approx(plain[name], rel=close), name
+    for entry, expected in zip(_history(here / out), _history(here / "plain")):
+        if "lr_factor" in expected:
+            assert entry["logits_logits_loss"] == pytest.approx(expected["logits_logits_loss"], rel=close, abs=close)
+    masks, others = (load_weight_masks(here / folder / "masks.safetensors") for folder in (out, "plain"))
+    changed = sum(int((masks[name] != others[name]).sum()) for name in others)
+    assert changed <= (0 if close < 1e-2 else 0.02 * plain["weights_total"])
 
 
 def _masker(tokenizer, **options) -> Masker:

@@ -10,11 +10,14 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModel, AutoModelForTokenClassification
 
 from head_pruning import HeadPruningError
 from head_pruning.weights import load_weight_masks
+from hf_plugin import mark_compact, prune_heads
 from hf_plugin.command_line.arguments import parse
+from hf_plugin.command_line.michel import parse_michel
+from hf_plugin.glue.michel import run as run_michel
 from hf_plugin.ner.entities import entities, entity_scores
 from hf_plugin.ner.run import NONE, NerRun
 from hf_plugin.swag.run import COLUMNS
@@ -29,6 +32,7 @@ TASKS = {
     "tokens": "run_ner --train_file data/train.json --validation_file data/dev.json --test_file data/test.jsonl",
     "choice": "run_swag --train_file data/swag.csv --validation_file data/swag.csv",
 }
+MODULES = {f"run_{name}": f"hf_plugin.{name}.run" for name in ("glue", "squad", "ner", "swag")}
 LINE = """--model_name_or_path sparse --pruner_name lock --do_train --do_eval --cache_dir cache --use_cpu
     --disable_tqdm True --max_steps 6 --save_steps 3 --save_total_limit 2 --per_device_train_batch_size 4
     --learning_rate 1e-3 --seed 3 --output_dir""".split()
@@ -71,8 +75,7 @@ def here(place, monkeypatch):
 
 def run(task: str, out: str, *more: str) -> dict[str, float]:
     script, *line = TASKS[task].split()
-    module = {"run_glue": "glue", "run_squad": "squad", "run_ner": "ner", "run_swag": "swag"}[script]
-    return importlib.import_module(f"hf_plugin.{module}.run").run(parse([*line, *LINE, out, *more], script))
+    return importlib.import_module(MODULES[script]).run(parse([*line, *LINE, out, *more], script))
 
 
 def same_zeros(folder) -> None:
@@ -170,6 +173,42 @@ def test_mistakes_end_in_a_sentence(here, task, flags, sentence):
     (here / "data" / "word.json").write_text('{"tokens": ["bar", null], "ner_tags": ["O", "O"]}\n')
     with pytest.raises(HeadPruningError, match=sentence):
         run(task, f"mistake-{abs(hash(flags))}", *flags.split())
+
+
+# -- 8-bit folders ----------------------------------------------------------------------------------------------------
+
+
+def _folder(here, kind: str) -> str:
+    """What a run starts from: the sparse model, whole or without some of its heads."""
+    if kind == "compact" and not (here / kind).is_dir():
+        shutil.copytree(here / "sparse", here / kind)
+        model = AutoModel.from_pretrained("sparse")
+        prune_heads(model, {0: [0], 1: list(range(model.config.num_attention_heads))})
+        mark_compact(model)
+        model.save_pretrained(here / kind)
+    return "sparse" if kind == "whole" else kind
+
+
+@pytest.mark.parametrize("kind", ["whole", "compact"])
+@pytest.mark.parametrize("task", few(TASKS, "tokens"))
+def test_an_8_bit_folder_scores_as_it_did_in_training(here, task, kind):
+    pytest.importorskip("torchao")
+    out, name = f"int8-{task}-{kind}", _folder(here, kind)
+    trained = run(task, out, "--model_name_or_path", name, "--do_quantization", "--max_steps", "2")
+    script, *line = TASKS[task].split()
+    line += ["--model_name_or_path", out, "--cache_dir", "cache", "--use_cpu", "--disable_tqdm", "True"]
+    more = [] if task == "choice" else ["--do_predict"]  # it has no test set
+    start = importlib.import_module(MODULES[script]).run
+    scored = start(parse([*line, "--do_eval", *more, "--output_dir", f"{out}-scored"], script))
+    names = {n for n in trained if n.startswith("eval_") and "second" not in n and "runtime" not in n}
+    assert len(names) >= 3 and {n: scored[n] for n in names} == {n: trained[n] for n in names}
+    for others in ([], ["--pruner_name", "lock"]):
+        with pytest.raises(HeadPruningError, match=f"weights in {out} are 8-bit integers, .* start from the model in"):
+            start(parse([*line, *others, "--do_train", "--output_dir", f"{out}-refused"], script))
+    if task == "classification":
+        line = "--task_name CoLA --data_dir data/CoLA --num_of_heads 1 --no_cuda --output_dir refused".split()
+        with pytest.raises(HeadPruningError, match=f"weights in {out} are 8-bit integers"):
+            run_michel(parse_michel([*line, "--model_name_or_path", out]))
 
 
 # -- entities -------------------------------------------------------------------------------------------------------

@@ -76,6 +76,27 @@ def test_the_stored_model_computes_what_was_trained(trained):
     assert config["quantization_config"]["quant_method"] == "torchao" and config["removed_heads"]["sites"]
 
 
+@pytest.mark.parametrize("name", ["whole", "compact"])
+def test_a_loaded_model_is_saved_as_what_it_is(trained, tmp_path, name):
+    model = AutoModelForSequenceClassification.from_pretrained(trained[name][0])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert same(*(load_file(folder / "model.safetensors") for folder in (tmp_path, trained[name][0])))
+
+
+@pytest.mark.parametrize("method", [
+    pruner("lock"), pruner("dsp", num_of_heads=3), pruner("qat"), pruner("magnitude", final_threshold=0.5),
+    pruner("logits"),
+])  # fmt: skip
+def test_integers_are_neither_trained_nor_pruned(trained, method):
+    model = AutoModelForSequenceClassification.from_pretrained(trained["compact"][0])
+    expected = logits(model)
+    with pytest.raises(HeadPruningError, match="query.weight., which can be evaluated, but not trained or pruned"):
+        open_session(model, [method])
+    assert torch.equal(logits(model), expected)
+
+
 def test_averaged_ranges_are_near_to_those_of_tokens(trained):
     folder, trainer = trained["whole"]
     model = AutoModelForSequenceClassification.from_pretrained(folder)

@@ -86,6 +86,18 @@ def test_other_methods(repo, tmp_path, variant):
 
 
 @pytest.mark.slow
+def test_ranges_of_inputs_are_those_of_all_ranks(repo, tmp_path):
+    pytest.importorskip("torchao", reason="needs torchao")
+    variants = ("token", "average")
+    two = run(repo, tmp_path / "two", *variants)
+    alone = run(repo, tmp_path / "one", *variants, ranks=1)
+    for variant in variants:
+        check(two[variant], *alone[variant])
+        ranges = two[variant][0]["ranges"]
+        assert len(ranges) == 14 and (ranges[:, 0] < ranges[:, 1]).all()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     transformers.__version__.startswith("5.0."), reason="transformers 5.0 cannot resume two ranks on a CPU (cpu:0)"
 )
