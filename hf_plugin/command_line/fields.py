@@ -6,6 +6,8 @@ from typing import Any, Optional
 from head_pruning import HeadPruningError
 from head_pruning.files import parse_json
 
+from .published_distillation import complete_distillation
+
 #: Flags of transformers that a method may have as an option: one flag, which a chosen method that has the option takes
 #: for its own; the flag of the other name is always transformers'.
 SHARED = {"warmup_steps": "optimizer_warmup_steps"}
@@ -135,7 +137,7 @@ class PretrainingArguments(DataArguments):
 
 
 def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
-    """Read the published script's flags: its losses of several logits are added up, its configurations are flags."""
+    """Read the published script's flags: of a teacher, and its configurations of pruning."""
     do_prune, config, override = (given.pop(f, None) for f in ("do_prune", "pruning_config", "pruning_override"))
     if override and not config:
         raise HeadPruningError("--pruning_override replaces keys of --pruning_config, which is not given; give it.")
@@ -149,11 +151,7 @@ def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
         given.update({**as_flags(read_config(config, **changed)), **given})
     elif do_prune:
         given.setdefault("pruner_name", "gradual_magnitude")
-    if given.get("distill") == "logits" or "distill" not in given and given.get("distill_logits") is not None:
-        given.setdefault("distill_sum", True)
-        if "temperature" in given:
-            given["distill_temperature"] = given.pop("temperature")
-            notes.append("--temperature is read as --distill_temperature.")
+    complete_distillation(given, notes)
 
 
 @dataclass(frozen=True, kw_only=True)

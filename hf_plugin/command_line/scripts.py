@@ -122,7 +122,7 @@ SCRIPTS = {
                 sizes=(),
                 complete=complete_pretraining,
                 spellings=(*SPELLINGS, *PRETRAINING_SPELLINGS),
-                bare={"distill": "logits"},
+                bare={"distill": "True"},
             )
             for name in ("run_pretraining", "run_mlm")
         ),
