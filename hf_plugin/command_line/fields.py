@@ -1,5 +1,6 @@
 """What the command lines of the scripts can say of models and data, as one dataclass per script."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -195,9 +196,17 @@ class SwagArguments(TableArguments):
 
 
 def complete_gpp(given: dict[str, Any], notes: list[str]) -> None:
-    """Write the learning rate of retraining as the factor that it is on that of training, and score every epoch."""
+    """Read the published script's flags of a teacher and of retraining's learning rate, and score every epoch."""
+    distill, teacher = given.pop("do_distill", False), given.pop("teacher_model_path", None)
+    named = [name.strip() for name in str(given.get("distill") or "").lower().split(",") if name.strip()]
+    if distill and "dfd" not in named:
+        given["distill"] = ",".join(["dfd", *named])
+    elif teacher and not any(flag.startswith("distill") for flag in given):
+        raise HeadPruningError("--teacher_model_path is read with --do_distill only; add --do_distill, or drop it.")
     rate = given.pop("retrain_learning_rate", None)
     if rate is not None:
+        if not 0 < rate < math.inf:
+            raise HeadPruningError(f"--retrain_learning_rate is {rate}; it must be a number above 0.")
         if given.get("retrain_lr_factor") is not None:
             raise HeadPruningError("--retrain_learning_rate and --retrain_lr_factor say the same; drop one of them.")
         if not given.get("learning_rate", 1.0) > 0:

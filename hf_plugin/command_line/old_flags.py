@@ -173,8 +173,20 @@ TABLE_SPELLINGS = (
     Spelling("keep_in_memory", "tokenised data are read from the cache's file as they are needed"),
 )
 GPP_SPELLINGS = (
-    _switch("do_distill", "distill", "dfd"),
-    _renamed("teacher_model_path", "teacher_path"),
+    Spelling(
+        "do_distill",
+        "--distill dfd, beside others that are named",
+        "distill",
+        lambda given, on: given.update(do_distill=on),
+        string_to_bool,
+        only_on=True,
+    ),
+    Spelling(
+        "teacher_model_path",
+        "--teacher_path",
+        "teacher_path",
+        lambda given, path: given.update(teacher_path=path, teacher_model_path=path),
+    ),
     Spelling(
         "retrain_learning_rate",
         "--retrain_lr_factor, that rate over --learning_rate",

@@ -100,6 +100,8 @@ SCRIPTS = {
             "(--do_distill).",
             ("gpp",),
             defaults={"prepruning_finetune_epochs": 3.0, "prune_epochs": 10.0},
+            # Those of the recipe: transformers' 3 would end before pruning does.
+            training_defaults={"num_train_epochs": 32.0},
             complete=complete_gpp,
             spellings=(*SPELLINGS, *GLUE_SPELLINGS, *GPP_SPELLINGS),
         ),
