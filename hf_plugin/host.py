@@ -330,8 +330,8 @@ def export_int8(kind: str, source: Path, target: Path, mask: Optional[HeadMask] 
         ""
         if ranges["input_ranges"] == "average"
         else (
-            f" with averaged ranges, so not the model that was trained with --input_ranges {ranges['input_ranges']} (train "
-            "with --input_ranges average to export what is trained)"
+            " with averaged ranges, so not the model that was trained with --input_ranges "
+            f"{ranges['input_ranges']} (train with --input_ranges average to export what is trained)"
         )
     )
     exact = "" if openvino else "; on CPUs without VNNI give sessions the option session.x64quantprecision = 1"

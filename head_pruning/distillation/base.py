@@ -44,6 +44,10 @@ class DistillConfig:
             "help": "weight of the mean squared difference of hidden states, summed over layers; default: the method's"
         },
     )
+    distill_hidden_loss: str = field(
+        default="mse",
+        metadata={"help": "how hidden states are compared: mse, or cosine (1 - cosine of each token's; not for dfd)"},
+    )
     distill_attention: Optional[float] = field(
         default=None,
         metadata={
@@ -54,13 +58,17 @@ class DistillConfig:
     distill_layers: Optional[str] = field(
         default=None,
         metadata={
-            "help": "which hidden states and attentions are compared, as STUDENT:TEACHER pairs with commas between; "
+            "help": "which hidden states and attentions are compared, as STUDENT:TEACHER pairs with commas between, "
+            "or last; "
             "hidden state 0 goes into the first layer, N comes out of layer N (dfd: 0 comes out of layer 1), "
             "attention 0 is that of layer 1; default: all, spread evenly over a deeper teacher's"
         },
     )
     distill_padding: bool = field(
         default=False, metadata={"help": "means over padding too, as published code has them"}
+    )
+    distill_attention_padding: bool = field(
+        default=False, metadata={"help": "means over padding too, of attentions alone"}
     )
 
 
@@ -108,6 +116,18 @@ class Distiller(Pruner):
                 "--distill-layers pairs hidden states and attentions, but neither is compared; add --distill-hidden "
                 "or --distill-attention, or drop it."
             )
+        if self.config.distill_hidden_loss not in losses.HIDDEN:
+            raise HeadPruningError(
+                f"--distill-hidden-loss is {self.config.distill_hidden_loss!r}; choose one of "
+                f"{', '.join(losses.HIDDEN)}."
+            )
+        idle = {
+            "hidden": ("--distill-hidden-loss", self.config.distill_hidden_loss != "mse"),
+            "attention": ("--distill-attention-padding", self.config.distill_attention_padding),
+        }
+        for term, (flag, given) in idle.items():
+            if given and not self.weight(term):
+                raise HeadPruningError(f"{flag} is given, but --distill-{term} is 0; raise that, or drop it.")
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), **{f"distill_{term}": self.weight(term) for term in TERMS}}
@@ -149,7 +169,10 @@ class Distiller(Pruner):
         """The loss between hidden states, a sum of means over layers."""
         states = mine.hidden_states, theirs.hidden_states
         pairs = layer_pairs_of(self.config.distill_layers, *states, self.session, self.teacher)
-        return losses.hidden_states(mine, theirs, pairs, padding=self.config.distill_padding)
+        config = self.config
+        return losses.hidden_states(
+            mine, theirs, pairs, padding=config.distill_padding, kind=config.distill_hidden_loss
+        )
 
     def loss(self, loss: torch.Tensor, inputs: Any, outputs: Outputs) -> torch.Tensor:
         """See :meth:`Pruner.loss`."""
@@ -166,7 +189,7 @@ class Distiller(Pruner):
     def terms(self, loss: torch.Tensor, mine: Outputs, theirs: Outputs) -> dict[str, torch.Tensor]:
         """The terms of the loss whose weights are above 0, by name, not weighted yet."""
         found, layers = {}, self.config.distill_layers
-        padding = self.config.distill_padding
+        padding = self.config.distill_padding or self.config.distill_attention_padding
         if self.weight("attention"):
             pairs = layer_pairs_of(layers, mine.attentions, theirs.attentions, self.session, self.teacher)
             found["attention"] = losses.attentions(mine, theirs, pairs, padding=padding)

@@ -49,6 +49,11 @@ class DfdDistiller(LogitsDistiller):
         super().check_options()
         require(self.config, "window_size", lambda value: value >= 1, "a number of layers, 1 or more")
         require(self.config, "flooding_b", lambda value: value >= 0, "0 or more")
+        if self.config.distill_hidden_loss != "mse":
+            raise HeadPruningError(
+                f"--distill-hidden-loss {self.config.distill_hidden_loss} is not for dfd, which compares fused hidden "
+                "states by their squared difference; drop it."
+            )
 
     def loss(self, loss: torch.Tensor, inputs: Any, outputs: Outputs) -> torch.Tensor:
         level = self.config.flooding_b

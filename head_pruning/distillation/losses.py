@@ -62,16 +62,29 @@ def mean_square(mine: torch.Tensor, theirs: torch.Tensor, mask: Optional[torch.T
     return torch.dot(far.flatten(), far.flatten()) / (mask.sum() * repeated).clamp(min=1)
 
 
+def cosine_distance(mine: torch.Tensor, theirs: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+    """Mean of ``1 - cosine`` over the rows where ``mask`` (``bool[..., 1]``) is true."""
+    ours, target = (_wide(values).flatten(0, -2) for values in (mine, theirs))
+    alike = ours.new_ones(ours.shape[0])
+    far = torch.nn.functional.cosine_embedding_loss(ours, target, alike, reduction="none")
+    return _mean_of_rows(far, None if mask is None else mask.flatten())
+
+
+#: How hidden states may be compared, by name.
+HIDDEN = {"mse": mean_square, "cosine": cosine_distance}
+
+
 def hidden_states(
-    mine: Outputs, theirs: Outputs, pairs: Sequence[tuple[int, int]], *, padding: bool = False
+    mine: Outputs, theirs: Outputs, pairs: Sequence[tuple[int, int]], *, padding: bool = False, kind: str = "mse"
 ) -> torch.Tensor:
-    """Sum over ``pairs`` (student's, teacher's) of the mean squared difference of hidden states.
+    """Sum over ``pairs`` (student's, teacher's) of how far hidden states are from each other.
 
     Args:
         mine: what the student gave.
         theirs: what the teacher gave.
         pairs: which states are compared, counted from 0 as :class:`~head_pruning.outputs.Outputs` lists them.
         padding: whether the means run over padding too.
+        kind: one of :data:`HIDDEN`.
 
     Raises:
         HeadPruningError: the widths differ.
@@ -85,7 +98,7 @@ def hidden_states(
                 "cannot be compared; take a teacher of the same width, or compare logits only (--distill_hidden 0)."
             )
         tokens = None if padding else mine.masks[i]
-        terms.append(mean_square(ours, target, None if tokens is None else tokens[:, :, None]))
+        terms.append(HIDDEN[kind](ours, target, None if tokens is None else tokens[:, :, None]))
     return torch.stack(terms).sum()
 
 
@@ -121,7 +134,8 @@ def layer_pairs(given: Optional[str], mine: int, theirs: int) -> list[tuple[int,
     """Which of the student's hidden states or attentions is compared with which of the teacher's.
 
     Args:
-        given: pairs such as "0:0,1:2,2:4"; None: all, where the teacher has more, spread evenly from first to last.
+        given: pairs such as "0:0,1:2,2:4", or "last"; None: all, where the teacher has more, spread evenly from
+            first to last.
         mine: how many the student has.
         theirs: how many the teacher has.
 
@@ -132,13 +146,15 @@ def layer_pairs(given: Optional[str], mine: int, theirs: int) -> list[tuple[int,
         if mine > 1 and theirs > 1:
             return [(i, round(i * (theirs - 1) / (mine - 1))) for i in range(mine)]
         return [(i, theirs - 1) for i in range(mine)]
+    if given.strip().lower() == "last":
+        return [(mine - 1, theirs - 1)]
     pairs = []
     for word in given.split(","):
         left, colon, right = word.strip().partition(":")
         if not (colon and left.isdecimal() and right.isdecimal()):
             raise HeadPruningError(
                 f"--distill_layers {given} is no list of pairs; write STUDENT:TEACHER with commas between, such as "
-                "0:0,1:2,2:4."
+                "0:0,1:2,2:4, or last."
             )
         if int(left) >= mine or int(right) >= theirs:
             raise HeadPruningError(

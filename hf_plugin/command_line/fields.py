@@ -1,10 +1,13 @@
 """What the command lines of the scripts can say of models and data, as one dataclass per script."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from head_pruning import HeadPruningError
 from head_pruning.files import parse_json
+
+from .published_distillation import complete_distillation
 
 #: Flags of transformers that a method may have as an option: one flag, which a chosen method that has the option takes
 #: for its own; the flag of the other name is always transformers'.
@@ -152,13 +155,9 @@ def complete_config(given: dict[str, Any], notes: list[str]) -> None:
 
 
 def complete_pretraining(given: dict[str, Any], notes: list[str]) -> None:
-    """Read the published script's flags: its losses of several logits are added up, its configurations are flags."""
+    """Read the published script's flags: of a teacher, and its configurations of pruning."""
     complete_config(given, notes)
-    if given.get("distill") == "logits" or "distill" not in given and given.get("distill_logits") is not None:
-        given.setdefault("distill_sum", True)
-        if "temperature" in given:
-            given["distill_temperature"] = given.pop("temperature")
-            notes.append("--temperature is read as --distill_temperature.")
+    complete_distillation(given, notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +201,17 @@ class SwagArguments(TableArguments):
 
 
 def complete_gpp(given: dict[str, Any], notes: list[str]) -> None:
-    """Write the learning rate of retraining as the factor that it is on that of training, and score every epoch."""
+    """Read the published script's flags of a teacher and of retraining's learning rate, and score every epoch."""
+    distill, teacher = given.pop("do_distill", False), given.pop("teacher_model_path", None)
+    named = [name.strip() for name in str(given.get("distill") or "").lower().split(",") if name.strip()]
+    if distill and "dfd" not in named:
+        given["distill"] = ",".join(["dfd", *named])
+    elif teacher and not any(flag.startswith("distill") for flag in given):
+        raise HeadPruningError("--teacher_model_path is read with --do_distill only; add --do_distill, or drop it.")
     rate = given.pop("retrain_learning_rate", None)
     if rate is not None:
+        if not 0 < rate < math.inf:
+            raise HeadPruningError(f"--retrain_learning_rate is {rate}; it must be a number above 0.")
         if given.get("retrain_lr_factor") is not None:
             raise HeadPruningError("--retrain_learning_rate and --retrain_lr_factor say the same; drop one of them.")
         if not given.get("learning_rate", 1.0) > 0:

@@ -11,6 +11,7 @@ from head_pruning import HeadPruningError
 from head_pruning.files import parse_json
 
 from .parser import FlagParser
+from .published_distillation import NAMES, PRESET, PRESETS, TYPED, preset_name
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Spelling:
         apply: writes its value into the flags that were set, by their names of today.
         kind: turns the word into the value; default: as the target does.
         only_on: nothing is written, nor noted, when it is switched off.
+        several: it takes several words, which ``apply`` is given as a list.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Spelling:
     apply: Optional[Callable[[dict[str, Any], Any], None]] = None
     kind: Optional[Callable[[str], Any]] = None
     only_on: bool = False
+    several: bool = False
 
 
 def _renamed(name: str, target: str) -> Spelling:
@@ -44,6 +47,18 @@ def _switch(name: str, target: str, value: Any) -> Spelling:
 
     words = value if isinstance(value, str) else " ".join(value)
     return Spelling(name, f"--{target} {words}", target, apply, string_to_bool, only_on=True)
+
+
+def _distillation(name: str, writes: str) -> Spelling:
+    """A flag of the published distillation, which brings the defaults of the others along."""
+
+    def apply(given: dict[str, Any], value: Any) -> None:
+        given[writes] = value
+        given[TYPED] = {**given.get(TYPED, {}), name: writes}
+
+    if name == PRESET:
+        return Spelling(name, f"what {' or '.join(PRESETS)} adds to --distill logits", "distill", apply, preset_name)
+    return Spelling(name, f"--{writes}", writes, apply)
 
 
 def _entry(name: str, target: str, kind: Callable[[str], Any], key: Optional[str] = None) -> Spelling:
@@ -158,8 +173,20 @@ TABLE_SPELLINGS = (
     Spelling("keep_in_memory", "tokenised data are read from the cache's file as they are needed"),
 )
 GPP_SPELLINGS = (
-    _switch("do_distill", "distill", "dfd"),
-    _renamed("teacher_model_path", "teacher_path"),
+    Spelling(
+        "do_distill",
+        "--distill dfd, beside others that are named",
+        "distill",
+        lambda given, on: given.update(do_distill=on),
+        string_to_bool,
+        only_on=True,
+    ),
+    Spelling(
+        "teacher_model_path",
+        "--teacher_path",
+        "teacher_path",
+        lambda given, path: given.update(teacher_path=path, teacher_model_path=path),
+    ),
     Spelling(
         "retrain_learning_rate",
         "--retrain_lr_factor, that rate over --learning_rate",
@@ -190,15 +217,14 @@ CONFIG_SPELLINGS = (
         "pruning_override",
         "what replaces keys of --pruning_config, as JSON",
         "pruner_name",
-        lambda given, text: given.update(pruning_override=text),
+        lambda given, words: given.update(pruning_override=" ".join(words)),
         str,
+        several=True,
     ),
 )
 _PREPARED = "python -m prepare.wikipedia has made the pairs, see its --help"
 PRETRAINING_SPELLINGS = (
-    _renamed("teacher_name_or_path", "teacher_path"),
-    _renamed("cross_entropy_alpha", "distill_task"),
-    _renamed("knowledge_distillation_alpha", "distill_logits"),
+    *(_distillation(name, target) for name, target in {**NAMES, PRESET: PRESET}.items()),
     *(
         _renamed(f"dataset_cache_{ending}", "data_dir")  # an abbreviation, in the published scripts
         for ending in ("directory", "dir")
@@ -206,11 +232,12 @@ PRETRAINING_SPELLINGS = (
     *(
         Spelling(name, _PREPARED)
         for name in (
-            *("datasets_name_config", "dataset_name", "dataset_config_name", "data_process_type", "dataset_seed"),
+            *("dataset_name", "dataset_config_name", "data_process_type", "dataset_seed"),
             *("short_seq_probability", "nsp_probability", "keep_in_memory", "preprocessing_num_workers"),
             *("max_seq_length", "train_file", "validation_file"),
         )
     ),
+    Spelling("datasets_name_config", _PREPARED, several=True),
     *CONFIG_SPELLINGS,
     Spelling("model_type", "the model's configuration says what it is"),
 )
@@ -252,7 +279,7 @@ def add_legacy_flags(parser: FlagParser, notes: list[str], spellings: Sequence[S
             spelling=spelling,
             notes=notes,
             type=kind,
-            nargs="?" if ignored or kind is string_to_bool else None,
+            nargs="+" if spelling.several else "?" if ignored or kind is string_to_bool else None,
             const=True,
             choices=target.choices if target and spelling.kind is None else None,
             default=argparse.SUPPRESS,

@@ -103,6 +103,8 @@ SCRIPTS = {
             "(--do_distill).",
             ("gpp",),
             defaults={"prepruning_finetune_epochs": 3.0, "prune_epochs": 10.0},
+            # Those of the recipe: transformers' 3 would end before pruning does.
+            training_defaults={"num_train_epochs": 32.0},
             complete=complete_gpp,
             spellings=(*SPELLINGS, *GLUE_SPELLINGS, *GPP_SPELLINGS),
         ),
@@ -125,7 +127,7 @@ SCRIPTS = {
                 sizes=(),
                 complete=complete_pretraining,
                 spellings=(*SPELLINGS, *PRETRAINING_SPELLINGS),
-                bare={"distill": "logits"},
+                bare={"distill": "True"},
             )
             for name in ("run_pretraining", "run_mlm")
         ),

@@ -17,6 +17,7 @@ from transformers import Trainer, set_seed
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
 from head_pruning.files import SIZES_FOLDER, alone_in, atomic_path, writing
+from head_pruning.pruner import options_of
 from head_pruning.report.report_file import counts_told
 from head_pruning.report.tables import head_table
 from head_pruning.report.weights import session_counts, sum_counts
@@ -369,7 +370,7 @@ class TaskRun:
         pruners = self.arguments.pruners
         return {
             "method": "+".join(pruner.name for pruner in pruners),
-            "options": {name: value for pruner in pruners for name, value in vars(pruner.config).items()},
+            "options": options_of(pruners),
             "scores": self._final_scores(),
             "dataset": self.dataset,
             "history": self._history(),

@@ -14,7 +14,7 @@ from torch import nn
 
 from head_pruning import HeadPruningError, PruningSession, build_pruner
 from head_pruning.distillation.grafting import Grafts
-from head_pruning.distillation.losses import divergence, layer_pairs, mean_square, soft_cross_entropy
+from head_pruning.distillation.losses import cosine_distance, divergence, layer_pairs, mean_square, soft_cross_entropy
 from head_pruning.distillation.spd import SCHEDULERS, replacing_rate
 from head_pruning.registry import get_method
 from tests.core.test_contract import MAP, batch, make, task_loss
@@ -459,8 +459,33 @@ def test_padding_counts_only_where_asked_for():
         assert torch.allclose(loss(mine, theirs, 2.0, mask), loss(mine[mask], theirs[mask], 2.0))
 
 
+def test_the_cosine_of_hidden_states_is_that_of_real_tokens():
+    torch.manual_seed(0)
+    mine, theirs = (torch.randn(2, 5, 3, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    for rows, given_mask in ((mask, mask[..., None]), (torch.ones_like(mask), None)):
+        expected = 1 - nn.functional.cosine_similarity(mine[rows], theirs[rows], dim=-1)
+        assert torch.allclose(cosine_distance(mine, theirs, given_mask), expected.mean())
+
+
+def test_attentions_alone_may_count_padding():
+    tokens = torch.arange(5) < torch.tensor([5, 3, 4, 2])[:, None]
+
+    def distance(**options) -> torch.Tensor:
+        kd = build("logits", teacher_path="other", distill_logits=0.0, distill_task=0.0, **options)
+        session = open_session(make(), kd, load_teacher=other())
+        session.before_update(0)
+        return session.loss(task_loss(session.model, 0), masks={"encoder": tokens}).detach()
+
+    states, weights = distance(distill_hidden=1.0), distance(distill_attention=1.0, distill_padding=True)
+    assert not torch.allclose(weights, distance(distill_attention=1.0))
+    both = distance(distill_hidden=1.0, distill_attention=1.0, distill_attention_padding=True)
+    torch.testing.assert_close(both, states + weights)
+
+
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_layers_are_paired_evenly(mine, theirs):
+    assert layer_pairs("last", mine, theirs) == [(mine - 1, theirs - 1)]
     pairs = layer_pairs(None, mine, theirs)
     assert [i for i, _ in pairs] == list(range(mine))
     ours = [j for _, j in pairs]
@@ -479,6 +504,10 @@ def test_layers_are_paired_evenly(mine, theirs):
     ("logits", {"distill_logits": 0.0}, "All weights of logits are 0"),
     ("logits", {"distill_layers": "0:0"}, "neither is compared"),
     ("logits", {"distill_hidden": -1.0}, "--distill-hidden is -1.0; it must be a weight"),
+    ("logits", {"distill_hidden_loss": "cosine"}, "--distill-hidden-loss is given, but --distill-hidden is 0"),
+    ("logits", {"distill_hidden": 1.0, "distill_hidden_loss": "l1"}, "is 'l1'; choose one of mse, cosine"),
+    ("logits", {"distill_attention_padding": True}, "--distill-attention-padding is given, but --distill-att"),
+    ("dfd", {"distill_hidden_loss": "cosine"}, "cosine is not for dfd, which compares fused hidden states"),
 ])  # fmt: skip
 def test_mistakes(name, options, words):
     with pytest.raises(HeadPruningError, match=words):

@@ -383,10 +383,14 @@ def test_refusals(here, teacher):
 
 
 def test_the_flags_of_the_published_script(here):
-    words = """--model_name_or_path teacher --datasets_name_config wikipedia:20200501.en --data_process_type
+    words = """--model_name_or_path teacher --datasets_name_config wikipedia:20200501.en bookcorpus --data_process_type
         segment_pair_nsp --dataset_cache_dir pairs --short_seq_probability 0.1 --keep_in_memory --use_wwm --do_train
         --distill --teacher_name_or_path teacher --cross_entropy_alpha 0.4 --knowledge_distillation_alpha 0.6
-        --temperature 3 --output_dir x --preprocessing_num_workers 4 --do_prune --target_sparsity 0.9 --lr_rewind"""
+        --temperature 3 --output_dir x --preprocessing_num_workers 4 --do_prune --target_sparsity 0.9 --lr_rewind
+        --model_type bert --config_name c --tokenizer_name t --cache_dir d --use_fast_tokenizer True
+        --model_revision main --use_auth_token False --train_file a --validation_file b --overwrite_cache
+        --validation_split_percentage 5 --max_seq_length 512 --mlm_probability 0.15 --pad_to_max_length False
+        --max_train_samples 5 --max_eval_samples 5 --nsp_probability 0.5 --dataset_seed 42"""
     arguments = parse(shlex.split(words), "run_mlm")
     kd, masks = arguments.of("distils"), arguments.of("weights")
     assert (kd.name, kd.config.teacher_path, kd.config.distill_sum) == ("logits", "teacher", True)
@@ -401,6 +405,8 @@ def test_the_published_configurations_are_flags(here, tmp_path):
     config = "--pruning_config ../language-modeling/config/student_pruning_85_config.json"
     given = "--pruning_override '{\"pruning_frequency\": 500}' --end_pruning_step 60000"
     (found,) = parse(shlex.split(f"{words} {config} {given}"), "run_mlm").pruners
+    apart = given.replace(": ", ":' '")
+    assert vars(parse(shlex.split(f"{words} {config} {apart}"), "run_mlm").pruners[0].config) == vars(found.config)
     options = found.config
     assert (found.name, options.target_sparsity, options.pruning_frequency) == ("gradual_magnitude", 0.85, 500)
     assert (options.policy_end_step, options.end_pruning_step, options.lr_rewind) == (50000, 60000, True)
@@ -417,6 +423,74 @@ def test_the_published_configurations_are_flags(here, tmp_path):
     ):
         with pytest.raises(HeadPruningError, match=sentence):
             parse(shlex.split(f"{words} {line}"), "run_mlm")
+
+
+PUBLISHED = "--model_name_or_path teacher --dataset_cache_directory pairs --do_train --output_dir x"
+#: What each distillation of the published script means: task, logits, temperature, hidden, attention.
+DISTILLATIONS = [
+    ("--distill", (0.5, 0.5, 1.0, None, None)),
+    ("--distill True --temperature 2", (0.5, 0.5, 2.0, None, None)),
+    ("--distill --cross_entropy_alpha 0.3 --knowledge_distillation_alpha 0.7", (0.3, 0.7, 1.0, None, None)),
+    ("--distill --cross_entropy_alpha 0.2 --cross_model_distillation distilbert", (0.2, 0.5, 1.0, 0.3, None)),
+    ("--distill --cross_model_distillation distilbert", (0.5, 0.5, 1.0, None, None)),
+    ("--cross_model_distillation tinybert --distill", (0.5, 0.5, 1.0, 1.0, 1.0)),
+    ("--distill logits --distill_task 0.9", (0.9, 0.5, 1.0, None, None)),
+]
+
+
+@pytest.mark.parametrize("words, expected", DISTILLATIONS)
+def test_published_distillation_has_its_defaults(words, expected):
+    arguments = parse(f"{PUBLISHED} --teacher_name_or_path teacher {words}".split(), "run_mlm")
+    (kd,) = arguments.pruners
+    options, distilbert = kd.config, expected[3] not in (None, 1.0)
+    names = ("distill_task", "distill_logits", "distill_temperature", "distill_hidden", "distill_attention")
+    assert tuple(getattr(options, name) for name in names) == pytest.approx(expected)
+    assert (kd.name, options.teacher_path, options.distill_sum) == ("logits", "teacher", True)
+    assert options.distill_hidden_loss == ("cosine" if distilbert else "mse")
+    assert options.distill_layers == ("last" if distilbert else None)
+    assert options.distill_attention_padding == ("tinybert" in words)
+    told = "\n".join(arguments.notes)
+    assert "--distill adds --distill_" in told and "as in the published script" in told
+    assert ("compares logits alone: 0.5 and 0.5" in told) == ("distilbert" in words and not distilbert)
+
+
+def test_todays_distillation_keeps_its_own_defaults():
+    (kd,) = parse(f"{PUBLISHED} --distill logits --teacher_path teacher".split(), "run_mlm").pruners
+    assert (kd.config.distill_task, kd.weight("logits"), kd.config.distill_temperature) == (1.0, 1.0, 2.0)
+
+
+def test_the_published_distillation_switched_off():
+    words = "--distill False --teacher_name_or_path teacher --cross_model_distillation tinybert --temperature 2"
+    arguments = parse(f"{PUBLISHED} {words}".split(), "run_mlm")
+    assert not arguments.pruners
+    ignored = "--teacher_name_or_path and --cross_model_distillation and --temperature are ignored."
+    assert arguments.notes[-1].endswith(ignored)
+    assert not parse(f"{PUBLISHED} --distill False".split(), "run_mlm").pruners
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("--teacher_name_or_path teacher", "--teacher_name_or_path is read with --distill only; add --distill"),
+    ("--distill False --distill_logits 0.5", "--distill False and --distill_logits contradict each other"),
+    ("--distill --cross_model_distillation mobile", "mobile is none of distilbert, tinybert"),
+    ("--distill dfd --cross_model_distillation tinybert", "is a preset of --distill logits, but --distill is dfd"),
+    ("--distill --cross_entropy_alpha 0.8 --cross_model_distillation distilbert", "0.8 and 0.5; lower --cross"),
+    ("--distill maybe", "There is no distiller maybe"),
+])  # fmt: skip
+def test_mistakes_in_published_distillation(words, sentence):
+    with pytest.raises(HeadPruningError, match=sentence):
+        parse(f"{PUBLISHED} {words}".split(), "run_mlm")
+
+
+@pytest.mark.parametrize("preset", ["distilbert", "tinybert"])
+def test_a_published_preset_trains(here, teacher, preset):
+    words = f"--model_name_or_path bert-base-uncased --data_dir pairs --do_train --output_dir preset-{preset}"
+    words += " --distill --teacher_name_or_path teacher --cross_entropy_alpha 0.3 --logging_steps 1"
+    done = PretrainingRun(
+        parse([*words.split(), *TINY, "--max_steps", "1", "--cross_model_distillation", preset], "run_mlm")
+    )
+    done.run()
+    (entry,) = [entry for entry in done.trainer.state.log_history if "logits_hidden_loss" in entry]
+    assert entry["logits_hidden_loss"] > 0 and ("logits_attention_loss" in entry) == (preset == "tinybert")
 
 
 @pytest.mark.slow

@@ -73,19 +73,32 @@ def test_the_learning_rate_is_rewound(read, number):
     np.testing.assert_allclose([rewound_rate(t, **options) for t in range(len(factors))], factors, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["pre", "qa", "cls"])
-@pytest.mark.parametrize("late", [False, True])
-def test_the_loss_and_its_gradients(read, kind, late):
-    if late and kind != "pre":
-        pytest.skip("it has no vocabulary to leave out")
-    recorded, weights = read(f"kd_{kind}_plain.npz"), read(f"kd_{kind}_weights.npz")
+#: The recorded losses: model, what is compared beside the logits, whether those of the vocabulary are left out.
+CASES = [(kind, terms, False) for kind in ("pre", "qa", "cls") for terms in ("plain", "distilbert", "tinybert")]
+CASES = [case for case in CASES if case[:2] not in {("qa", "distilbert"), ("cls", "tinybert")}]  # not recorded
+CASES += [case[:2] + (True,) for case in CASES if case[0] == "pre"]
+
+
+def beside_logits(terms: str, alpha: float, kd_alpha: float) -> dict:
+    """The options of a published preset of what is compared beside the logits."""
+    if terms == "distilbert":
+        weight = 1.0 - alpha - kd_alpha
+        return {"distill_hidden": weight, "distill_hidden_loss": "cosine", "distill_layers": "last"}
+    if terms == "tinybert":
+        return {"distill_hidden": 1.0, "distill_attention": 1.0, "distill_attention_padding": True}
+    return {}
+
+
+@pytest.mark.parametrize("kind, terms, late", CASES)
+def test_the_loss_and_its_gradients(read, kind, terms, late):
+    recorded, weights = read(f"kd_{kind}_{terms}.npz"), read(f"kd_{kind}_weights.npz")
     student, teacher = bert(kind, weights, "student."), bert(kind, weights, "teacher.")
     batch = {name: torch.from_numpy(recorded[name]) for name in ("input_ids", "attention_mask", "token_type_ids")}
     labels = {name: torch.from_numpy(recorded[name]) for name in LABELS if name in recorded}
     numbers = [float(recorded[name]) for name in ("student_alpha", "kd_alpha", "temperature")]
     session = open_session(
         student,
-        [distiller(*numbers, distill_sum=kind == "pre")],
+        [distiller(*numbers, distill_sum=kind == "pre", **beside_logits(terms, *numbers[:2]))],
         load_teacher=lambda path, needs: (teacher, unit_map(teacher)),
     )
     student.train()

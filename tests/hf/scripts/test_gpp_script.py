@@ -28,17 +28,56 @@ def test_the_lines_mean_what_the_manual_says():
     assert (training.eval_strategy.value, training.num_train_epochs, training.learning_rate) == ("epoch", 32, 2e-5)
     slower = parse([*GPP, "--retrain_learning_rate", "1e-5", "--do_finetune"], "run_GDbert_glue")
     assert slower.pruners[0].config.retrain_lr_factor == 0.5
+    for rate in ("0", "-1e-5", "nan", "inf"):
+        with pytest.raises(HeadPruningError, match="--retrain_learning_rate is .*; it must be a number above 0"):
+            parse([*GPP, f"--retrain_learning_rate={rate}"], "run_GDbert_glue")
     for more, words in (("learning_rate", "a factor on --learning_rate, which"), ("retrain_lr_factor", "drop one of")):
         with pytest.raises(HeadPruningError, match=words):
             parse([*GPP, "--retrain_learning_rate", "1e-5", f"--{more}", "0"], "run_GDbert_glue")
     assert any("--do_finetune is ignored" in note for note in slower.notes)
     plain = parse("--model_name_or_path m --task_name cola --output_dir o --do_train".split(), "run_GDbert_glue")
     assert [p.name for p in plain.pruners] == ["gpp"] and plain.pruners[0].config.prune_epochs == 10
+    assert plain.training.num_train_epochs == 32
     teacher = parse(GPP_TEACHER, "run_glue")
     assert teacher.model.model_name_or_path == "bert-base-uncased" and not teacher.pruners
     assert any("bert-unbase-cased is read as bert-base-uncased" in note for note in teacher.notes)
     with pytest.raises(HeadPruningError, match="target.sparsity is 1.0"):
         parse([*GPP, "--target_sparsity", "1.0"], "run_GDbert_glue")
+
+
+PLAIN = "--model_name_or_path bert-base-uncased --task_name cola --output_dir plain --do_train".split()
+
+
+@pytest.mark.parametrize("words, names", [
+    ("--do_distill --teacher_model_path t --distill logits", ["dfd", "logits"]),
+    ("--distill logits --do_distill --teacher_model_path t", ["dfd", "logits"]),
+    ("--distill dfd --do_distill", ["dfd"]),
+    ("--do_distill False --distill logits", ["logits"]),
+    ("--teacher_model_path t --distill_logits 1", ["logits"]),
+])  # fmt: skip
+def test_do_distill_stands_beside_distillers_that_are_named(words, names):
+    pruners = parse([*PLAIN, *words.split()], "run_GDbert_glue").pruners
+    assert [p.name for p in pruners if p.kind == "distils"] == names
+
+
+@pytest.mark.parametrize("more", ["", "--do_distill False"])
+def test_a_teacher_without_do_distill_is_refused(more):
+    with pytest.raises(HeadPruningError, match="^--teacher_model_path is read with --do_distill only; add"):
+        parse([*PLAIN, "--teacher_model_path", "t", *more.split()], "run_GDbert_glue")
+
+
+def test_the_defaults_train_and_the_report_has_the_target_in_force(tmp_path, monkeypatch, capsys):
+    write_place(tmp_path / "place", "CoLA")
+    monkeypatch.chdir(tmp_path / "place")
+    few = ["--max_train_samples", "8", "--per_device_train_batch_size", "8"]
+    monkeypatch.setattr("sys.argv", ["run_GDbert_glue", *PLAIN, *SHORT, *few])
+    run_GDbert_glue.main()
+    report = json.loads((tmp_path / "place/plain/pruning.json").read_text())
+    assert report["options"]["target_sparsity"] == report["sparsity"]["units_removed"] == 0.5
+    state = json.loads((tmp_path / "place/plain/trainer_state.json").read_text())
+    assert (state["global_step"], state["epoch"]) == (32, 32.0)
+    card = (tmp_path / "place/plain/README.md").read_text()
+    assert "| target_sparsity | 0.5 |" in card
 
 
 def test_both_lines_run(tmp_path, monkeypatch, capsys):
