@@ -151,6 +151,12 @@ class Pruner:
         """Leave the model as it was."""
         self.session = None  # type: ignore[assignment]
 
+    def begin_anew(self) -> None:
+        """Training begins once more, with the model as it is now: be again as :meth:`attach` left it."""
+        session = self.session
+        self.detach()
+        self.attach(session)
+
     def follow(self) -> None:
         """Other parameters may stand in the model's places: a host made shards of them."""
 

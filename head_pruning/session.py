@@ -208,6 +208,17 @@ class PruningSession:
         self._phases = [0] * len(self.pruners)
         return self
 
+    def begin_anew(self) -> None:
+        """Forget what was learnt and planned since :meth:`attach`: the host begins training once more, with update 0.
+
+        The model keeps the weights that it has now, and teachers are what they were.
+        """
+        self.skip_update()
+        for pruner in self.pruners:
+            pruner.begin_anew()
+        self.step, self._phases, self._updates_here = 0, [0] * len(self.pruners), 0
+        self._started = False
+
     def follow(self) -> None:
         """Look the model's parameters up anew: the host put others, shards of them (FSDP2), in their places.
 

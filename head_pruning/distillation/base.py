@@ -136,6 +136,9 @@ class Distiller(Pruner):
         self._teacher = None
         super().detach()
 
+    def begin_anew(self) -> None:
+        """The teacher stays: it may be what the model was before it was trained."""
+
     # -- the loss ----------------------------------------------------------------------------------------------------
 
     def compare_logits(self, mine: Outputs, theirs: Outputs, task: torch.Tensor) -> torch.Tensor:

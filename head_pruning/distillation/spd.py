@@ -210,6 +210,11 @@ class SpdPruner(Distiller):
         self._frozen = []
         super().detach()
 
+    def begin_anew(self) -> None:
+        super().begin_anew()
+        self._settled, self._planned = [], False
+        self.drawn, self.step = np.ones_like(self.drawn), 0
+
     # -- schedule ----------------------------------------------------------------------------------------------------
 
     def _plan(self) -> None:

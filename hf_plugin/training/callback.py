@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional
@@ -50,6 +51,8 @@ from .wrapping import (
     wrap_loss,
 )
 
+logger = logging.getLogger(__name__)
+
 # What a loss scale falls below only if every update overflows; where fairseq stops too.
 _MIN_SCALE = 1e-4
 # What a checkpoint keeps of a session.
@@ -96,7 +99,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._scale = self._gate_factor = 1.0
         self._trainer: Any = None
         self._resumed: Optional[Checkpoint] = None
-        self._restored = self._in_phase = False
+        self._restored = self._in_phase = self._tried = False
         self._step = 0
         self._saved_step: Optional[int] = None
         self._preparing = contextlib.ExitStack()
@@ -116,6 +119,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
         self._check_trainer(trainer)
         trainer.callback_handler.callbacks.insert(0, self)
         wrap(trainer, "train", self._train)
+        wrap(trainer, "_inner_training_loop", self._try)
         wrap_checkpoints(trainer)
         wrap_end(trainer, lambda: 0 if self._resumed is None else self._resumed.step)
         changes = getattr(trainer, "model_init", None) is not None  # then sessions to come may be of another kind
@@ -132,7 +136,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
 
     def change_session(self, session: PruningSession) -> None:
         """Drive another session, on a new model of the same Trainer; errors are those of :meth:`add_to`."""
-        self.session = session
+        self.session, self._tried = session, False
         self._check_trainer(self._trainer)
 
     def _check_trainer(self, trainer: Any) -> None:
@@ -153,11 +157,34 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             found = check_resumable(found)
         if found is not None:
             self.stored(found)
-        self._resumed, self._restored, self._in_phase, self._step = found, False, False, 0
+        if self._tried and not self.session.hardened and getattr(self._trainer, "model_init", None) is None:
+            self._begin_anew(reloaded=found is not None)  # after a training that was interrupted
+        self._resumed, self._restored, self._in_phase, self._tried, self._step = found, False, False, False, 0
         with alone_in(self._trainer.args.output_dir) if self._trainer.args.should_save else contextlib.nullcontext():
             with self._preparing:  # FSDP takes a state dict to shard it; ends with on_train_begin()
                 self._preparing.enter_context(quiet_saving(self.session.model))
                 return original(None if found is None else str(found.folder), *args, **options)
+
+    def _try(self, original: Callable, *args: Any, **options: Any) -> Any:
+        """One try of ``--auto_find_batch_size``, which begins once more, with smaller batches, when memory is full."""
+        if self._tried:
+            self._begin_anew()
+        self._tried = True
+        return original(*args, **options)
+
+    def _begin_anew(self, reloaded: bool = False) -> None:
+        made = self._trainer.state.global_step - (0 if self._resumed is None else self._resumed.step)
+        if made > 0 and not reloaded:
+            logger.warning(
+                "training begins anew, and pruning with it, but the model keeps the weights that %d updates left, "
+                "zeros of masks among them; load it anew, with a batch size that fits "
+                "(--per_device_train_batch_size), to train its first weights",
+                made,
+            )
+        self.session.begin_anew()
+        self._restored, self._in_phase, self._step = False, False, 0
+        if self.session.steers_host:
+            self._trainer.optimizer = None  # that of another phase, perhaps
 
     def _save_model(self, original: Callable, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:
@@ -282,6 +309,10 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 "HeadPruningTrainer opens one on each model)."
             )
         self._preparing.close()
+        if self._trainer is None:  # not added by add_to()
+            if self._tried and state.global_step == 0 and not self.session.hardened:
+                self.session.begin_anew()
+            self._tried = True
         self.session.total_steps = state.max_steps
         self.session.warmup_steps = (
             args.get_warmup_steps(state.max_steps) if args.lr_scheduler_type == SchedulerType.LINEAR else None
