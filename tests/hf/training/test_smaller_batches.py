@@ -1,4 +1,4 @@
-"""--auto_find_batch_size: out of memory, training begins once more with smaller batches, and so do the methods."""
+"""--auto_find_batch_size: when memory is full, training begins once more with smaller batches, and so do methods."""
 
 import numpy as np
 import pytest
