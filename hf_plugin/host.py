@@ -326,14 +326,10 @@ def export_int8(kind: str, source: Path, target: Path, mask: Optional[HeadMask] 
     words, number = cut_for_runtimes(loaded), to_qdq(loaded.model, ranges["inputs"])
     openvino = kind == "openvino"
     difference = export_onnx(loaded.model, loaded.example, target, integers=True, openvino=openvino)
-    others = (
-        ""
-        if ranges["input_ranges"] == "average"
-        else (
-            " with averaged ranges, so not the model that was trained with --input_ranges "
-            f"{ranges['input_ranges']} (train with --input_ranges average to export what is trained)"
-        )
-    )
+    others, trained = "", ranges["input_ranges"]
+    if trained != "average":
+        others = f" with averaged ranges, so not the model that was trained with --input_ranges {trained} (train with "
+        others += "--input_ranges average to export what is trained)"
     exact = "" if openvino else "; on CPUs without VNNI give sessions the option session.x64quantprecision = 1"
     return (
         f"{target}: {words}, {number} linear layers of 8 bits{others}; largest difference between "

@@ -166,11 +166,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
                 return original(None if found is None else str(found.folder), *args, **options)
 
     def _try(self, original: Callable, *args: Any, **options: Any) -> Any:
-<<<<<<< HEAD
-        """One try of ``--auto_find_batch_size``, which begins once more, with smaller batches, out of memory."""
-=======
         """One try of ``--auto_find_batch_size``, which begins once more, with smaller batches, when memory is full."""
->>>>>>> fix2
         if self._tried:
             self._begin_anew()
         self._tried = True
