@@ -279,9 +279,13 @@ class SpdPruner(Distiller):
         return 1.0 if rate > 1.0 - 1e-9 else rate  # a sum of slopes falls short by rounding
 
     def draw(self, step: int) -> np.ndarray:
-        """Which layers are the student's in update ``step``, ``bool[layers]``: the same on all ranks."""
+        """Which layers are the student's in update ``step``, ``bool[layers]``: the same on all ranks.
+
+        One at least, that of the lowest number drawn: all that lies outside of the layers is the teacher's, so without
+        any there would be nothing to learn.
+        """
         numbers = np.random.default_rng([self.session.seed, _DRAW, step]).random(self.drawn.size)
-        return numbers < self._rate(step)
+        return (numbers < self._rate(step)) | (numbers == numbers.min())
 
     # -- an update ---------------------------------------------------------------------------------------------------
 

@@ -223,6 +223,16 @@ def test_draws_are_of_the_seed_and_the_update_alone():
     assert 0.3 < np.mean(one) < 0.7 and len({tuple(each) for each in one}) > 4
 
 
+def test_something_learns_in_every_update():
+    pruner = build("spd", replacing_rate=0.0, published_schedule=True)
+    session, found = open_session(make(), pruner, seed=3), set()
+    for step in range(12):
+        session.before_update(step)
+        assert pruner.drawn.sum() == 1
+        found.add(int(pruner.drawn.argmax()))
+    assert len(found) > 1
+
+
 @pytest.mark.parametrize("drawn", [(0, 0, 0), (1, 0, 1), (1, 1, 1)])
 def test_a_grafted_student_is_its_teacher_where_they_are_equal(drawn):
     model = make().train()
