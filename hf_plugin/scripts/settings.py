@@ -69,7 +69,10 @@ def settings_of(arguments: Arguments, task: Optional[str] = None) -> dict[str, A
 
 
 def check_same_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
-    """Raise HeadPruningError if the checkpoint is of a run with other settings; older ones that tell none pass."""
+    """Raise HeadPruningError if the checkpoint is of a run with other settings.
+
+    Older ones that tell none pass, and an option of a method that they do not know had its default.
+    """
     stored = checkpoint.kept(RunSettings.__name__)
     if not stored:
         return
@@ -81,8 +84,11 @@ def check_same_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> 
         ) from error
     # The pruner first: where it differs, so do all its options.
     names = sorted({*theirs, *settings}, key=lambda name: name not in ("task_name", *choosers()))
+    options = option_fields()
     for name in names:
-        if not is_same(option_fields().get(name), theirs.get(name), settings.get(name)):
+        option = options.get(name)
+        unknown = None if option is None else option.default
+        if not is_same(option, theirs.get(name, unknown), settings.get(name, unknown)):
             raise HeadPruningError(
                 f"The checkpoint {checkpoint.folder} is of a run {_shown(name, theirs)}, this one is "
                 f"{_shown(name, settings)}; go on with the same options, choose another --output_dir, or start "

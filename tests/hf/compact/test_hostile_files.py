@@ -91,6 +91,16 @@ def test_an_option_that_earlier_versions_stored_unset(checkpoint):
         check_same_settings(read_checkpoint(checkpoint), {"pruner": "gpp", "target_sparsity": 0.5})
 
 
+def test_an_option_that_earlier_versions_did_not_have(checkpoint):
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    settings = {"attributes": {"settings": {"distill": "logits"}}, "args": {}}
+    state["stateful_callbacks"]["RunSettings"] = settings
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    check_same_settings(read_checkpoint(checkpoint), {"distill": "logits", "distill_hidden_loss": "mse"})
+    with pytest.raises(HeadPruningError, match="run without --distill_hidden_loss, this one is with"):
+        check_same_settings(read_checkpoint(checkpoint), {"distill": "logits", "distill_hidden_loss": "cosine"})
+
+
 def _kept(state):
     return state["stateful_callbacks"]["HeadPruningCallback"]["attributes"]
 
