@@ -6,7 +6,7 @@ import contextlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ContextManager, Optional
+from typing import TYPE_CHECKING, Any, ContextManager, Optional
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from ..errors import HeadPruningError, one_line
 from ..pruner import Pruner, SessionView
 from ..registry import register_pruner
 from ..schedules import STEPS, resolve_steps
-from .engine.inputs import QuantizedInput, begin_update, end_update
+
+if TYPE_CHECKING:
+    from .engine.inputs import QuantizedInput
 
 RANGES = ("token", "average")
 
@@ -115,10 +117,14 @@ class QatPruner(Pruner):
         if not self._begun and step >= self._begin:
             self._switch(True)
         if self._begun:
+            from .engine.inputs import begin_update  # executes torch, which listing methods does not need
+
             begin_update(self._inputs)
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
         if self._begun:
+            from .engine.inputs import end_update
+
             end_update(self._inputs, self.session.greatest)
 
     def at_target(self) -> bool:

@@ -5,7 +5,6 @@ from typing import Any
 from head_pruning import HeadPruningError
 from head_pruning.registry import get_method, option_fields
 
-from ..training.pruning_config import PUBLISHED, as_flags
 from .fields import SHARED
 
 _PLATON = {"pruner_name": "platon", "initial_threshold": 1.0, "beta1": 0.85, "deltaT": 10}
@@ -17,7 +16,8 @@ _GLUE = {
     "lr_scheduler_type": "linear",
     "optimizer_warmup_steps": 0.1,
 }
-
+# Under this name stands a configuration that Prune Once for All ships, for the flags that it means.
+_CONFIG = "pruning_config"
 
 # What Prune Once for All's student learns beside what is pruned; its teacher is the user's.
 _STUDENT = {
@@ -33,11 +33,6 @@ _STUDENT = {
     "optimizer_warmup_steps": 0.01,
     "weight_decay": 0.01,
 }
-
-
-def _config(name: str) -> dict[str, Any]:
-    """The flags of a configuration that Prune Once for All ships."""
-    return as_flags(PUBLISHED[f"{name}_config.json"])
 
 
 def _glue(
@@ -94,11 +89,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "platon/sst-2": _glue(0.10, 0.85, steps=1000, final=5, batch=32, rate=8e-5, epochs=6, seed=8),
     "platon/sts-b": _glue(0.10, 0.85, steps=500, final=5, batch=16, rate=1e-4, epochs=15, seed=9),
-    "pruneofa/glue-85": _config("glue_85"),
-    "pruneofa/lock": _config("lock"),
-    "pruneofa/squad-85": _config("squad_85"),
-    "pruneofa/student-85": {**_STUDENT, **_config("student_pruning_85")},
-    "pruneofa/student-90": {**_STUDENT, **_config("student_pruning_90")},
+    "pruneofa/glue-85": {_CONFIG: "glue_85_config.json"},
+    "pruneofa/lock": {_CONFIG: "lock_config.json"},
+    "pruneofa/squad-85": {_CONFIG: "squad_85_config.json"},
+    "pruneofa/student-85": {**_STUDENT, _CONFIG: "student_pruning_85_config.json"},
+    "pruneofa/student-90": {**_STUDENT, _CONFIG: "student_pruning_90_config.json"},
 }
 # The scripts that a recipe is for, by the beginning of its name, where it is not for all.
 _ONLY = {"pruneofa/student": ("run_pretraining", "run_mlm")}
@@ -120,9 +115,13 @@ def add_preset(given: dict[str, Any], notes: list[str], script: str) -> None:
     scripts = next((only for prefix, only in _ONLY.items() if name.lower().startswith(prefix)), (script,))
     if script not in scripts:
         raise HeadPruningError(f"--preset {name} is a recipe of {scripts[0]}.py; use that, or choose another preset.")
-    if given.get("pruning_config"):
+    if given.get(_CONFIG):
         raise HeadPruningError(f"--preset {name} and --pruning_config both say what is pruned; drop one of them.")
     recipe = dict(PRESETS[name.lower()])
+    if _CONFIG in recipe:
+        from ..training.pruning_config import PUBLISHED, as_flags  # --help needs none of it
+
+        recipe.update(as_flags(PUBLISHED[recipe.pop(_CONFIG)]))
     kind = get_method(recipe["pruner_name"]).kind
     named = [get_method(given[flag]) for flag in ("pruner_name", "pruner") if given.get(flag)]
     own = next((method for method in named if method.kind == kind), None)
