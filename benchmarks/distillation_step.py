@@ -5,8 +5,8 @@ distillation must do: the student's forward and backward pass and the teacher's 
 turns, without an optimizer; without a GPU the time is that of the processor, not of the clock on the wall, so what
 else runs on the machine hardly shows. Each step of SPD is divided by the mean of the floor just before and just after
 it, and the ratio is the median over the rounds, with its quartiles beside it. Memory that was freed stays with the
-process (glibc's ``M_MMAP_MAX`` 0, no trimming): else which of the two gets new pages from the system, up to a tenth of
-a step, is chance. Attention is computed openly in both. At a replacing rate of 1 every layer is the student's and has
+process (glibc's ``M_MMAP_MAX`` 0, no trimming): else it is chance which of the two waits for new pages from the
+system. Attention is computed openly in both. At a replacing rate of 1 every layer is the student's and has
 gradients, which is the dearest; at 0.8 one layer in five is the teacher's and has none.
 
 Memory is the peak of a process of its own after two updates with AdamW, less what it held before there was a model:

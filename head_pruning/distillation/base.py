@@ -59,8 +59,7 @@ class DistillConfig:
         default=None,
         metadata={
             "help": "which hidden states and attentions are compared, as STUDENT:TEACHER pairs with commas between, "
-            "or last; "
-            "hidden state 0 goes into the first layer, N comes out of layer N (dfd: 0 comes out of layer 1), "
+            "or last; hidden state 0 goes into the first layer, N comes out of layer N (dfd: 0 comes out of layer 1), "
             "attention 0 is that of layer 1; default: all, spread evenly over a deeper teacher's"
         },
     )

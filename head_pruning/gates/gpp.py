@@ -16,7 +16,7 @@ import torch
 from ..compact.shapes import FLAG, Number, Rest, Whole
 from ..errors import HeadPruningError
 from ..masks import full_mask
-from ..options import require
+from ..options import TARGET_SPARSITY, require
 from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import count_of
@@ -33,14 +33,7 @@ PENALTY = 0.5
 class GppConfig:
     """Options of gradient progressive pruning."""
 
-    target_sparsity: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "share removed at the end, 0 to 1: of weights, or by gpp of the heads and of the feed-forward "
-            "units (a half unless given)",
-            "once_unset": 0.0,
-        },
-    )
+    target_sparsity: Optional[float] = field(default=None, metadata=TARGET_SPARSITY)
     pruning_type: str = field(
         default=_BOTH, metadata={"help": f"what is pruned: {', '.join(TYPES)}, or several joined with +"}
     )

@@ -8,7 +8,7 @@ from typing import Any, Mapping, Optional
 import torch
 
 from ..errors import HeadPruningError
-from ..options import require
+from ..options import TARGET_SPARSITY, require
 from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import count_of
@@ -21,14 +21,7 @@ from .magnitude import MagnitudeScores
 class TensorSparsityConfig(SelectionConfig):
     """Options of every method that removes the smallest weights of each tensor."""
 
-    target_sparsity: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "share removed at the end, 0 to 1: of weights, or by gpp of the heads and of the feed-forward "
-            "units (a half unless given)",
-            "once_unset": 0.0,
-        },
-    )
+    target_sparsity: Optional[float] = field(default=None, metadata=TARGET_SPARSITY)
     threshold_decay: float = field(
         default=0.0, metadata={"help": "weight of the previous threshold of a tensor in its next, 0 to below 1"}
     )
