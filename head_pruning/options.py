@@ -18,8 +18,8 @@ _TYPES: dict[type, tuple[type, str]] = {
 
 #: Of an option that methods of several kinds have, so that one flag says the same to all.
 TARGET_SPARSITY = {
-    "help": "share removed at the end, 0 to 1: of weights, or by gpp of the heads and of the feed-forward units (a half "
-    "unless given)",
+    "help": "share removed at the end, 0 to 1: of weights, or by gpp of the heads and of the feed-forward units (a "
+    "half unless given)",
     "once_unset": 0.0,
 }
 
