@@ -162,6 +162,7 @@ class HeadPruningMixin(_Task):
                 f"{trained} goes on from a trained model, and no checkpoint was loaded; add --finetune-from-model or "
                 "--restore-file."
             )
+        self.session.starts_trained = self._keeper.loaded
         self.session.settle()
 
     @contextlib.contextmanager

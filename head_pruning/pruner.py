@@ -27,6 +27,7 @@ class SessionView(Protocol):
     warmup_steps: Optional[int]
     load_teacher: Optional[Callable[[str, frozenset], tuple[torch.nn.Module, Optional[UnitMap]]]]
     weights_come_later: bool
+    starts_trained: bool
     sums_losses: bool
     gates: Any
     master_of: Optional[Callable[[torch.nn.Parameter], torch.Tensor]]

@@ -95,6 +95,8 @@ class PruningSession:
             where it has another schedule, or it is not known.
         weights_come_later: whether the host loads the model's trained weights after :meth:`attach`, so that a copy of
             the model as it is then teaches nothing.
+        starts_trained: whether training goes on from a trained model; what is so good a start for some methods is a
+            bad one for others. A host that learns it after :meth:`attach` sets it before :meth:`settle`.
         sums_losses: whether the host's losses are sums, whose gradients it divides before its optimizer steps.
 
     Typical use::
@@ -134,6 +136,7 @@ class PruningSession:
         warmup_steps: Optional[int] = None,
         load_teacher: Optional[Callable[[str, frozenset], tuple[nn.Module, Optional[UnitMap]]]] = None,
         weights_come_later: bool = False,
+        starts_trained: bool = True,
         sums_losses: bool = False,
     ) -> None:
         self.model = model
@@ -142,7 +145,7 @@ class PruningSession:
         self.seed = seed
         self.total_steps, self.steps_per_epoch, self.warmup_steps = total_steps, steps_per_epoch, warmup_steps
         self.load_teacher, self.weights_come_later = load_teacher, weights_come_later
-        self.sums_losses = sums_losses
+        self.starts_trained, self.sums_losses = starts_trained, sums_losses
         self.all_reduce, self.all_greatest = all_reduce, all_greatest
         self.fired_within = fired_within
         gating = [pruner for pruner in self.pruners if pruner.needs_gates]

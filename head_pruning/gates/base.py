@@ -31,9 +31,13 @@ class HeadCountConfig:
     min_heads_per_layer: int = field(
         default=0, metadata={"help": "keep at least this many heads in every attention layer"}
     )
-    min_heads_per_kind: int = field(
-        default=0,
-        metadata={"help": "keep at least this many heads of every kind of attention (encoder, cross, decoder)"},
+    min_heads_per_kind: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "keep at least this many heads of every kind of attention (encoder, cross, decoder); default: the "
+            "method's own, else 0",
+            "once_unset": 0,
+        },
     )
 
 
@@ -110,7 +114,8 @@ class HeadPruner(Pruner):
             raise HeadPruningError(f"--prune-units is {self.units!r}; give one of {', '.join(NUMBERED)}.")
         if isinstance(self.config, HeadCountConfig):
             for option in ("min_heads_per_layer", "min_heads_per_kind"):
-                require(self.config, option, lambda value: value >= 0, "0 or more")
+                if getattr(self.config, option) is not None:
+                    require(self.config, option, lambda value: value >= 0, "0 or more")
             if self.units == "ffn" and self.config.min_heads_per_kind:
                 raise HeadPruningError(
                     "--min-heads-per-kind is for kinds of attention, but --prune-units ffn prunes no heads; drop it, "
@@ -137,8 +142,12 @@ class HeadPruner(Pruner):
             rows=self.unit_map.rows(),
             kinds=list(self.unit_map.kinds().values()),
             min_per_row=self.config.min_heads_per_layer,
-            min_per_kind=self.config.min_heads_per_kind,
+            min_per_kind=self.min_per_kind(count),
         )
+
+    def min_per_kind(self, count: int) -> int:
+        """How many of ``count`` heads are of each kind of attention at least."""
+        return self.config.min_heads_per_kind or 0
 
     def summary(self) -> str:
         trained = "kept as they are (pipelined)" if self.freezes_model else "trained too (joint)"

@@ -129,7 +129,7 @@ class VoitaPruner(HeadGatePruner):
         # The minima hold here too: the highest logits of a group that has too few.
         for groups, least in (
             (self.unit_map.rows(), self.config.min_heads_per_layer),
-            (self.unit_map.kinds().values(), self.config.min_heads_per_kind),
+            (self.unit_map.kinds().values(), self.config.min_heads_per_kind or 0),
         ):
             for group in groups:
                 closed = group[~keep[group]]

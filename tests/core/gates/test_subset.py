@@ -260,3 +260,62 @@ def test_the_second_head_of_a_site_counts_half(toy):
         pruner.scores = scores
         kept[discount] = np.flatnonzero(pruner.keep()).tolist()
     assert kept == {0.0: [0, 1, 2, 6], 1.0: [0, 1, 4, 6]}
+
+
+# -- from nothing --------------------------------------------------------------------------------------------------
+
+SPREAD = {"count_schedule": "0:0.1", "site_discount": 2.0, "min_heads_per_kind": 1}
+
+
+def ran(toy, trained: bool, updates: int = 12, **options) -> tuple[PruningSession, list]:
+    session = opened(toy, "head_sensitivity", **{"count_schedule": None, **options})
+    session.starts_trained = trained
+    session.settle()
+    return session, [seeded(toy, session, step) for step in range(updates)]
+
+
+def seeded(toy, session: PruningSession, step: int) -> list:
+    """The gates of an update whose dropout follows from its number."""
+    torch.manual_seed(step)
+    return update(toy, session, step).tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_of_heads": 2}])
+def test_from_nothing_heads_are_chosen_early_and_spread(toy, options):
+    """What the options would say, unless K is less than there are kinds."""
+    kinds = len(opened(toy, "head_sensitivity").unit_map.kinds())
+    session, gates = ran(toy, False, **options)
+    keep = session.pruners[0].config.num_of_heads
+    spread = SPREAD if keep >= kinds else {**SPREAD, "min_heads_per_kind": 0}
+    assert gates == ran(toy, True, **options, **spread)[1]
+    assert gates != ran(toy, True, **options)[1]
+    assert session.pruners[0].options().items() >= spread.items()
+    trained = ran(toy, True, **options)[0].pruners[0].options()
+    assert (trained["count_schedule"], trained["site_discount"], trained["min_heads_per_kind"]) == ("0:0.2", 1.0, 0)
+
+
+@pytest.mark.parametrize("given", [{"count_schedule": "0:0.5"}, {"site_discount": 0.0}, {"min_heads_per_kind": 0}])
+def test_options_that_were_given_hold_from_nothing_too(toy, given):
+    assert ran(toy, False, **given)[0].pruners[0].options().items() >= {**SPREAD, **given}.items()
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_a_run_from_nothing_that_was_stopped_goes_on_as_one(toy, stop):
+    """Its host says then that a checkpoint was loaded."""
+    whole, gates = ran(toy, False)
+    first = ran(toy, False, stop)[0]
+    second = opened(toy, "head_sensitivity", count_schedule=None)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(first.state_dict())
+    second.settle()
+    assert [seeded(toy, second, step) for step in range(stop, 12)] == gates[stop:]
+    np.testing.assert_array_equal(second.head_mask().keep, whole.head_mask().keep)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_began(toy):
+    session = ran(toy, True, 2)[0]
+    state = {name: value for name, value in session.state_dict().items() if not name.endswith("scratch")}
+    second = opened(toy, "head_sensitivity", count_schedule=None)
+    second.load_state_dict(state)
+    second.starts_trained = False
+    assert second.pruners[0].options()["count_schedule"] == "0:0.2"
