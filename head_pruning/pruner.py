@@ -122,6 +122,11 @@ class Pruner:
         """Whether this update's gradients tell a method what will stay, on its way to fewer heads."""
         return False
 
+    @property
+    def learns_gates(self) -> bool:
+        """Whether what this update's gradients say of the gates is learnt from."""
+        return False
+
     @classmethod
     def bert_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that were set, and what the published BERT scripts make of others.

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from ..errors import HeadPruningError
 from ..options import require
 from ..outputs import Late, Outputs
+from ..pruner import Pruner, SessionView
 from ..registry import methods, register_pruner
 from .base import TERMS, DistillConfig, Distiller, compared
 from .losses import divergence, mean_square
@@ -24,8 +26,9 @@ class LogitsConfig(DistillConfig):
     distill_while_choosing: bool = field(
         default=False,
         metadata={
-            "help": "learn from the teacher also while the number of open heads falls; without it heads are chosen by "
-            "the task loss alone (the separation of GRAIN), and the teacher runs only after that"
+            "help": "choose heads by the teacher too; without it they are chosen by the task loss alone (the "
+            "separation of GRAIN): the teacher waits while the number of open heads falls, and what it says does not "
+            "reach gates that learn for longer"
         },
     )
     distill_task: float = field(default=1.0, metadata={"help": "weight of the task loss beside --distill logits"})
@@ -72,7 +75,19 @@ class LogitsDistiller(Distiller):
                 terms.append(divergence(ours, target, self.config.distill_temperature, tokens))
         return torch.stack(terms).sum() if self.config.distill_sum else torch.stack(terms).mean()
 
+    def attach(self, session: SessionView) -> None:
+        learns = Pruner.learns_gates
+        blind = next((each.name for each in session.pruners if type(each).learns_gates is not learns), None)
+        if blind is not None and not self.config.distill_task and not self.config.distill_while_choosing:
+            raise HeadPruningError(
+                f"With --distill-task 0 the gates of {blind} have nothing to learn from; add "
+                "--distill-while-choosing, which lets them learn from the teacher, or a weight of the task loss."
+            )
+        super().attach(session)
+
     def objective(self, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        if not self.config.distill_while_choosing and any(each.learns_gates for each in self.session.pruners):
+            total = self.session.gates.without(total)
         return self.config.distill_task * loss + total
 
 

@@ -260,6 +260,10 @@ class HeadGatePruner(HeadPruner):
         bound = np.sqrt(6.0 / (len(self.unit_map.attention) + self.unit_map.attention[0].heads))
         return generator.uniform(-bound, bound, self.unit_map.num_heads)
 
+    @property
+    def learns_gates(self) -> bool:
+        return self.final is None
+
     def draw(self, step: int) -> np.ndarray:
         """The N gates of update ``step``; keeps what :meth:`chain` needs."""
         raise NotImplementedError

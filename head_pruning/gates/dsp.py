@@ -174,6 +174,10 @@ class DSPPruner(FallingCount, HeadGatePruner):
             and self.fallen(step)
         )
 
+    @property
+    def learns_gates(self) -> bool:
+        return super().learns_gates and self.sample is not None
+
     def draw(self, step: int) -> np.ndarray:
         self.step = step
         if self.settled(step) or self.held(step):

@@ -211,14 +211,14 @@ class GppPruner(HeadPruner):
         for name, parameter in self.session.model.named_parameters() if self._carried else ():
             if name in self._carried:
                 parameter.grad = self._carried[name]
-        if self._learns:
+        if self.learns_gates:
             gates.set_training(self.z)
             gates.set_evaluation(self.z)
         else:
             gates.set_fixed(self.z if self.final is None else self.final)
 
     @property
-    def _learns(self) -> bool:
+    def learns_gates(self) -> bool:
         """Whether the indicators' gradients are summed in this update."""
         begin, length = self._plan()
         return self.final is None and begin <= self.step <= begin + length
@@ -250,7 +250,7 @@ class GppPruner(HeadPruner):
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
         self._refuse_published((loss_scale, denominator) != (1.0, 1.0))
-        if self._learns:
+        if self.learns_gates:
             count = np.array([denominator or 1.0])
             summed = self.session.summed(self.session.gates.gradients, count)
             new = summed[:-1] / (loss_scale * summed[-1])
@@ -282,7 +282,7 @@ class GppPruner(HeadPruner):
         return {
             "sparsity": self.sparsity,
             "fading": float((self.z < 1).sum()),
-            "indicator_loss": PENALTY * float(self.z.sum()) if self._learns else 0.0,
+            "indicator_loss": PENALTY * float(self.z.sum()) if self.learns_gates else 0.0,
         }
 
     # -- state -------------------------------------------------------------------------------------------------------

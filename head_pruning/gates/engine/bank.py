@@ -5,7 +5,7 @@ A gate sits on a head, or on a feed-forward unit where the map numbers these: a 
 
 import contextlib
 import sys
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch
@@ -49,6 +49,23 @@ class HeadGate(nn.Module):
         # Multiplied in float32 also for a half-precision model: the gate's gradient is a sum over all tokens, which
         # float16 could not hold.
         return ((heads * gate.unsqueeze(-1)).to(heads.dtype).flatten(-2), *args[1:])
+
+
+# Gradients of half precision would be 0 without a scale; a power of two changes no other.
+_SCALE = 128.0
+
+
+class _Without(torch.autograd.Function):
+    """The identity of a loss, whose backward pass takes ``gradients`` away from ``leaves``."""
+
+    @staticmethod
+    def forward(ctx: Any, term: torch.Tensor, gradients: list, *leaves: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return term.clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple:
+        return outer, None, *(None if each is None else -outer * each for each in ctx.gradients)
 
 
 def _of_examples(gate: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
@@ -236,6 +253,30 @@ class GateBank:
         """Set the gates used in evaluation (``[N]``)."""
         self.follow_device()
         self._set(self.evaluation_values, values, 1)
+
+    def without(self, term: torch.Tensor) -> torch.Tensor:
+        """``term``, a part of a loss, with all of its gradient but what would reach the training gates.
+
+        It takes a backward pass of its own through the model, though not to its parameters. What is left at the gates
+        is the rounding of the two passes.
+
+        Raises:
+            HeadPruningError: the model's gradients cannot be computed twice.
+        """
+        leaves = [gate.training_gate for _, gate in self._targets]
+        if not self._learn or not term.requires_grad:
+            return term
+        try:
+            found = torch.autograd.grad(_SCALE * term, leaves, retain_graph=True, allow_unused=True)
+            reason = "none reaches them apart from the whole loss, as where activations are checkpointed reentrantly"
+        except RuntimeError as error:  # a compiled model that reuses its buffers
+            found, reason = (), str(error).split(". ")[0]
+        if all(each is None for each in found):
+            raise HeadPruningError(
+                f"The gates' gradient of the teacher's terms cannot be told from that of the task loss: {reason}. Add "
+                "--distill-while-choosing, and gates learn from both."
+            )
+        return _Without.apply(term, [None if each is None else each / _SCALE for each in found], *leaves)
 
     @contextlib.contextmanager
     def forced(self, mode: str) -> Iterator[None]:

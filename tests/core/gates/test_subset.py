@@ -227,6 +227,45 @@ def test_heads_are_chosen_by_the_task_loss_alone_unless_the_teacher_may_join(toy
     assert learnt == [mixed] * 10 + [True] * 2
 
 
+def first_gradients(toy, name: str, distil: bool, **options) -> tuple[torch.Tensor, dict, float]:
+    """Of one update: the gates' gradients, the parameters', and the objective."""
+    model, unit_map = toy.make(0)
+    teacher = toy.make(5)[0]
+    method = methods()[name]
+    given = SimpleNamespace(**{**method.example, "teacher_path": "teacher", **options})
+    pruners = [build_pruner(method, given)] + ([build_pruner(methods(None)["logits"], given)] if distil else [])
+    session = PruningSession(model, unit_map, pruners, total_steps=20)
+    session.load_teacher = lambda path, needs: (teacher.eval(), unit_map)
+    session.attach()
+    torch.manual_seed(0)
+    session.before_update(0)
+    objective = 1000.0 * session.loss(toy.loss(session.model, toy.batch(0)))
+    objective.backward()
+    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    return session.gates.gradients.clone(), found, float(objective.detach())
+
+
+@pytest.mark.parametrize("name", ["dsp", "ste", "voita"])
+def test_what_a_teacher_says_reaches_the_weights_and_not_gates_that_learn_to_the_end(toy, name):
+    more = {"joint_pruning": True}
+    alone, taught, mixed = (
+        first_gradients(toy, name, distil, **more, **options)
+        for distil, options in ((False, {}), (True, {}), (True, {"distill_while_choosing": True}))
+    )
+    torch.testing.assert_close(taught[0], alone[0], rtol=1e-4, atol=1e-4 * float(alone[0].abs().max()))
+    assert not torch.allclose(mixed[0], alone[0], rtol=1e-2)
+    assert taught[1].keys() == mixed[1].keys() and taught[2] == mixed[2] != alone[2]
+    for parameter, gradient in taught[1].items():
+        torch.testing.assert_close(gradient, mixed[1][parameter], rtol=0, atol=0)
+    assert any(not torch.allclose(gradient, alone[1][parameter]) for parameter, gradient in taught[1].items())
+
+
+def test_gates_that_would_have_nothing_to_learn_from_are_refused(toy):
+    with pytest.raises(HeadPruningError, match="--distill-task 0 the gates of ste have nothing .* --distill-while-ch"):
+        first_gradients(toy, "ste", True, distill_task=0.0)
+    first_gradients(toy, "ste", True, distill_task=0.0, distill_while_choosing=True)
+
+
 @pytest.mark.parametrize("text", ["0", "a:b", "0.5:0.2", "-1:3", "0:0", "0:inf", "5:5", "0:1:2"])
 def test_schedules_that_cannot_be_are_refused(toy, text):
     with pytest.raises(HeadPruningError, match="--count-schedule is"):

@@ -204,3 +204,19 @@ def test_a_pruned_teacher_keeps_its_heads_pruned(beside, translation, tmp_path):
     trainer.train_step([next(iter(epochs.next_epoch_itr(shuffle=False)))])
     assert {parameter.dtype for parameter in learnt.parameters()} == {torch.float16}
     assert all(np.isfinite(value) for value in trainer.task.session.metrics().values())
+
+
+@pytest.mark.parametrize("average", few(["", "--sentence-avg"], ""))
+def test_gates_that_learn_to_the_end_do_not_learn_from_the_teacher(translation, teacher, tmp_path, average):
+    """Unless told to."""
+    found = {}
+    for name, more in (("alone", ""), ("taught", LOSS), ("mixed", f"{LOSS} --distill-while-choosing")):
+        more = f"{more} --teacher-path {teacher}" if more else ""
+        ste = f"--dropout 0 --num-of-heads 4 --joint-pruning --use-ste --gate-clip-norm 0 {average} {more}"
+        trainer, iterator = in_process(translation.train(tmp_path / name, ste))
+        batches = iterator.next_epoch_itr(shuffle=False)
+        trainer.train_step([next(batches), next(batches)])
+        found[name] = trainer.task.session.pruners[0].adam.first.copy()
+    size = np.abs(found["alone"]).max()
+    np.testing.assert_allclose(found["taught"], found["alone"], rtol=0, atol=1e-4 * size)
+    assert np.abs(found["mixed"] - found["alone"]).max() > 1e-2 * size
