@@ -96,6 +96,13 @@ def test_options_imply_their_method(options, name):
     assert (method.name if method else None) == name
 
 
+def test_what_was_set_counts_whatever_its_value():
+    for rate in (0.2, 0.3, 0.5):  # 0.2 is the default
+        assert [method.name for method in choose_methods({"num_of_heads": 4, "pruning_lr": rate})] == ["dsp"]
+    switched_off = {"num_of_heads": 4, "annealing": False, "initial_temperature": None}
+    assert [method.name for method in choose_methods(switched_off)] == ["head_sensitivity"]
+
+
 def test_a_named_method_wins_over_implied_ones():
     assert choose_method(given(num_of_heads=4), "random").name == "random"
     with pytest.raises(

@@ -219,6 +219,14 @@ def test_run_glue_takes_the_method_named_or_implied(words, name, tmp_path):
     assert name_of(arguments) == name and len(arguments.pruners) == bool(name)
 
 
+@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])  # those of the core, of nobody, of these scripts
+def test_a_rate_means_dsp_whatever_its_value(rate):
+    arguments = parse(line(f"--num_of_heads 3 --joint_pruning --pruning_lr {rate}"), "run_glue")
+    assert name_of(arguments) == "dsp" and arguments.of("heads").config.pruning_lr == rate
+    with pytest.raises(HeadPruningError, match="--pruning_lr belongs to .* but the pruner is head_sensitivity; drop"):
+        parse(line(f"--num_of_heads 3 --pruner head_sensitivity --pruning_lr {rate}"), "run_glue")
+
+
 def test_run_dsp_and_run_voita_have_their_own():
     assert name_of(parse(line("--num_of_heads 3 --use_ste False"), "run_dsp")) == "dsp"
     assert name_of(parse(line("--num_of_heads 3"), "run_voita")) == "voita"
