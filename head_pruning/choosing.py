@@ -159,12 +159,14 @@ def _named(name: str, takes: Sequence[str], known: Mapping[str, Method], line: C
     method = known.get(name)
     if method is not None and method.kind in takes:
         return method
+    offered = sorted(found for found, other in known.items() if other.kind in takes)
     if method is not None:
+        does = " or ".join(KINDS[kind].does for kind in takes)
+        alike = next((found for found in offered if name in found.split("_")), None)
         raise HeadPruningError(
-            f"{name} is none of the methods that {' or '.join(KINDS[kind].does for kind in takes)}; choose it with "
-            f"{line.chooser(method.kind)} {name}."
+            f"{name} is none of the methods that {does}; choose it with {line.chooser(method.kind)} {name}"
+            f"{f', or take {alike}, which is one' if alike else ''}."
         )
-    offered = sorted(found for found, method in known.items() if method.kind in takes)
     noun = KINDS[takes[0]].noun if len(takes) == 1 else "pruner"
     raise HeadPruningError(f"There is no {noun} {name}; choose one of {', '.join(offered)}.")
 

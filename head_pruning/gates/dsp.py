@@ -231,7 +231,6 @@ register_pruner(
     name="dsp",
     config=DSPConfig,
     pruner=DSPPruner,
-    recommended=True,
     example={"num_of_heads": 4, "joint_pruning": True, "annealing": True, "cooldown_steps": 0.5},
     selected_by=_asked_for,
 )

@@ -128,6 +128,10 @@ def test_several_implied_methods_are_refused():
     ({"num_of_heads": 4, "use_ste": True, "cooldown_steps": 9}, None, "--cooldown-steps belongs to dsp, but .* ste"),
     ({"num_of_heads": 4, "pruning_lr": 0.5}, "random", "--pruning-lr belongs to .*dsp.* but the pruner is random"),
     ({"num_of_heads": 4, "random_heads_seed": 3}, None, "--random-heads-seed belongs to random"),
+    # The default where it has the option, else the first that has it.
+    ({"count_schedule": "0:0.5"}, None, "but no pruner is chosen; drop it or add --pruner head_sensitivity.$"),
+    ({"num_of_heads": 4, "count_schedule": "0:0.5"}, "random", "is random; drop it or choose --pruner head_sensitivi"),
+    ({"num_of_heads": 4, "pruning_lr": 0.5}, "head_sensitivity", "head_sensitivity; drop it or choose --pruner dsp"),
 ])  # fmt: skip
 def test_foreign_options_are_refused(options, pruner, words):
     with pytest.raises(HeadPruningError, match=words):
@@ -178,6 +182,8 @@ def test_a_run_has_methods_of_every_kind(more_kinds, options, names):
     ({"quantizer": "int8,answers"}, "answers is none of the methods that quantize; choose it with --distill answers."),
     ({"weight_pruner": "lock,platon"}, "--weight-pruner platon and lock both prune weights, of which a run takes one; "
      "choose one of them."),
+    ({"pruner": "sensitivity"}, "sensitivity is none of the methods that prune heads; choose it with --weight-pruner "
+     "sensitivity, or take head_sensitivity, which is one."),
     ({"distill": "int4"}, "There is no distiller int4; choose one of answers, dfd, logits, spd, states."),
 ])  # fmt: skip
 def test_what_is_not_chosen_is_refused_with_one_sentence(more_kinds, options, sentence):
