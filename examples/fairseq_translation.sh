@@ -26,7 +26,7 @@ PYTHON
 fairseq-preprocess --source-lang de --target-lang en --trainpref train --validpref valid --testpref test \
     --destdir data-bin --workers 1 &>preprocess.log
 
-# Training begins from nothing: the heads are chosen in the first tenth of the 150 updates, the others train those that stay.
+# The heads are chosen in the first tenth of the 150 updates, as training begins from nothing; the rest is for those that stay.
 fairseq-train data-bin --user-dir "$plugin" --task translation_head_pruning \
     --arch transformer_iwslt_de_en --encoder-layers 2 --decoder-layers 2 \
     --encoder-embed-dim 32 --decoder-embed-dim 32 --encoder-ffn-embed-dim 64 --decoder-ffn-embed-dim 64 \
