@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from head_pruning import AttentionSite, PruningSession, UnitMap
-from head_pruning.gates.dsp import DSPConfig, DSPPruner
+from head_pruning.gates.head_sensitivity import HeadSensitivityConfig, HeadSensitivityPruner
 
 VOCABULARY, LENGTH, WIDTH, LAYERS, HEADS, KEEP = 12, 8, 32, 4, 4, 4
 UPDATES = 400
@@ -87,10 +87,10 @@ def main() -> None:
         )
         for i in range(LAYERS)
     )
-    config = DSPConfig(
-        num_of_heads=KEEP, joint_pruning=True, annealing=True, initial_temperature=1.0, cooldown_steps=0.5
-    )
-    session = PruningSession(model, UnitMap(tuple(sites)), [DSPPruner(config)], total_steps=UPDATES).attach()
+    # The number of heads falls from all to KEEP in the first half of training.
+    config = HeadSensitivityConfig(num_of_heads=KEEP, joint_pruning=True, count_schedule="0:0.5")
+    pruner = HeadSensitivityPruner(config)
+    session = PruningSession(model, UnitMap(tuple(sites)), [pruner], total_steps=UPDATES).attach()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 
     model.train()

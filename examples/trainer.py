@@ -61,23 +61,17 @@ def main(folder: Path) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    dsp = pruner(
-        "dsp",
-        num_of_heads=KEEP,
-        joint_pruning=True,
-        annealing=True,
-        initial_temperature=1.0,
-        cooldown_steps=0.5,  # half of training
-    )
+    # The number of heads falls from all to KEEP in the first half of training.
+    method = pruner("head_sensitivity", num_of_heads=KEEP, joint_pruning=True, count_schedule="0:0.5")
     trainer = HeadPruningTrainer(
         model=model,
         args=arguments,
         train_dataset=sentences(3200, seed=1),
         eval_dataset=sentences(1000, seed=2),
         compute_metrics=accuracy,
-        pruners=[dsp],
+        pruners=[method],
     )
-    # With a Trainer of your own:  HeadPruningCallback(open_session(model, [dsp])).add_to(trainer)
+    # With a Trainer of your own:  HeadPruningCallback(open_session(model, [method])).add_to(trainer)
     trainer.train()
     scores, mask = trainer.evaluate(), trainer.head_mask
     print(mask)
@@ -88,7 +82,7 @@ def main(folder: Path) -> None:
     pruned = AutoModelForSequenceClassification.from_pretrained(folder / "pruned")
     dense = sum(parameter.numel() for parameter in pruned.parameters())
     hf_plugin.prune_heads(pruned, mask)
-    hf_plugin.save_compact(pruned, folder / "small", method="dsp")
+    hf_plugin.save_compact(pruned, folder / "small", method=method.name)
     small = AutoModelForSequenceClassification.from_pretrained(folder / "small").eval()
     left = sum(parameter.numel() for parameter in small.parameters())
 

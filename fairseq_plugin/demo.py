@@ -60,10 +60,11 @@ class Variant:
 def variants(keep: int) -> list[Variant]:
     """The pruned models; K = ``keep`` heads where the method takes a number."""
     k = ("--num-of-heads", str(keep))
+    joint = (*k, "--joint-pruning")
     return [
-        Variant("sensitivity", "head sensitivity", (*k, "--joint-pruning", "--pruner", "head_sensitivity")),
-        Variant("dsp", "DSP", (*k, "--joint-pruning", *ANNEAL)),
-        Variant("ste", "STE", (*k, "--joint-pruning", "--use-ste")),
+        Variant("sensitivity", "head sensitivity", joint),  # which a number of heads alone means
+        Variant("dsp", "DSP", (*joint, *ANNEAL)),
+        Variant("ste", "STE", (*joint, "--use-ste")),
         Variant("voita", "Voita", ("--l0-penalty", "100")),
         *(
             Variant(f"random{i}", "random heads", (*k, "--pruner", "random", "--random-heads-seed", str(i)))

@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import functools
 import re
-from dataclasses import Field, field, fields, make_dataclass
+from dataclasses import Field, field, fields, is_dataclass, make_dataclass
 from types import SimpleNamespace
 from typing import Any, List, Mapping, Optional, Sequence
 
 from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.registry import REGISTRIES
 from omegaconf import II
@@ -28,7 +29,7 @@ def pruning_config(base: type, name: str, module: str) -> type:
 
     Options are called as in the registry, but for those that an optimizer or scheduler of fairseq has too
     (``pruner_warmup_steps``), which have the name in the registry as second flag, and for what is on by default,
-    which ``no_...`` switches off.
+    which ``no_...`` switches off. They are None until they are set, switches False.
     """
     run = [
         ("seed", int, II("common.seed")),
@@ -79,9 +80,7 @@ def build_pruners(options: Any) -> list[Pruner]:
 
 def _given(options: Any) -> dict[str, Any]:
     """The options of the registry, and those that name methods, that were set."""
-    known = option_fields()
-    values = {name: _value(options, option) for name, option in known.items()}
-    given = {name: value for name, value in values.items() if value != known[name].default}
+    given = {name: _value(options, option) for name, option in option_fields().items() if _is_set(options, option)}
     named = {kind.flag: getattr(options, kind.flag, None) for kind in KINDS.values()}
     return {**given, **{name: value for name, value in named.items() if value is not None}}
 
@@ -150,7 +149,19 @@ def _option(option: Field) -> tuple:
     second = dashed(option.name) if _shared(option.name) else _flag(option.name)
     if second != dashed(_name(option)):
         metadata["argparse_alias"] = second
-    return _name(option), option.type, field(default=option.default is not True and option.default, metadata=metadata)
+    if isinstance(option.default, bool):
+        return _name(option), bool, field(default=False, metadata=metadata)
+    if _has_fairseq(option.name):
+        return _name(option), option.type, field(default=option.default, metadata=metadata)
+    # Without a value what was set is told from what was not, in checkpoints and in files of options too.
+    return _name(option), Optional[option.type], field(default=None, metadata=metadata)
+
+
+@functools.cache
+def _has_fairseq(name: str) -> bool:
+    """Whether fairseq's own configuration has the option too (``temperature``), so that it always has a value."""
+    groups = [found.type for found in fields(FairseqConfig) if isinstance(found.type, type)]
+    return any(name == found.name for group in groups if is_dataclass(group) for found in fields(group))
 
 
 @functools.cache
@@ -195,6 +206,15 @@ def _flag(name: str) -> str:
 
 
 def _value(options: Any, option: Field) -> Any:
+    value = getattr(options, _name(option), None)
     if option.default is True:
-        return not getattr(options, _name(option), False)
-    return getattr(options, _name(option), option.default)
+        return not value
+    return option.default if value is None else value
+
+
+def _is_set(options: Any, option: Field) -> bool:
+    """Whether the option was set, to whatever value."""
+    value = getattr(options, _name(option), None)
+    if _has_fairseq(option.name):
+        return value is not None and value != option.default
+    return value is not None and value is not False

@@ -1,6 +1,6 @@
 """Which methods a command line asks for, of every kind, and whose options it sets."""
 
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from types import SimpleNamespace
 from typing import Any, Callable, Mapping, Optional, Sequence
 
@@ -31,6 +31,23 @@ class CommandLine:
     def chooser(self, kind: str) -> str:
         """The flag that names methods of the kind."""
         return self.flag(next((o for o, kinds in self.choosers.items() if kinds[0] == kind), KINDS[kind].flag))
+
+
+class _Options(SimpleNamespace):
+    """All options of the registry as attributes; it knows which of them were set, whatever their values are.
+
+    Args:
+        given: those that were set.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        known = option_fields()
+        super().__init__(**{**{name: field.default for name, field in known.items()}, **given})
+        self._set = {name for name in known if name in given and not _is_off(known[name], given[name])}
+
+    def were_set(self, *names: str) -> bool:
+        """Whether one of the options was set."""
+        return not self._set.isdisjoint(names)
 
 
 def choose_methods(
@@ -98,7 +115,7 @@ def refuse_foreign(
         theirs = sorted((method for method in known.values() if option in method.options), key=lambda m: m.name)
         if not theirs or any(option in method.options for method in chosen):
             continue
-        if value is None or value is False and theirs[0].options[option].default is False:
+        if _is_off(theirs[0].options[option], value):
             continue  # what is switched off may stand in a file of options
         best = next((method for method in theirs if method.recommended), theirs[0])
         rivals, noun = [method for method in chosen if method.kind == best.kind], KINDS[best.kind].noun
@@ -107,6 +124,11 @@ def refuse_foreign(
             f"{line.flag(option)} belongs to {', '.join(method.name for method in theirs)}, but {says}; drop it or "
             f"{_cure(options, best, rivals, line)}."
         )
+
+
+def _is_off(option: Field, value: Any) -> bool:
+    """Whether a value that was given counts as unset."""
+    return value is None or value is False and option.default is False
 
 
 def _cure(options: Mapping[str, Any], best: Method, rivals: Sequence[Method], line: CommandLine) -> str:
@@ -122,7 +144,7 @@ def _cure(options: Mapping[str, Any], best: Method, rivals: Sequence[Method], li
 
 def _implied(options: Mapping[str, Any], known: Mapping[str, Method], line: CommandLine) -> list[Method]:
     """The methods of one kind that the options imply."""
-    everything = SimpleNamespace(**{**{name: f.default for name, f in option_fields().items()}, **options})
+    everything = _Options(options)
     found = [method for method in known.values() if method.selected_by(everything)]
     if len(found) > 1 and not KINDS[found[0].kind].several:
         raise HeadPruningError(
@@ -137,12 +159,14 @@ def _named(name: str, takes: Sequence[str], known: Mapping[str, Method], line: C
     method = known.get(name)
     if method is not None and method.kind in takes:
         return method
+    offered = sorted(found for found, other in known.items() if other.kind in takes)
     if method is not None:
+        does = " or ".join(KINDS[kind].does for kind in takes)
+        alike = next((found for found in offered if name in found.split("_")), None)
         raise HeadPruningError(
-            f"{name} is none of the methods that {' or '.join(KINDS[kind].does for kind in takes)}; choose it with "
-            f"{line.chooser(method.kind)} {name}."
+            f"{name} is none of the methods that {does}; choose it with {line.chooser(method.kind)} {name}"
+            f"{f', or take {alike}, which is one' if alike else ''}."
         )
-    offered = sorted(found for found, method in known.items() if method.kind in takes)
     noun = KINDS[takes[0]].noun if len(takes) == 1 else "pruner"
     raise HeadPruningError(f"There is no {noun} {name}; choose one of {', '.join(offered)}.")
 

@@ -106,7 +106,8 @@ def register_pruner(
             (truth value): the option names a file, and what counts is what is in it, not where it lies;
             ``once_unset``: what earlier versions stored where the option was not set.
         pruner: the :class:`~head_pruning.Pruner`'s class.
-        selected_by: tells from all options whether the user means this method without naming it; default: never.
+        selected_by: tells from all options, which it gets as attributes, whether the user means this method without
+            naming it; ``options.were_set("one", "two")``: whether one of these was set. Default: never.
         prunes: its kind, one of :data:`KINDS`; default: ``pruner.kind``.
         recommended: whether a message names it first of several methods that would do.
         example: options of a short run that shows what the method does, step counts as fractions of training: those

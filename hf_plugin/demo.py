@@ -99,10 +99,10 @@ class Demo:
         rows = [self.train("dense", "run_glue", self.data / "model", self.epochs, [], self.cores)]
         k = ["--num_of_heads", str(self.keep)]
         one = max(1, self.cores // 2)
-        sensitivity = [*k, "--joint_pruning", "--pruner", "head_sensitivity"]
+        joint = [*k, "--joint_pruning"]  # a number of heads alone means head_sensitivity
         jobs = [
-            lambda: self.train("head sensitivity", "run_glue", dense, self.more_epochs, sensitivity, one),
-            lambda: self.train("DSP", "run_dsp", dense, self.more_epochs, [*k, "--joint_pruning", *ANNEAL], one),
+            lambda: self.train("head sensitivity", "run_glue", dense, self.more_epochs, joint, one),
+            lambda: self.train("DSP", "run_dsp", dense, self.more_epochs, [*joint, *ANNEAL], one),
             lambda: self.train("random heads", "run_glue", dense, self.more_epochs, [*k, "--pruner", "random"], one),
             lambda: self.michel(one),
         ]

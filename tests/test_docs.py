@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from head_pruning import choose_methods, methods
 from tests.documents import (
     METHODS,
     PAGES,
@@ -103,6 +104,16 @@ def test_every_method_has_all_its_options_and_no_others():
 
 def test_the_options_are_written_from_the_registry():
     assert read(METHODS) == with_option_tables(read(METHODS)), "run python -m tests.documents"
+
+
+def test_the_method_that_a_number_of_heads_alone_means():
+    (method,) = choose_methods({"num_of_heads": 4})
+    assert f"`--num-of-heads` alone means {method.name}," in prose(METHODS)
+    others = "|".join({*methods("heads")} - {method.name})
+    count = "(?:num[-_]of[-_]heads(?: K)?`(?: alone)?|number of heads alone,?)"
+    says = rf"{count}(?: means| is| the method is)? (?:{others})\b"
+    for page in PAGES:
+        assert not re.search(says, re.sub(r"\s+", " ", prose(page)), re.IGNORECASE), page.name
 
 
 @pytest.mark.slow

@@ -281,7 +281,8 @@ def test_the_commands_of_distillation_parse():
 
     found = [parse([*words, "--use_cpu"], "run_glue") for words in _lines("python -m hf_plugin.run_glue")]
     named = [[pruner.name for pruner in each.pruners] for each in found]
-    assert named == [[], ["spd_magnitude", "spd"], ["dsp", "logits"]]
+    alone = ["head_sensitivity"]  # in the README and in transformers.md
+    assert named == [alone, [], ["spd_magnitude", "spd"], ["dsp", "logits"], alone]
 
 
 def test_the_commands_of_pretraining_parse():
@@ -348,7 +349,7 @@ def test_the_head_pruning_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = tiny_bert()
     mask = HeadMask(unit_map(model), torch.arange(8).numpy() % 4 == 0)
-    for name in ("dsp_output", "voita_output", "START", "glue-sweep"):
+    for name in ("pruned", "dsp_output", "voita_output", "START", "glue-sweep"):
         save_pruned(model, mask, name, method="dsp")
         Path(name, "vocab.txt").write_text("[PAD]\n[UNK]\n", encoding="utf-8")
     Path("michel_masks").mkdir()

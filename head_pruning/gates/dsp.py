@@ -222,12 +222,12 @@ class DSPPruner(FallingCount, HeadGatePruner):
 
 
 _SHARED = {option.name for shared in (CountConfig, JointConfig, HeadCountConfig) for option in fields(shared)}
-_OWN = {option.name: option.default for option in fields(DSPConfig) if option.name not in _SHARED}
+_OWN = [option.name for option in fields(DSPConfig) if option.name not in _SHARED]
 
 
 def _asked_for(options: Any) -> bool:
     """Whether a count was given, and more of how gates learn than every method of a count has."""
-    own = any(getattr(options, name) != default for name, default in _OWN.items())
+    own = options.were_set(*_OWN)
     return own and options.num_of_heads is not None and not options.use_ste and options.l0_penalty is None
 
 
@@ -235,7 +235,6 @@ register_pruner(
     name="dsp",
     config=DSPConfig,
     pruner=DSPPruner,
-    recommended=True,
     example={"num_of_heads": 4, "joint_pruning": True, "annealing": True, "cooldown_steps": 0.5},
     selected_by=_asked_for,
 )

@@ -224,5 +224,6 @@ register_pruner(
     config=HeadSensitivityConfig,
     pruner=HeadSensitivityPruner,
     selected_by=_asked_for,
+    recommended=True,
     example={"num_of_heads": 4, "joint_pruning": True, "count_schedule": "0:0.5"},
 )

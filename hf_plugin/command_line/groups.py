@@ -83,7 +83,9 @@ def build_parser(script: Script) -> FlagParser:
     for flag, value in script.bare.items():
         action = parser.known(flag)
         action.nargs, action.const = "?", value
-    parser.elsewhere = {name: "run_michel" for name in michel_only() if parser.action(name) is None}
+    parser.elsewhere = {name: "it belongs to run_michel.py" for name in michel_only() if parser.action(name) is None}
+    if parser.action("pruner") is None:
+        parser.elsewhere["pruner"] = f"its methods are {', '.join(script.methods)}; choose run_glue.py --pruner {{}}"
     return parser
 
 

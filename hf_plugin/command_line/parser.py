@@ -57,7 +57,7 @@ class FlagParser(HfArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
             allow_abbrev=False,
         )
-        #: Flags that another script has, with its name: a mistake that has a better cure than the nearest flag.
+        #: Flags that another script has, with a cure that is better than the nearest flag; ``{}``: the flag's value.
         self.elsewhere: dict[str, str] = {}
         self.required = [action.dest for action in self._actions if action.required or action.dest in needs]
         for action in self._actions:
@@ -131,12 +131,14 @@ class FlagParser(HfArgumentParser):
                 f"{rest[0]:.80} belongs to no flag; flags start with --, and a file of arguments comes first and ends "
                 f"in {', '.join(FILES)}."
             )
-        return f"{self.prog} has no flag {word.partition('=')[0]:.80}{self._nearest(word)}."
+        flag, _, value = word.partition("=")
+        value = value or next(iter(rest[rest.index(word) + 1 :]), "")
+        return f"{self.prog} has no flag {flag:.80}{self._nearest(flag, value)}."
 
-    def _nearest(self, word: str) -> str:
-        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+    def _nearest(self, flag: str, value: Any) -> str:
+        name = flag.lstrip("-").replace("-", "_")
         if name in self.elsewhere:
-            return f"; it belongs to {self.elsewhere[name]}.py"
+            return "; " + self.elsewhere[name].format(str(value or "NAME")[:80])
         shown = [action.dest for action in self._actions if action.help != argparse.SUPPRESS]
         near = difflib.get_close_matches(name, shown, n=1)
         return f" (did you mean --{near[0]}?)" if near else f"; {self.prog} --help lists the flags"
@@ -149,7 +151,7 @@ class FlagParser(HfArgumentParser):
             action = self.action(name)
             if action is None or name == "help":
                 raise HeadPruningError(
-                    f"{path} has {name}, but {self.prog} has no flag --{name}{self._nearest(name)}."
+                    f"{path} has {name}, but {self.prog} has no flag --{name}{self._nearest(name, value)}."
                 )
             several = action.nargs in ("+", "*")
             if value is None or several and value in ("", []):

@@ -1,7 +1,7 @@
 """One GLUE run: fine-tune, prune or both; evaluate, predict, and save what came out."""
 
 import logging
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
@@ -22,7 +22,7 @@ def load_pieces(
     model_args: ModelArguments,
     task: GlueTask,
     training: bool = False,
-    learners: Sequence[str] = (),
+    takes_new: Callable[[str], Any] = lambda tensor: None,
     fits: Optional[Callable[[nn.Module], Any]] = None,
 ) -> tuple[Any, Any, GlueTask]:
     """The tokenizer and the classifier for a GLUE task, and the task with its classes in the classifier's order.
@@ -32,7 +32,7 @@ def load_pieces(
         task: the task.
         training: the classifier will be trained, so the outputs of one that learnt a task with another number of
             classes (MNLI before RTE) may start anew.
-        learners: see :func:`hf_plugin.scripts.models.load_model`.
+        takes_new: see :func:`hf_plugin.scripts.models.load_model`.
         fits: raises HeadPruningError for what cannot be done to a model like the one it is given; called, with one
             without weights, before the weights are loaded.
 
@@ -50,7 +50,7 @@ def load_pieces(
         tokenizer = load_tokenizer(model_args)
         if fits is not None:
             check_twin(AutoModelForSequenceClassification, config, fits)
-        model, outputs = load_model(AutoModelForSequenceClassification, name, learners, config=config, **hub)
+        model, outputs = load_model(AutoModelForSequenceClassification, name, takes_new, config=config, **hub)
     if outputs is not None:
         differs = f"{name} has {outputs} outputs but {task.folder} needs {task.num_labels}"
         if not training:
@@ -75,7 +75,7 @@ class GlueRun(TaskRun):
         if data.data_dir is not None:
             check_files(task, data.data_dir, self.splits)
         tokenizer, model, self.task = load_pieces(
-            arguments.model, task, training.do_train, self.learners, fits=self.fits
+            arguments.model, task, training.do_train, self.takes_new, fits=self.fits
         )
         self.dataset, self.main_metric = f"GLUE {self.task.folder}", self.task.main_metric
         with training.main_process_first(desc="tokenising"):

@@ -45,7 +45,7 @@ class NerRun(TaskRun):
             arguments.model,
             configure=lambda config: self._configure(config, rows),
             training=training.do_train,
-            learners=self.learners,
+            takes_new=self.takes_new,
             fits=self.fits,
         )
         length = usable_length(tokenizer, self.data.max_seq_length, tokenizer.num_special_tokens_to_add() + 1)

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -51,7 +51,9 @@ def model_class(config: Any) -> Any:
 
 
 def load_pieces(
-    model_args: ModelArguments, learners: Sequence[str] = (), fits: Optional[Callable[[nn.Module], Any]] = None
+    model_args: ModelArguments,
+    takes_new: Callable[[str], Any] = lambda tensor: None,
+    fits: Optional[Callable[[nn.Module], Any]] = None,
 ) -> tuple[Any, Any]:
     """The tokenizer and the model; arguments and errors as of :func:`hf_plugin.glue.run.load_pieces`."""
     name, hub = model_args.model_name_or_path, model_args.hub_options()
@@ -61,7 +63,7 @@ def load_pieces(
         tokenizer = load_tokenizer(model_args)
         if fits is not None:
             check_twin(auto, config, fits)
-        model, _ = load_model(auto, name, learners, config=config, **hub)
+        model, _ = load_model(auto, name, takes_new, config=config, **hub)
     return tokenizer, model
 
 
@@ -115,7 +117,7 @@ class PretrainingRun(TaskRun):
             )
         about = read_about(data.data_dir)
         self.dataset = f"segment pairs of {Path(data.data_dir).name}"
-        tokenizer, model = load_pieces(arguments.model, self.learners, self.fits)
+        tokenizer, model = load_pieces(arguments.model, self.takes_new, self.fits)
         _check_fit(data.data_dir, about, tokenizer, model)
         to_train, to_validate = split_pairs(data.data_dir, about, data.validation_split_percentage)
         if not len(to_train) or "validation" in self.splits and not len(to_validate):

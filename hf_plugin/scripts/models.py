@@ -3,7 +3,7 @@
 import copy
 import logging
 import pickle
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional
 
 import torch
 import transformers
@@ -76,7 +76,9 @@ def refuse_stored_integers(config: Any, name: str) -> None:
         raise HeadPruningError(f"The weights in {name} are 8-bit integers, {CURE_OF_INTEGERS}")
 
 
-def load_model(auto: Any, name: str, learners: Sequence[str] = (), **options: Any) -> tuple[Any, Optional[int]]:
+def load_model(
+    auto: Any, name: str, takes_new: Callable[[str], Any] = lambda tensor: None, **options: Any
+) -> tuple[Any, Optional[int]]:
     """A model in float32, and how many outputs its stored head has where the configuration wants another number.
 
     The layer of such a head that gives the outputs is initialised anew, with torch's random numbers.
@@ -84,12 +86,13 @@ def load_model(auto: Any, name: str, learners: Sequence[str] = (), **options: An
     Args:
         auto: a class with ``from_pretrained``, such as ``AutoModelForSequenceClassification``.
         name: the model's folder or hub name.
-        learners: names of distillers that learn from the model itself, which so must have been trained as a whole.
+        takes_new: called with the name of a tensor that is not in the files, so that it starts anew; raises
+            HeadPruningError where the whole model must have been trained.
         options: for ``from_pretrained``.
 
     Raises:
-        HeadPruningError: the weights are damaged, others than the head's do not fit the configuration, or parts are
-            new that ``learners`` would learn from.
+        HeadPruningError: the weights are damaged, others than the head's do not fit the configuration, or
+            ``takes_new`` says no.
     """
     try:
         # A model saved in half precision is trained in float32 (--fp16 and --bf16 mix precisions themselves).
@@ -109,11 +112,8 @@ def load_model(auto: Any, name: str, learners: Sequence[str] = (), **options: An
         outputs = stored[0]
     _check_outputs(model, name)
     new = sorted({*report["missing_keys"], *(tensor for tensor, *_ in report["mismatched_keys"])})
-    if new and learners:
-        raise HeadPruningError(
-            f"{' and '.join(learners)} would learn from {name} itself, whose {new[0]} was never trained; fine-tune it "
-            "on the task first and start from the outcome, or give --teacher_path."
-        )
+    if new:
+        takes_new(new[0])
     return model, outputs
 
 

@@ -1,6 +1,6 @@
 """The tokenizer and the model of a task that needs nothing special of them."""
 
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 
 from torch import nn
 from transformers import AutoConfig
@@ -18,7 +18,7 @@ def load_pieces(
     *,
     configure: Callable[[Any], None] = lambda config: None,
     training: bool,
-    learners: Sequence[str],
+    takes_new: Callable[[str], Any],
     fits: Callable[[nn.Module], Any],
 ) -> tuple[Any, Any]:
     """The tokenizer and the model; the head of a task that the model never learnt starts anew.
@@ -28,7 +28,7 @@ def load_pieces(
         model_args: the names.
         configure: writes what the task says into the configuration.
         training: whether the model will be trained, so that outputs of another number may start anew.
-        learners: see :func:`hf_plugin.scripts.models.load_model`.
+        takes_new: see :func:`hf_plugin.scripts.models.load_model`.
         fits: see :func:`hf_plugin.scripts.models.check_twin`.
 
     Raises:
@@ -40,7 +40,7 @@ def load_pieces(
         configure(config)
         tokenizer = load_tokenizer(model_args)
         check_twin(auto, config, fits)
-        model, outputs = load_model(auto, name, learners, config=config, **hub)
+        model, outputs = load_model(auto, name, takes_new, config=config, **hub)
     if outputs is not None and not training:
         raise HeadPruningError(f"{name} has {outputs} outputs, the task others; give a model fine-tuned on it.")
     if not tokenizer.is_fast:

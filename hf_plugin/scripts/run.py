@@ -131,10 +131,22 @@ class TaskRun:
             raise HeadPruningError("There is nothing to do; add --do_train, --do_eval or --do_predict.")
         self.results: dict[str, float] = {}
 
-    @property
-    def learners(self) -> list[str]:
-        """The names of distillers that learn from the model as it is loaded."""
-        return [p.name for p in self.arguments.pruners if p.kind == "distils" and p.needs_trained_model]
+    def takes_new(self, tensor: str) -> None:
+        """Raise HeadPruningError where a tensor that starts anew would never be trained, or be learnt from."""
+        name, pruners = self.arguments.model.model_name_or_path, self.arguments.pruners
+        learners = [each.name for each in pruners if each.kind == "distils" and each.needs_trained_model]
+        if learners:
+            raise HeadPruningError(
+                f"{' and '.join(learners)} would learn from {name} itself, whose {tensor} was never trained; "
+                "fine-tune it on the task first and start from the outcome, or give --teacher_path."
+            )
+        freezing = [each.name for each in pruners if each.freezes_model]
+        if freezing and self.arguments.training.do_train:
+            raise HeadPruningError(
+                f"{' and '.join(freezing)} would train gates alone and leave the model as it is, but {tensor} is not "
+                f"in {name} and was never trained; add --joint_pruning to train the model too, or fine-tune it on the "
+                "task first and start from the outcome."
+            )
 
     def _checkpoint(self) -> Optional[Checkpoint]:
         """The checkpoint to go on from, if there is one."""

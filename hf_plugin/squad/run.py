@@ -3,7 +3,7 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional
 
 import numpy as np
 from datasets import Dataset
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 def load_pieces(
     model_args: ModelArguments,
     data: SquadArguments,
-    learners: Sequence[str] = (),
+    takes_new: Callable[[str], Any] = lambda tensor: None,
     fits: Optional[Callable[[nn.Module], Any]] = None,
 ) -> tuple[Any, Any]:
     """The tokenizer and the question answering model.
@@ -43,7 +43,7 @@ def load_pieces(
     Args:
         model_args: the model's and the tokenizer's names.
         data: the data's options.
-        learners: see :func:`hf_plugin.scripts.models.load_model`.
+        takes_new: see :func:`hf_plugin.scripts.models.load_model`.
         fits: raises HeadPruningError for what cannot be done to a model like the one it is given; called, with one
             without weights, before the weights are loaded.
 
@@ -63,7 +63,7 @@ def load_pieces(
         tokenizer = load_tokenizer(model_args)
         if fits is not None:
             check_twin(AutoModelForQuestionAnswering, config, fits)
-        model, outputs = load_model(AutoModelForQuestionAnswering, name, learners, config=config, **hub)
+        model, outputs = load_model(AutoModelForQuestionAnswering, name, takes_new, config=config, **hub)
         if outputs is not None:
             raise HeadPruningError(
                 f"{name} has {outputs} outputs, but SQuAD needs a start and an end; give another model."
@@ -123,7 +123,7 @@ class SquadRun(TaskRun):
         most = {"train": data.max_train_samples, "validation": data.max_eval_samples}
         with training.main_process_first(desc="reading"):
             rows = {split: first_examples(self._rows(split), most[split]) for split in SPLITS if split in self.splits}
-        tokenizer, model = load_pieces(arguments.model, data, self.learners, self.fits)
+        tokenizer, model = load_pieces(arguments.model, data, self.takes_new, self.fits)
         self.rows: Any = rows.get("validation")
         self.windows: Any = None
         train = None

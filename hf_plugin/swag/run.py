@@ -38,7 +38,7 @@ class SwagRun(TaskRun):
             AutoModelForMultipleChoice,
             arguments.model,
             training=training.do_train,
-            learners=self.learners,
+            takes_new=self.takes_new,
             fits=self.fits,
         )
         length = usable_length(tokenizer, data.max_seq_length, tokenizer.num_special_tokens_to_add(pair=True) + 2)

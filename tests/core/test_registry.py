@@ -96,6 +96,13 @@ def test_options_imply_their_method(options, name):
     assert (method.name if method else None) == name
 
 
+def test_what_was_set_counts_whatever_its_value():
+    for rate in (0.2, 0.3, 0.5):  # 0.2 is the default
+        assert [method.name for method in choose_methods({"num_of_heads": 4, "pruning_lr": rate})] == ["dsp"]
+    switched_off = {"num_of_heads": 4, "annealing": False, "initial_temperature": None}
+    assert [method.name for method in choose_methods(switched_off)] == ["head_sensitivity"]
+
+
 def test_a_named_method_wins_over_implied_ones():
     assert choose_method(given(num_of_heads=4), "random").name == "random"
     with pytest.raises(
@@ -121,6 +128,10 @@ def test_several_implied_methods_are_refused():
     ({"num_of_heads": 4, "use_ste": True, "cooldown_steps": 9}, None, "--cooldown-steps belongs to dsp, but .* ste"),
     ({"num_of_heads": 4, "pruning_lr": 0.5}, "random", "--pruning-lr belongs to .*dsp.* but the pruner is random"),
     ({"num_of_heads": 4, "random_heads_seed": 3}, None, "--random-heads-seed belongs to random"),
+    # The default where it has the option, else the first that has it.
+    ({"count_schedule": "0:0.5"}, None, "but no pruner is chosen; drop it or add --pruner head_sensitivity.$"),
+    ({"num_of_heads": 4, "count_schedule": "0:0.5"}, "random", "is random; drop it or choose --pruner head_sensitivi"),
+    ({"num_of_heads": 4, "pruning_lr": 0.5}, "head_sensitivity", "head_sensitivity; drop it or choose --pruner dsp"),
 ])  # fmt: skip
 def test_foreign_options_are_refused(options, pruner, words):
     with pytest.raises(HeadPruningError, match=words):
@@ -171,6 +182,8 @@ def test_a_run_has_methods_of_every_kind(more_kinds, options, names):
     ({"quantizer": "int8,answers"}, "answers is none of the methods that quantize; choose it with --distill answers."),
     ({"weight_pruner": "lock,platon"}, "--weight-pruner platon and lock both prune weights, of which a run takes one; "
      "choose one of them."),
+    ({"pruner": "sensitivity"}, "sensitivity is none of the methods that prune heads; choose it with --weight-pruner "
+     "sensitivity, or take head_sensitivity, which is one."),
     ({"distill": "int4"}, "There is no distiller int4; choose one of answers, dfd, logits, spd, states."),
 ])  # fmt: skip
 def test_what_is_not_chosen_is_refused_with_one_sentence(more_kinds, options, sentence):

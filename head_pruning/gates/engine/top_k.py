@@ -84,9 +84,11 @@ def plan_rounds(
         already = sum(count for row, count in zip(rows, taken_by_row) if np.isin(row, kind).all())
         forced += [kind] * max(0, min(min_per_kind, len(kind)) - already)
     if len(forced) > keep_heads:
+        minima = {"layer": min_per_row, "kind": min_per_kind}
+        given = [f"--min-heads-per-{group} {least}" for group, least in minima.items() if least]
         raise HeadPruningError(
-            f"--min-heads-per-layer {min_per_row} and --min-heads-per-kind {min_per_kind} need {len(forced)} heads "
-            f"but only {keep_heads} are kept; keep more heads or lower the minimum."
+            f"{' and '.join(given)} {'need' if len(given) > 1 else 'needs'} {len(forced)} heads but only {keep_heads} "
+            "are kept; keep more heads or lower the minimum."
         )
     return Rounds((*forced, *[None] * (keep_heads - len(forced))))
 

@@ -206,6 +206,8 @@ def test_minima_that_need_more_than_k_are_refused(minima):
     with pytest.raises(HeadPruningError, match="only 5 are kept") as error:
         plan_rounds(12, 5, rows=rows, kinds=kinds, **minima)
     assert is_sentence(error)
+    names = {"min_per_row": "--min-heads-per-layer", "min_per_kind": "--min-heads-per-kind"}
+    assert {name for name, flag in names.items() if flag in str(error.value)} == set(minima)
 
 
 def test_a_minimum_above_a_groups_size_means_all_of_it():

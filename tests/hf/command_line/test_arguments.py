@@ -219,6 +219,14 @@ def test_run_glue_takes_the_method_named_or_implied(words, name, tmp_path):
     assert name_of(arguments) == name and len(arguments.pruners) == bool(name)
 
 
+@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])  # those of the core, of nobody, of these scripts
+def test_a_rate_means_dsp_whatever_its_value(rate):
+    arguments = parse(line(f"--num_of_heads 3 --joint_pruning --pruning_lr {rate}"), "run_glue")
+    assert name_of(arguments) == "dsp" and arguments.of("heads").config.pruning_lr == rate
+    with pytest.raises(HeadPruningError, match="--pruning_lr belongs to .* but the pruner is head_sensitivity; drop"):
+        parse(line(f"--num_of_heads 3 --pruner head_sensitivity --pruning_lr {rate}"), "run_glue")
+
+
 def test_run_dsp_and_run_voita_have_their_own():
     assert name_of(parse(line("--num_of_heads 3 --use_ste False"), "run_dsp")) == "dsp"
     assert name_of(parse(line("--num_of_heads 3"), "run_voita")) == "voita"
@@ -276,7 +284,12 @@ def test_no_pruner_or_two(script, words, sentence):
     ("run_dsp", line("--num_of_heads"), "--num_of_heads: expected one argument; run_dsp.py --help lists the flags."),
     ("run_dsp", line("--num_heads 3"), "run_dsp.py has no flag --num_heads (did you mean --num_of_heads?)."),
     ("run_dsp", line("--learning-rat=1"), "run_dsp.py has no flag --learning-rat (did you mean --learning_rate?)."),
-    ("run_dsp", line("--num_of_heads 3 --pruner dsp"), "run_dsp.py has no flag --pruner"),
+    ("run_dsp", line("--num_of_heads 3 --pruner subset"),
+     "run_dsp.py has no flag --pruner; its methods are dsp, ste; choose run_glue.py --pruner subset."),
+    ("run_voita", line("--pruner=dsp"),
+     "run_voita.py has no flag --pruner; its methods are voita; choose run_glue.py --pruner dsp."),
+    ("run_dsp", line("--num_of_heads 3 --pruner"),
+     "run_dsp.py has no flag --pruner; its methods are dsp, ste; choose run_glue.py --pruner NAME."),
     ("run_glue", line("--zzz 3"), "run_glue.py has no flag --zzz; run_glue.py --help lists the flags."),
     ("run_glue", line("-seed 3"), "run_glue.py has no flag -seed (did you mean --seed?)."),
     ("run_glue", [*NEEDED, "args.json"], "args.json belongs to no flag; flags start with --, and a file "),
