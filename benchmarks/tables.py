@@ -5,7 +5,8 @@
     python -m benchmarks.tables NAME DIR      # takes what was measured in DIR into results/NAME.csv
     python -m benchmarks.tables NAME          # from results/NAME.csv alone
 
-``results/NAME.csv`` is the sweep's ``results.csv`` without the commands, with the heads kept by site. Rows of an
+``results/NAME.csv`` is the sweep's ``results.csv`` without the commands, with how many heads stay in each site, and
+(``decoder.layers.1.encoder_attn:0,3``) which; earlier rows lack the latter. Rows of an
 earlier sweep stay, unless the same cell was measured anew. What the tables look like is under ``x-table`` in the plan.
 """
 
@@ -30,7 +31,7 @@ from head_pruning.sweep.results import RESULTS as COLLECTED
 
 HERE = Path(__file__).resolve().parent
 PLANS, STORED = HERE / "plans", HERE / "results"
-SITES, SENTENCES = "heads_by_site", "sentences"
+SITES, STAY, SENTENCES = "heads_by_site", "heads_that_stay", "sentences"
 DISTILLED = ", distilled"  # at the end of a method
 ANY = "ANYTHING"
 Row = dict[str, str]
@@ -89,13 +90,14 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def collected(sweep: Path) -> list[Row]:
-    """What a sweep measured, with the heads that its models keep by site, and how many sentences were translated."""
+    """What a sweep measured, with the heads that its models keep, and how many sentences were translated."""
     rows = read_rows(sweep / COLLECTED)
     for row in rows:
         folder = folder_of(sweep, row["cell"])
         run = read_run(folder) if folder.is_dir() else None
         if run is not None and run.kept:
             row[SITES] = " ".join(f"{site}:{len(heads)}" for site, heads in run.kept.items() if heads)
+            row[STAY] = " ".join(f"{site}:{','.join(map(str, heads))}" for site, heads in run.kept.items() if heads)
         log = sweep / "logs" / f"{row['cell']}.log"
         decoded = log.is_file() and re.findall(r"Translated ([\d,]+) sentences", log.read_text(errors="replace"))
         if decoded:
@@ -182,6 +184,12 @@ def by_share(name: str, spec: Mapping[str, Any], plan: Plan, rows: list[Row], fo
     return parts
 
 
+def by_site(row: Row, column: str) -> dict[str, str]:
+    """What a column says of each site; nothing where the row lacks it."""
+    parts = (part.rpartition(":") for part in (row.get(column) or "").split())
+    return {site: words for site, _, words in parts}
+
+
 def in_numbers(spec: Mapping[str, Any], rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Each run: the heads that it keeps, and its score as the tables have it."""
     found = []
@@ -189,7 +197,7 @@ def in_numbers(spec: Mapping[str, Any], rows: Iterable[Row]) -> list[dict[str, A
         if row["method"] != "start":
             told = spec["tasks"][row["task"]]
             method, sign, _ = row["method"].partition(DISTILLED)
-            sites = (site.rpartition(":") for site in (row.get(SITES) or "").split())
+            stay = by_site(row, STAY)
             number = {
                 "task": row["task"],
                 "method": method,
@@ -197,8 +205,10 @@ def in_numbers(spec: Mapping[str, Any], rows: Iterable[Row]) -> list[dict[str, A
                 "seed": int(row["seed"]),
                 "distilled": bool(sign),
                 "score": float(row["score"]) * told.get("scale", 1),
-                SITES: {site: int(count) for site, _, count in sites},
+                SITES: {site: int(count) for site, count in by_site(row, SITES).items()},
             }
+            if stay:
+                number[STAY] = {site: [int(head) for head in heads.split(",")] for site, heads in stay.items()}
             found.append(number)
     return found
 

@@ -15,8 +15,8 @@ from ..pruner import SessionView
 from ..registry import methods, register_pruner
 from ..unit_map import AttentionSite
 from .base import HeadCountConfig, JointConfig, UnitsConfig
-from .engine.stages import Stage
-from .falling_count import CountConfig, FallingCount
+from .falling_count import CountConfig
+from .own_fall import OwnFall
 
 logger = logging.getLogger(__name__)
 
@@ -39,46 +39,30 @@ class HeadSensitivityConfig(CountConfig, UnitsConfig, JointConfig, HeadCountConf
     )
 
 
-class HeadSensitivityPruner(FallingCount):
+class HeadSensitivityPruner(OwnFall):
     """Keeps the heads of largest averaged abs(dL/dgate), fewer with each update, until K are left.
 
     Gates are 1 or 0. A closed head has a gradient too, and may come back while the number falls. The score is that of
     Michel et al. 2019 (section 4.1), taken from the batches of training itself: it costs no pass of its own. By
     default the number falls over the first 0.2 of training, 0.9 where the model is not trained.
 
-    Where training begins from nothing no head can do yet what others cannot, and early sensitivities crowd into few
-    layers. There the number falls over the first 0.1, sites are discounted by 2, and every kind of attention keeps a
-    head if K allows, unless options say otherwise.
+    Where training begins from nothing it falls over the first 0.1, every kind of attention keeps a head if K allows,
+    and sites are discounted by 2 (:class:`OwnFall`).
     """
 
     name = "head_sensitivity"
     inherits = False
-    schedule_option = "count_schedule"
+    by_beginning = (*OwnFall.by_beginning, "site_discount")
     state_shapes = {
-        **FallingCount.state_shapes,
+        **OwnFall.state_shapes,
         "scores": [Number(0)],
         "skipped": (Whole(),),
-        "scratch": (FLAG,),
         "final": [FLAG],
     }
 
     def __init__(self, config: HeadSensitivityConfig) -> None:
         super().__init__(config)
         self.freezes_model = not config.joint_pruning
-        self._scratch: Optional[bool] = None
-
-    @property
-    def count_schedule(self) -> Optional[str]:
-        if self.config.count_schedule is not None:
-            return self.config.count_schedule
-        return "0:0.9" if self.freezes_model else "0:0.1" if self.from_scratch else "0:0.2"
-
-    @property
-    def from_scratch(self) -> bool:
-        """Whether the model had learnt nothing when the run began; until it began, what the host says."""
-        if self._scratch is not None:
-            return self._scratch
-        return self.session is not None and not self.session.starts_trained
 
     @property
     def site_discount(self) -> float:
@@ -87,16 +71,8 @@ class HeadSensitivityPruner(FallingCount):
             return self.config.site_discount
         return 2.0 if self.from_scratch else 1.0
 
-    def min_per_kind(self, count: int) -> int:
-        if self.config.min_heads_per_kind is None and self.from_scratch and self.units != "ffn":
-            return int(count >= len(self.unit_map.kinds()))
-        return super().min_per_kind(count)
-
     def options(self) -> dict[str, Any]:
-        found = {**super().options(), "site_discount": self.site_discount}
-        if self.session is not None:
-            found["min_heads_per_kind"] = self.min_per_kind(self.counts[-1])
-        return found
+        return {**super().options(), "site_discount": self.site_discount}
 
     def check_options(self) -> None:
         self.require_count()
@@ -106,7 +82,6 @@ class HeadSensitivityPruner(FallingCount):
         require(self.config, "sensitivity_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
     def attach(self, session: SessionView) -> None:
-        self._scratch = None
         super().attach(session)
         self.scores = np.zeros(self.unit_map.num_heads)
         self.skipped_steps = 0
@@ -129,25 +104,6 @@ class HeadSensitivityPruner(FallingCount):
             rank[np.argsort(-scores[where], kind="stable")] = np.arange(1.0, site.heads + 1.0)
             scores[where] /= rank**self.site_discount
         return scores
-
-    def _set_out(self, scratch: bool) -> None:
-        """Have the run be one from nothing, or not, from here on: what is planned depends on it."""
-        self._scratch = scratch
-        self._open = None
-        assert self.rounds is not None  # the count is required
-        self.rounds = self.plan(len(self.rounds.supports))
-
-    def _timetable(self) -> list[Stage]:
-        if self._scratch is None:  # the host knows by then
-            self._set_out(self.from_scratch)
-            if self._scratch:
-                least = self.min_per_kind(self.counts[-1])
-                logger.info(
-                    "training begins from nothing: the number of heads falls during %s, sites are discounted by %g, "
-                    "%d heads of every kind stay; --count-schedule, --site-discount and --min-heads-per-kind say else",
-                    self.count_schedule, self.site_discount, least,
-                )  # fmt: skip
-        return super()._timetable()
 
     def before_update(self, step: int) -> None:
         super().before_update(step)
@@ -185,16 +141,11 @@ class HeadSensitivityPruner(FallingCount):
         kept = self.opened if self.final is None else self.final
         return {**super().metrics(), "heads_expected": float(kept.sum()), "heads_kept": float(self.keep().sum())}
 
-    def reset_optimizer(self) -> None:
-        super().reset_optimizer()
-        self._scratch = None
-
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
             **super().state_dict(),
             "scores": self.scores.copy(),
             "skipped": np.array([float(self.skipped_steps)]),
-            "scratch": np.array([float(self.from_scratch)]),
             **self.final_state(),
         }
 
@@ -204,8 +155,6 @@ class HeadSensitivityPruner(FallingCount):
                 f"The checkpoint has sensitivities of {state['scores'].size} heads but the model has "
                 f"{self.scores.size}; resume with the options that the run was started with."
             )
-        # Runs of earlier versions began as if from a trained model.
-        self._set_out(bool(state.get("scratch", np.zeros(1))[0]))
         super().load_state_dict(state)
         self.scores = np.array(state["scores"], dtype=np.float64)
         self.skipped_steps = int(state["skipped"][0])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 
 from ..registry import register_pruner
 from .base import HeadGateConfig, HeadGatePruner, UnitsConfig
 from .engine.conditional_bernoulli import ConditionalBernoulli
-from .falling_count import CountConfig, FallingCount
+from .falling_count import CountConfig
+from .own_fall import OwnFall
 
 
 @dataclass
@@ -18,24 +18,21 @@ class SubsetConfig(CountConfig, UnitsConfig, HeadGateConfig):
     """Options of exact subsets."""
 
 
-class SubsetPruner(FallingCount, HeadGatePruner):
+class SubsetPruner(OwnFall, HeadGatePruner):
     """Draws exactly as many heads as are open, hard, with the exact gradient of the mean; settles on K early.
 
     p(z) is proportional to exp(logits.z) over the masks z of K(t) heads (Ahmed et al. 2023, section 4): training runs
     with a draw z, the logits get Cov(z) dL/dz. There is no temperature. Where groups have a minimum, it is drawn
     first, group after group, and the others from what is left. When K(t) has come down to K, the K highest logits
     stay, and the model trains on with them. By default it falls over the first 0.4 of training, 0.9 where the model is
-    not trained.
+    not trained; where training begins from nothing over the first 0.1, and every kind of attention keeps a head if K
+    allows (:class:`OwnFall`).
     """
 
     name = "subset"
     inherits = False
-    schedule_option = "count_schedule"
-    state_shapes = {**HeadGatePruner.state_shapes, **FallingCount.state_shapes}
-
-    @property
-    def count_schedule(self) -> Optional[str]:
-        return self.config.count_schedule or ("0:0.9" if self.freezes_model else "0:0.4")
+    trained_fall = "0:0.4"
+    state_shapes = {**HeadGatePruner.state_shapes, **OwnFall.state_shapes}
 
     def check_options(self) -> None:
         self.require_count()

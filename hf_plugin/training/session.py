@@ -27,6 +27,7 @@ def open_session(
     unit_map: Optional[UnitMap] = None,
     seed: int = 42,
     teacher_options: Optional[Mapping[str, Any]] = None,
+    starts_trained: bool = True,
     **options: Any,
 ) -> PruningSession:
     """Map a transformers model and put gates and masks on it; freeze it when only the gates are to be trained.
@@ -41,6 +42,9 @@ def open_session(
             ``weights_include`` need none.
         seed: of every draw.
         teacher_options: for ``from_pretrained`` of the model that ``teacher_path`` names, such as ``cache_dir``.
+        starts_trained: False for a model that has learnt nothing yet (made by ``from_config``, say): head_sensitivity
+            and subset then choose heads early and spread them, unless their options say otherwise. Nothing in a model
+            tells: one that was made and then trained in the same process looks like one that was only made.
         **options: further arguments of :class:`head_pruning.PruningSession`.
 
     Returns:
@@ -68,7 +72,7 @@ def open_session(
             "or remove them with prune_heads."
         )
     options.setdefault("load_teacher", functools.partial(load_teacher, model, **(teacher_options or {})))
-    session = PruningSession(model, unit_map, pruners, seed=seed, **options)
+    session = PruningSession(model, unit_map, pruners, seed=seed, starts_trained=starts_trained, **options)
     # Before pruners are attached, so that copies of the model compute their attention so too.
     if needs & {ATTENTIONS, EAGER_ATTENTION}:
         session.on_detach(switch_to_eager(model))

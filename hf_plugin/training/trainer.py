@@ -43,6 +43,8 @@ class HeadPruningTrainer(Trainer):
         unit_map: the model's sites; default: found by :func:`hf_plugin.unit_map`.
         mask_steps: see :class:`HeadPruningCallback`.
         teacher_options: see :func:`hf_plugin.open_session`.
+        starts_trained: see :func:`hf_plugin.open_session`; False where the model, or what ``model_init`` makes, has
+            learnt nothing yet. A ``session`` was told when it was opened.
 
     Raises:
         HeadPruningError: neither or both of ``pruners`` and ``session``, a ``model_init`` and a session, a model that
@@ -62,6 +64,7 @@ class HeadPruningTrainer(Trainer):
         unit_map: Optional[UnitMap] = None,
         mask_steps: int = 0,
         teacher_options: Optional[Mapping[str, Any]] = None,
+        starts_trained: bool = True,
         **options: Any,
     ) -> None:
         if bool(pruners) == (session is not None):
@@ -72,8 +75,12 @@ class HeadPruningTrainer(Trainer):
                 "makes gets a session of its own."
             )
         self._pruning: Optional[HeadPruningCallback] = None
-        self._pruners, self._unit_map, self._seed = pruners, unit_map, getattr(args, "seed", 42)
-        self._teacher_options = teacher_options
+        self._pruners, self._seed = pruners, getattr(args, "seed", 42)
+        self._opening: dict[str, Any] = {
+            "unit_map": unit_map,
+            "teacher_options": teacher_options,
+            "starts_trained": starts_trained,
+        }
         self.session = cast(PruningSession, session)
         try:
             if model is not None and session is None:
@@ -89,7 +96,7 @@ class HeadPruningTrainer(Trainer):
 
     def _open(self, model: nn.Module, pruners: Sequence[Pruner]) -> PruningSession:
         seed = getattr(getattr(self, "args", None), "seed", self._seed)
-        return open_session(model, pruners, unit_map=self._unit_map, seed=seed, teacher_options=self._teacher_options)
+        return open_session(model, pruners, seed=seed, **self._opening)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the base class, and open a session on the new model; that of the model before is detached."""

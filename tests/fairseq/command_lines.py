@@ -21,6 +21,8 @@ HEADS = 24
 
 
 DSP = "--num-of-heads 4 --pruning-lr 0.2 --joint-pruning --annealing --initial-temperature 0.1 --cooldown-steps 6"
+SUBSET = "--pruner subset --num-of-heads 4 --pruning-lr 0.2 --joint-pruning"
+SENSITIVITY = "--pruner head_sensitivity --num-of-heads 4 --joint-pruning"
 VOITA = "--l0-penalty 5 --pruning-lr 0.1"
 PIPELINED = "--num-of-heads 4 --pruning-lr 0.2 --annealing --initial-temperature 0.1 --cooldown-steps 6"
 

@@ -40,8 +40,8 @@ def session_of(checkpoint) -> dict[str, np.ndarray]:
 
 
 def logits_of(checkpoint) -> np.ndarray:
-    """The gate logits in a checkpoint."""
-    return next(value for name, value in session_of(checkpoint).items() if name.endswith(".logits"))
+    """The gate logits in a checkpoint, or the sensitivities."""
+    return next(value for name, value in session_of(checkpoint).items() if name.endswith((".logits", ".scores")))
 
 
 def weights_of(checkpoint) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ def test_the_scripts_take_the_command_lines(name, tmp_path):
     """Of each method and of each task one."""
     full_mask(unit_map(tiny_bert())).save(tmp_path / MASKS_FILE)
     read = 0
-    cells = tables.asked(name)[0].cells(Path("DIR"))
+    cells = [cell for cell in tables.asked(name)[0].cells(Path("DIR")) if "fairseq" not in cell.commands[0][2]]
     some = {cell.values[axis]: cell for axis in ("task", "method") for cell in cells}
     for cell in {cell.name: cell for cell in some.values()}.values():
         for _, _, module, *words in cell.commands:
@@ -33,13 +33,12 @@ def test_the_scripts_take_the_command_lines(name, tmp_path):
                 assert 0 < float(words[0]) < 1 and parse_michel(words[1:]).prune_units == "both"
             elif script == "run_michel":
                 assert parse_michel(words).sizes == [36, 18, 9, 6]
-            elif module != script:
+            else:
+                assert module != script
                 told = parse(words, script)
                 assert told.training.do_train and bool(told.pruners) == (
                     cell.values["method"] not in ("dense", "start")
                 )
-            else:
-                continue  # fairseq's
             read += 1
     assert read
 
@@ -65,7 +64,7 @@ def test_a_teacher_and_a_student_without_half_of_its_units(tmp_path, monkeypatch
     mask = HeadMask.load(out / "runs/seed1-50-SST-2-Michel/michel" / MASKS_FILE)
     assert mask.counts()["heads"] == (12, 24)
     rows = tables.collected(out)
-    assert rows[1]["heads_by_site"].count(":") == 4
+    assert rows[1]["heads_by_site"].count(":") == rows[1]["heads_that_stay"].count(":") == 4
     assert not list((out / "runs/seed1-50-SST-2-Michel").rglob("model*.safetensors"))
     assert (out / "runs/seed1-SST-2-dense/model.safetensors").is_file()
     capsys.readouterr()

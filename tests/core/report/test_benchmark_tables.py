@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 from benchmarks import tables
 from head_pruning import HeadPruningError
 from head_pruning.cli import main
+from head_pruning.files import MASKS_FILE
 from head_pruning.sweep.plan import read_plan
 
 #: Trainings of each plan.
-CELLS = {"glue": 102, "gpp_glue": 104, "heads": 276, "prune_once": 75, "sizes": 16, "spd_glue": 117}
+CELLS = {"glue": 102, "gpp_glue": 104, "heads": 294, "prune_once": 75, "sizes": 16, "spd_glue": 117}
 CELLS |= {"translation": 28, "weights_glue": 47}
 
 
@@ -44,7 +46,7 @@ def test_a_plan_has_all_of_its_cells(name, capsys):
         ("translation C", CELLS["translation"]),
         ("translation C --updates 2000", CELLS["translation"]),
         ("heads --data D --model M --wide-model W --corpus C", CELLS["heads"]),
-        ("heads", 27),
+        ("heads", 30),
         ("heads --data D --wide-model W --only dsp", 12),
     ],
 )
@@ -109,6 +111,52 @@ def test_what_a_sweep_has_measured_is_taken_in(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["tables", "spd_glue", str(tmp_path / folder), "--results", str(out)])
         with pytest.raises(SystemExit, match=f"error: {sentence}"):
             tables.main()
+
+
+def test_the_heads_that_stay_are_told_of_rows_that_know_them(tmp_path, monkeypatch):
+    """The committed rows were written before."""
+    monkeypatch.setattr(tables, "plot_runs", lambda *args: None)
+    sweep, out, cell = tmp_path / "sweep", tmp_path / "out", "ui-strings-heads4-seed1-head_sensitivity-from-the-start"
+    run = sweep / "runs" / cell
+    run.mkdir(parents=True)
+    kept = {
+        "decoder.layers.1.encoder_attn": [0, 3],
+        "decoder.layers.0.self_attn": [],
+        "encoder.layers.0.self_attn": [2],
+    }
+    (run / "pruning.json").write_text(json.dumps({"method": "given", "kept_heads_by_site": kept}))
+    plan = {each.name: "\n".join(each.lines) for each in tables.asked("heads")[0].cells(sweep)}
+    row = {"cell": cell, "task": "ui-strings", "heads": "4", "seed": "1", "score": "31.5", "heads_kept": "3"}
+    row |= {"method": "head_sensitivity, from the start", "commands": plan[cell]}
+    with (sweep / "results.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+    out.mkdir()
+    before = tables.read_rows(tables.STORED / "heads.csv")
+    tables.write_rows(before, out / "heads.csv")
+    tables.take("heads", [sweep], out)
+    after = {each["cell"]: each for each in tables.read_rows(out / "heads.csv")}
+    assert after.keys() == {each["cell"] for each in before} | {cell}
+    assert after[cell]["heads_by_site"] == "decoder.layers.1.encoder_attn:2 encoder.layers.0.self_attn:1"
+    assert after[cell]["heads_that_stay"] == "decoder.layers.1.encoder_attn:0,3 encoder.layers.0.self_attn:2"
+    rows = json.loads((out / "heads.json").read_text())["rows"]
+    told = [each for each in rows if each["method"] == row["method"]]
+    assert [each["heads_that_stay"] for each in told] == [{site: heads for site, heads in kept.items() if heads}]
+    assert [each for each in rows if each not in told] == json.loads((tables.STORED / "heads.json").read_text())[
+        "rows"
+    ]
+    assert "| head_sensitivity, from the start |" in (out / "heads.md").read_text()
+
+
+def test_the_mask_that_a_run_chose_is_trained_from_the_start():
+    """In the translations, where others are above it, and in one encoder; with the seed and the heads of the run."""
+    cells = {cell.name: cell for cell in tables.asked("heads")[0].cells(Path("DIR"))}
+    found = {name: cell for name, cell in cells.items() if cell.values["method"].endswith("from the start")}
+    assert {cell.values["task"] for cell in found.values()} == {"ui-strings", "multi30k", "sst-2"}
+    for name, cell in found.items():
+        chose = name.removesuffix("-from-the-start")
+        assert chose in cell.after and f"DIR/runs/{chose}/{MASKS_FILE}" in cell.lines[0].split()
 
 
 def test_a_sweep_in_another_setting_is_refused():

@@ -336,14 +336,16 @@ def test_models_outside_the_sweep_stay(here):
     assert [str(path) for path in Path().rglob("pytorch_model.bin")] == ["elsewhere/pytorch_model.bin"]
 
 
-def test_checkpoints_go_with_the_models(here):
+def test_checkpoints_go_with_the_models_and_masks_stay(here):
+    """Other cells train what a mask leaves."""
     saved = ["checkpoint-3/optimizer.pt", "checkpoint_1_3.pt", "checkpoint_last.pt", "keep/pytorch_model.bin"]
+    saved += ["masks.safetensors"]
     lines = [f"path = pathlib.Path(out, {n!r}); path.parent.mkdir(exist_ok=True); path.write_text('x')" for n in saved]
     Path("program.py").write_text(PROGRAM + "\n".join([*lines, ""]))
     write_plan(grid={"seed": [1]}, command="python program.py {out} 3 {seed}", keep_models=False)
     main(["sweep", "plan.yaml"])
     left = [path.name for path in Path("plan-sweep/runs").rglob("*") if path.is_file()]
-    assert left == ["all_results.json"]
+    assert sorted(left) == ["all_results.json", "masks.safetensors"]
 
 
 @pytest.mark.parametrize(

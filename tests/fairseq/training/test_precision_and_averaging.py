@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fairseq.command_lines import DSP, decoded, same_decoding
+from tests.fairseq.command_lines import DSP, SENSITIVITY, SUBSET, decoded, same_decoding
 from tests.fairseq.files import (
     logits_of,
     mask_beside,
@@ -24,11 +24,8 @@ task:
   _name: translation_head_pruning
   data: {data}
   num_of_heads: 4
-  pruning_lr: 0.2
   joint_pruning: true
-  annealing: true
-  initial_temperature: 0.1
-  cooldown_steps: 6
+{method}
 model:
   _name: transformer
   share_decoder_input_output_embed: true
@@ -43,17 +40,40 @@ checkpoint: {{save_dir: {save_dir}, no_epoch_checkpoints: true}}
 """
 
 
+METHODS = {
+    "dsp": {"pruning_lr": 0.2, "annealing": "true", "initial_temperature": 0.1, "cooldown_steps": 6},
+    "subset": {"pruner": "subset", "pruning_lr": 0.2, "count_schedule": '"0:6"'},
+    "head_sensitivity": {"pruner": "head_sensitivity", "count_schedule": '"0:6"'},
+}
+
+
+def write_config(folder, method, **places) -> None:
+    """A method's configuration as ``prune.yaml`` in a new folder."""
+    folder.mkdir()
+    options = "\n".join(f"  {name}: {value}" for name, value in METHODS[method].items())
+    text = YAML.format(plugin=PLUGIN, method=options, **places)
+    (folder / "prune.yaml").write_text(text.lstrip(), encoding="utf-8")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["common.bf16=true", "common.bf16=false"])
-def test_hydra(runner, translation, tmp_path, precision):
-    (tmp_path / "config").mkdir()
-    text = YAML.format(plugin=PLUGIN, data=translation.data, save_dir=tmp_path / "run")
-    (tmp_path / "config" / "prune.yaml").write_text(text.lstrip(), encoding="utf-8")
+@pytest.mark.parametrize(
+    "precision, method",
+    [
+        ("common.bf16=true", "dsp"),
+        ("common.bf16=false", "dsp"),
+        ("common.bf16=true", "subset"),
+        ("common.bf16=true", "head_sensitivity"),
+    ],
+)
+def test_hydra(runner, translation, tmp_path, precision, method):
+    write_config(tmp_path / "config", method, data=translation.data, save_dir=tmp_path / "run")
     place = ["--config-dir", tmp_path / "config", "--config-name", "prune", f"hydra.run.dir={tmp_path / 'hydra'}"]
     runner.run("hydra-train", [*place, precision])
     checkpoint = tmp_path / "run" / "checkpoint_last.pt"
     state = session_of(checkpoint)
-    assert state["dsp.adam.steps"] == 6 and np.isfinite(state["dsp.logits"]).all() and state["dsp.adam.first"].any()
+    assert np.isfinite(logits_of(checkpoint)).all() and logits_of(checkpoint).any()
+    if method != "head_sensitivity":
+        assert state[f"{method}.adam.steps"] == 6 and state[f"{method}.adam.first"].any()
     assert mask_beside(checkpoint).kept == 4
     weight = weights_of(checkpoint)["encoder.layers.0.fc1.weight"]  # fairseq stores bf16 numbers as float32
     assert torch.equal(weight, weight.bfloat16().float()) == precision.endswith("true")
@@ -65,9 +85,7 @@ def test_hydra(runner, translation, tmp_path, precision):
 @pytest.mark.slow
 def test_multirun(runner, translation, tmp_path):
     """Hydra's basic launcher: jobs one after another in one process, each as if it were alone."""
-    (tmp_path / "config").mkdir()
-    text = YAML.format(plugin=PLUGIN, data=translation.data, save_dir="run")  # in the folder of the job
-    (tmp_path / "config" / "prune.yaml").write_text(text.lstrip(), encoding="utf-8")
+    write_config(tmp_path / "config", "dsp", data=translation.data, save_dir="run")  # in the folder of the job
     place = ["--config-dir", tmp_path / "config", "--config-name", "prune"]
     runner.run("hydra-train", ["-m", *place, "task.num_of_heads=4,6", f"hydra.sweep.dir={tmp_path / 'jobs'}"])
     runner.run("hydra-train", [*place, "task.num_of_heads=6", f"hydra.run.dir={tmp_path / 'alone'}"])
@@ -77,16 +95,24 @@ def test_multirun(runner, translation, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "--ema-fp32"])
-def test_moving_average(runner, translation, tmp_path, options):
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        pytest.param(DSP, "", id="dsp"),
+        pytest.param(DSP, "--ema-fp32", id="dsp-fp32"),
+        pytest.param(f"{SUBSET} --count-schedule 0:3", "", id="subset"),
+        pytest.param(f"{SENSITIVITY} --count-schedule 0:3", "", id="head_sensitivity"),
+    ],
+)
+def test_moving_average(runner, translation, tmp_path, method, options):
     ema = f"--store-ema --ema-decay 0.5 {options}"
-    runner.run("train", translation.train(tmp_path / "plain", DSP))
-    runner.run("train", translation.train(tmp_path / "whole", DSP, ema))
+    runner.run("train", translation.train(tmp_path / "plain", method))
+    runner.run("train", translation.train(tmp_path / "whole", method, ema))
     whole = tmp_path / "whole" / "checkpoint_last.pt"
     same_training_state(tmp_path / "plain" / "checkpoint_last.pt", whole)  # the average disturbs nothing
 
-    runner.run("train", translation.train(tmp_path / "parts", DSP, ema, updates=3))
-    runner.run("train", translation.train(tmp_path / "parts", DSP, ema))
+    runner.run("train", translation.train(tmp_path / "parts", method, ema, updates=3))
+    runner.run("train", translation.train(tmp_path / "parts", method, ema))
     parts = tmp_path / "parts" / "checkpoint_last.pt"
     same_training_state(whole, parts)
     average = read(whole)["extra_state"]["ema"]

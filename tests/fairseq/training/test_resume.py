@@ -1,11 +1,12 @@
 """A run that was stopped, or killed, and resumed ends bit-equal to one that was not."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from tests.fairseq.command_lines import DSP, PIPELINED, VOITA
+from tests.fairseq.command_lines import DSP, PIPELINED, SENSITIVITY, SUBSET, VOITA
 from tests.fairseq.files import logits_of, read, same_training_state, session_of
 
 STOP, END = 9, 26  # in the first and in the second epoch
@@ -31,6 +32,22 @@ def test_stopped_run_goes_on(runner, translation, tmp_path, options, stop):
     assert not np.array_equal(stopped, logits_of(parts))
     assert read(parts)["extra_state"]["train_iterator"]["epoch"] == 2
     same_training_state(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SUBSET, SENSITIVITY], ids=["subset", "head_sensitivity"])
+def test_run_that_was_stopped_while_heads_were_chosen_goes_on(runner, translation, tmp_path, options):
+    """From a checkpoint on the way: a training that ends before its number of heads has fallen is refused."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = f"{options} --count-schedule 0:0.9 --save-interval-updates {STOP}"
+    line = translation.train(whole, options, updates=END)
+    runner.run("train", line)
+    parts.mkdir()
+    shutil.copy(whole / f"checkpoint_1_{STOP}.pt", parts / "checkpoint_last.pt")
+    stopped = logits_of(parts / "checkpoint_last.pt")
+    runner.run("train", [parts if word == whole else word for word in line])
+    assert not np.array_equal(stopped, logits_of(parts / "checkpoint_last.pt"))
+    same_training_state(whole / "checkpoint_last.pt", parts / "checkpoint_last.pt")
 
 
 @pytest.mark.slow

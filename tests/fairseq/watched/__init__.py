@@ -20,13 +20,16 @@ class WatchedTask(TranslationHeadPruningTask):
         record = {
             "gates": session.gates.training_values.numpy().copy(),
             "gradients": session.gates.gradients.numpy() / self._loss_scale,
-            "logits": session.pruners[0].logits.copy(),
+            "logits": learnt(session.pruners[0]),
             "tokens": float(self._denominator),
             "micro_batches": self._micro_batches,
             "products": self.products(model),
         }
         super().optimizer_step(optimizer, model, update_num)
-        record.update(after=session.pruners[0].logits.copy(), first_moment=session.pruners[0].adam.first.copy())
+        adam = getattr(session.pruners[0], "adam", None)
+        record.update(
+            after=learnt(session.pruners[0]), first_moment=np.zeros(0) if adam is None else adam.first.copy()
+        )
         folder = Path(os.environ["WATCHED_FOLDER"])
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         np.savez(folder / f"{rank}-{update_num}.npz", **record)
@@ -40,3 +43,8 @@ class WatchedTask(TranslationHeadPruningTask):
             product = torch.zeros_like(weight) if weight.grad is None else weight.detach() * weight.grad
             values.append(product.unflatten(1, (site.heads, site.head_dim)).sum((0, 2)).numpy())
         return np.concatenate(values)
+
+
+def learnt(pruner) -> np.ndarray:
+    """The gate logits, or the sensitivities."""
+    return (pruner.logits if hasattr(pruner, "logits") else pruner.scores).copy()

@@ -463,6 +463,27 @@ def test_gradient_accumulation_gives_the_gates_the_gradient_of_the_whole_batch(t
     np.testing.assert_allclose(sessions[2], sessions[0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["head_sensitivity", "subset"])
+@pytest.mark.parametrize("starts", [{}, {"starts_trained": False}])
+def test_a_trainer_says_what_training_begins_with(tmp_path, method, starts):
+    """Also of models that a model_init makes; without a word they are taken for trained ones."""
+    for given in ({"model": tiny_bert()}, {"model_init": lambda: tiny_bert()}):
+        trainer = HeadPruningTrainer(
+            args=arguments(tmp_path, max_steps=4),
+            pruners=[pruner(method, num_of_heads=3, joint_pruning=True)],
+            train_dataset=sentences(8),
+            data_collator=collate,
+            **given,
+            **starts,
+        )
+        assert trainer.session.starts_trained is not bool(starts)
+    trainer.train()
+    found = trainer.session.pruners[0].options()
+    trained = "0:0.2" if method == "head_sensitivity" else "0:0.4"
+    assert (found["count_schedule"], found["min_heads_per_kind"]) == (("0:0.1", 1) if starts else (trained, 0))
+    assert trainer.head_mask.kept == 3
+
+
 class TestRefusals:
     def test_bad_arguments(self, tmp_path):
         with pytest.raises(HeadPruningError, match="either pruners or a session"):
