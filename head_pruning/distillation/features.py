@@ -39,10 +39,12 @@ class DfdDistiller(LogitsDistiller):
     """Adds what the student's fused hidden states lack of its teacher's to the task loss.
 
     ``distill_task * (|task - b| + b) + distill_hidden * fused``, with flooding at the level b. The logits are compared
-    too where ``distill_logits`` says so. For ``distill_layers`` state 0 is what comes out of a stack's first layer.
+    too where ``distill_logits`` says so. For ``distill_layers`` state 0 is what comes out of a stack's first layer. As
+    published, gates that learn meanwhile (GPP's indicators) learn from all of it.
     """
 
     name = "dfd"
+    apart = False
     defaults = {"logits": 0.0, "hidden": 1.0, "attention": 0.0}
 
     def check_options(self) -> None:

@@ -51,6 +51,8 @@ class LogitsDistiller(Distiller):
 
     name = "logits"
     starts_anywhere = True
+    #: Whether gates that learn while the teacher teaches do so from the task loss alone, unless options say otherwise.
+    apart = True
 
     def check_options(self) -> None:
         super().check_options()
@@ -75,10 +77,14 @@ class LogitsDistiller(Distiller):
                 terms.append(divergence(ours, target, self.config.distill_temperature, tokens))
         return torch.stack(terms).sum() if self.config.distill_sum else torch.stack(terms).mean()
 
+    @property
+    def _apart(self) -> bool:
+        return self.apart and not self.config.distill_while_choosing
+
     def attach(self, session: SessionView) -> None:
         learns = Pruner.learns_gates
         blind = next((each.name for each in session.pruners if type(each).learns_gates is not learns), None)
-        if blind is not None and not self.config.distill_task and not self.config.distill_while_choosing:
+        if blind is not None and not self.config.distill_task and self._apart:
             raise HeadPruningError(
                 f"With --distill-task 0 the gates of {blind} have nothing to learn from; add "
                 "--distill-while-choosing, which lets them learn from the teacher, or a weight of the task loss."
@@ -86,7 +92,7 @@ class LogitsDistiller(Distiller):
         super().attach(session)
 
     def objective(self, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        if not self.config.distill_while_choosing and any(each.learns_gates for each in self.session.pruners):
+        if self._apart and any(each.learns_gates for each in self.session.pruners):
             total = self.session.gates.without(total)
         return self.config.distill_task * loss + total
 
