@@ -6,8 +6,8 @@
     python -m benchmarks.tables NAME          # from results/NAME.csv alone
 
 ``results/NAME.csv`` is the sweep's ``results.csv`` without the commands, with how many heads stay in each site, and
-(``decoder.layers.1.encoder_attn:0,3``) which; earlier rows lack the latter. Rows of an
-earlier sweep stay, unless the same cell was measured anew. What the tables look like is under ``x-table`` in the plan.
+(``decoder.layers.1.encoder_attn:0,3``, where no units go) which; earlier rows lack the latter. Rows of an earlier
+sweep stay, unless the same cell was measured anew. What the tables look like is under ``x-table`` in the plan.
 """
 
 import argparse
@@ -97,7 +97,10 @@ def collected(sweep: Path) -> list[Row]:
         run = read_run(folder) if folder.is_dir() else None
         if run is not None and run.kept:
             row[SITES] = " ".join(f"{site}:{len(heads)}" for site, heads in run.kept.items() if heads)
-            row[STAY] = " ".join(f"{site}:{','.join(map(str, heads))}" for site, heads in run.kept.items() if heads)
+            if "units_kept" not in run.numbers:  # of thousands of units how many there are will do
+                row[STAY] = " ".join(
+                    f"{site}:{','.join(map(str, heads))}" for site, heads in run.kept.items() if heads
+                )
         log = sweep / "logs" / f"{row['cell']}.log"
         decoded = log.is_file() and re.findall(r"Translated ([\d,]+) sentences", log.read_text(errors="replace"))
         if decoded:
