@@ -179,8 +179,8 @@ def _section(task: str, found: dict[str, Any]) -> list[str]:
         "",
         f"onnxruntime decides as the fake-quantized model in torch for {decisions['same_decisions']} of "
         f"{decisions['rows']} rows ({decisions['same_decisions'] / decisions['rows']:.2%}) with its "
-        f"option session.x64quantprecision, and for {decisions['same_by_default']} without it: on processors without VNNI "
-        "instructions its products of uint8 and int8 saturate then. The times are with it.",
+        f"option session.x64quantprecision, and for {decisions['same_by_default']} without it: on processors without "
+        "VNNI instructions its products of uint8 and int8 saturate then. The times are with it.",
         "",
         markdown_table(("ms of one thread", "float", "int8", "times as fast"), [
             (shape, times[f"{shape} lock"], times[f"{shape} int8"], times[f"{shape} ratio"])
