@@ -124,7 +124,7 @@ class Pruner:
 
     @property
     def learns_gates(self) -> bool:
-        """Whether what this update's gradients say of the gates is learnt from."""
+        """Whether gates learn from this update's gradients although nothing is :attr:`choosing`."""
         return False
 
     @classmethod

@@ -95,8 +95,8 @@ class PruningSession:
             where it has another schedule, or it is not known.
         weights_come_later: whether the host loads the model's trained weights after :meth:`attach`, so that a copy of
             the model as it is then teaches nothing.
-        starts_trained: whether training goes on from a trained model; what is so good a start for some methods is a
-            bad one for others. A host that learns it after :meth:`attach` sets it before :meth:`settle`.
+        starts_trained: whether training goes on from a trained model; some methods choose heads otherwise where
+            nothing was learnt yet. A host that learns it after :meth:`attach` sets it before :meth:`settle`.
         sums_losses: whether the host's losses are sums, whose gradients it divides before its optimizer steps.
 
     Typical use::

@@ -32,6 +32,7 @@ class SubsetPruner(OwnFall, HeadGatePruner):
     name = "subset"
     inherits = False
     trained_fall = "0:0.4"
+    learns_gates = OwnFall.learns_gates  # no longer than it chooses
     state_shapes = {**HeadGatePruner.state_shapes, **OwnFall.state_shapes}
 
     def check_options(self) -> None:

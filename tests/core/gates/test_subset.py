@@ -264,6 +264,7 @@ def test_gates_that_would_have_nothing_to_learn_from_are_refused(toy):
     with pytest.raises(HeadPruningError, match="--distill-task 0 the gates of ste have nothing .* --distill-while-ch"):
         first_gradients(toy, "ste", True, distill_task=0.0)
     first_gradients(toy, "ste", True, distill_task=0.0, distill_while_choosing=True)
+    first_gradients(toy, "subset", True, distill_task=0.0)  # has chosen by then
 
 
 @pytest.mark.parametrize("text", ["0", "a:b", "0.5:0.2", "-1:3", "0:0", "0:inf", "5:5", "0:1:2"])
