@@ -3,7 +3,7 @@
     python -m benchmarks.heads --work DIR [--data GLUE --model MODEL --wide-model WIDE] [--corpus CORPUS] [--jobs 2]
 
 Without more, the task is that of ``make demo``, whose data are made in ``DIR/strings``. GLUE and MODEL, an encoder of
-72 heads, add SST-2, CoLA and MNLI; WIDE, one of 144, adds SST-2 with 12 of them; CORPUS (that of
+72 heads, add SST-2, CoLA, MRPC and MNLI; WIDE, one of 144, adds SST-2 with 12 of them; CORPUS (that of
 ``benchmarks.translation``) adds Multi30k from scratch. ``--only`` chooses among the cells of these.
 """
 
@@ -17,6 +17,7 @@ TASKS = {
     "ui-strings": "work",
     "sst-2-(?!wide)": "model",
     "cola": "model",
+    "mrpc": "model",
     "mnli": "model",
     "sst-2-wide": "wide_model",
     "multi30k": "corpus",
@@ -28,7 +29,7 @@ def main() -> None:
     """Command line."""
     made = parser(__doc__)
     for flag, words in (
-        ("--data", "folder of CoLA/, SST-2/ and MNLI/"),
+        ("--data", "folder of CoLA/, SST-2/, MRPC/ and MNLI/"),
         ("--model", "encoder of 72 heads"),
         ("--wide-model", "encoder of 144 heads"),
         ("--corpus", "folder of the BPE'd Multi30k"),
