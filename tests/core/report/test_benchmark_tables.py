@@ -16,7 +16,7 @@ from head_pruning.files import MASKS_FILE
 from head_pruning.sweep.plan import read_plan
 
 #: Trainings of each plan.
-CELLS = {"glue": 102, "gpp_glue": 104, "heads": 344, "prune_once": 75, "sizes": 16, "spd_glue": 117}
+CELLS = {"glue": 102, "gpp_glue": 104, "heads": 350, "prune_once": 75, "sizes": 16, "spd_glue": 117}
 CELLS |= {"translation": 28, "weights_glue": 47}
 
 
