@@ -339,6 +339,7 @@ def build_for_phase(original, self):
         return original(self)
     step = getattr(self, "head_pruning_built_for", 0)
     session.warmup_steps = linear_warmup(self.cfg)
+    self.task.take_beginning()  # the first epoch is too late: the phases are planned here
     if step is None:  # that of the first update; begin_phase() makes up for the schedule
         return original(self)
     session.enter_phase(step)

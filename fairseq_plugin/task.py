@@ -123,6 +123,11 @@ class HeadPruningMixin(_Task):
         if self.session is not None:
             self._start_session(model, self.pruners())
 
+    def take_beginning(self) -> None:
+        """Tell the session whether a checkpoint was loaded; what methods plan depends on it."""
+        assert self.session is not None
+        self.session.starts_trained = self._keeper.loaded
+
     def _resets_optimizer(self) -> bool:
         """Whether fairseq will load a model without its optimizer: when told to, and when it first finetunes."""
         first = not (Path(self.options.save_dir) / "checkpoint_last.pt").exists()
@@ -162,7 +167,7 @@ class HeadPruningMixin(_Task):
                 f"{trained} goes on from a trained model, and no checkpoint was loaded; add --finetune-from-model or "
                 "--restore-file."
             )
-        self.session.starts_trained = self._keeper.loaded
+        self.take_beginning()
         self.session.settle()
 
     @contextlib.contextmanager

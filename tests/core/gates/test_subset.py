@@ -197,6 +197,17 @@ def test_groups_have_their_minimum_in_every_update(toy, name, minimum):
     assert session.head_mask().kept == 4
 
 
+@pytest.mark.parametrize("minimum", [{}, {"min_heads_per_layer": 1}, {"min_heads_per_kind": 1}])
+def test_nothing_is_learnt_where_all_heads_are_open(toy, minimum):
+    """Also where groups are drawn one after the other."""
+    session = opened(toy, "subset", count_schedule="2:0.5", **minimum)
+    assert update(toy, session, 0).all()
+    assert not session.pruners[0].logits.any()
+    for step in range(1, 5):
+        update(toy, session, step)
+    assert session.pruners[0].logits.any()
+
+
 def test_draws_follow_from_seed_and_update_and_not_from_the_order(toy):
     one, other = opened(toy, "subset"), opened(toy, "subset")
     for step in (0, 3):

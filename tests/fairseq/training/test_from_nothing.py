@@ -1,5 +1,6 @@
 """head_sensitivity where fairseq-train begins from nothing, and where it goes on from a model."""
 
+import json
 import shutil
 
 import pytest
@@ -32,6 +33,16 @@ def test_what_training_begins_with_decides_on_the_defaults(translation, runner, 
     new, spelt = train("on", on), train("on-spelt", on, GOES_ON)
     assert SAYS not in new.out + new.err
     same_training_state(end("on"), end("on-spelt"))
+
+
+def test_a_run_in_stages_begins_from_nothing_too(translation, runner, tmp_path):
+    """Its first stage is planned before the first epoch."""
+    line = translation.train(tmp_path / "run", "--joint-pruning --save-at 8,4 --num-of-heads 4", updates=20)
+    done = runner.run("train", line)
+    assert SAYS in done.out + done.err
+    options = json.loads((tmp_path / "run" / "pruning.json").read_text())["options"]
+    told = {name: options[name] for name in ("count_schedule", "site_discount", "min_heads_per_kind")}
+    assert told == {"count_schedule": "0:0.1", "site_discount": 2.0, "min_heads_per_kind": 1}
 
 
 @pytest.mark.slow
