@@ -159,7 +159,7 @@ class HeadPruningMixin(_Task):
         if self.session.freezes_model and not self._keeper.loaded:
             raise HeadPruningError(
                 "Pipelined pruning trains the gates of a trained model, and no checkpoint was loaded; add "
-                "--restore-file (with --reset-optimizer), or --joint-pruning to train the model too."
+                "--finetune-from-model FILE, or --joint-pruning to train the model too."
             )
         trained = next((pruner.name for pruner in self.session.pruners if pruner.needs_trained_model), None)
         if not self._keeper.loaded and trained is not None:

@@ -181,7 +181,7 @@ class PruningSession:
 
         Raises:
             HeadPruningError: the session is attached already, the heads are gated already, the weights are stored
-                integers, or options do not fit the model.
+                integers, options do not fit the model, or pipelined pruning comes with what changes the model.
         """
         if self._attached:
             raise HeadPruningError("The session is attached already; detach() it first to start anew.")
@@ -201,6 +201,7 @@ class PruningSession:
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise HeadPruningError(f"Two pruners are called {twice}, which their states are told apart by.")
+            self._check_pipelined()
             if self.gated:
                 assert self.gates is not None
                 self.gates.attach()
@@ -336,12 +337,17 @@ class PruningSession:
         for pruner in self.pruners:
             pruner.after_backward(loss_scale, denominator, micro_batches)
 
-    def before_step(self, optimizer: Any = None) -> None:
+    def before_step(self, optimizer: Any = None, *, rests: bool = False) -> None:
         """The gradients are final, and the host's optimizer is about to step.
+
+        In pipelined pruning the model's parameters have no gradient afterwards, so that the optimizer passes them over
+        (no weight decay, no momentum).
 
         Args:
             optimizer: the host's; its learning rates are scaled until :meth:`after_step` or :meth:`skip_update`, so
                 that neither it nor its schedule is left changed. Needed where a pruner changes the learning rate.
+            rests: whether the host itself sees to it that pipelined pruning leaves the model as it is; gradients are
+                not touched then.
 
         Raises:
             HeadPruningError: a pruner changes the learning rate, and there is no optimizer.
@@ -349,6 +355,9 @@ class PruningSession:
         self._stepping = True
         for pruner in self.pruners:
             pruner.before_step(self.step)
+        if self.freezes_model and not rests:
+            for parameter in self.model.parameters():
+                parameter.grad = None
         factor = self.lr_factor(self.step)
         if factor != 1.0:
             if optimizer is None:
@@ -435,14 +444,10 @@ class PruningSession:
         while self._at_detach:
             self._at_detach.pop()()
 
-    def freeze(self) -> None:
-        """Freeze the model for pipelined pruning, but for the last of its smallest parameters, until :meth:`detach`.
-
-        Optimizers, loss scalers and data-parallel wrappers refuse a model without any; the host must not step it.
-
-        Raises:
-            HeadPruningError: nothing of the model is trainable, or another pruner changes the model.
-        """
+    def _check_pipelined(self) -> None:
+        """Raise HeadPruningError if one pruner leaves the model's weights as they are and another changes them."""
+        if not self.freezes_model:
+            return
         others = [pruner.name for pruner in self.pruners if not pruner.freezes_model and not pruner.needs_gates]
         if others:
             raise HeadPruningError(
@@ -450,6 +455,15 @@ class PruningSession:
                 f"{', '.join(others)} cannot change them in the same run; add --joint-pruning (joint_pruning=True), "
                 "or do one after the other."
             )
+
+    def freeze(self) -> None:
+        """Freeze the model for pipelined pruning, but for the last of its smallest parameters, until :meth:`detach`.
+
+        Optimizers, loss scalers and data-parallel wrappers refuse a model without any; the host must not step it.
+
+        Raises:
+            HeadPruningError: nothing of the model is trainable.
+        """
         trainable = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         if not trainable:
             raise HeadPruningError("All parameters of the model are frozen; leave at least one trainable.")

@@ -90,7 +90,13 @@ class JointConfig:
 class HeadGateConfig(JointConfig, HeadCountConfig):
     """Options of every method that learns gates."""
 
-    pruning_lr: float = field(default=0.2, metadata={"help": "learning rate of the gate logits (Adam)"})
+    pruning_lr: float = field(
+        default=0.2,
+        metadata={
+            "help": "learning rate of the gate logits (Adam); with transformers it follows the model's schedule, with "
+            "fairseq it stays constant"
+        },
+    )
     gate_clip_norm: float = field(
         default=1.0, metadata={"help": "clip the gradient norm of the gate logits, apart from the model's; 0: never"}
     )

@@ -62,7 +62,7 @@ class DSPConfig(CountConfig, HeadGateConfig):
         default=False,
         metadata={
             "help": "go on drawing noisy subsets after the cooldown, as the published code does; without it the model "
-            "trains on with the K heads that stay"
+            "trains on with the K heads that stay, where the final temperature is 1e-4 or less (above, draws go on)"
         },
     )
     anneal_noise: bool = field(
@@ -163,8 +163,8 @@ class DSPPruner(FallingCount, HeadGatePruner):
         """Whether the annealing is over and the logits are frozen.
 
         The Gumbel noise does not fall with the temperature. Where training was too short for gaps between the logits
-        that dwarf it, a model that goes on with noise is trained with other heads than those it will keep (README,
-        Results).
+        that dwarf it, a model that goes on with noise is trained with other heads than those it will keep
+        (docs/results.md). Above ``DEAD_TEMPERATURE`` the logits go on learning, so it is never over.
         """
         return (
             self.config.annealing

@@ -264,7 +264,8 @@ class GppPruner(HeadPruner):
 
     def after_step(self, step: int, lr_factor: float) -> None:
         if self._new is not None:
-            self._total = self._new if self._total is None else self._total + self._new
+            # What was restored lies where the model did then: hosts move it after they opened the session.
+            self._total = self._new if self._total is None else self._total.to(self._new.device) + self._new
             self.steps_above_0 += self.z > 0
         self._new = None
 
@@ -309,7 +310,7 @@ class GppPruner(HeadPruner):
         step, self.sparsity, *settled = state["place"].tolist()
         self.step, self._settled = int(step), [int(value) for value in settled]
         learnt = torch.from_numpy(np.array(state["learnt"], dtype=np.float64))
-        self._total = learnt.to(self.session.gates.gradients.device) if learnt.numel() else None
+        self._total = learnt if learnt.numel() else None
         if self._settled and self.step >= sum(self._settled) and self.sparsity != self.target:
             raise HeadPruningError(
                 f"The checkpoint has removed {self.sparsity:g} of the units, and --target-sparsity is "

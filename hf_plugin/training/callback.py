@@ -389,8 +389,8 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        parameter.grad.zero_()
-        self.session.before_step(optimizer)
+                        parameter.grad.zero_()  # not None: the optimizer's state is in checkpoints, also of shards
+        self.session.before_step(optimizer, rests=True)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """The model has stepped: step the gates and mask the weights, unless the loss scaler found an overflow."""

@@ -81,7 +81,7 @@ def open_session(
     try:
         session.attach()
         if session.freezes_model:
-            session.freeze()  # HeadPruningCallback never steps what is left
+            session.freeze()  # neither HeadPruningCallback nor before_step() lets what is left be stepped
         watch_session(model, session)
     except BaseException:
         session.detach()

@@ -402,9 +402,10 @@ def test_a_model_that_was_not_called_or_gave_too_little():
 
 def test_pipelined_heads_go_with_nothing_that_changes_the_model():
     pipelined = build_pruner(methods()["ste"], type("Given", (), {"num_of_heads": 3}))
-    session = PruningSession(make(), MAP, [pipelined, Probe()]).attach()
+    model = make()
     with pytest.raises(HeadPruningError, match="so probe cannot change them in the same run; add --joint-pruning"):
-        session.freeze()
+        PruningSession(model, MAP, [pipelined, Probe()]).attach()
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_logits_among_outputs():

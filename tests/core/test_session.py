@@ -861,6 +861,32 @@ def test_pipelined_pruning_says_so(toy):
     assert build(toy, "voita", l0_pipelined=True)[1].freezes_model
 
 
+@pytest.mark.parametrize("name", ["dsp", "head_sensitivity"])
+def test_pipelined_pruning_leaves_the_model_as_it_is_in_a_loop_of_ones_own(toy, name):
+    model, session, pruner = build(toy, name, joint_pruning=False, session={"total_steps": 8})
+    before, learnt = copy.deepcopy(model.state_dict()), pruner.state_dict()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(4):
+        session.before_update(step)
+        optimizer.zero_grad()
+        session.loss(toy.loss(model, toy.batch(step))).backward()
+        session.after_backward(denominator=TOKENS)
+        session.before_step()
+        optimizer.step()
+        session.after_step()
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    assert any(not np.array_equal(value, learnt[key]) for key, value in pruner.state_dict().items())
+
+
+def test_a_host_that_rests_its_optimizer_keeps_the_gradients(toy):
+    model, session, _ = build(toy, joint_pruning=False)
+    session.before_update(0)
+    session.loss(toy.loss(model, toy.batch(0))).backward()
+    session.after_backward(denominator=TOKENS)
+    session.before_step(rests=True)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_freezing_leaves_one_small_parameter_and_detaching_thaws(toy):
     model, session, _ = build(toy)
     first = next(model.parameters())

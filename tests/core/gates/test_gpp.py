@@ -173,6 +173,21 @@ def test_a_run_that_has_pruned_is_not_resumed_with_another_target():
         other.load_state_dict(first.state_dict())
 
 
+def test_sums_are_restored_where_the_host_moves_the_model_after_it_opened_the_session():
+    long = {"total_steps": 600}  # indicators are set every 12 updates; in between the device is not read
+    first = opened(model(), build("gpp", prune_epochs=300.0), **long)
+    train(first, range(3))
+    moved = opened(model(), build("gpp", prune_epochs=300.0), **long)
+    moved.model.to("meta")
+    moved.load_state_dict(first.state_dict())
+    moved.before_update(3)
+    nn.functional.cross_entropy(moved.model(batch(3)[0].to("meta")), batch(3)[1].to("meta")).backward()
+    moved.after_backward()
+    moved.before_step()
+    moved.after_step()
+    assert moved.pruners[0]._total.device.type == "meta"
+
+
 @pytest.mark.parametrize("options, sentence", [
     ({"target_sparsity": 0.02}, "--target-sparsity 0.02 takes none of 6 heads and 36 units; raise it"),
     ({"prepruning_finetune_epochs": 6.0}, "Pruning would end with update 13 of 12"),

@@ -85,6 +85,20 @@ def test_pipelined_leaves_the_model_as_it_was(runner, translation, dense, tmp_pa
     assert read(after)["optimizer_history"][-1]["num_updates"] == 12
 
 
+def test_what_begins_after_its_last_epoch_is_refused(runner, translation, tmp_path):
+    """fairseq counts the epochs of a restored file on, without its optimizer too; a run that ended stays quiet."""
+    dense = tmp_path / "dense" / "checkpoint_last.pt"
+    runner.run("train", translation.train(dense.parent, "--max-epoch 1", task="translation", updates=0))
+    line = translation.train(tmp_path / "run", PIPELINED, f"--restore-file {dense} --reset-optimizer", "--max-epoch 1")
+    sentence = runner.fail("train", line)
+    assert "--max-epoch is 1, and the run goes on from epoch 2" in sentence
+    assert f"--finetune-from-model {dense}" in sentence and not list((tmp_path / "run").glob("*"))
+    line = translation.train(tmp_path / "run", PIPELINED, f"--finetune-from-model {dense} --max-epoch 1", updates=0)
+    for _ in range(2):
+        runner.run("train", line)
+    assert mask_beside(tmp_path / "run" / "checkpoint_last.pt").kept == 4
+
+
 @pytest.mark.slow
 def test_pipelined_voita(runner, translation, dense, tmp_path):
     options = f"{VOITA} --l0-pipelined --finetune-from-model {dense}"

@@ -121,6 +121,23 @@ def test_heads_are_removed_from_the_model_that_can_be_saved(tmp_path):
     assert torch.equal(again.eval()(**ids).pooler_output, model.eval().enc(**ids).pooler_output)
 
 
+def test_pipelined_pruning_in_a_loop_of_ones_own_leaves_the_model_as_it_is():
+    model = tiny_bert()
+    session = open_session(model, [pruner("dsp", **PIPELINED)], total_steps=4)
+    before, logits = copy.deepcopy(model.state_dict()), session.pruners[0].logits.copy()
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.1)
+    for step in range(2):
+        session.before_update(step)
+        optimizer.zero_grad()
+        session.loss(model(**BATCH)["loss"], BATCH).backward()
+        session.after_backward()
+        session.before_step(optimizer)
+        optimizer.step()
+        session.after_step()
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert (session.pruners[0].logits != logits).all()
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
