@@ -89,7 +89,6 @@ class Distiller(Pruner):
         self.needs_trained_model = config.teacher_path is None
         self._teacher: Optional[Teacher] = None
         self._numbers: Optional[LateNumbers] = None
-        self._fingerprint: Optional[np.ndarray] = None
 
     def weight(self, term: str) -> float:
         """The weight of one of :data:`TERMS`."""
@@ -139,7 +138,7 @@ class Distiller(Pruner):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
-        self._numbers = self._fingerprint = None
+        self._numbers = None
         self._teacher = self.open_teacher(session)
         maps = (session.unit_map, self._teacher.unit_map)
         if self.needs and self.config.distill_layers is None and maps[0] is not None and maps[1] is not None:
@@ -214,18 +213,11 @@ class Distiller(Pruner):
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    @property
-    def fingerprint(self) -> np.ndarray:
-        """What tells the teacher from others."""
-        if self._fingerprint is None:
-            self._fingerprint = self.teacher.fingerprint()
-        return self._fingerprint
-
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"teacher": self.fingerprint}
+        return {"teacher": self.teacher.fingerprint()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        Teacher.check_same(self.fingerprint, state["teacher"])
+        self.teacher.check_same(state["teacher"])
 
 
 def layer_pairs_of(given: Optional[str], mine: tuple, theirs: tuple, session: Any, teacher: Teacher) -> list:

@@ -442,6 +442,31 @@ def test_a_run_is_not_resumed_with_another_teacher():
         open_session(trained, build("logits")).load_state_dict(state)
 
 
+@pytest.mark.parametrize("own", [None, "bfloat16"])
+def test_a_run_whose_host_turns_to_half_precision_is_resumed(own):
+    """The student is of float32 when it is attached, and of another type when the checkpoint is loaded."""
+
+    def begun(seed=1):
+        model, given = make(), build("logits", teacher_path="other", teacher_dtype=own)
+        session = open_session(model, given, load_teacher=other(seed))
+        model.bfloat16()
+        return model, session
+
+    model, session = begun()
+    session.before_update(0)
+    session.loss(task_loss(model, 0))
+    assert next(session.pruners[0].teacher.model.parameters()).dtype == torch.bfloat16
+    state = session.state_dict()
+    # Earlier versions wrote the sums of the teacher's numbers as they were by then.
+    low = [p.detach().double() for p in session.pruners[0].teacher.model.parameters()]
+    sums = [sum(float(p.sum()) for p in low), sum(float(p.abs().sum()) for p in low), float(len(low))]
+    assert state["logits.teacher"][0] != sums[0]
+    for stored in (state, {**state, "logits.teacher": np.array(sums)}):
+        begun()[1].load_state_dict(stored)
+        with pytest.raises(HeadPruningError, match="distilled from another teacher"):
+            begun(2)[1].load_state_dict(stored)
+
+
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 

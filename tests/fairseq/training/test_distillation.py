@@ -135,6 +135,19 @@ def test_resumed(beside, translation, teacher, runner, tmp_path):
     same(read(first)["extra_state"]["head_pruning"], read(second)["extra_state"]["head_pruning"])
 
 
+def test_a_half_precision_run_is_resumed(translation, teacher, tmp_path):
+    """fairseq halves the model after it was built, and loads the checkpoint before the teacher has followed."""
+    half = "--fp16 --fp16-no-flatten-grads --fp16-init-scale 4"
+    line = translation.train(tmp_path, f"--distill-logits 1 --teacher-path {teacher} {half}")
+    trainer, epochs = in_process(line)
+    trainer.train_step([next(iter(epochs.next_epoch_itr(shuffle=False)))])
+    trainer._gathered_optim_state = None  # fairseq-train sets it
+    trainer.save_checkpoint(str(tmp_path / "half.pt"), {})
+    again, _ = in_process(line)
+    again.load_checkpoint(str(tmp_path / "half.pt"))
+    assert again.task.session.step == trainer.task.session.step
+
+
 @pytest.mark.parametrize("task", few(MODELS, "language_modeling"))
 def test_tasks_of_one_language(english, tmp_path, task):
     def line(*options):
