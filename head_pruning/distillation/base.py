@@ -229,7 +229,7 @@ def layer_pairs_of(given: Optional[str], mine: tuple, theirs: tuple, session: An
         if len(stacks) > 2 or len(kinds) > 1:
             raise HeadPruningError(
                 f"The student has {len(mine)} states in several stacks of layers and its teacher {len(theirs)}, so "
-                "which to compare is not plain; give the pairs as --distill_layers."
+                "which to compare is not plain; give the pairs as --distill-layers."
             )
     return losses.layer_pairs(given, len(mine), len(theirs))
 

@@ -16,7 +16,7 @@ from ..outputs import LastLayer, Outputs
 from ..pruner import SessionView
 from ..unit_map import UnitMap
 
-#: What ``--teacher_dtype`` takes.
+#: What ``--teacher-dtype`` takes.
 DTYPES = ("float32", "bfloat16", "float16")
 # Two sums of the same numbers in float64 differ by less than this share of the sum of their absolute values.
 _SAME = 1e-9
@@ -118,7 +118,7 @@ class Teacher:
         if not _alike(_sums(self.model), stored):  # earlier versions took those of the student's type
             raise HeadPruningError(
                 "The checkpoint was distilled from another teacher than this run's; load the model that the run was "
-                "started from, before the checkpoint is loaded into it, or give the same --teacher_path."
+                "started from, before the checkpoint is loaded into it, or give the same --teacher-path."
             )
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ def open_teacher(
         if path is not None:
             if session.load_teacher is None:
                 raise HeadPruningError(
-                    "--teacher_path is loaded by the host, which this session has none of; give the session "
+                    "--teacher-path is loaded by the host, which this session has none of; give the session "
                     "load_teacher=, or leave the path out to learn from the model as it is now."
                 )
             model, unit_map = session.load_teacher(path, session.needs)

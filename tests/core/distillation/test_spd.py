@@ -550,7 +550,7 @@ def test_mistakes(name, options, words):
 
 
 def test_what_the_session_lacks_is_said():
-    with pytest.raises(HeadPruningError, match="--teacher_path is loaded by the host"):
+    with pytest.raises(HeadPruningError, match="--teacher-path is loaded by the host"):
         open_session(make(), build("logits", teacher_path="there"))
     session = PruningSession(make(), MAP, [build("spd", num_prune_epochs=3.0)], total_steps=9).attach()
     with pytest.raises(HeadPruningError, match="number of updates in an epoch"):

@@ -174,7 +174,7 @@ def test_a_wider_and_deeper_teacher_teaches_logits_only(translation, tmp_path):
     with pytest.raises(HeadPruningError, match="student are 16 wide and those of its teacher 24.*leave --distill-hid"):
         in_process(translation.train(tmp_path, LOSS, f"--teacher-path {teacher}"))
     deep = write(translation.train(tmp_path, "--encoder-layers 3"), tmp_path / "deep.pt")
-    with pytest.raises(HeadPruningError, match="several stacks of layers.*give the pairs as --distill_layers"):
+    with pytest.raises(HeadPruningError, match="several stacks of layers.*give the pairs as --distill-layers"):
         in_process(translation.train(tmp_path, LOSS, f"--teacher-path {deep}"))
 
 
