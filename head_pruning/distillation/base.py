@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -114,6 +115,8 @@ class Distiller(Pruner):
                 "--distill-layers pairs hidden states and attentions, but neither is compared; add --distill-hidden "
                 "or --distill-attention, or drop it."
             )
+        if self.config.distill_layers is not None:
+            losses.layer_pairs(self.config.distill_layers, sys.maxsize, sys.maxsize)  # a list of pairs at all
         if self.config.distill_hidden_loss not in losses.HIDDEN:
             raise HeadPruningError(
                 f"--distill-hidden-loss is {self.config.distill_hidden_loss!r}; choose one of "

@@ -538,6 +538,7 @@ def test_layers_are_paired_evenly(mine, theirs):
     ("spd_magnitude", {}, "--sparsity is 0, so nothing would be pruned"),
     ("logits", {"distill_logits": 0.0}, "All weights of logits are 0"),
     ("logits", {"distill_layers": "0:0"}, "neither is compared"),
+    ("logits", {"distill_layers": "0-0", "distill_hidden": 1.0}, "--distill-layers 0-0 is no list of pairs"),
     ("logits", {"distill_hidden": -1.0}, "--distill-hidden is -1.0; it must be a weight"),
     ("logits", {"distill_hidden_loss": "cosine"}, "--distill-hidden-loss is given, but --distill-hidden is 0"),
     ("logits", {"distill_hidden": 1.0, "distill_hidden_loss": "l1"}, "is 'l1'; choose one of mse, cosine"),
