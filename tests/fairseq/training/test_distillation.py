@@ -8,7 +8,7 @@ import torch
 
 from fairseq_plugin.checkpoints.keeper import keeper_of
 from head_pruning import HeadPruningError
-from tests.fairseq.command_lines import DSP
+from tests.fairseq.command_lines import DSP, SUBSET
 from tests.fairseq.files import mask_in, read, same, same_training_state, weights_of
 from tests.fairseq.in_process import in_process
 from tests.fairseq.runner import Runner, logged
@@ -176,6 +176,15 @@ def test_a_wider_and_deeper_teacher_teaches_logits_only(translation, tmp_path):
     deep = write(translation.train(tmp_path, "--encoder-layers 3"), tmp_path / "deep.pt")
     with pytest.raises(HeadPruningError, match="several stacks of layers.*give the pairs as --distill-layers"):
         in_process(translation.train(tmp_path, LOSS, f"--teacher-path {deep}"))
+
+
+def test_a_waiting_teacher_that_does_not_fit_is_told_of_in_the_first_update(translation, teacher, runner, tmp_path):
+    trained = f"--teacher-path {teacher} --finetune-from-model {teacher}"
+    pairs = f"{SUBSET} --distill-hidden 1 --distill-layers 0:99 {trained}"
+    done = runner.start("train", translation.train(tmp_path / "run", pairs, updates=40))
+    assert done.wait() == 1 and not logged(done.out, "num_updates")
+    assert "error: --distill-layers 0:99 names the pair 0:99, but the student has 6" in done.err
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 @pytest.mark.slow
