@@ -53,6 +53,7 @@ class LogitsDistiller(Distiller):
     starts_anywhere = True
     #: Whether gates that learn while the teacher teaches do so from the task loss alone, unless options say otherwise.
     apart = True
+    _asked_once = False
 
     def check_options(self) -> None:
         super().check_options()
