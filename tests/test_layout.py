@@ -98,6 +98,24 @@ def test_the_core_loads_without_any_host():
     assert done.stdout.strip() == "[]"
 
 
+def underscored_flags(source: str) -> list[str]:
+    """Flags spelt with underscores in the strings of a module that are not docstrings."""
+    tree, told = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            told.add(id(node.value))
+    found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told]
+    return [flag for text in found if isinstance(text, str) for flag in re.findall(r"--[a-z]+[a-z-]*_\w*", text)]
+
+
+def test_the_core_spells_flags_with_dashes():
+    """fairseq-train refuses others; the transformers scripts turn those of methods into their own spelling."""
+    for path in (ROOT / "head_pruning").rglob("*.py"):
+        assert not underscored_flags(path.read_text(encoding="utf-8")), path
+    text = '"""--a_b"""\nraise E(f"{x} --one_two {y}; --three-four" f" --five-six_7, --all_{z}")'
+    assert set(underscored_flags(text)) == {"--one_two", "--five-six_7", "--all_"}
+
+
 def test_every_public_name_has_a_docstring():
     missing = []
     for package in ("head_pruning", "fairseq_plugin", "hf_plugin", "prepare"):

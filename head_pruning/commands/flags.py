@@ -62,7 +62,7 @@ def _add_export(commands: Any) -> None:
     command.add_argument(
         "--int8",
         action="store_true",
-        help="with 8-bit linear layers, to onnx or openvino, of a model that was trained with --do_quantization",
+        help="with 8-bit linear layers, to onnx or openvino, of a model that was trained with --do-quantization",
     )
     command.add_argument("--mask", metavar="FILE", help="head mask to apply instead of the model's own")
     command.set_defaults(run=_work("export"))

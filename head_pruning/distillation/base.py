@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -89,7 +90,6 @@ class Distiller(Pruner):
         self.needs_trained_model = config.teacher_path is None
         self._teacher: Optional[Teacher] = None
         self._numbers: Optional[LateNumbers] = None
-        self._fingerprint: Optional[np.ndarray] = None
 
     def weight(self, term: str) -> float:
         """The weight of one of :data:`TERMS`."""
@@ -115,6 +115,8 @@ class Distiller(Pruner):
                 "--distill-layers pairs hidden states and attentions, but neither is compared; add --distill-hidden "
                 "or --distill-attention, or drop it."
             )
+        if self.config.distill_layers is not None:
+            losses.layer_pairs(self.config.distill_layers, sys.maxsize, sys.maxsize)  # a list of pairs at all
         if self.config.distill_hidden_loss not in losses.HIDDEN:
             raise HeadPruningError(
                 f"--distill-hidden-loss is {self.config.distill_hidden_loss!r}; choose one of "
@@ -139,7 +141,7 @@ class Distiller(Pruner):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
-        self._numbers = self._fingerprint = None
+        self._numbers = None
         self._teacher = self.open_teacher(session)
         maps = (session.unit_map, self._teacher.unit_map)
         if self.needs and self.config.distill_layers is None and maps[0] is not None and maps[1] is not None:
@@ -214,18 +216,11 @@ class Distiller(Pruner):
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    @property
-    def fingerprint(self) -> np.ndarray:
-        """What tells the teacher from others."""
-        if self._fingerprint is None:
-            self._fingerprint = self.teacher.fingerprint()
-        return self._fingerprint
-
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"teacher": self.fingerprint}
+        return {"teacher": self.teacher.fingerprint()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        Teacher.check_same(self.fingerprint, state["teacher"])
+        self.teacher.check_same(state["teacher"])
 
 
 def layer_pairs_of(given: Optional[str], mine: tuple, theirs: tuple, session: Any, teacher: Teacher) -> list:
@@ -237,7 +232,7 @@ def layer_pairs_of(given: Optional[str], mine: tuple, theirs: tuple, session: An
         if len(stacks) > 2 or len(kinds) > 1:
             raise HeadPruningError(
                 f"The student has {len(mine)} states in several stacks of layers and its teacher {len(theirs)}, so "
-                "which to compare is not plain; give the pairs as --distill_layers."
+                "which to compare is not plain; give the pairs as --distill-layers."
             )
     return losses.layer_pairs(given, len(mine), len(theirs))
 

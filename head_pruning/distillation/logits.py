@@ -53,6 +53,7 @@ class LogitsDistiller(Distiller):
     starts_anywhere = True
     #: Whether gates that learn while the teacher teaches do so from the task loss alone, unless options say otherwise.
     apart = True
+    _asked_once = False
 
     def check_options(self) -> None:
         super().check_options()
@@ -61,6 +62,10 @@ class LogitsDistiller(Distiller):
 
     def loss(self, loss: torch.Tensor, inputs: Any, outputs: Outputs) -> torch.Tensor:
         if not self.config.distill_while_choosing and any(pruner.choosing for pruner in self.session.pruners):
+            if not self._asked_once:  # one that does not fit is told of now, not after the heads were chosen
+                with torch.no_grad():
+                    self.terms(loss, outputs, self.teacher(outputs))
+                self._asked_once = True
             return loss
         return super().loss(loss, inputs, outputs)
 
@@ -90,6 +95,7 @@ class LogitsDistiller(Distiller):
                 "--distill-while-choosing, which lets them learn from the teacher, or a weight of the task loss."
             )
         super().attach(session)
+        self._asked_once = False
 
     def objective(self, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         if self._apart and any(each.learns_gates for each in self.session.pruners):

@@ -95,7 +95,7 @@ def hidden_states(
         if ours.shape != target.shape:
             raise HeadPruningError(
                 f"The student's hidden states are {ours.shape[-1]} wide and its teacher's {target.shape[-1]}, so they "
-                "cannot be compared; take a teacher of the same width, or compare logits only (--distill_hidden 0)."
+                "cannot be compared; take a teacher of the same width, or compare logits only (--distill-hidden 0)."
             )
         tokens = None if padding else mine.masks[i]
         terms.append(HIDDEN[kind](ours, target, None if tokens is None else tokens[:, :, None]))
@@ -118,7 +118,7 @@ def attentions(
         if ours.shape != target.shape:
             raise HeadPruningError(
                 f"The student has {ours.shape[1]} heads in an attention where its teacher has {target.shape[1]}, so "
-                "they cannot be compared; compare no attentions (--distill_attention 0)."
+                "they cannot be compared; compare no attentions (--distill-attention 0)."
             )
         query, key = (None, None) if padding else mine.attention_masks[i]
         mask = None
@@ -153,12 +153,12 @@ def layer_pairs(given: Optional[str], mine: int, theirs: int) -> list[tuple[int,
         left, colon, right = word.strip().partition(":")
         if not (colon and left.isdecimal() and right.isdecimal()):
             raise HeadPruningError(
-                f"--distill_layers {given} is no list of pairs; write STUDENT:TEACHER with commas between, such as "
+                f"--distill-layers {given} is no list of pairs; write STUDENT:TEACHER with commas between, such as "
                 "0:0,1:2,2:4, or last."
             )
         if int(left) >= mine or int(right) >= theirs:
             raise HeadPruningError(
-                f"--distill_layers {given} names the pair {word.strip()}, but the student has {mine} (from 0) and the "
+                f"--distill-layers {given} names the pair {word.strip()}, but the student has {mine} (from 0) and the "
                 f"teacher {theirs}; correct it."
             )
         pairs.append((int(left), int(right)))

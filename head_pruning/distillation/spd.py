@@ -57,7 +57,7 @@ class SpdConfig(DistillConfig, PhaseConfig):
         default=0.0,
         metadata={
             "help": "rise of the replacing rate per update (linear, constantLinearWithGap); where it is too small to "
-            "reach 1 it is raised, unless --published_schedule"
+            "reach 1 it is raised, unless --published-schedule"
         },
     )
     base_replacing_rate: Optional[float] = field(
@@ -265,7 +265,7 @@ class SpdPruner(Distiller):
         first = self.config.base_replacing_rate if self.config.base_replacing_rate is not None else self.rate
         self.slope = (1.0 - first) / max(1, end - begin)
         self.until = end
-        return f"; it is raised to reach 1 by update {end} (--published_schedule leaves it as it is)"
+        return f"; it is raised to reach 1 by update {end} (--published-schedule leaves it as it is)"
 
     def _rate(self, step: int) -> float:
         rate = replacing_rate(

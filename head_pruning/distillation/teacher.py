@@ -16,7 +16,7 @@ from ..outputs import LastLayer, Outputs
 from ..pruner import SessionView
 from ..unit_map import UnitMap
 
-#: What ``--teacher_dtype`` takes.
+#: What ``--teacher-dtype`` takes.
 DTYPES = ("float32", "bfloat16", "float16")
 # Two sums of the same numbers in float64 differ by less than this share of the sum of their absolute values.
 _SAME = 1e-9
@@ -51,6 +51,7 @@ class Teacher:
         self.model, self.unit_map, self.dtype = model.eval().requires_grad_(False), unit_map, dtype
         self.shared: set[int] = set()
         self.users = 0
+        self._sums: Optional[np.ndarray] = None
         self._student = session.model
         self._recorder = session.recorder(model, unit_map)
         self._recorder.attach()
@@ -84,6 +85,8 @@ class Teacher:
         mine, theirs = _first(self.model), _first(self._student)
         dtype = self.dtype or theirs.dtype
         if (mine.device, mine.dtype) != (theirs.device, dtype):
+            if mine.dtype != dtype:
+                self.fingerprint()  # that of the numbers as they were loaded, whenever it is asked for
             # Parameters that are the student's as well have gone there with it.
             self.model.to(device=theirs.device, dtype=dtype)
 
@@ -98,18 +101,24 @@ class Teacher:
                 self.shared.add(id(mine[name]))
 
     def fingerprint(self) -> np.ndarray:
-        """Sums that tell it from another teacher; :meth:`check_same` compares them."""
-        values = [p.detach() for p in self.model.parameters()]
-        sums = [(float(p.sum(dtype=torch.float64)), float(p.abs().sum(dtype=torch.float64))) for p in values]
-        return np.array([sum(each[0] for each in sums), sum(each[1] for each in sums), float(len(sums))])
+        """Sums that tell it from another teacher, ``float64[3]``; :meth:`check_same` compares them.
 
-    @staticmethod
-    def check_same(mine: np.ndarray, stored: np.ndarray) -> None:
+        They are taken once, of the numbers before they follow the student to another type: a host that trains in half
+        precision makes its model so only some time after it was built, and a resumed run at another time.
+        """
+        if self._sums is None:
+            self._sums = _sums(self.model)
+        return self._sums
+
+    def check_same(self, stored: np.ndarray) -> None:
         """Raise HeadPruningError where a checkpoint's fingerprint is of another teacher."""
-        if mine[2] != stored[2] or abs(mine[0] - stored[0]) + abs(mine[1] - stored[1]) > _SAME * stored[1]:
+        if _alike(self.fingerprint(), stored):
+            return
+        self._follow()
+        if not _alike(_sums(self.model), stored):  # earlier versions took those of the student's type
             raise HeadPruningError(
                 "The checkpoint was distilled from another teacher than this run's; load the model that the run was "
-                "started from, before the checkpoint is loaded into it, or give the same --teacher_path."
+                "started from, before the checkpoint is loaded into it, or give the same --teacher-path."
             )
 
     def close(self) -> None:
@@ -140,7 +149,7 @@ def open_teacher(
         if path is not None:
             if session.load_teacher is None:
                 raise HeadPruningError(
-                    "--teacher_path is loaded by the host, which this session has none of; give the session "
+                    "--teacher-path is loaded by the host, which this session has none of; give the session "
                     "load_teacher=, or leave the path out to learn from the model as it is now."
                 )
             model, unit_map = session.load_teacher(path, session.needs)
@@ -174,6 +183,18 @@ def close_teacher(session: SessionView, teacher: Teacher) -> None:
 def _first(model: torch.nn.Module) -> torch.nn.Parameter:
     """A parameter that tells where a model is, and in which type of numbers."""
     return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _sums(model: torch.nn.Module) -> np.ndarray:
+    """Of all parameters, and of their absolute values, and how many there are."""
+    values = [p.detach() for p in model.parameters()]
+    sums = [(float(p.sum(dtype=torch.float64)), float(p.abs().sum(dtype=torch.float64))) for p in values]
+    return np.array([sum(each[0] for each in sums), sum(each[1] for each in sums), float(len(sums))])
+
+
+def _alike(mine: np.ndarray, stored: np.ndarray) -> bool:
+    far = abs(mine[0] - stored[0]) + abs(mine[1] - stored[1])
+    return bool(mine[2] == stored[2] and far <= _SAME * stored[1])
 
 
 def _equal(mine: torch.Tensor, theirs: torch.Tensor) -> bool:

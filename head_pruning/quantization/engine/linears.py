@@ -16,7 +16,7 @@ from .tensors import is_quantized
 NEEDS_TORCHAO = "torchao is needed for this; install it: pip install 'head-pruning[int8]'."
 CURE_OF_INTEGERS = (
     "which can be evaluated, but not trained or pruned; start from the model in floats that they were made from, and "
-    "quantize that in training (--do_quantization)."
+    "quantize that in training (--do-quantization)."
 )
 # Hooks of a module, which go with its name and not with the object in its place.
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))]

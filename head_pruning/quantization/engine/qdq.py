@@ -55,12 +55,12 @@ def to_qdq(model: nn.Module, inputs: Mapping[str, Sequence[float]]) -> int:
     """
     layers = quantized_linears(model)
     if not layers:
-        raise HeadPruningError("The model holds no 8-bit weights; train it with --do_quantization first.")
+        raise HeadPruningError("The model holds no 8-bit weights; train it with --do-quantization first.")
     unknown = next((name for name in layers if name not in inputs), None)
     if unknown is not None:
         raise HeadPruningError(
             f"The range of the inputs of {unknown} is not known, as it had none in training; leave it out there with "
-            "--not_to_quantize."
+            "--not-to-quantize."
         )
     for name, layer in layers.items():
         scale, zero_point = inputs[name]

@@ -442,6 +442,31 @@ def test_a_run_is_not_resumed_with_another_teacher():
         open_session(trained, build("logits")).load_state_dict(state)
 
 
+@pytest.mark.parametrize("own", [None, "bfloat16"])
+def test_a_run_whose_host_turns_to_half_precision_is_resumed(own):
+    """The student is of float32 when it is attached, and of another type when the checkpoint is loaded."""
+
+    def begun(seed=1):
+        model, given = make(), build("logits", teacher_path="other", teacher_dtype=own)
+        session = open_session(model, given, load_teacher=other(seed))
+        model.bfloat16()
+        return model, session
+
+    model, session = begun()
+    session.before_update(0)
+    session.loss(task_loss(model, 0))
+    assert next(session.pruners[0].teacher.model.parameters()).dtype == torch.bfloat16
+    state = session.state_dict()
+    # Earlier versions wrote the sums of the teacher's numbers as they were by then.
+    low = [p.detach().double() for p in session.pruners[0].teacher.model.parameters()]
+    sums = [sum(float(p.sum()) for p in low), sum(float(p.abs().sum()) for p in low), float(len(low))]
+    assert state["logits.teacher"][0] != sums[0]
+    for stored in (state, {**state, "logits.teacher": np.array(sums)}):
+        begun()[1].load_state_dict(stored)
+        with pytest.raises(HeadPruningError, match="distilled from another teacher"):
+            begun(2)[1].load_state_dict(stored)
+
+
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
@@ -513,6 +538,7 @@ def test_layers_are_paired_evenly(mine, theirs):
     ("spd_magnitude", {}, "--sparsity is 0, so nothing would be pruned"),
     ("logits", {"distill_logits": 0.0}, "All weights of logits are 0"),
     ("logits", {"distill_layers": "0:0"}, "neither is compared"),
+    ("logits", {"distill_layers": "0-0", "distill_hidden": 1.0}, "--distill-layers 0-0 is no list of pairs"),
     ("logits", {"distill_hidden": -1.0}, "--distill-hidden is -1.0; it must be a weight"),
     ("logits", {"distill_hidden_loss": "cosine"}, "--distill-hidden-loss is given, but --distill-hidden is 0"),
     ("logits", {"distill_hidden": 1.0, "distill_hidden_loss": "l1"}, "is 'l1'; choose one of mse, cosine"),
@@ -525,7 +551,7 @@ def test_mistakes(name, options, words):
 
 
 def test_what_the_session_lacks_is_said():
-    with pytest.raises(HeadPruningError, match="--teacher_path is loaded by the host"):
+    with pytest.raises(HeadPruningError, match="--teacher-path is loaded by the host"):
         open_session(make(), build("logits", teacher_path="there"))
     session = PruningSession(make(), MAP, [build("spd", num_prune_epochs=3.0)], total_steps=9).attach()
     with pytest.raises(HeadPruningError, match="number of updates in an epoch"):

@@ -227,7 +227,8 @@ def test_heads_are_chosen_by_the_task_loss_alone_unless_the_teacher_may_join(toy
     session = PruningSession(toy.make(0)[0], unit_map, pruners, total_steps=20)
     session.load_teacher = lambda path, needs: (teacher.eval(), unit_map)
     session.attach()
-    learnt = []
+    learnt, asked = [], []
+    teacher.register_forward_hook(lambda *_: asked.append(step))
     for step in range(12):
         session.before_update(step)
         task = toy.loss(session.model, toy.batch(step))
@@ -236,6 +237,26 @@ def test_heads_are_chosen_by_the_task_loss_alone_unless_the_teacher_may_join(toy
         session.before_step(None)
         session.after_step()
     assert learnt == [mixed] * 10 + [True] * 2
+    assert asked == (list(range(12)) if mixed else [0, 10, 11])  # at first, to see whether it fits
+
+
+@pytest.mark.parametrize("options, widths, sentence", [
+    ({}, {"head": 7}, "logits are of the shape .*; take a teacher of the same task"),
+    ({"distill_hidden": 1.0, "distill_layers": "0:0,1:99"}, {}, "--distill-layers 0:0,1:99 names the pair 1:99, but"),
+])  # fmt: skip
+def test_a_teacher_that_does_not_fit_is_told_of_before_the_heads_are_chosen(toy, options, widths, sentence):
+    teacher, unit_map = toy.make(5)
+    for name, width in widths.items():
+        setattr(teacher, name, torch.nn.Linear(getattr(teacher, name).in_features, width))
+    given = SimpleNamespace(num_of_heads=4, joint_pruning=True, count_schedule="0:0.5", teacher_path="it", **options)
+    pruners = [build_pruner(methods(None)[name], given) for name in ("subset", "logits")]
+    session = PruningSession(toy.make(0)[0], unit_map, pruners, total_steps=20)
+    session.load_teacher = lambda path, needs: (teacher.eval(), unit_map)
+    session.attach()
+    session.before_update(0)
+    task = toy.loss(session.model, toy.batch(0))
+    with pytest.raises(HeadPruningError, match=sentence):
+        session.loss(task)
 
 
 def first_gradients(toy, name: str, distil: bool, **options) -> tuple[torch.Tensor, dict, float]:

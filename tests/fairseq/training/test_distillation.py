@@ -8,7 +8,7 @@ import torch
 
 from fairseq_plugin.checkpoints.keeper import keeper_of
 from head_pruning import HeadPruningError
-from tests.fairseq.command_lines import DSP
+from tests.fairseq.command_lines import DSP, SUBSET
 from tests.fairseq.files import mask_in, read, same, same_training_state, weights_of
 from tests.fairseq.in_process import in_process
 from tests.fairseq.runner import Runner, logged
@@ -135,6 +135,19 @@ def test_resumed(beside, translation, teacher, runner, tmp_path):
     same(read(first)["extra_state"]["head_pruning"], read(second)["extra_state"]["head_pruning"])
 
 
+def test_a_half_precision_run_is_resumed(translation, teacher, tmp_path):
+    """fairseq halves the model after it was built, and loads the checkpoint before the teacher has followed."""
+    half = "--fp16 --fp16-no-flatten-grads --fp16-init-scale 4"
+    line = translation.train(tmp_path, f"--distill-logits 1 --teacher-path {teacher} {half}")
+    trainer, epochs = in_process(line)
+    trainer.train_step([next(iter(epochs.next_epoch_itr(shuffle=False)))])
+    trainer._gathered_optim_state = None  # fairseq-train sets it
+    trainer.save_checkpoint(str(tmp_path / "half.pt"), {})
+    again, _ = in_process(line)
+    again.load_checkpoint(str(tmp_path / "half.pt"))
+    assert again.task.session.step == trainer.task.session.step
+
+
 @pytest.mark.parametrize("task", few(MODELS, "language_modeling"))
 def test_tasks_of_one_language(english, tmp_path, task):
     def line(*options):
@@ -161,8 +174,17 @@ def test_a_wider_and_deeper_teacher_teaches_logits_only(translation, tmp_path):
     with pytest.raises(HeadPruningError, match="student are 16 wide and those of its teacher 24.*leave --distill-hid"):
         in_process(translation.train(tmp_path, LOSS, f"--teacher-path {teacher}"))
     deep = write(translation.train(tmp_path, "--encoder-layers 3"), tmp_path / "deep.pt")
-    with pytest.raises(HeadPruningError, match="several stacks of layers.*give the pairs as --distill_layers"):
+    with pytest.raises(HeadPruningError, match="several stacks of layers.*give the pairs as --distill-layers"):
         in_process(translation.train(tmp_path, LOSS, f"--teacher-path {deep}"))
+
+
+def test_a_waiting_teacher_that_does_not_fit_is_told_of_in_the_first_update(translation, teacher, runner, tmp_path):
+    trained = f"--teacher-path {teacher} --finetune-from-model {teacher}"
+    pairs = f"{SUBSET} --distill-hidden 1 --distill-layers 0:99 {trained}"
+    done = runner.start("train", translation.train(tmp_path / "run", pairs, updates=40))
+    assert done.wait() == 1 and not logged(done.out, "num_updates")
+    assert "error: --distill-layers 0:99 names the pair 0:99, but the student has 6" in done.err
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 @pytest.mark.slow

@@ -230,7 +230,7 @@ def test_files_without_zeros(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    ("--to onnx --int8", "train it with --do_quantization first"),
+    ("--to onnx --int8", "train it with --do-quantization first"),
     ("--to torch-export --int8", "cannot be exported to torch-export-int8; choose one of masked, compact, onnx"),
 ])  # fmt: skip
 def test_what_cannot_be_exported_with_8_bits(tmp_path, words, sentence):

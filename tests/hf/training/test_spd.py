@@ -397,6 +397,23 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
             session = open_session(model, [pruner("logits", teacher_path=str(tmp_path / name), **options)])
             session.before_update(0)
             session.loss(model.train()(**collate(sentences(4))).loss)
+    # While heads are chosen the teacher waits; what does not fit is told of in the first update.
+    tiny_bert(num_labels=3).save_pretrained(tmp_path / "classes")
+    trainer = HeadPruningTrainer(
+        model=tiny_bert(),
+        args=arguments(tmp_path / "run", max_steps=20),
+        pruners=[
+            pruner("subset", num_of_heads=4, joint_pruning=True),
+            pruner("logits", teacher_path=str(tmp_path / "classes")),
+        ],
+        train_dataset=sentences(16),
+        data_collator=collate,
+    )
+    with pytest.raises(
+        HeadPruningError, match=r"logits are of the shape \[\[\d+, 2\]\], its teacher's of \[\[\d+, 3\]\]"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
     # Another width will do where logits alone are compared.
     model = tiny_bert()
     session = open_session(model, [pruner("logits", teacher_path=str(tmp_path / "wide"))])
