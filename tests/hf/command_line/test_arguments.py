@@ -487,7 +487,7 @@ def test_the_help_has_a_group_per_purpose_and_per_method(capsys):
     text = dict(zip(titles, groups.values()))
     assert "--num_of_heads N number of heads to keep" in text["options of several pruners"]
     assert (
-        "(Adam) [dsp, ste, subset, voita] (default: 0.5 (dsp, ste, subset), 0.1 (voita))"
+        "stays constant [dsp, ste, subset, voita] (default: 0.5 (dsp, ste, subset), 0.1 (voita))"
         in text["options of several pruners"]
     )
     assert (
@@ -510,7 +510,7 @@ def test_the_help_of_run_dsp_and_run_voita_shows_what_they_take(capsys):
     shown = [title.partition(" (")[0] for title in groups if title.startswith("pruner")]
     assert shown == ["pruner dsp", "pruner ste", *with_own_options("weights", "pruner")]
     several = groups["options of several pruners"]
-    assert "(K) [dsp, ste] (required)" in several and "(Adam) [dsp, ste] (default: 0.5)" in several
+    assert "(K) [dsp, ste] (required)" in several and "stays constant [dsp, ste] (default: 0.5)" in several
     everything = " ".join(groups.values())
     assert "--l0_penalty" not in everything and "--random_heads_seed" not in everything
     groups = help_of(capsys, "run_voita")

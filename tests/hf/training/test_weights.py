@@ -388,9 +388,9 @@ class TestHalfPrecision:
         model.train()
         found, step_now = [], session.before_step
 
-        def before_step(optimizer):
+        def before_step(optimizer, **more):
             self.norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
-            step_now(optimizer)
+            step_now(optimizer, **more)
 
         self.norms, session.before_step = [], before_step
         for step in range(updates):
