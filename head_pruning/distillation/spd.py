@@ -57,7 +57,7 @@ class SpdConfig(DistillConfig, PhaseConfig):
         default=0.0,
         metadata={
             "help": "rise of the replacing rate per update (linear, constantLinearWithGap); where it is too small to "
-            "reach 1 it is raised, unless --published-schedule"
+            "reach 1 it is raised, unless published_schedule"
         },
     )
     base_replacing_rate: Optional[float] = field(
