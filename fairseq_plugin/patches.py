@@ -408,27 +408,30 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
 
 
 def report_what_was_saved(original, cfg, trainer, **options):
-    """A run that was killed between a checkpoint and the reports on it has left none.
-
-    A run that begins after its last epoch is refused here: fairseq would train nothing, and not say so.
-    """
+    """A run that was killed between a checkpoint and the reports on it has left none."""
     loaded, session = original(cfg, trainer, **options), getattr(trainer.task, "session", None)
-    updates, epoch, last = trainer.get_num_updates(), loaded[1].next_epoch_idx, trainer.cfg.optimization.max_epoch
-    own = cfg.restore_file == "checkpoint_last.pt"
-    # One of this run's own that is over has nothing left to train, also where its checkpoints keep no optimizer.
-    starts = session is not None and not updates and (cfg.reset_optimizer or not own)
-    if starts and epoch > (last or math.inf):
+    if session is not None:
+        _refuse_no_epochs(cfg, trainer, loaded[1].next_epoch_idx)
+    updates, own = trainer.get_num_updates(), cfg.restore_file == "checkpoint_last.pt"
+    over = session is not None and updates >= (session.total_steps or math.inf)
+    if session is not None and updates and (over or own):
+        if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
+            write_beside(cfg.save_dir, trainer, log_heads=over, numbers=trainer.head_pruning_numbers)
+    return loaded
+
+
+def _refuse_no_epochs(cfg, trainer, epoch):
+    """Raise when a run begins anew after its last epoch: fairseq would train nothing, and not say so."""
+    last, own = trainer.cfg.optimization.max_epoch, cfg.restore_file == "checkpoint_last.pt"
+    # A run of this folder that is over has nothing left to train, also where its checkpoints keep no optimizer.
+    begins = not trainer.get_num_updates() and (cfg.reset_optimizer or not own)
+    if begins and epoch > (last or math.inf):
         file = "FILE" if own else cfg.restore_file
         raise HeadPruningError(
             f"--max-epoch is {last}, and the run goes on from epoch {epoch} of the checkpoint, so nothing would be "
             f"trained; start with --finetune-from-model {file} and a --save-dir of its own in the place of "
             "--restore-file and --reset-optimizer, or add --reset-dataloader."
         )
-    over = session is not None and updates >= (session.total_steps or math.inf)
-    if session is not None and updates and (over or own):
-        if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
-            write_beside(cfg.save_dir, trainer, log_heads=over, numbers=trainer.head_pruning_numbers)
-    return loaded
 
 
 def stop_at_end(original, cfg, trainer, task, epoch_itr):

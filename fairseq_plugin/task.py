@@ -258,7 +258,7 @@ class HeadPruningMixin(_Task):
         self.session.after_backward(self._loss_scale, float(self._denominator), self._micro_batches)
         if self.session.overrides("before_step"):
             unscale(optimizer)
-        self.session.before_step(optimizer)
+        self.session.before_step(optimizer, rests=True)
         if not self.session.freezes_model:
             super().optimizer_step(optimizer, model, update_num)
         elif getattr(optimizer, "scaler", None) is not None:

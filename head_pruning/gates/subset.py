@@ -24,10 +24,9 @@ class SubsetPruner(OwnFall, HeadGatePruner):
     p(z) is proportional to exp(logits.z) over the masks z of K(t) heads (Ahmed et al. 2023, section 4): training runs
     with a draw z, the logits get Cov(z) dL/dz. There is no temperature. Where groups have a minimum, it is drawn
     first, group after group, and the others from what is left; each draw then has the gradient that it has given the
-    ones before. When K(t) has come down to K, the K highest logits
-    stay, and the model trains on with them. By default it falls over the first 0.4 of training, 0.9 where the model is
-    not trained; where training begins from nothing over the first 0.1, and every kind of attention keeps a head if K
-    allows (:class:`OwnFall`).
+    ones before. When K(t) has come down to K, the K highest logits stay, and the model trains on with them. By default
+    it falls over the first 0.4 of training, 0.9 where the model is not trained; where training begins from nothing
+    over the first 0.1, and every kind of attention keeps a head if K allows (:class:`OwnFall`).
     """
 
     name = "subset"
@@ -61,7 +60,7 @@ class SubsetPruner(OwnFall, HeadGatePruner):
 
     def chain(self, gradient: np.ndarray) -> np.ndarray:
         chained = np.zeros_like(gradient)
-        if self._stages and sum(stage.keep for _, stage in self._stages) == self.alive.sum():
+        if sum(stage.keep for _, stage in self._stages) == self.alive.sum():
             return chained  # all are open, in whichever order they were drawn
         for where, stage in self._stages:
             chained[where] += stage.covariance_times(gradient[where])
