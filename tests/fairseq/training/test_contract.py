@@ -91,10 +91,10 @@ def test_the_optimizer_of_the_second_phase(translation, tmp_path, options):
     trainer.task.probe.before_update = lambda step: seen.append(trainer.optimizer)
     before_step = trainer.task.session.before_step
 
-    def look(optimizer):
+    def look(optimizer, **more):
         master = trainer.task.session.master_of if options else (lambda parameter: parameter)
         assert master(parameter).detach().equal(copy)
-        return before_step(optimizer)
+        return before_step(optimizer, **more)
 
     trainer.task.session.before_step = look
     trainer.train_step([next(samples)])
