@@ -291,6 +291,7 @@ class SpdPruner(Distiller):
 
     def before_update(self, step: int) -> None:
         self._plan()
+        self.teacher.follow()  # its layers run before it is asked
         self.grafts.attach()  # after the session's hooks, which so see the parameters that a layer ran with
         self.step, self.drawn = step, self.draw(step)
         self.grafts.set(self.drawn)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import weakref
-from typing import Iterable, Optional
+from typing import Container, Iterable, Optional
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Teacher:
         self._recorder = session.recorder(model, unit_map)
         self._recorder.attach()
         self._recorder.live = False
-        self._follow()
+        self.follow()
         self._asked: Optional[weakref.ref] = None
         self._answer: Optional[Outputs] = None
 
@@ -65,7 +65,7 @@ class Teacher:
         what it gave is forgotten with ``outputs``.
         """
         if self._answer is None or self._asked is None or self._asked() is not outputs:
-            self._follow()
+            self.follow()
             self._recorder.live = True
             try:
                 last = None if outputs.last is None else LastLayer.of(self.model, outputs.last.find)
@@ -81,8 +81,9 @@ class Teacher:
     def _forget(self, _: object) -> None:
         self._answer = None
 
-    def _follow(self) -> None:
-        mine, theirs = _first(self.model), _first(self._student)
+    def follow(self) -> None:
+        """Go where the student is by now, and to its type of numbers. A call does so too."""
+        mine, theirs = _first(self.model, self.shared), _first(self._student)
         dtype = self.dtype or theirs.dtype
         if (mine.device, mine.dtype) != (theirs.device, dtype):
             if mine.dtype != dtype:
@@ -114,7 +115,7 @@ class Teacher:
         """Raise HeadPruningError where a checkpoint's fingerprint is of another teacher."""
         if _alike(self.fingerprint(), stored):
             return
-        self._follow()
+        self.follow()
         if not _alike(_sums(self.model), stored):  # earlier versions took those of the student's type
             raise HeadPruningError(
                 "The checkpoint was distilled from another teacher than this run's; load the model that the run was "
@@ -180,9 +181,10 @@ def close_teacher(session: SessionView, teacher: Teacher) -> None:
         teacher.close()
 
 
-def _first(model: torch.nn.Module) -> torch.nn.Parameter:
-    """A parameter that tells where a model is, and in which type of numbers."""
-    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+def _first(model: torch.nn.Module, shared: Container[int] = ()) -> torch.nn.Parameter:
+    """A parameter that tells where a model is, and in which type of numbers: rather not one of ``shared``."""
+    found = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    return next((parameter for parameter in found if id(parameter) not in shared), found[0])
 
 
 def _sums(model: torch.nn.Module) -> np.ndarray:

@@ -423,6 +423,17 @@ def test_a_teacher_of_its_own_type_and_one_that_follows_the_student():
     assert {p.dtype for p in same.teacher.model.parameters()} == {torch.float64}
 
 
+def test_layers_that_stand_in_follow_the_student():
+    """They run before the teacher is asked, and what lies outside of them is the student's already."""
+    model, given = make(), build("spd", replacing_rate=0.1)
+    session = open_session(model, given)
+    assert given.teacher.shared
+    model.double()
+    update(model, session, 0)
+    assert not given.drawn.all()
+    assert {p.dtype for p in given.teacher.model.parameters()} == {torch.float64}
+
+
 def test_layers_of_another_type_cannot_stand_in():
     with pytest.raises(HeadPruningError, match="whose numbers are float32; drop --teacher-dtype bfloat16"):
         open_session(make(), build("spd", teacher_dtype="bfloat16"))
