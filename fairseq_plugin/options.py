@@ -36,6 +36,7 @@ def pruning_config(base: type, name: str, module: str) -> type:
         ("max_update", int, II("optimization.max_update")),
         ("max_epoch", int, II("optimization.max_epoch")),
         ("update_freq", List[int], II("optimization.update_freq")),
+        ("skip_remainder_batch", Optional[bool], II("optimization.skip_remainder_batch")),
         ("use_bmuf", bool, II("optimization.use_bmuf")),
         ("ddp_backend", str, II("distributed_training.ddp_backend")),
         ("reset_optimizer", bool, II("checkpoint.reset_optimizer")),

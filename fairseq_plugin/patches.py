@@ -79,6 +79,7 @@ _BROKEN = (
     "The loss or its gradient is not finite after {} updates; lower --lr, clip with --clip-norm, or go on from the "
     "last checkpoint with bf16 in place of fp16."
 )
+_TRAINERS = ("fairseq_cli.train", "__main__")  # whichever fairseq-train was started as
 _validated_at_target = True
 _decoding = False
 
@@ -105,7 +106,7 @@ def install() -> None:
     _replace(Trainer, "save_checkpoint", end_without_crash_file)
     _replace(Trainer, "_build_optimizer", build_for_phase)
     _replace(Trainer, "train_step", begin_phase)
-    for name in ("fairseq_cli.train", "__main__"):  # whichever fairseq-train was started as
+    for name in _TRAINERS:
         module = sys.modules.get(name)
         if hasattr(module, "should_stop_early") and hasattr(module, "validate"):
             _replace(module, "validate", validate_masked)
@@ -398,8 +399,9 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
         val_loss = None
     if not all_finite(trainer.get_model()):  # before older checkpoints make room for this one
         raise HeadPruningError(_BROKEN.format(trainer.get_num_updates()))
-    last = trainer.get_num_updates() >= (session.total_steps or math.inf)
-    if last:
+    over = epoch_itr.end_of_epoch() and epoch_itr.epoch >= (trainer.cfg.optimization.max_epoch or math.inf)
+    last = over or trainer.get_num_updates() >= (session.total_steps or math.inf)
+    if last:  # updates that overflowed make fewer than were planned
         finish(session)
     saved = original(cfg, trainer, epoch_itr, val_loss)
     if not cfg.no_save and trainer.data_parallel_rank == 0:
@@ -409,15 +411,27 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
 
 def report_what_was_saved(original, cfg, trainer, **options):
     """A run that was killed between a checkpoint and the reports on it has left none."""
+    _forget_the_run_before()
     loaded, session = original(cfg, trainer, **options), getattr(trainer.task, "session", None)
     if session is not None:
         _refuse_no_epochs(cfg, trainer, loaded[1].next_epoch_idx)
     updates, own = trainer.get_num_updates(), cfg.restore_file == "checkpoint_last.pt"
-    over = session is not None and updates >= (session.total_steps or math.inf)
+    epochs = trainer.cfg.optimization.max_epoch or math.inf
+    over = session is not None and (updates >= (session.total_steps or math.inf) or loaded[1].next_epoch_idx > epochs)
     if session is not None and updates and (over or own):
         if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
             write_beside(cfg.save_dir, trainer, log_heads=over, numbers=trainer.head_pruning_numbers)
     return loaded
+
+
+def _forget_the_run_before():
+    """Of jobs one after another in one process (Hydra's multirun) each has a best score and a patience of its own."""
+    global _validated_at_target
+    _validated_at_target = True
+    stopping = [getattr(sys.modules.get(name), "should_stop_early", None) for name in _TRAINERS]
+    for function in filter(None, (checkpoint_utils.save_checkpoint, *stopping)):
+        for name in ("best", "num_runs"):  # fairseq keeps them as attributes of these functions
+            vars(function).pop(name, None)
 
 
 def _refuse_no_epochs(cfg, trainer, epoch):

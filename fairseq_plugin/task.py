@@ -108,7 +108,8 @@ class HeadPruningMixin(_Task):
         self.session.on_detach(self._keeper.remove)
         patches.install()  # fairseq-train itself, where it was imported after this package
         self._optimizer = None
-        self._epochs: Optional[float] = None
+        self._first_epoch: Optional[int] = None
+        self._told_of_shards = False
         self._updating = False
         if self.session.freezes_model:
             self.session.freeze()
@@ -141,15 +142,31 @@ class HeadPruningMixin(_Task):
         """As the base task; takes the length of training from the training set's iterator."""
         iterator = super().get_batch_iterator(dataset, *args, **kwargs)
         if self.session is not None and dataset is self.datasets.get(self.options.train_subset):
-            if self._epochs is None:
+            if self._first_epoch is None:
                 # With --reset-optimizer fairseq goes on counting epochs but starts counting updates anew.
-                done = kwargs.get("epoch", 1) - 1 if self._keeper.reset_optimizer else 0
-                self._epochs = max(1, self.options.max_epoch - done) if self.options.max_epoch else math.inf
-            epoch = math.ceil(len(iterator) / list(self.options.update_freq)[-1])
-            by_epoch, self.session.steps_per_epoch = self._epochs * epoch, epoch
-            total = min(self.options.max_update or math.inf, by_epoch)
-            self.session.total_steps = None if math.isinf(total) else int(total)
+                self._first_epoch = kwargs.get("epoch", 1) if self._keeper.reset_optimizer else 1
+            self.session.total_steps, self.session.steps_per_epoch = self._length(len(iterator))
         return iterator
+
+    def _length(self, batches: int) -> tuple[Optional[int], int]:
+        """Updates in training, None where nothing tells them, and in one epoch, for as many batches in each."""
+        options, first = self.options, self._first_epoch
+        assert first is not None
+        whole, frequencies = (math.floor if options.skip_remainder_batch else math.ceil), list(options.update_freq)
+        updates = [whole(batches / frequency) for frequency in frequencies]  # of epochs 1, 2, ..., then of the last
+        limits = [options.max_update] if options.max_update else []
+        if options.max_epoch and self.has_sharded_data(options.train_subset):
+            if not limits and not self._told_of_shards:
+                self._told_of_shards = True
+                logger.warning(
+                    "each epoch has one part of the data, so how many updates --max-epoch %d makes is not known; add "
+                    "--max-update for schedules that need the length of training",
+                    options.max_epoch,
+                )
+        elif options.max_epoch:
+            epochs = range(first, max(options.max_epoch, first) + 1)
+            limits.append(sum(updates[min(epoch, len(updates)) - 1] for epoch in epochs))
+        return (int(min(limits)) if limits else None), updates[-1]
 
     def begin_epoch(self, epoch, model):
         """Refuse here what cannot work: an error during an update makes fairseq write a crash checkpoint."""

@@ -94,6 +94,21 @@ def test_multirun(runner, translation, tmp_path):
     same_training_state(jobs[1], tmp_path / "alone" / "run" / "checkpoint_last.pt")
 
 
+def test_each_job_of_a_multirun_has_a_best_of_its_own(runner, translation, tmp_path):
+    """The first of them learns, the second hardly does and stops by its own patience."""
+    write_config(tmp_path / "config", "head_sensitivity", data=translation.data, save_dir="run")
+    every = "dataset.disable_validation=false dataset.validate_interval_updates=2 checkpoint.patience=3"
+    rates = ["optimization.lr=[0.01],[0.00001]", "optimization.max_update=12", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
+    place = ["--config-dir", tmp_path / "config", "--config-name", "prune"]
+    runner.run("hydra-train", ["-m", *place, *every.split(), *rates])
+    scores = []
+    for number in ("0", "1"):
+        saved = read(tmp_path / "jobs" / number / "run" / "checkpoint_best.pt")["extra_state"]
+        scores.append(saved["best"])
+        assert saved["best"] == saved["val_loss"]
+    assert scores[0] < scores[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method, options",
