@@ -48,6 +48,5 @@ def open_session(model: nn.Module, pruners: Sequence[Pruner], **options) -> Prun
 
 
 def _drops_layers(model: nn.Module) -> bool:
-    parts = {part: getattr(model, part, None) for part in ("encoder", "decoder")}
-    names = [(found, name) for part, found in parts.items() for name in (f"{part}_layerdrop", "layerdrop")]
-    return any(getattr(found, name, 0) for found, name in names)
+    names = ("encoder_layerdrop", "decoder_layerdrop", "layerdrop")  # wherever an architecture keeps it
+    return any(getattr(module, name, 0) for module in model.modules() for name in names)

@@ -81,12 +81,16 @@ _GIVEN = ("method", "task", "seed")
 
 
 def points_of(runs: Iterable[Run], axis: str) -> list[Point]:
-    """The points of a picture over one of :data:`AXES`, of runs with a score and that number; all seeds are one."""
+    """The points of a picture over one of :data:`AXES`, of runs with a score and that number; all seeds are one.
+
+    Nothing tells the seed of a run outside of a sweep: those of one model, with the same options and counts, are
+    taken for seeds whose names differ in digits alone.
+    """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         if run.score is not None and _where(run, axis) is not None:
             values = tuple((name, str(value)) for name, value in run.values.items() if name != "seed")
-            count = () if run.values else (_where(run, "heads"), _where(run, "density"), str(run.options))
+            count = () if run.values else (re.sub(r"\d+", "", run.name), str(run.options), *_counts(run))
             model = run.name.partition("/")[2] if run.values else ""  # one of many that a run left
             groups.setdefault((curve_of(run), values, count, model), []).append(run)
     found = []
@@ -95,6 +99,11 @@ def points_of(runs: Iterable[Run], axis: str) -> list[Point]:
         where = statistics.mean(_where(run, axis) or 0.0 for run in group)
         found.append(Point(curve, where, statistics.mean(scores), min(scores), max(scores), tuple(group)))
     return found
+
+
+def _counts(run: Run) -> tuple:
+    names = ("heads_kept", "heads_total", "units_kept", "units_total", "density")
+    return *map(run.numbers.get, names), tuple(run.kept)
 
 
 def _where(run: Run, axis: str) -> Optional[float]:

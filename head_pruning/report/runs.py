@@ -93,10 +93,11 @@ class Run:
 
     @property
     def dense(self) -> bool:
-        """Whether nothing was pruned."""
+        """Whether nothing was pruned, as far as its method or its numbers tell."""
         pairs = (("heads_kept", "heads_total"), ("units_kept", "units_total"))
-        whole = all(self.numbers.get(kept) == self.numbers.get(total) for kept, total in pairs)
-        return self.method == "dense" or whole and self.numbers.get("density", 1.0) == 1.0
+        known = [self.numbers[kept] == self.numbers.get(total) for kept, total in pairs if kept in self.numbers]
+        known += [self.numbers["density"] == 1.0] if "density" in self.numbers else []
+        return self.method == "dense" or bool(known) and all(known)
 
     def mask(self) -> Optional[HeadMask]:
         """Its head mask, if it left one."""
@@ -132,7 +133,10 @@ def read_run(folder: "str | Path", scores: Sequence[str] = SCORES) -> Optional[R
     numbers = {name: told[name] for name in _TOLD if _finite(told.get(name))}
     if "density" not in numbers and results.get("weights_total"):
         numbers["density"] = results.get("weights_kept", 0.0) / results["weights_total"]
-    numbers |= {name: value for name, value in file_sizes(folder).items() if value}
+    sizes = file_sizes(folder)
+    numbers |= {name: value for name, value in sizes.items() if value}
+    if not sizes["parameters"] and "compact_parameters" in told:  # of a format that no header tells them of
+        numbers["parameters"] = told["compact_parameters"]
     parts = {name: [name] if name in results else name.split("+") for name in scores}
     score = next((name for name in scores if all(part in results for part in parts[name])), "")
     if score:

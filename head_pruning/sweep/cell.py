@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
+from ..compact.shapes import Number
 from ..errors import HeadPruningError
 from ..files import read_json, write_json
 from ..inference.environment import CPU_ENVIRONMENT
@@ -36,6 +37,7 @@ except ImportError:  # a system without locks of this kind
     fcntl = None
 
 _LAST_LINES = 12
+_ENDED = {"commands": [str], "env": str, "seconds": Number(0)}
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _running: set[int] = set()  # process groups of this process's cells
 _ending = threading.Event()
@@ -90,6 +92,11 @@ class Job:
     def failure(self) -> Path:
         """The file that says how it failed last."""
         return self.work / "failed" / f"{self.cell.name}.json"
+
+    @property
+    def ended(self) -> Path:
+        """The file that says, until it is measured, that its commands ended well."""
+        return self.folder / ".ended.json"
 
     def finished(self) -> Optional[dict[str, Any]]:
         """What it measured, if it has been.
@@ -162,6 +169,7 @@ def run_job(job: Job) -> dict[str, Any]:
             if found is None:
                 found = _measured(job, lock)
                 write_json(job.result, found)
+            job.ended.unlink(missing_ok=True)
             if not job.keep_model:
                 _delete_models(job.folder)
             job.failure.unlink(missing_ok=True)
@@ -185,16 +193,23 @@ def _delete_models(folder: Path) -> None:
 
 
 def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
-    begin = time.monotonic()
-    if job.folder.exists() and not job.go_on:
+    begin, seconds = time.monotonic(), 0.0
+    ended = read_json(job.ended, _ENDED, cure="delete it to run the cell again") if job.ended.is_file() else {}
+    ran = ended.get("commands") == job.cell.lines and ended.get("env") == job.settings["env"] and job.log.is_file()
+    if ran:  # only measuring failed
+        seconds = ended["seconds"]
+    elif job.folder.exists() and not job.go_on:
         shutil.rmtree(job.folder)
     for path in (job.folder, job.log.parent):
         path.mkdir(parents=True, exist_ok=True)
-    with job.log.open("w", encoding="utf-8") as stream:
-        for words in job.cell.commands:
+    with job.log.open("a" if ran else "w", encoding="utf-8") as stream:
+        for words in () if ran else job.cell.commands:
             stream.write(f"$ {shlex.join(words)}\n")
             stream.flush()
             _call(job, words, lock, stdout=stream)
+        if not ran:
+            told = {"commands": job.cell.lines, "env": job.settings["env"], "seconds": time.monotonic() - begin}
+            write_json(job.ended, told)
         runs = list(runs_below(job.folder, job.scores or SCORES))
         run = runs.pop(0) if runs and runs[0].folder == job.folder else None
         score = _score_in_log(job, run) if job.score_pattern else None
@@ -217,7 +232,7 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
             "numbers": {name: value for name, value in each.numbers.items() if name in wanted},
         }
         for each in runs
-        if each.score is not None
+        if each.score is not None or "score" not in job.measure
     ]
     return {
         "name": job.cell.name,
@@ -229,7 +244,7 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
         "settings": job.settings,
         "numbers": {name: value for name, value in numbers.items() if name in wanted},
         **({"more": more} if more else {}),
-        "seconds": round(time.monotonic() - begin, 3),
+        "seconds": round(seconds + time.monotonic() - begin, 3),
     }
 
 
@@ -256,7 +271,9 @@ def _score_in_log(job: Job, run: Optional[Run]) -> Optional[float]:
 
 def _timed(job: Job, lock: Optional[int], stream: Any) -> dict[str, float]:
     """What ``head-pruning benchmark`` says of the model, without the heads that are gone, and beside the dense one."""
-    what = (str(job.folder), "--json", "--threads", str(job.threads), *job.cell.benchmark)
+    files = model_files(job.folder)  # fairseq's models are files, those of transformers folders
+    model = files[0] if files and files[0].suffix == ".pt" else job.folder
+    what = (str(model), "--json", "--threads", str(job.threads), *job.cell.benchmark)
     words = ("python", "-m", "head_pruning.cli", "benchmark", *what)
     stream.write(f"$ {shlex.join(words)}\n")
     stream.flush()

@@ -192,7 +192,7 @@ class Cells:
         used: dict[str, Any] = {}
         after: dict[str, None] = {}
         lines = (*self.plan.commands, self.plan.benchmark)
-        *filled, benchmark = (self._fill(words, values, used, after) for words in lines)
+        filled = [self._fill(words, values, used, after) for words in lines]
         self._open.pop()
         own = {name: value for name, value in values.items() if name in used}
         name = re.sub(r"[^\w.+-]+", "-", "-".join(_part(*item) for item in own.items()))
@@ -203,10 +203,11 @@ class Cells:
                 "values, as words of the grid."
             )
         folder = str(folder_of(self.work, name))
-        commands = tuple(tuple(word.replace("{out}", folder) for word in words) for words in filled if words)
+        *every, benchmark = (tuple(word.replace("{out}", folder) for word in words) for words in filled)
+        commands = tuple(words for words in every if words)
         if not commands:
             raise HeadPruningError(f"The cell {name} has no command; give one to each value of the grid.")
-        cell = Cell(name, own, commands, tuple(after), tuple(benchmark))
+        cell = Cell(name, own, commands, tuple(after), benchmark)
         if self._named.setdefault(name, cell) != cell:
             raise HeadPruningError(f"Two cells of the plan are called {name}; give their values names that differ.")
         return cell

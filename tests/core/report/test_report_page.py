@@ -166,6 +166,44 @@ def test_a_front_and_what_seeds_spread(place):
     assert [(p.curve, p.where) for p in pareto(points, lower=True)] == [("<b>&", 4)]
 
 
+@pytest.mark.parametrize("names", [("mnli-1", "sst2-1"), ("a", "b")])
+def test_runs_that_are_no_seeds_of_one_are_points_of_their_own(tmp_path, names):
+    for name, score in zip(names, (0.6, 0.8)):
+        write_run(tmp_path / name, "dsp", 4, score)
+    assert [point.score for point in points_of(find_runs([tmp_path]), "heads")] == [0.6, 0.8]
+
+
+def test_nor_are_runs_of_other_models(tmp_path):
+    for number, score in enumerate((0.6, 0.8)):
+        write_run(tmp_path / f"run{number}", "dsp", 4, score)
+    path = tmp_path / "run1" / "pruning.json"
+    path.write_text(path.read_text().replace('"heads_total": 24', '"heads_total": 36'))
+    assert [point.score for point in points_of(find_runs([tmp_path]), "heads")] == [0.6, 0.8]
+
+
+def test_only_what_is_known_to_be_whole_is_without_pruning(tmp_path):
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    for method, numbers in {"full": {}, "own": {}, "dense": {}, "dsp": {"heads_kept": 24, "heads_total": 24}}.items():
+        cell = {
+            "name": method, "values": {"method": method}, "commands": ["x"], "folder": method, "score_name": "score",
+            "seconds": 1, "numbers": {"score": 1.0, **numbers},
+        }  # fmt: skip
+        (cells / f"{method}.json").write_text(json.dumps(cell))
+    assert {run.name for run in find_runs([tmp_path]) if run.dense} == {"dense", "dsp"}
+
+
+def test_the_parameters_of_a_compact_checkpoint_of_fairseq(tmp_path):
+    write_run(tmp_path / "run", "dsp", 4, 0.5)
+    (tmp_path / "run" / "checkpoint_last.pt").write_bytes(b"12345")
+    assert find_runs([tmp_path])[0].numbers["parameters"] == 1000
+    path = tmp_path / "run" / "pruning.json"
+    path.write_text(
+        path.read_text().replace('"nonzero_parameters"', '"compact_parameters": 700, "nonzero_parameters"')
+    )
+    assert find_runs([tmp_path])[0].numbers["parameters"] == 700
+
+
 def test_the_cells_of_a_sweep(tmp_path):
     """Their commands and values; models that they left beside their own; folders that are gone."""
     sweep = tmp_path / "sweep"

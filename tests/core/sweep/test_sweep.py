@@ -427,6 +427,37 @@ def test_what_is_measured(here):
     assert read_json("w/failed/c.json")["error"] == error
 
 
+def test_what_ran_well_is_not_run_again_to_be_measured(here):
+    """Nor after its plan's pattern was corrected; with other commands, or once its folder is gone, it is."""
+    command = "python program.py OUT 18 1"
+    for _ in range(2):
+        assert "has no number" in run_job(job(here, command, score_pattern="(x)"))["error"]
+    found = run_job(job(here, command, score_pattern=r"BLEU =\s+([\d.]+)"))
+    assert found["numbers"]["score"] == 9.0 and ran() == ["c"]
+    assert [path.name for path in Path("w/runs/c").iterdir()] == ["all_results.json"]
+    Path("w/cells/c.json").unlink()
+    for again in (command, command, "python program.py OUT 20 1"):
+        assert "has no number" in run_job(job(here, again, score_pattern="(x)"))["error"]
+    shutil.rmtree("w/runs/c")
+    assert "has no number" in run_job(job(here, again, score_pattern="(x)"))["error"]
+    assert ran() == ["c"] * 4
+
+
+def test_a_benchmark_is_told_the_folder_of_its_cell(here):
+    write_plan(measure=["latency"], benchmark="--mask {out}/masks.safetensors")
+    assert [cell.benchmark for cell in read_plan("plan.yaml").cells(Path("w"))][0] == (
+        "--mask",
+        f"w/runs/{names(measure=['latency'])[0]}/masks.safetensors",
+    )
+
+
+def test_models_without_a_score_have_rows_where_none_is_measured(here):
+    Path("w/runs/c/sizes/heads3").mkdir(parents=True)
+    Path("w/runs/c/sizes/heads3/all_results.json").write_text('{"heads_kept": 3}')
+    found = run_job(job(here, "python program.py OUT 18 1", go_on=True, measure=("heads",)))
+    assert [(each["folder"], each["numbers"]) for each in found["more"]] == [("sizes/heads3", {"heads_kept": 3})]
+
+
 def test_a_model_is_removed_once_it_is_measured(here):
     import torch
     from safetensors.torch import save_file

@@ -100,3 +100,11 @@ def test_layerdrop(runner, translation, tmp_path):
     drop = "--encoder-layerdrop 0.5 --decoder-layerdrop 0.5"
     runner.run("train", translation.train(tmp_path / "run", DSP, drop, updates=10))
     assert mask_beside(tmp_path / "run" / "checkpoint_last.pt").kept == 4
+
+
+def test_layerdrop_of_a_model_in_a_model(runner, text, tmp_path):
+    """RoBERTa keeps it in the encoder of its encoder."""
+    model = "--arch roberta_base --encoder-layers 3 --encoder-embed-dim 16 --encoder-ffn-embed-dim 24 \
+        --encoder-attention-heads 4 --criterion masked_lm --encoder-layerdrop 0.5"
+    runner.run("train", command(text, tmp_path / "run", "masked_lm_head_pruning", model, DSP, "--max-update 10"))
+    assert mask_beside(tmp_path / "run" / "checkpoint_last.pt").kept == 4
