@@ -14,7 +14,7 @@ from ..compact.shapes import FLAG
 from ..errors import HeadPruningError
 from ..masks import HeadMask, full_mask
 from ..old_masks import read_old_mask
-from ..options import require
+from ..options import dashed, require
 from ..pruner import SessionView
 from ..registry import register_pruner
 from ..schedules import count_of
@@ -85,7 +85,10 @@ class RankedPruner(FixedPruner):
     def check_options(self) -> None:
         budgets = ("num_of_heads", "keep_share", "keep_macs")
         given = [name for name in budgets if getattr(self.config, name) is not None]
-        if len(given) != 1:
+        if len(given) > 1:
+            flags = " and ".join(map(dashed, given))
+            raise HeadPruningError(f"{flags} each say how much {self.name} keeps; give one of them.")
+        if not given:
             raise HeadPruningError(
                 f"{self.name} needs the number of heads to keep; add --num-of-heads K, or one of --keep-share and "
                 "--keep-macs in its place."

@@ -126,8 +126,8 @@ def test_weights_that_come_later_are_those_that_are_ranked():
 
 
 @pytest.mark.parametrize("options, sentence", [
-    ({}, "needs the number of heads to keep"),
-    ({"num_of_heads": 4, "keep_macs": 0.5}, "or one of --keep-share and --keep-macs in its place"),
+    ({}, "needs the number of heads to keep; add .*, or one of --keep-share and --keep-macs in its place"),
+    ({"num_of_heads": 4, "keep_macs": 0.5}, "--num-of-heads and --keep-macs each say how much .* keeps; give one of"),
     ({"keep_macs": 1.5}, "--keep-macs is 1.5; it must be a share above 0, up to 1"),
     ({"keep_share": 0.5, "min_heads_per_layer": 1}, "give --num-of-heads"),
     ({"keep_macs": 0.5, "macs_length": 0}, "--macs-length is 0"),
