@@ -1,8 +1,9 @@
 """The masked export, an ordinary model folder whose pruned heads are zero, and the compact one without them."""
 
 import contextlib
+import re
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Mapping, Optional, Sequence, cast
+from typing import Any, Callable, ContextManager, Iterator, Mapping, Optional, Sequence, cast
 
 import torch
 import transformers
@@ -22,6 +23,34 @@ from .card import is_adapted, model_card
 from .notices import quiet_saving
 
 PICTURE = "head_mask.png"
+# The names of a whole model's weights, and of what else from_pretrained would read beside them.
+_WEIGHTS = re.compile(r"model(\.\w+)?(-\d+-of-\d+)?\.safetensors")
+_READ = re.compile(
+    rf"{_WEIGHTS.pattern}|model\.safetensors\.index(\.\w+)?\.json|adapter_config\.json|adapter_model\.(safetensors|bin)"
+)
+
+
+@contextlib.contextmanager
+def replacing_model(folder: "str | Path", also: Sequence[re.Pattern] = ()) -> Iterator[Path]:
+    """A temporary folder whose files take the place of the model in ``folder`` when the block is done.
+
+    Of the model that was there the files go that have no successor and that ``from_pretrained`` would read with the
+    new ones: other shards, an adapter. All other files stay, and so they do where no whole model is written: the base
+    of an adapter may lie beside it.
+
+    Args:
+        folder: where to; made if missing.
+        also: names that belong together; where one of them is written, those of the model that was there go.
+    """
+    folder = Path(folder)
+    with appearing_at_once(folder) as temporary:
+        yield temporary
+        written = {path.name for path in temporary.iterdir()}
+    if any(map(_WEIGHTS.fullmatch, written)):
+        gone = [_READ, *(names for names in also if any(map(names.fullmatch, written)))]
+        for path in list(folder.iterdir()):
+            if path.name not in written and path.is_file() and any(names.fullmatch(path.name) for names in gone):
+                path.unlink()
 
 
 def save_pruned(
