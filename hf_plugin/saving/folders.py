@@ -70,8 +70,8 @@ def save_pruned(
     """Write the pruned model: a folder that plain ``from_pretrained`` loads, with the outputs of the gated model.
 
     Beside the model and its tokenizer lie ``masks.safetensors``, ``pruning.json``, ``head_mask.png`` and a model card.
-    Every file appears whole or not at all. Of a PEFT model the adapter is saved, and no weight is zeroed: it loads
-    with :func:`hf_plugin.load_pruned_peft`.
+    Every file appears whole or not at all, and the weights of another model in the folder go. Of a PEFT model the
+    adapter is saved, and no weight is zeroed: it loads with :func:`hf_plugin.load_pruned_peft`.
 
     Args:
         model: the model, gated or not; it is left as it is.
@@ -97,7 +97,7 @@ def save_pruned(
     adapter, saved = is_adapted(model), cast(Any, model)
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))
-    with appearing_at_once(folder) as temporary:
+    with replacing_model(folder) as temporary:
         with quiet_saving(model), contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
             with form():
                 saved.save_pretrained(temporary)
@@ -142,7 +142,7 @@ def save_compact(
     It loads after ``import hf_plugin``, or with ``trust_remote_code=True`` where this package is not installed. The
     model's own ``save_pretrained`` writes as much of it as is needed to load; here its tokenizer, ``pruning.json``,
     ``masks.safetensors`` and ``head_mask.png``, which tell the heads of the original that each site still has, and a
-    model card come on top. Every file appears whole or not at all.
+    model card come on top. Every file appears whole or not at all, and the weights of another model in the folder go.
 
     Args:
         model: what :func:`head_pruning.surgery.remove_heads` made, or ``from_pretrained`` loaded.
@@ -164,7 +164,7 @@ def save_compact(
             "model wrapped by PEFT, after merging), or write it with save_pruned."
         )
     mark_compact(model)
-    with appearing_at_once(folder) as temporary:
+    with replacing_model(folder) as temporary:
         model.save_pretrained(temporary)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
