@@ -375,7 +375,7 @@ class TaskRun:
             )
 
     def _about(self) -> dict[str, Any]:
-        pruners = self.arguments.pruners
+        pruners = self.trainer.session.pruners
         return {
             "method": "+".join(pruner.name for pruner in pruners),
             "options": options_of(pruners),

@@ -548,6 +548,38 @@ class TestBrokenTraining:
             )
 
 
+def test_trainers_of_one_pruner_do_not_share_it(tmp_path):
+    keep = pruner("head_sensitivity", num_of_heads=3, joint_pruning=True)
+    train = {"train_dataset": sentences(32), "data_collator": collate}
+    options = {"max_steps": 4, "save_strategy": "no"}
+    trainers = [
+        HeadPruningTrainer(
+            model=tiny_bert(seed=seed), args=arguments(tmp_path / str(seed), **options), pruners=[keep], **train
+        )
+        for seed in (1, 2)
+    ]
+    first, second = trainers
+    assert first.session.pruners == [keep] and keep.session is first.session
+    assert second.session.pruners[0].config == keep.config and second.session.pruners[0].session is second.session
+    masks = []
+    for trainer in trainers:
+        trainer.train()
+        masks.append(trainer.head_mask)
+    batch = collate(sentences(8, seed=3))
+    for trainer, mask in zip(trainers, masks):
+        assert trainer.head_mask == mask and mask.kept == 3
+        trainer.save_model(str(tmp_path / "pruned"))
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
+    with pytest.raises(HeadPruningError, match="attached to another session"):
+        open_session(tiny_bert(), [keep])
+    first.session.detach()
+    assert HeadPruningTrainer(
+        model=tiny_bert(), args=arguments(tmp_path, **options), pruners=[keep], **train
+    ).session.pruners == [keep]
+
+
 def test_a_trainer_that_cannot_be_built_leaves_the_model_alone(tmp_path):
     model = tiny_bert()
     with pytest.raises(ValueError, match="eval_dataset"):
