@@ -302,6 +302,30 @@ def test_best_checkpoints_are_among_states_at_target(tmp_path):
     assert same(weights(trainer.model), weights(best))
 
 
+def test_a_score_of_the_update_before_the_target_is_not_the_best(tmp_path):
+    """Which no checkpoint has: load_best_model_at_end would load none."""
+    at_target = {}
+    trainer = trainer_of(
+        tmp_path,
+        "platon",
+        {"final_threshold": 0.2, "warmup_steps": 0.2},
+        compute_metrics=lambda prediction: {"score": 1.0 - 0.01 * trainer.state.global_step},
+        **{"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 8, "max_steps": 20},
+        **{"load_best_model_at_end": True, "metric_for_best_model": "score"},
+    )
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            at_target[state.global_step] = trainer.session.at_target()
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert at_target == {4: False, 8: False, 12: False, 16: True, 20: True}
+    assert trainer.state.best_global_step == 16
+    best = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-16")
+    assert same(weights(trainer.model), weights(best))
+
+
 def test_no_best_checkpoint_when_the_target_is_never_reached(tmp_path, caplog):
     trainer = trainer_of(
         tmp_path,
