@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 import hf_plugin
-from head_pruning import HeadPruningError, full_mask
+from head_pruning import HeadMask, HeadPruningError, full_mask
 from hf_plugin import (
     HeadPruningTrainer,
     load_pruned_peft,
@@ -18,6 +19,7 @@ from hf_plugin import (
     merge_and_cut,
     merge_pruned,
     open_session,
+    prune_heads,
     pruned_heads,
     pruner,
     pruning_scheduler_factory,
@@ -105,6 +107,22 @@ def test_merge_and_cut_saves_a_compact_folder(trained, tmp_path):
     base = BertForSequenceClassification.from_pretrained(root / "base")
     plain = PeftModel.from_pretrained(base, root / "adapter").eval()
     close(outputs(merge_and_cut(plain, mask=mask).eval()), expected)
+
+
+def test_an_adapter_of_a_compact_model_is_merged_and_cut(tmp_path):
+    base = tiny_bert(initializer_range=0.3).eval()
+    prune_heads(base, {0: [1], 1: [0, 1]})
+    base.save_pretrained(tmp_path / "small")
+    model = adapted(BertForSequenceClassification.from_pretrained(tmp_path / "small"), task_type=TaskType.SEQ_CLS)
+    sites = unit_map(model)
+    mask = HeadMask(sites, np.arange(sites.num_heads) != 1)
+    mask_heads(model, mask)
+    expected = outputs(model)
+    merged = merge_and_cut(model, tmp_path / "smaller").eval()
+    close(outputs(merged), expected)
+    left = pruned_heads(merged)
+    assert left.kept == mask.kept and left.keep.size > sites.num_heads  # in the original's numbers
+    close(outputs(BertForSequenceClassification.from_pretrained(tmp_path / "smaller").eval()), expected)
 
 
 def test_merged_without_cutting_the_heads_stay_masked(trained, tmp_path):
