@@ -115,15 +115,19 @@ def temporary_folder(folder: "str | Path") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def appearing_at_once(folder: "str | Path") -> Iterator[Path]:
-    """A temporary folder in ``folder`` whose files move there when the block is done.
+    """A temporary folder in ``folder`` whose files, those of its own folders too, move there when the block is done.
 
     Raises:
         HeadPruningError: the disk takes nothing.
     """
     with temporary_folder(folder) as temporary:
         yield temporary
-        for path in temporary.iterdir():
-            os.replace(path, Path(folder) / path.name)
+        for path in sorted(temporary.rglob("*")):  # folders before what is in them
+            place = Path(folder) / path.relative_to(temporary)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)  # one that is there may hold more, and cannot be replaced
+            else:
+                os.replace(path, place)
 
 
 def _unfinished(folder: Path, name: str = "") -> tuple[int, Path]:

@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, Mapping, Optional
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import CHAT_TEMPLATE_DIR, logging
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.compact import check_recipe
@@ -42,10 +42,11 @@ from .saving.programs import export_onnx, export_program
 
 name = "transformers"
 
-# What a model's folder holds besides the model: tokenizers and processors.
+# What a model's folder holds besides the model: tokenizers and processors. They have folders of their own for all chat
+# templates but one, and a processor for all tokenizers but one.
 COMPANIONS = re.compile(
     r"(.*tokenizer.*|vocab.*|merges\.txt|.*\.(model|bpe)|added_tokens\.json|special_tokens_map\.json|spiece.*"
-    r"|.*processor_config\.json|chat_template.*|source\.spm|target\.spm)"
+    rf"|.*processor_config\.json|chat_template.*|{CHAT_TEMPLATE_DIR}/.*|source\.spm|target\.spm)"
 )
 # What tells of one model, and would mislead beside another: every export writes some of it.
 _TOLD = re.compile(
@@ -191,9 +192,11 @@ def _model_folder(target: Path, source: Path) -> Iterator[Path]:
         new = temporary if there else temporary / "new"  # temporary folders are private
         new.mkdir(exist_ok=True)
         yield new
-        for file in source.iterdir():
-            if file.is_file() and COMPANIONS.fullmatch(file.name) and not (new / file.name).exists():
-                shutil.copy(file, new / file.name)
+        for file in (*source.glob("*"), *source.glob(f"{CHAT_TEMPLATE_DIR}/*"), *source.glob("*_tokenizer/*")):
+            name = file.relative_to(source)
+            if file.is_file() and COMPANIONS.fullmatch(name.as_posix()) and not (new / name).exists():
+                (new / name).parent.mkdir(exist_ok=True)
+                shutil.copy(file, new / name)
         if not there:
             os.replace(new, target)
 

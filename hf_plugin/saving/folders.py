@@ -8,6 +8,7 @@ from typing import Any, Callable, ContextManager, Iterator, Mapping, Optional, S
 import torch
 import transformers
 from torch import nn
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from head_pruning import HeadMask, HeadPruningError, Pruner
 from head_pruning.files import appearing_at_once
@@ -45,12 +46,18 @@ def replacing_model(folder: "str | Path", also: Sequence[re.Pattern] = ()) -> It
     folder = Path(folder)
     with appearing_at_once(folder) as temporary:
         yield temporary
-        written = {path.name for path in temporary.iterdir()}
+        written = _names(temporary)
     if any(map(_WEIGHTS.fullmatch, written)):
         gone = [_READ, *(names for names in also if any(map(names.fullmatch, written)))]
-        for path in list(folder.iterdir()):
-            if path.name not in written and path.is_file() and any(names.fullmatch(path.name) for names in gone):
-                path.unlink()
+        for name in _names(folder) - written:
+            if any(names.fullmatch(name) for names in gone):
+                (folder / name).unlink()
+
+
+def _names(folder: Path) -> set[str]:
+    """The files of a folder, and of that in which tokenizers keep further chat templates."""
+    found = (*folder.glob("*"), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*"))
+    return {path.relative_to(folder).as_posix() for path in found if path.is_file()}
 
 
 def save_pruned(

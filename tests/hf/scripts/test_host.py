@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -22,6 +25,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
     ViTConfig,
@@ -391,6 +395,24 @@ def test_of_a_folder_only_the_model_is_replaced(saved, tmp_path, to):
     model = {"config.json", "model.safetensors", "masks.safetensors", "pruning.json", "head_mask.png", "README.md"}
     assert _files(folder) == {*kept, *inside, *model, *(["compact_heads.py"] if to == "compact" else [])}
     assert kept_heads(host.load(folder)) == mask
+
+
+def test_a_tokenizer_of_several_chat_templates_is_saved_twice_and_exported(saved, tmp_path):
+    source = saved("gpt2")
+    model, mask = host.load_model(source), read_mask(source)
+    words = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    for more in ("more", "other"):
+        tokenizer.chat_template = {"default": "{{messages}}", more: "{{messages}} of all"}
+        shutil.rmtree(source / "additional_chat_templates", ignore_errors=True)
+        for _ in range(2):
+            save_pruned(model, mask, source, processing_class=tokenizer)
+        host.exports["compact"](source, tmp_path / "out", None)
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    (source / "qformer_tokenizer").mkdir()
+    (source / "qformer_tokenizer" / "vocab.txt").write_text("x", encoding="utf-8")
+    host.exports["masked"](source, tmp_path / "masked", None)
+    assert (tmp_path / "masked" / "qformer_tokenizer" / "vocab.txt").exists()
 
 
 def test_an_export_goes_into_the_folder_where_one_is_and_brings_its_tokenizer(saved, tmp_path, monkeypatch):
