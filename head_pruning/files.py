@@ -29,9 +29,9 @@ REPORT_FILE = "pruning.json"
 SIZES_FOLDER = "sizes"
 
 
-# What begins the names of unfinished files and folders. Whoever makes one holds a lock on it, which ends with the
-# process: what is left without one is of a process that was killed.
-_UNFINISHED = ".saving-"
+#: What begins the names of unfinished files and folders. Whoever makes one holds a lock on it, which ends with the
+#: process: what is left without one is of a process that was killed.
+UNFINISHED = ".saving-"
 
 # Why a file system takes nothing, whatever is written.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -115,20 +115,24 @@ def temporary_folder(folder: "str | Path") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def appearing_at_once(folder: "str | Path") -> Iterator[Path]:
-    """A temporary folder in ``folder`` whose files move there when the block is done.
+    """A temporary folder in ``folder`` whose files, those of its own folders too, move there when the block is done.
 
     Raises:
         HeadPruningError: the disk takes nothing.
     """
     with temporary_folder(folder) as temporary:
         yield temporary
-        for path in temporary.iterdir():
-            os.replace(path, Path(folder) / path.name)
+        for path in sorted(temporary.rglob("*")):  # folders before what is in them
+            place = Path(folder) / path.relative_to(temporary)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)  # one that is there may hold more, and cannot be replaced
+            else:
+                os.replace(path, place)
 
 
 def _unfinished(folder: Path, name: str = "") -> tuple[int, Path]:
     """Make a temporary file for ``name``, or without one a folder, and lock it; those of dead processes go."""
-    for left in folder.glob(f"{_UNFINISHED}*"):
+    for left in folder.glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError):  # another process has just removed it
             descriptor = os.open(left, os.O_RDONLY)
             if _lock(descriptor):
@@ -136,9 +140,9 @@ def _unfinished(folder: Path, name: str = "") -> tuple[int, Path]:
             os.close(descriptor)
     while True:
         if name:
-            descriptor, made = tempfile.mkstemp(prefix=_UNFINISHED, suffix=f"-{name}", dir=folder)
+            descriptor, made = tempfile.mkstemp(prefix=UNFINISHED, suffix=f"-{name}", dir=folder)
         else:
-            made = tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder)
+            made = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)
             descriptor = os.open(made, os.O_RDONLY)
         if _lock(descriptor) is not False and os.path.exists(made):  # else taken for one that was left
             return descriptor, Path(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Optional
 
@@ -10,6 +11,8 @@ import torch
 
 from .errors import HeadPruningError
 from .unit_map import UnitMap
+
+logger = logging.getLogger(__name__)
 
 HIDDEN_STATES, ATTENTIONS, EAGER_ATTENTION = "hidden_states", "attentions", "eager_attention"
 #: What a pruner may need of its host.
@@ -95,7 +98,7 @@ class Outputs:
             comes out of each layer, in the order of the unit map; a layer that runs several times counts as often.
         attentions: ``[B, H, T, S]`` each, the attention probabilities of each site in the order of the unit map.
         masks: one per hidden state, ``bool[B, T]`` that is true at tokens and false at padding, or None where the
-            host knows of no padding.
+            host knows of no padding or its mask does not fit.
         attention_masks: one pair per entry of ``attentions``: the masks of what attends and of what is attended to.
         tokens: the same masks by ``encoder`` and ``decoder``.
         weight: what the mean of a term over the micro-batch must be multiplied with to weigh as much as the task
@@ -263,6 +266,8 @@ class Recorder:
         self._sites = () if unit_map is None else unit_map.attention
         self._call = _Call()
         self._handles: list = []
+        #: Whether it was told that a mask does not fit.
+        self.told = False
 
     @property
     def live(self) -> bool:
@@ -328,14 +333,34 @@ class Recorder:
             raw=call.raw,
             hidden_states=tuple(states),
             attentions=tuple(attentions),
-            masks=tuple(map(tokens.get, sides)),
-            attention_masks=tuple((tokens.get(query), tokens.get(key)) for query, key in pairs),
+            masks=tuple(self._fitting(tokens.get(side), state.shape[:-1]) for side, state in zip(sides, states)),
+            attention_masks=tuple(
+                (
+                    self._fitting(tokens.get(query), (len(probabilities), probabilities.shape[-2])),
+                    self._fitting(tokens.get(key), (len(probabilities), probabilities.shape[-1])),
+                )
+                for (query, key), probabilities in zip(pairs, attentions)
+            ),
             tokens=tokens,
             args=call.args,
             kwargs=call.kwargs,
         )
         call.forget()
         return found
+
+    def _fitting(self, mask: Optional[torch.Tensor], shape: tuple[int, ...]) -> Optional[torch.Tensor]:
+        """The mask where it is of this shape, else None: convolutions, windows and prompts change the length."""
+        if mask is None or tuple(mask.shape) == tuple(shape):
+            return mask
+        if not self.told:
+            self.told = True
+            logger.warning(
+                "the mask of the tokens is of the shape %s where the model computes with %s, so padding counts as "
+                "tokens do in what is compared with a teacher; put examples of one length into a batch to have none",
+                list(mask.shape),
+                list(shape),
+            )
+        return None
 
     def _hidden_states(self) -> tuple[list[torch.Tensor], list[str]]:
         states, sides, stack, side = [], [], None, "encoder"

@@ -68,6 +68,12 @@ def check_pruners(pruners: Any) -> list[Pruner]:
     return listed
 
 
+def is_attached(pruner: Pruner) -> bool:
+    """Whether a pruner is attached to a session; a copy of one that is can be attached to another."""
+    session = getattr(pruner, "session", None)
+    return isinstance(session, PruningSession) and session._attached.get(id(pruner)) is pruner
+
+
 def needs_of(pruners: Iterable[Pruner]) -> frozenset:
     """What the host must provide for these pruners: any of "hidden_states", "attentions", "eager_attention"."""
     return frozenset().union(*(pruner.needs for pruner in pruners))
@@ -169,7 +175,7 @@ class PruningSession:
         self._told: set[str] = set()
         self._phases = [0] * len(self.pruners)
         self._unscaled: list[tuple[dict, Any]] = []
-        self._attached: list[Pruner] = []
+        self._attached: dict[int, Pruner] = {}  # by their ids, which copies do not have
         self._at_detach: list[Callable[[], Any]] = []
         self._head_weights: Optional[HeadWeights] = None
         self._masks: Optional[dict[str, torch.Tensor]] = None
@@ -180,11 +186,17 @@ class PruningSession:
         """Put gates and masks on. If that fails, the model is left as it was.
 
         Raises:
-            HeadPruningError: the session is attached already, the heads are gated already, the weights are stored
-                integers, options do not fit the model, or pipelined pruning comes with what changes the model.
+            HeadPruningError: the session or one of its pruners is attached already, the heads are gated already, the
+                weights are stored integers, options do not fit the model, or pipelined pruning comes with what changes
+                the model.
         """
         if self._attached:
             raise HeadPruningError("The session is attached already; detach() it first to start anew.")
+        for pruner in filter(is_attached, self.pruners):
+            raise HeadPruningError(
+                f"The pruner {pruner.name} is attached to another session, and holds what it learns there; build "
+                "another with pruner(...), or detach() that session first."
+            )
         refuse_integers(self.model)
         for pruner in self.pruners:
             pruner.check_options()
@@ -194,7 +206,7 @@ class PruningSession:
         try:
             for pruner in self.pruners:
                 pruner.attach(self)
-                self._attached.append(pruner)
+                self._attached[id(pruner)] = pruner
             if sum(pruner.head_mask() is not None for pruner in self.pruners) > 1:
                 raise HeadPruningError("Two of the pruners own the head gates; keep one of them.")
             names = [pruner.name for pruner in self.pruners]
@@ -440,7 +452,7 @@ class PruningSession:
         if self.gates is not None:
             self.gates.detach()
         while self._attached:
-            self._attached.pop().detach()
+            self._attached.popitem()[1].detach()
         while self._at_detach:
             self._at_detach.pop()()
 

@@ -13,13 +13,13 @@ from typing import Any, Callable, Iterator, Mapping, Optional
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import CHAT_TEMPLATE_DIR, logging
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.compact import check_recipe
 from head_pruning.compact.shapes import Either
 from head_pruning.errors import one_line
-from head_pruning.files import MASKS_FILE, REPORT_FILE, read_json, temporary_folder
+from head_pruning.files import MASKS_FILE, REPORT_FILE, UNFINISHED, read_json, temporary_folder
 from head_pruning.hosts import HostModel, compressed_format, cut_out, holds_heads
 from head_pruning.inference.programs import cut_for_runtimes, program_formats
 from head_pruning.pickled import load_pickled
@@ -37,15 +37,20 @@ from .mapping.head_plans import plan_site
 from .mapping.unit_map import unit_map
 from .saving.card import weight_section
 from .saving.example_inputs import example_inputs, longest
-from .saving.folders import save_compact, save_pruned
+from .saving.folders import replacing_model, save_compact, save_pruned
 from .saving.programs import export_onnx, export_program
 
 name = "transformers"
 
-# What a model's folder holds besides the model: tokenizers and processors.
+# What a model's folder holds besides the model: tokenizers and processors. They have folders of their own for all chat
+# templates but one, and a processor for all tokenizers but one.
 COMPANIONS = re.compile(
     r"(.*tokenizer.*|vocab.*|merges\.txt|.*\.(model|bpe)|added_tokens\.json|special_tokens_map\.json|spiece.*"
-    r"|.*processor_config\.json|chat_template.*|source\.spm|target\.spm)"
+    rf"|.*processor_config\.json|chat_template.*|{CHAT_TEMPLATE_DIR}/.*|source\.spm|target\.spm)"
+)
+# What tells of one model, and would mislead beside another: every export writes some of it.
+_TOLD = re.compile(
+    r"pruning\.json|weight_density\.(png|txt)|quantization\.json|compact_heads\.py|pytorch_model.*\.bin(\.index\.json)?"
 )
 
 
@@ -174,22 +179,26 @@ def load_model(path: Path) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _whole_folder(target: Path, source: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place at the end, with the tokenizer files of ``source``."""
+def _model_folder(target: Path, source: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``target`` in the end, or takes the place of the model alone in one that is
+    there; with the tokenizer files of ``source``.
+    """
     if target.is_file():
         raise HeadPruningError(f"{target} is a file; name a folder to write the model to.")
-    if target.is_dir() and any(target.iterdir()) and not recognises(target):
+    there = target.is_dir()
+    if there and any(not path.name.startswith(UNFINISHED) for path in target.iterdir()) and not recognises(target):
         raise HeadPruningError(f"{target} holds something else than a model; name another folder.")
-    with temporary_folder(target.parent) as temporary:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
+    with replacing_model(target, (COMPANIONS, _TOLD)) if there else temporary_folder(target.parent) as temporary:
+        new = temporary if there else temporary / "new"  # temporary folders are private
+        new.mkdir(exist_ok=True)
         yield new
-        for file in source.iterdir():
-            if file.is_file() and COMPANIONS.fullmatch(file.name) and not (new / file.name).exists():
-                shutil.copy(file, new / file.name)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
+        for file in (*source.glob("*"), *source.glob(f"{CHAT_TEMPLATE_DIR}/*"), *source.glob("*_tokenizer/*")):
+            name = file.relative_to(source)
+            if file.is_file() and COMPANIONS.fullmatch(name.as_posix()) and not (new / name).exists():
+                (new / name).parent.mkdir(exist_ok=True)
+                shutil.copy(file, new / name)
+        if not there:
+            os.replace(new, target)
 
 
 def _history(source: Path) -> dict[str, Any]:
@@ -218,7 +227,7 @@ def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -
         raise HeadPruningError(f"The heads of {source} are cut out already; export the model that it was made from.")
     mask = loaded.mask
     assert mask is not None  # as _pruned says
-    with _whole_folder(target, source) as folder, _quiet():
+    with _model_folder(target, source) as folder, _quiet():
         save_pruned(loaded.model, mask, folder, **_history(source))
         _carry_weight_masks(source, folder, loaded, mask)
     return f"{target}: {mask.words}{_words(loaded)}, the others are zero"
@@ -275,7 +284,7 @@ def export_compact(source: Path, target: Path, mask: Optional[HeadMask] = None, 
     words = cut_out(loaded)
     if recipe_of(loaded.model) is None:
         raise HeadPruningError(f"The head mask of {source} keeps every head, so there is nothing to cut out.")
-    with _whole_folder(target, source) as folder, _quiet():
+    with _model_folder(target, source) as folder, _quiet():
         save_compact(loaded.model, folder, **{**_history(source), **about})
         if before:
             words += _describe_cut_weights(folder, loaded, before)

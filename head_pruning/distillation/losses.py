@@ -124,7 +124,7 @@ def attentions(
         mask = None
         if query is not None:
             mask = query[:, None, :, None]
-        if key is not None and key.shape[1] == ours.shape[-1]:
+        if key is not None:
             mask = key[:, None, None, :] if mask is None else mask & key[:, None, None, :]
         terms.append(mean_square(ours, target, mask))
     return torch.stack(terms).sum()

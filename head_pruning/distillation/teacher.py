@@ -56,6 +56,7 @@ class Teacher:
         self._recorder = session.recorder(model, unit_map)
         self._recorder.attach()
         self._recorder.live = False
+        self._recorder.told = True  # the student's tells
         self.follow()
         self._asked: Optional[weakref.ref] = None
         self._answer: Optional[Outputs] = None

@@ -1,7 +1,6 @@
 """Removing the heads of a fine-tuned classifier by their importance (Michel et al. 2019), round by round."""
 
 import logging
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Sequence
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from head_pruning import HeadMask, HeadPruningError, UnitMap
-from head_pruning.files import SIZES_FOLDER, alone_in, write_json, writing
+from head_pruning.files import alone_in, write_json, writing
 from head_pruning.importance import pruning_rounds
 from head_pruning.importance.michel import macs_words, round_sizes
 from head_pruning.importance.rounds import MASKS_FOLDER, ROUNDS_FILE, RoundsReport
@@ -30,7 +29,7 @@ from ..mapping.unit_map import unit_map
 from ..saving.folders import save_pruned
 from ..scripts import logs
 from ..scripts.models import refuse_stored_integers
-from ..scripts.output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
+from ..scripts.output_folder import REPORTS, clear_folders, make_folder, refuse_masked_start, refuse_taken
 from ..scripts.run import first_examples
 from . import compute_metrics, find_task, load_task
 from .features import check_files
@@ -256,7 +255,7 @@ def run(arguments: MichelArguments) -> list[dict]:
 
 def _all_rounds(michel: MichelRun) -> list[dict]:
     if michel.arguments.overwrite_output_dir:
-        clear(michel.out)
+        clear(michel.out, michel.arguments.model_name_or_path)
     report = RoundsReport(michel.out, michel.settings(), michel.unit_map, flags=_FLAGS, cure=_CURE)
     if report.start is None:
         (michel.out / RESULTS_FILE).unlink(missing_ok=True)  # of some other run; that of this one says that it is done
@@ -298,12 +297,11 @@ def open_folder(output_dir: "str | Path", start: str, overwrite: bool) -> Path:
     return out
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier Michel run wrote; a folder without one is left as it is."""
+def clear(out: Path, start: str) -> None:
+    """Remove what an earlier Michel run wrote, but for ``start``; a folder without one is left as it is."""
     if not (out / ROUNDS_FILE).exists():
         return
-    for folder in (MASKS_FOLDER, SIZES_FOLDER):
-        shutil.rmtree(out / folder, ignore_errors=True)
+    clear_folders(out, MASKS_FOLDER, [start])
     written = (RESULTS_FILE, *REPORTS, *_MODEL)
     for path in out.iterdir():
         ours = COMPANIONS.fullmatch(path.name) or any(path.match(pattern) for pattern in written)

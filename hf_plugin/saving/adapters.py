@@ -13,6 +13,7 @@ from head_pruning.errors import one_line
 from head_pruning.files import MASKS_FILE, read_json
 from head_pruning.gates.engine.bank import refuse_gates
 from head_pruning.hosts import holds_heads
+from head_pruning.surgery.remaining import recipe_of
 
 from ..heads.masking import mask_heads, masked_heads, restore_heads
 from ..heads.pruning import prune_heads
@@ -161,7 +162,8 @@ def merge_and_cut(
     mask = mask.fitted(sites)
     restore_heads(merged)
     try:
-        prune_heads(merged, mask, unit_map=sites)
+        # A compact model knows the original's sites itself; these are what it has left of them.
+        prune_heads(merged, mask, unit_map=sites if recipe_of(merged) is None else None)
     except BaseException:
         mask_heads(merged, mask, unit_map=sites)
         raise

@@ -1,12 +1,14 @@
 """The masked export, an ordinary model folder whose pruned heads are zero, and the compact one without them."""
 
 import contextlib
+import re
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Mapping, Optional, Sequence, cast
+from typing import Any, Callable, ContextManager, Iterator, Mapping, Optional, Sequence, cast
 
 import torch
 import transformers
 from torch import nn
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from head_pruning import HeadMask, HeadPruningError, Pruner
 from head_pruning.files import appearing_at_once
@@ -22,6 +24,40 @@ from .card import is_adapted, model_card
 from .notices import quiet_saving
 
 PICTURE = "head_mask.png"
+# The names of a whole model's weights, and of what else from_pretrained would read beside them.
+_WEIGHTS = re.compile(r"model(\.\w+)?(-\d+-of-\d+)?\.safetensors")
+_READ = re.compile(
+    rf"{_WEIGHTS.pattern}|model\.safetensors\.index(\.\w+)?\.json|adapter_config\.json|adapter_model\.(safetensors|bin)"
+)
+
+
+@contextlib.contextmanager
+def replacing_model(folder: "str | Path", also: Sequence[re.Pattern] = ()) -> Iterator[Path]:
+    """A temporary folder whose files take the place of the model in ``folder`` when the block is done.
+
+    Of the model that was there the files go that have no successor and that ``from_pretrained`` would read with the
+    new ones: other shards, an adapter. All other files stay, and so they do where no whole model is written: the base
+    of an adapter may lie beside it.
+
+    Args:
+        folder: where to; made if missing.
+        also: names that belong together; where one of them is written, those of the model that was there go.
+    """
+    folder = Path(folder)
+    with appearing_at_once(folder) as temporary:
+        yield temporary
+        written = _names(temporary)
+    if any(map(_WEIGHTS.fullmatch, written)):
+        gone = [_READ, *(names for names in also if any(map(names.fullmatch, written)))]
+        for name in _names(folder) - written:
+            if any(names.fullmatch(name) for names in gone):
+                (folder / name).unlink()
+
+
+def _names(folder: Path) -> set[str]:
+    """The files of a folder, and of that in which tokenizers keep further chat templates."""
+    found = (*folder.glob("*"), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*"))
+    return {path.relative_to(folder).as_posix() for path in found if path.is_file()}
 
 
 def save_pruned(
@@ -41,8 +77,8 @@ def save_pruned(
     """Write the pruned model: a folder that plain ``from_pretrained`` loads, with the outputs of the gated model.
 
     Beside the model and its tokenizer lie ``masks.safetensors``, ``pruning.json``, ``head_mask.png`` and a model card.
-    Every file appears whole or not at all. Of a PEFT model the adapter is saved, and no weight is zeroed: it loads
-    with :func:`hf_plugin.load_pruned_peft`.
+    Every file appears whole or not at all, and the weights of another model in the folder go. Of a PEFT model the
+    adapter is saved, and no weight is zeroed: it loads with :func:`hf_plugin.load_pruned_peft`.
 
     Args:
         model: the model, gated or not; it is left as it is.
@@ -68,7 +104,7 @@ def save_pruned(
     adapter, saved = is_adapted(model), cast(Any, model)
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))
-    with appearing_at_once(folder) as temporary:
+    with replacing_model(folder) as temporary:
         with quiet_saving(model), contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
             with form():
                 saved.save_pretrained(temporary)
@@ -113,7 +149,7 @@ def save_compact(
     It loads after ``import hf_plugin``, or with ``trust_remote_code=True`` where this package is not installed. The
     model's own ``save_pretrained`` writes as much of it as is needed to load; here its tokenizer, ``pruning.json``,
     ``masks.safetensors`` and ``head_mask.png``, which tell the heads of the original that each site still has, and a
-    model card come on top. Every file appears whole or not at all.
+    model card come on top. Every file appears whole or not at all, and the weights of another model in the folder go.
 
     Args:
         model: what :func:`head_pruning.surgery.remove_heads` made, or ``from_pretrained`` loaded.
@@ -135,7 +171,7 @@ def save_compact(
             "model wrapped by PEFT, after merging), or write it with save_pruned."
         )
     mark_compact(model)
-    with appearing_at_once(folder) as temporary:
+    with replacing_model(folder) as temporary:
         model.save_pretrained(temporary)
         if processing_class is not None:
             processing_class.save_pretrained(temporary)

@@ -1,10 +1,13 @@
 """Checks of what a run starts from and of where it writes, before anything large is loaded."""
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
+from typing import Iterable
 
 from head_pruning import HeadMask, HeadPruningError
-from head_pruning.files import MASKS_FILE, REPORT_FILE
+from head_pruning.files import MASKS_FILE, REPORT_FILE, SIZES_FOLDER
 from head_pruning.hosts import holds_heads
 from head_pruning.quantization.engine.files import QUANTIZATION_FILE
 from head_pruning.report.weights import DENSITY_PICTURE
@@ -30,6 +33,23 @@ def make_folder(output_dir: "str | Path") -> Path:
     if not os.access(out, os.W_OK | os.X_OK):
         raise HeadPruningError(f"--output_dir {out} cannot be written; choose another.")
     return out
+
+
+def clear_folders(out: Path, pattern: str, names: Iterable[str]) -> None:
+    """Remove the smaller models of an earlier run and its folders of this pattern.
+
+    Args:
+        out: the run's folder.
+        pattern: of folders in it.
+        names: paths that the new run reads; the folders in which they lie stay.
+    """
+    named = [Path(name).resolve() for name in names]
+    for folder in (*out.glob(pattern), *out.glob(f"{SIZES_FOLDER}/*")):
+        place = folder.resolve()
+        if folder.is_dir() and not any(place in (path, *path.parents) for path in named):
+            shutil.rmtree(folder)
+    with contextlib.suppress(OSError):  # there is none, or one stays in it
+        (out / SIZES_FOLDER).rmdir()
 
 
 def refuse_taken(out: Path) -> None:

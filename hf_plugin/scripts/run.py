@@ -4,9 +4,7 @@ import contextlib
 import copy
 import logging
 import math
-import shutil
 import sys
-from pathlib import Path
 from typing import Any, ContextManager, Iterator, Optional
 
 from datasets import Dataset
@@ -16,7 +14,7 @@ from transformers import Trainer, set_seed
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
-from head_pruning.files import SIZES_FOLDER, alone_in, atomic_path, writing
+from head_pruning.files import alone_in, atomic_path, writing
 from head_pruning.pruner import options_of
 from head_pruning.report.report_file import counts_told
 from head_pruning.report.tables import head_table
@@ -36,7 +34,7 @@ from ..training.weights import save_weight_masks_and_report
 from ..training.wrapping import save_at_once, wrap_checkpoints, wrap_end
 from .logs import no_bars, set_up
 from .models import refuse_stored_integers
-from .output_folder import REPORTS, make_folder, refuse_masked_start, refuse_taken
+from .output_folder import REPORTS, clear_folders, make_folder, refuse_masked_start, refuse_taken
 from .settings import RunSettings, check_same_settings, settings_of
 
 logger = logging.getLogger(__name__)
@@ -182,15 +180,13 @@ class TaskRun:
             )
 
     def _clear(self) -> None:
-        """Remove the checkpoints and the scores of the run that --overwrite_output_dir gives up."""
-        start = Path(self.arguments.model.model_name_or_path).resolve()
-        for path in self.out.glob("checkpoint-*"):
-            if path.is_dir() and path.resolve() not in (start, *start.parents):
-                shutil.rmtree(path)
+        """Remove what is left of the run that --overwrite_output_dir gives up, but for what this one starts from."""
+        options = [self.arguments.model, *(pruner.config for pruner in self.arguments.pruners if pruner.config)]
+        named = [value for each in options for value in vars(each).values() if isinstance(value, str)]
+        clear_folders(self.out, "checkpoint-*", named)
         for pattern in ("mask[0-9]*.safetensors", "*_results.json", "trainer_state.json"):
             for path in self.out.glob(pattern):
                 path.unlink()
-        shutil.rmtree(self.out / SIZES_FOLDER, ignore_errors=True)
 
     def fits(self, twin: nn.Module) -> None:
         """Raise HeadPruningError if models like ``twin``, which is left as it is, cannot be trained with the options.
@@ -379,7 +375,7 @@ class TaskRun:
             )
 
     def _about(self) -> dict[str, Any]:
-        pruners = self.arguments.pruners
+        pruners = self.trainer.session.pruners
         return {
             "method": "+".join(pruner.name for pruner in pruners),
             "options": options_of(pruners),

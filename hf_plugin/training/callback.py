@@ -362,6 +362,7 @@ class HeadPruningCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """An update starts: draw the gates. Where a phase begins, the Trainer gets a new optimizer and schedule."""
+        self._only_at_target(state)  # of an evaluation since, before the schedule moves to the target
         self._save_size(state.global_step)
         if self.session.enter_phase(state.global_step):
             if self.session.all_reduce is not None and not self._trainable() <= self._trained:

@@ -61,6 +61,7 @@ def save_size(trainer: Any, session: PruningSession, name: str, save_outcome: Ca
         save_outcome(str(whole), None)
         if not trainer.is_world_process_zero():
             return
+        (folder / RESULTS_FILE).unlink(missing_ok=True)  # of an earlier try
         if whole != folder:
             export_compact(whole, folder, scores={key: found for key, found in metrics.items() if "eval_" in key})
     write_json(folder / RESULTS_FILE, {**metrics, **counts_told(mask)})

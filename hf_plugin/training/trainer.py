@@ -9,10 +9,16 @@ from transformers import Trainer
 
 from head_pruning import HeadMask, HeadPruningError, Pruner, PruningSession, UnitMap
 from head_pruning.files import REPORT_FILE
+from head_pruning.session import check_pruners, is_attached
 
 from .callback import HeadPruningCallback, refuse_broken
 from .session import open_session
 from .sharding import refuse_deepspeed
+
+
+def _fresh(pruner: Pruner) -> Pruner:
+    """Another pruner with the same options."""
+    return type(pruner)(copy.deepcopy(pruner.config))
 
 
 class HeadPruningTrainer(Trainer):
@@ -38,7 +44,8 @@ class HeadPruningTrainer(Trainer):
     Args:
         model: the model; None with a ``model_init``.
         pruners: the methods, see :func:`hf_plugin.pruner`; with a ``model_init`` also a function that makes them of
-            the trial (None where there is none).
+            the trial (None where there is none). In the place of those that another Trainer prunes with there are new
+            ones of the same options, in ``trainer.session.pruners``.
         session: an open session on ``model`` instead of ``pruners``.
         unit_map: the model's sites; default: found by :func:`hf_plugin.unit_map`.
         mask_steps: see :class:`HeadPruningCallback`.
@@ -96,7 +103,8 @@ class HeadPruningTrainer(Trainer):
 
     def _open(self, model: nn.Module, pruners: Sequence[Pruner]) -> PruningSession:
         seed = getattr(getattr(self, "args", None), "seed", self._seed)
-        return open_session(model, pruners, seed=seed, **self._opening)
+        own = [_fresh(each) if is_attached(each) else each for each in check_pruners(pruners)]
+        return open_session(model, own, seed=seed, **self._opening)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the base class, and open a session on the new model; that of the model before is detached."""
@@ -104,7 +112,7 @@ class HeadPruningTrainer(Trainer):
         if self.session is not None:
             self.session.detach()
         made = self._pruners
-        fresh = made(trial) if callable(made) else [type(each)(copy.deepcopy(each.config)) for each in made]
+        fresh = made(trial) if callable(made) else [_fresh(each) for each in made]
         self.session = self._open(model, fresh)
         if self._pruning is None:  # the base class is being built
             if self.session.of_kind("weights"):

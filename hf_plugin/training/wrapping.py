@@ -11,8 +11,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from head_pruning import HeadPruningError, PruningSession, UnitMap
-from head_pruning.files import appearing_at_once, writing
+from head_pruning.files import writing
 
+from ..saving.folders import replacing_model
 from .sharding import shard_again
 
 
@@ -64,7 +65,7 @@ def save_at_once(trainer: Any, folder: "str | Path", save_model: Callable[[str],
         with writing(folder):
             save_model(str(folder))
         return
-    with appearing_at_once(folder) as place:
+    with replacing_model(folder) as place:
         save_model(str(place))
 
 

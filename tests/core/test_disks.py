@@ -47,6 +47,18 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path, writer, in_fold
     assert file.read_text(encoding="utf-8") == "older" and os.listdir(tmp_path) == [file.name]
 
 
+def test_folders_that_are_there_get_the_new_files_and_keep_theirs(tmp_path):
+    for content in ("first", "second"):
+        with appearing_at_once(tmp_path / "out") as folder:
+            (folder / "in" / "side").mkdir(parents=True)
+            for name in ("a", "in/a", "in/side/a", f"in/{content}"):
+                (folder / name).write_text(content, encoding="utf-8")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    found = {path.relative_to(tmp_path / "out").as_posix(): path.read_text(encoding="utf-8") for path in files}
+    new = dict.fromkeys(("a", "in/a", "in/side/a", "in/second"), "second")
+    assert found == {**new, "in/first": "first"}
+
+
 def test_a_folder_that_may_not_be_written_is_named(tmp_path):
     write_json(tmp_path / "a.json", {})
     with read_only(tmp_path), pytest.raises(HeadPruningError, match=r"a.json cannot be written \(Permission denied\)"):

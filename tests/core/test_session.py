@@ -722,6 +722,24 @@ def test_a_session_is_attached_once_and_alone(toy):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_pruner_is_of_one_session_at_a_time(toy):
+    model, session, pruner = build(toy)
+    logits = pruner.logits.copy()
+    other = PruningSession(*toy.make(), [pruner])
+    with pytest.raises(HeadPruningError, match="is attached to another session, .*build another with pruner"):
+        other.attach()
+    np.testing.assert_array_equal(pruner.logits, logits)
+    assert pruner.session is session
+    session.begin_anew()
+    session.detach()
+    other.attach()
+    with pytest.raises(HeadPruningError, match="is attached to another session"):
+        session.attach()
+    other.detach()
+    session.attach()
+    update(toy, model, session, 0)
+
+
 def test_a_session_needs_a_pruner(toy):
     with pytest.raises(HeadPruningError, match="at least one pruner"):
         PruningSession(*toy.make(), [])

@@ -3,12 +3,17 @@
 import copy
 import json
 import shutil
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -20,6 +25,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
     ViTConfig,
@@ -28,6 +34,7 @@ from transformers import (
 
 from head_pruning import HeadMask, HeadPruningError, full_mask
 from head_pruning.cli import main
+from head_pruning.commands.export import run as run_export
 from head_pruning.commands.inspect import describe
 from head_pruning.hosts import HostModel, kept_heads, read_mask
 from head_pruning.inference.sizes import mac_bound, measure_sizes
@@ -362,13 +369,66 @@ def test_what_cannot_be_exported_is_said(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_is_replaced_as_a_whole(saved, tmp_path):
+def _files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+@pytest.mark.parametrize("to", ["compact", "masked"])
+def test_of_a_folder_only_the_model_is_replaced(saved, tmp_path, to):
+    folder = tmp_path / "run"
+    mask = read_mask(saved("vit"))
+    (tmp_path / "vit").rename(tmp_path / "moved")
+    model = host.load_model(tmp_path / "moved")
+    model.save_pretrained(folder, max_shard_size="5KB")
+    shutil.copytree(tmp_path / "moved", folder / "best")
+    assert (folder / "model.safetensors.index.json").exists()
+    kept = {"checkpoint-5/model.safetensors", ".git/HEAD", "notes.txt", "data.safetensors", "vocab.txt"}
+    for name in {*kept, "quantization.json", "pytorch_model.bin"}:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x", encoding="utf-8")
+    inside = {f"best/{name}": (folder / "best" / name).read_bytes() for name in _files(folder / "best")}
+    (tmp_path / "link").symlink_to(folder)
+    main(["export", str(folder / "best"), str(tmp_path / "link"), "--to", to])
+    assert (tmp_path / "link").is_symlink()
+    assert all((folder / name).read_text(encoding="utf-8") == "x" for name in kept)
+    assert all((folder / name).read_bytes() == data for name, data in inside.items())
+    model = {"config.json", "model.safetensors", "masks.safetensors", "pruning.json", "head_mask.png", "README.md"}
+    assert _files(folder) == {*kept, *inside, *model, *(["compact_heads.py"] if to == "compact" else [])}
+    assert kept_heads(host.load(folder)) == mask
+
+
+def test_a_tokenizer_of_several_chat_templates_is_saved_twice_and_exported(saved, tmp_path):
+    source = saved("gpt2")
+    model, mask = host.load_model(source), read_mask(source)
+    words = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    for more in ("more", "other"):
+        tokenizer.chat_template = {"default": "{{messages}}", more: "{{messages}} of all"}
+        shutil.rmtree(source / "additional_chat_templates", ignore_errors=True)
+        for _ in range(2):
+            save_pruned(model, mask, source, processing_class=tokenizer)
+        host.exports["compact"](source, tmp_path / "out", None)
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    (source / "qformer_tokenizer").mkdir()
+    (source / "qformer_tokenizer" / "vocab.txt").write_text("x", encoding="utf-8")
+    host.exports["masked"](source, tmp_path / "masked", None)
+    assert (tmp_path / "masked" / "qformer_tokenizer" / "vocab.txt").exists()
+
+
+def test_an_export_goes_into_the_folder_where_one_is_and_brings_its_tokenizer(saved, tmp_path, monkeypatch):
     source = saved("vit")
-    host.exports["masked"](source, tmp_path / "out", None)
-    (tmp_path / "out" / "left-over.bin").write_bytes(b"")
-    host.exports["compact"](source, tmp_path / "out", None)
-    assert not (tmp_path / "out" / "left-over.bin").exists()
-    assert kept_heads(host.load(tmp_path / "out")) == read_mask(source)
+    (source / "vocab.txt").write_text("new", encoding="utf-8")
+    (tmp_path / "out" / ".saving-of-a-killed-export").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out")
+    main(["export", str(source), ".", "--to", "compact"])
+    assert kept_heads(host.load(tmp_path / "out")) == read_mask(source) and Path("config.json").exists()
+    for name in ("vocab.txt", "merges.txt"):
+        Path(name).write_text("of another tokenizer", encoding="utf-8")
+    main(["export", str(source), ".", "--to", "masked"])
+    assert Path("vocab.txt").read_text(encoding="utf-8") == "new" and not Path("merges.txt").exists()
+    assert not Path("compact_heads.py").exists() and not list(Path().glob(".saving-*"))
+    with pytest.raises(HeadPruningError, match="is the model itself"):
+        run_export(Namespace(model=str(source), output=str(source), to="masked", int8=False, mask=None))
 
 
 def test_the_masked_export_keeps_what_is_told_of_pruned_weights(saved, tmp_path):

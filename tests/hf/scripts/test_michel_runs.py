@@ -20,7 +20,7 @@ from hf_plugin.command_line.arguments import parse
 from hf_plugin.command_line.michel import parse_michel
 from hf_plugin.glue import find_task
 from hf_plugin.glue.metrics import find_metric
-from hf_plugin.glue.michel import MichelRun, run
+from hf_plugin.glue.michel import MichelRun, clear, run
 from hf_plugin.glue.run import run as run_glue
 from hf_plugin.host import export_compact, export_masked
 from hf_plugin.mapping.unit_map import unit_map
@@ -204,6 +204,14 @@ def test_overwriting_removes_what_an_earlier_run_left(here, monkeypatch):
     assert {path.name for path in (here / "again" / "michel_masks").iterdir()} == {
         f"heads{count}.safetensors" for count in (24, 12, 0)
     }
+
+
+def test_overwriting_leaves_the_start_model_where_it_is_a_size_of_the_run_before(tmp_path):
+    for name in ("sizes/heads12", "sizes/heads24", "michel_masks"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "michel_rounds.json").write_text("[]", encoding="utf-8")
+    clear(tmp_path, str(tmp_path / "sizes" / "heads12"))
+    assert {path.name for path in tmp_path.rglob("*")} == {"sizes", "heads12"}
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------

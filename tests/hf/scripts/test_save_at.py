@@ -1,6 +1,8 @@
 """--save-at in the scripts of transformers: many sizes from one training."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +89,20 @@ def test_a_folder_that_is_used_anew_has_no_size_of_the_run_before(here):
     glue("anew", "--max_steps", "8")
     run(parse([*LINE[:-2], "--output_dir", "anew", "--overwrite_output_dir", "--max_steps", "2"], "run_glue"))
     assert not (here / "anew" / "sizes").exists()
+
+
+def test_what_a_run_starts_from_and_learns_from_stays_in_a_folder_that_is_used_anew(here):
+    if not (here / "whole").exists():
+        glue("whole")
+    shutil.copytree("whole/sizes", "used/sizes")
+    start, teacher = "used/sizes/heads12", "used/sizes/heads24"
+    for folder in (start, "used/sizes/heads4"):
+        Path(folder, "notes.txt").write_text("mine", encoding="utf-8")
+    line = [*LINE[:4], "--model_name_or_path", start, "--do_train", *TINY, "--max_steps", "1", "--distill", "logits"]
+    line += ["--teacher_path", teacher, "--output_dir", "used", "--overwrite_output_dir", "--save_strategy", "no"]
+    run(parse(line, "run_glue"))
+    assert Path(start, "notes.txt").exists() and Path(teacher, "model.safetensors").exists()
+    assert not Path("used/sizes/heads4").exists() and Path("used/model.safetensors").exists()
 
 
 def test_distilled_sizes_learn_from_the_dense_model_between_the_falls(here):

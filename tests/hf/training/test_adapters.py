@@ -1,14 +1,16 @@
 """Adapters of PEFT: pruned models of them load, merge and are cut with what was pruned."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 import hf_plugin
-from head_pruning import HeadPruningError
+from head_pruning import HeadMask, HeadPruningError, full_mask
 from hf_plugin import (
     HeadPruningTrainer,
     load_pruned_peft,
@@ -17,10 +19,12 @@ from hf_plugin import (
     merge_and_cut,
     merge_pruned,
     open_session,
+    prune_heads,
     pruned_heads,
     pruner,
     pruning_scheduler_factory,
     save_pruned,
+    unit_map,
 )
 from tests.few import few
 from tests.hf.tiny import arguments, collate, sentences, tiny_bert
@@ -105,6 +109,22 @@ def test_merge_and_cut_saves_a_compact_folder(trained, tmp_path):
     close(outputs(merge_and_cut(plain, mask=mask).eval()), expected)
 
 
+def test_an_adapter_of_a_compact_model_is_merged_and_cut(tmp_path):
+    base = tiny_bert(initializer_range=0.3).eval()
+    prune_heads(base, {0: [1], 1: [0, 1]})
+    base.save_pretrained(tmp_path / "small")
+    model = adapted(BertForSequenceClassification.from_pretrained(tmp_path / "small"), task_type=TaskType.SEQ_CLS)
+    sites = unit_map(model)
+    mask = HeadMask(sites, np.arange(sites.num_heads) != 1)
+    mask_heads(model, mask)
+    expected = outputs(model)
+    merged = merge_and_cut(model, tmp_path / "smaller").eval()
+    close(outputs(merged), expected)
+    left = pruned_heads(merged)
+    assert left.kept == mask.kept and left.keep.size > sites.num_heads  # in the original's numbers
+    close(outputs(BertForSequenceClassification.from_pretrained(tmp_path / "smaller").eval()), expected)
+
+
 def test_merged_without_cutting_the_heads_stay_masked(trained, tmp_path):
     root, expected, mask = trained
     merged = merge_pruned(load_pruned_peft(root / "adapter"))
@@ -112,6 +132,36 @@ def test_merged_without_cutting_the_heads_stay_masked(trained, tmp_path):
     assert masked_heads(merged).keep.tolist() == mask.keep.tolist()
     save_pruned(merged, masked_heads(merged), tmp_path)
     close(outputs(BertForSequenceClassification.from_pretrained(tmp_path).eval()), expected)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_is_merged_may_take_the_place_of_its_adapter(trained, tmp_path, cut):
+    root, expected, _ = trained
+    folder = tmp_path / "adapter"
+    shutil.copytree(root / "adapter", folder)
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    model = load_pruned_peft(folder)
+    if cut:
+        merge_and_cut(model, folder)
+    else:
+        merged = merge_pruned(model)
+        save_pruned(merged, masked_heads(merged), folder)
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    close(outputs(loaded), expected)
+    assert not list(folder.glob("adapter_*")) and (folder / "notes.txt").exists()
+
+
+def test_shards_and_an_adapter_s_base_in_the_same_folder(tmp_path):
+    model = tiny_bert(initializer_range=0.3).eval()
+    mask = full_mask(unit_map(model))
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    save_pruned(model, mask, tmp_path)
+    weights = {path.name for path in tmp_path.glob("model*")}
+    assert weights == {"model.safetensors"}
+    close(outputs(BertForSequenceClassification.from_pretrained(tmp_path).eval()), outputs(model))
+    adapter = adapted(BertForSequenceClassification.from_pretrained(tmp_path), task_type=TaskType.SEQ_CLS)
+    save_pruned(adapter, full_mask(unit_map(adapter)), tmp_path)
+    assert {path.name for path in tmp_path.glob("model*")} == weights
 
 
 def test_a_merge_keeps_the_zeros_of_the_base_model():

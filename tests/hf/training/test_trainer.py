@@ -302,6 +302,30 @@ def test_best_checkpoints_are_among_states_at_target(tmp_path):
     assert same(weights(trainer.model), weights(best))
 
 
+def test_a_score_of_the_update_before_the_target_is_not_the_best(tmp_path):
+    """Which no checkpoint has: load_best_model_at_end would load none."""
+    at_target = {}
+    trainer = trainer_of(
+        tmp_path,
+        "platon",
+        {"final_threshold": 0.2, "warmup_steps": 0.2},
+        compute_metrics=lambda prediction: {"score": 1.0 - 0.01 * trainer.state.global_step},
+        **{"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 8, "max_steps": 20},
+        **{"load_best_model_at_end": True, "metric_for_best_model": "score"},
+    )
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            at_target[state.global_step] = trainer.session.at_target()
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert at_target == {4: False, 8: False, 12: False, 16: True, 20: True}
+    assert trainer.state.best_global_step == 16
+    best = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-16")
+    assert same(weights(trainer.model), weights(best))
+
+
 def test_no_best_checkpoint_when_the_target_is_never_reached(tmp_path, caplog):
     trainer = trainer_of(
         tmp_path,
@@ -546,6 +570,38 @@ class TestBrokenTraining:
             callback.on_optimizer_step(
                 trainer.args, trainer.state, trainer.control, optimizer=SimpleNamespace(scaler=scale)
             )
+
+
+def test_trainers_of_one_pruner_do_not_share_it(tmp_path):
+    keep = pruner("head_sensitivity", num_of_heads=3, joint_pruning=True)
+    train = {"train_dataset": sentences(32), "data_collator": collate}
+    options = {"max_steps": 4, "save_strategy": "no"}
+    trainers = [
+        HeadPruningTrainer(
+            model=tiny_bert(seed=seed), args=arguments(tmp_path / str(seed), **options), pruners=[keep], **train
+        )
+        for seed in (1, 2)
+    ]
+    first, second = trainers
+    assert first.session.pruners == [keep] and keep.session is first.session
+    assert second.session.pruners[0].config == keep.config and second.session.pruners[0].session is second.session
+    masks = []
+    for trainer in trainers:
+        trainer.train()
+        masks.append(trainer.head_mask)
+    batch = collate(sentences(8, seed=3))
+    for trainer, mask in zip(trainers, masks):
+        assert trainer.head_mask == mask and mask.kept == 3
+        trainer.save_model(str(tmp_path / "pruned"))
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
+    with pytest.raises(HeadPruningError, match="attached to another session"):
+        open_session(tiny_bert(), [keep])
+    first.session.detach()
+    assert HeadPruningTrainer(
+        model=tiny_bert(), args=arguments(tmp_path, **options), pruners=[keep], **train
+    ).session.pruners == [keep]
 
 
 def test_a_trainer_that_cannot_be_built_leaves_the_model_alone(tmp_path):
