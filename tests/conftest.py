@@ -12,6 +12,10 @@ import torch
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
 
+# As ``make test`` does: sums of several threads are not bit-equal on a machine that has other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # A fifth of the time went into looking for garbage among what three frameworks keep: seldom, and not there.
 gc.set_threshold(50_000, 20, 10)
 

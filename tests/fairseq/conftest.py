@@ -1,12 +1,10 @@
 """A tiny synthetic corpus, and fairseq's commands on it."""
 
-import os
 import random
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the commands
 pytest.importorskip("fairseq")
 
 from tests.fairseq.command_lines import Translation  # noqa: E402
