@@ -184,8 +184,9 @@ def close_teacher(session: SessionView, teacher: Teacher) -> None:
 
 def _first(model: torch.nn.Module, shared: Container[int] = ()) -> torch.nn.Parameter:
     """A parameter that tells where a model is, and in which type of numbers: rather not one of ``shared``."""
-    found = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    return next((parameter for parameter in found if id(parameter) not in shared), found[0])
+    found = filter(torch.is_floating_point, model.parameters())  # in each update: not all of them are looked at
+    own = next((parameter for parameter in found if id(parameter) not in shared), None)
+    return next(filter(torch.is_floating_point, model.parameters())) if own is None else own
 
 
 def _sums(model: torch.nn.Module) -> np.ndarray:
