@@ -399,8 +399,7 @@ def save_with_reports(original, cfg, trainer, epoch_itr, val_loss):
         val_loss = None
     if not all_finite(trainer.get_model()):  # before older checkpoints make room for this one
         raise HeadPruningError(_BROKEN.format(trainer.get_num_updates()))
-    over = epoch_itr.end_of_epoch() and epoch_itr.epoch >= (trainer.cfg.optimization.max_epoch or math.inf)
-    last = over or trainer.get_num_updates() >= (session.total_steps or math.inf)
+    last = _is_over(trainer, epoch_itr)
     if last:  # updates that overflowed make fewer than were planned
         finish(session)
     saved = original(cfg, trainer, epoch_itr, val_loss)
@@ -414,10 +413,9 @@ def report_what_was_saved(original, cfg, trainer, **options):
     _forget_the_run_before()
     loaded, session = original(cfg, trainer, **options), getattr(trainer.task, "session", None)
     if session is not None:
-        _refuse_no_epochs(cfg, trainer, loaded[1].next_epoch_idx)
+        _refuse_no_epochs(cfg, trainer, loaded[1])
     updates, own = trainer.get_num_updates(), cfg.restore_file == "checkpoint_last.pt"
-    epochs = trainer.cfg.optimization.max_epoch or math.inf
-    over = session is not None and (updates >= (session.total_steps or math.inf) or loaded[1].next_epoch_idx > epochs)
+    over = session is not None and _is_over(trainer, loaded[1])
     if session is not None and updates and (over or own):
         if not cfg.no_save and trainer.data_parallel_rank == 0 and not reported(cfg.save_dir, session, updates):
             write_beside(cfg.save_dir, trainer, log_heads=over, numbers=trainer.head_pruning_numbers)
@@ -434,17 +432,28 @@ def _forget_the_run_before():
             vars(function).pop(name, None)
 
 
-def _refuse_no_epochs(cfg, trainer, epoch):
+def _after_last_epoch(trainer, epoch_itr):
+    return epoch_itr.next_epoch_idx > (trainer.cfg.optimization.max_epoch or math.inf)
+
+
+def _is_over(trainer, epoch_itr):
+    """Whether training has made its last update."""
+    updates, planned = trainer.get_num_updates(), trainer.task.session.total_steps or math.inf
+    return updates >= planned or _after_last_epoch(trainer, epoch_itr)
+
+
+def _refuse_no_epochs(cfg, trainer, epoch_itr):
     """Raise when a run begins anew after its last epoch: fairseq would train nothing, and not say so."""
-    last, own = trainer.cfg.optimization.max_epoch, cfg.restore_file == "checkpoint_last.pt"
+    own = cfg.restore_file == "checkpoint_last.pt"
     # A run of this folder that is over has nothing left to train, also where its checkpoints keep no optimizer.
     begins = not trainer.get_num_updates() and (cfg.reset_optimizer or not own)
-    if begins and epoch > (last or math.inf):
+    if begins and _after_last_epoch(trainer, epoch_itr):
         file = "FILE" if own else cfg.restore_file
         raise HeadPruningError(
-            f"--max-epoch is {last}, and the run goes on from epoch {epoch} of the checkpoint, so nothing would be "
-            f"trained; start with --finetune-from-model {file} and a --save-dir of its own in the place of "
-            "--restore-file and --reset-optimizer, or add --reset-dataloader."
+            f"--max-epoch is {trainer.cfg.optimization.max_epoch}, and the run goes on from epoch "
+            f"{epoch_itr.next_epoch_idx} of the checkpoint, so nothing would be trained; start with "
+            f"--finetune-from-model {file} and a --save-dir of its own in the place of --restore-file and "
+            "--reset-optimizer, or add --reset-dataloader."
         )
 
 
@@ -463,7 +472,7 @@ def stop_at_end(original, cfg, trainer, task, epoch_itr):
         found: tuple = [None], True
     else:
         found = original(cfg, trainer, task, epoch_itr)
-    if prunes and (found[1] or epoch_itr.next_epoch_idx > (cfg.optimization.max_epoch or math.inf)):
+    if prunes and (found[1] or _after_last_epoch(trainer, epoch_itr)):
         save_last_size(trainer)
     return found
 
