@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 FAIRSEQ = ["fairseq-fixed>=0.12.3.1", "sacrebleu>=2.0", "sacremoses>=0.1", "subword-nmt>=0.3.8", "tqdm", "babel"]
 HF = ["transformers>=5.0", "datasets>=3.0", "accelerate", "scikit-learn", "scipy", "sentencex>=1.0", "tqdm"]
 INT8 = ["torchao>=0.18"]
+OPENVINO = ["openvino>=2026.0"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 SWEEPS = {"ray": ["ray>=2.40"], "slurm": ["submitit>=1.5"], "optuna": ["optuna>=4.0"]}
 DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft"]
@@ -30,6 +31,7 @@ setup(
         "fairseq": FAIRSEQ,
         "hf": HF,
         "onnx": ONNX,
+        "openvino": ONNX + OPENVINO,
         "int8": INT8,
         "dev": DEV,
         **SWEEPS,

@@ -165,7 +165,7 @@ def check_onnx(model: nn.Module, target: Path, openvino: bool = False) -> None:
     if openvino and target.suffix != ".xml":
         raise HeadPruningError(f"OpenVINO's models are two files, .xml and .bin; name the first, {target.stem}.xml.")
     if openvino and importlib.util.find_spec("openvino") is None:
-        raise HeadPruningError("openvino is needed for this; install it: pip install openvino.")
+        raise HeadPruningError("openvino is needed for this; install it: pip install 'head-pruning[openvino]'.")
 
 
 def write_program(program: torch.export.ExportedProgram, target: Path, check: Check) -> float:
