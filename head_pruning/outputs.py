@@ -194,9 +194,13 @@ class _Call:
         if self.running:
             self.running, self.finished, self.raw = False, True, output
 
-    def check_gradient(self, name: str, module: torch.nn.Module, given: Optional[torch.Tensor]) -> None:
-        """Write down a module that learns but gives no gradient; its parameters are those that it runs with now."""
-        if given is not None and not given.requires_grad and module.training:
+    def check_gradient(self, name: str, module: torch.nn.Module, given: Optional[torch.Tensor], of_all: bool) -> None:
+        """Write down a module that learns but gives no gradient; its parameters are those that it runs with now.
+
+        ``of_all``: whether what it gave depends on all of them.
+        """
+        expected = module.training and (of_all or not torch.is_grad_enabled())
+        if given is not None and not given.requires_grad and expected:
             if any(parameter.requires_grad for parameter in module.parameters()):
                 self.lost.append(name)
 
@@ -211,7 +215,7 @@ class _Layer:
         if self.call.running:
             into, out = next(_tensors([*args, *kwargs.values()]), None), next(_tensors(output), None)
             self.call.layers.setdefault(self.name, []).append((into, out))
-            self.call.check_gradient(self.name, module, out)
+            self.call.check_gradient(self.name, module, out, of_all=True)
 
 
 class _Site:
@@ -220,11 +224,14 @@ class _Site:
     def __init__(self, call: _Call, name: str, read: Callable[[Any], Optional[torch.Tensor]]) -> None:
         self.call, self.name, self.read = call, name, read
 
-    def hook(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    def hook(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         if self.call.running:
             found = self.read(output)
             self.call.sites.setdefault(self.name, []).append(found)
-            self.call.check_gradient(self.name, module, found)
+            # Probabilities do not depend on the values' projection, but always on what goes in.
+            into = next(_tensors([*args, *kwargs.values()]), None)
+            moves = into is not None and into.requires_grad
+            self.call.check_gradient(self.name, module, found, of_all=moves)
 
 
 class Recorder:
@@ -294,7 +301,7 @@ class Recorder:
         if self.attentions:
             for site in self._sites:
                 hook = _Site(call, site.name, self.read_attention).hook
-                handles.append(self._module(site.name).register_forward_hook(hook))
+                handles.append(self._module(site.name).register_forward_hook(hook, with_kwargs=True))
         handles.append(self.model.register_forward_hook(call.end, with_kwargs=True))
 
     def detach(self) -> None:

@@ -267,6 +267,10 @@ class Pruner:
         """Names and sizes of the matrices that a method that prunes weights leaves dense; None for others."""
         return None
 
+    def masked_parameters(self) -> frozenset[str]:
+        """Names of the parameters of which single weights are pruned."""
+        return frozenset()
+
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, np.ndarray]:

@@ -91,6 +91,7 @@ class PruningSession:
         all_reduce: sums a float64 tensor over the data-parallel ranks in place; None when there is one rank.
         all_greatest: takes the greatest of each value of a float tensor over these ranks in place; quantizers need it.
         fired_within: every targeted site must have run within this many updates (1; more for models that drop layers).
+            0: for gates that are driven by hand; neither this nor the calls of the hooks are checked.
         time_first: whether the model's layers give ``[T, B, width]`` instead of ``[B, T, width]``.
         read_attention: finds the probabilities ``[B, H, T, S]`` in what an attention module gives; default: its last
             output.
@@ -171,7 +172,7 @@ class PruningSession:
         #: Whether the outcome is fixed.
         self.hardened = False
         self._updates_here = 0
-        self._started = self._stepping = False
+        self._started = self._stepping = self._collected = False
         self._told: set[str] = set()
         self._phases = [0] * len(self.pruners)
         self._unscaled: list[tuple[dict, Any]] = []
@@ -223,8 +224,8 @@ class PruningSession:
         except BaseException:
             self.detach()
             raise
-        self._started = self._stepping = self.hardened = False
-        self._phases = [0] * len(self.pruners)
+        self._started = self._stepping = self._collected = self.hardened = False
+        self.step, self._phases, self._updates_here = 0, [0] * len(self.pruners), 0
         return self
 
     def begin_anew(self) -> None:
@@ -283,7 +284,7 @@ class PruningSession:
         if self.gated and not self._started:
             assert self.gates is not None
             self.gates.check_in_place(self.model)
-        self._started = True
+        self._started, self._collected = True, False
         self.step = step
         for pruner in self.pruners:
             pruner.before_update(step)
@@ -340,12 +341,14 @@ class PruningSession:
 
         Raises:
             UnfiredSiteError: a targeted site did not run in the first ``fired_within`` updates.
+            HeadPruningError: it ran in evaluation mode only.
         """
-        self._recorder.live = False
+        self._recorder.live, self._collected = False, True
         self._updates_here += 1
         if self.gated and self._updates_here == self.fired_within:
             assert self.gates is not None
             self.gates.check_fired()
+            self.gates.check_trained()
         for pruner in self.pruners:
             pruner.after_backward(loss_scale, denominator, micro_batches)
 
@@ -385,10 +388,23 @@ class PruningSession:
 
         Args:
             lr_factor: factor on the learning rate of the gates: where the host's schedule stands.
+
+        Raises:
+            HeadPruningError: a hook was not called in this update without which a pruner does not do its work.
         """
+        if self.fired_within:
+            self._check_called("after_backward", self._collected, self.overrides("after_backward"))
+            self._check_called("before_step", self._stepping, self.freezes_model or self.overrides("lr_factor"))
         self._end_step()
         for pruner in self.pruners:
             pruner.after_step(self.step, lr_factor)
+
+    def _check_called(self, hook: str, called: bool, asked: bool) -> None:
+        if asked and not called:
+            raise HeadPruningError(
+                f"session.{hook}() was not called in update {self.step}; call it after the backward pass and before "
+                "the optimizer's step (head_pruning.session has the order)."
+            )
 
     def skip_update(self) -> None:
         """The host gives the update up, which may have got anywhere since :meth:`before_update`.

@@ -166,6 +166,9 @@ class SpdPruner(Distiller):
             self._check_numbers(session)
             theirs = () if self.teacher.unit_map is None else self.teacher.unit_map.layers
             self._grafts = Grafts(session.model, self.teacher.model, layers, theirs)
+            found = [session.model.get_submodule(name).parameters() for name in layers]
+            learns = np.array([any(parameter.requires_grad for parameter in each) for each in found], dtype=bool)
+            self._learns = learns if learns.any() else np.ones_like(learns)
         except BaseException:
             self.detach()
             raise
@@ -192,13 +195,19 @@ class SpdPruner(Distiller):
         inside = {id(parameter) for name in layers for parameter in session.model.get_submodule(name).parameters()}
         outside = {n: p for n, p in session.model.named_parameters() if id(p) not in inside}
         learn = {name for name, parameter in outside.items() if parameter.requires_grad}  # a teacher's do not
-        teacher = open_teacher(session, self.config.teacher_path, self.config.teacher_dtype, outside)
+        # What is pruned is no longer the teacher's.
+        pruned = {name for pruner in session.pruners for name in pruner.masked_parameters()}
+        equal = [name for name in outside if name not in pruned]
+        teacher = open_teacher(session, self.config.teacher_path, self.config.teacher_dtype, equal)
         own = [outside[name] for name in learn if id(outside[name]) not in teacher.shared]
         self._frozen = [outside[name] for name in learn if id(outside[name]) in teacher.shared]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         if own:
-            logger.info("%d parameters outside of the layers differ from the teacher's and are trained too", len(own))
+            logger.info(
+                "%d parameters outside of the layers differ from the teacher's, or are pruned, and are trained too",
+                len(own),
+            )
         return teacher
 
     def detach(self) -> None:
@@ -281,11 +290,11 @@ class SpdPruner(Distiller):
     def draw(self, step: int) -> np.ndarray:
         """Which layers are the student's in update ``step``, ``bool[layers]``: the same on all ranks.
 
-        One at least, that of the lowest number drawn: all that lies outside of the layers is the teacher's, so without
-        any there would be nothing to learn.
+        One at least of those that are not frozen, that of the lowest number drawn: all that lies outside of the layers
+        is the teacher's, so without any there would be nothing to learn.
         """
         numbers = np.random.default_rng([self.session.seed, _DRAW, step]).random(self.drawn.size)
-        return (numbers < self._rate(step)) | (numbers == numbers.min())
+        return (numbers < self._rate(step)) | (numbers == numbers[self._learns].min())
 
     # -- an update ---------------------------------------------------------------------------------------------------
 
@@ -337,7 +346,7 @@ class SpdPruner(Distiller):
                 grafts.set(self.drawn)
 
     def harden(self) -> None:
-        """From now on the student stands alone in training too."""
+        """The student stands alone, in training mode too, until an update draws layers again."""
         self.drawn = np.ones_like(self.drawn)
         self.grafts.set(self.drawn)
 

@@ -160,16 +160,29 @@ def open_teacher(
                 "A model that is loaded only when training begins cannot be its own teacher; give the model to learn "
                 "from as --teacher-path."
             )
-        elif kind in (None, _first(student).dtype):
-            own = dict(student.named_parameters())
-            model, unit_map = copy.deepcopy(student, {id(own[name]): own[name] for name in shared}), session.unit_map
         else:
-            model, unit_map = copy.deepcopy(student), session.unit_map
+            own = dict(student.named_parameters()) if kind in (None, _first(student).dtype) else {}
+            kept = {id(own[name]): own[name] for name in shared if name in own}
+            model, unit_map = _copy(student, kept), session.unit_map
         known[path, dtype] = Teacher(model, unit_map, session, kind)
     teacher = known[path, dtype]
     teacher.share(session.model, shared)
     teacher.users += 1
     return teacher
+
+
+def _copy(student: torch.nn.Module, kept: dict[int, torch.nn.Parameter]) -> torch.nn.Module:
+    """The student as it is now. Raises HeadPruningError where the copy would run the student."""
+    copied = copy.deepcopy(student, dict(kept))
+    for (name, mine), theirs in zip(student.named_modules(), copied.modules()):
+        forward = vars(theirs).get("forward")
+        if forward is not None and forward is vars(mine).get("forward"):  # functions are not copied
+            raise HeadPruningError(
+                f"The forward of {name or type(student).__name__} is a function of its own, which a copy of the model "
+                "shares, so the model would learn from itself; compile with model.compile(), or give the model to "
+                "learn from as --teacher-path."
+            )
+    return copied
 
 
 def close_teacher(session: SessionView, teacher: Teacher) -> None:

@@ -456,6 +456,9 @@ class WeightPruner(Pruner):
         live = {target.name for target in self.storage.active} if self.has_mask else self.sizes.keys()
         return {**self.found.left, **{n: size for n, size in self.sizes.items() if n not in live}}
 
+    def masked_parameters(self) -> frozenset[str]:
+        return frozenset(target.name for target in self.targets)
+
     # -- the work ----------------------------------------------------------------------------------------------------
 
     @no_grad

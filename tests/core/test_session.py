@@ -655,6 +655,52 @@ def test_a_site_that_never_ran_is_named(toy):
     assert described == ours
 
 
+def test_gates_that_ran_in_evaluation_mode_only_are_named(toy):
+    """They do not learn there, and the outcome would be that of the draw."""
+    model, session, _ = build(toy)
+    model.decoder.eval()
+    with pytest.raises(HeadPruningError, match=r"gates of decoder ran in evaluation mode only.*model.train\(\)"):
+        update(toy, model, session, 0)
+    session.detach()
+    model, session, _ = build(toy, "random", num_of_heads=3)
+    model.eval()
+    update(toy, model, session, 0)  # nothing is learnt here
+
+
+@pytest.mark.parametrize(
+    "pipelined, left_out", [(False, "after_backward"), (True, "after_backward"), (True, "before_step")]
+)
+def test_a_hook_that_a_loop_forgets_is_named(toy, pipelined, left_out):
+    model, session, _ = build(toy, joint_pruning=not pipelined)
+    session.before_update(0)
+    session.loss(toy.loss(model, toy.batch(0))).backward()
+    for hook in ("after_backward", "before_step"):
+        if hook != left_out:
+            getattr(session, hook)()
+    with pytest.raises(HeadPruningError, match=rf"session.{left_out}\(\) was not called in update 0"):
+        session.after_step()
+
+
+def test_a_map_whose_heads_do_not_fill_the_projection_is_refused(toy):
+    model, unit_map = toy.make(0)
+    wrong = dataclasses.replace(unit_map.attention[0], head_dim=3)
+    with pytest.raises(
+        HeadPruningError, match=rf"{wrong.out_proj} reads .* {wrong.heads} heads of 3; correct the map"
+    ):
+        GateBank(model, UnitMap((wrong, *unit_map.attention[1:])))
+
+
+def test_a_session_that_is_attached_once_more_begins_anew(toy):
+    model, session, _ = build(toy)
+    update(toy, model, session, 0)
+    update(toy, model, session, 1)
+    session.detach()
+    session.attach()
+    assert session.step == 0 and session.gates.silent_sites()
+    update(toy, model, session, 0)
+    assert not session.gates.silent_sites()
+
+
 def test_models_that_drop_layers_get_some_updates(toy):
     model, session, _ = build(toy, session={"fired_within": 3})
 

@@ -33,13 +33,15 @@ class HeadGate(nn.Module):
         self.training_gate = torch.ones(heads)
         self.evaluation_gate = torch.ones(heads)
         self.mode = "follow"  # "follow" the hooked module's .training, or force "training" / "evaluation"
-        self.fired = False
+        self.fired = self.trained = False  # whether it ran, and whether with its training gate
 
     def scale(self, module: nn.Module, args: tuple) -> tuple:
         """The hook. ``args[0]`` is ``[..., H * head_dim]``."""
         if not self.fired:
             self.fired = True
         training = module.training if self.mode == "follow" else self.mode == "training"
+        if training and not self.trained:
+            self.trained = True
         gate = self.training_gate if training else self.evaluation_gate
         heads = args[0].unflatten(-1, (self.heads, self.head_dim))
         if gate.device != heads.device:  # the model moved after its gates were set, or lies on several devices
@@ -148,6 +150,12 @@ class GateBank:
                 raise HeadPruningError(
                     f"The model has no module {site.out_proj}, the output projection of {site.name}; correct the map."
                 )
+            width = module.weight.shape[0] if hasattr(module, "nf") else getattr(module, "in_features", None)
+            if width not in (None, site.heads * site.head_dim):
+                raise HeadPruningError(
+                    f"{site.out_proj} reads {width} numbers, and the unit map says {site.heads} heads of "
+                    f"{site.head_dim}; correct the map."
+                )
             self._targets.append((module, HeadGate(site.heads, site.head_dim)))
         self._handles: list = []
         self._learn = True
@@ -199,6 +207,8 @@ class GateBank:
         modules = dict(self._model.named_modules())
         places = zip(self.unit_map.sites, self._targets)
         self._targets = [(modules.get(site.out_proj, module), gate) for site, (module, gate) in places]
+        for _, gate in self._targets:
+            gate.fired = gate.trained = False
         self.follow_device()
         self._handles = [module.register_forward_pre_hook(gate.scale) for module, gate in self._targets]
         _forget_compiled()
@@ -319,4 +329,13 @@ class GateBank:
                 f"The gates of {', '.join(silent)} never ran, so pruning them would do nothing; leave these sites out "
                 "of the unit map, or describe them by the module that the model really calls (out_proj below).\n\n"
                 + "\n".join(lines)
+            )
+
+    def check_trained(self) -> None:
+        """Raise HeadPruningError if gates that learn ran in evaluation mode only, where they do not."""
+        resting = [site.name for site, (_, gate) in zip(self.unit_map.sites, self._targets) if not gate.trained]
+        if self._learn and resting:
+            raise HeadPruningError(
+                f"The gates of {', '.join(resting)} ran in evaluation mode only, where they do not learn; call "
+                "model.train() before the update (dropout is switched off by a rate of 0)."
             )

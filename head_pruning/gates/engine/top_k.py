@@ -94,7 +94,7 @@ def plan_rounds(
 
 
 def hard_top_k(scores: np.ndarray, rounds: Rounds) -> np.ndarray:
-    """The K heads with the highest scores (ties: the lower index), as ``bool[N]``; each round picks one.
+    """The K heads with the highest scores (ties: the lower index), as ``bool[N]``, by the rounds.
 
     Raises:
         HeadPruningError: a score is NaN.
@@ -106,12 +106,12 @@ def hard_top_k(scores: np.ndarray, rounds: Rounds) -> np.ndarray:
         )
     keep = np.zeros(scores.size, dtype=bool)
     order = np.argsort(-scores, kind="stable")
-    for support in rounds.supports:
+    for support, count in rounds.stages():
         if support is None:
             continue
         inside = np.zeros(scores.size, dtype=bool)
         inside[support] = True
-        keep[order[inside[order] & ~keep[order]][0]] = True
+        keep[order[inside[order] & ~keep[order]][:count]] = True
     free = order[~keep[order]][: len(rounds.supports) - int(keep.sum())]
     keep[free] = True
     return keep

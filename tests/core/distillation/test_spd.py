@@ -233,6 +233,17 @@ def test_something_learns_in_every_update():
     assert len(found) > 1
 
 
+def test_a_layer_that_learns_is_drawn_where_others_are_frozen():
+    model = make()
+    for layer in model.layers[:2]:
+        layer.requires_grad_(False)
+    pruner = build("spd", replacing_rate=0.0, published_schedule=True)
+    session = open_session(model, pruner, seed=3)
+    for step in range(6):
+        assert update(model, session, step).requires_grad
+        assert pruner.drawn.tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("drawn", [(0, 0, 0), (1, 0, 1), (1, 1, 1)])
 def test_a_grafted_student_is_its_teacher_where_they_are_equal(drawn):
     model = make().train()
@@ -303,6 +314,15 @@ def test_reentrant_checkpointing_is_refused_but_not_a_grafted_model():
         session.loss(task_loss(model, 0))
 
 
+def test_probabilities_on_which_nothing_that_learns_acts_are_no_mistake():
+    model = make().train().requires_grad_(False)
+    for layer in model.layers:
+        layer.attention.v.requires_grad_(True)
+    session = open_session(model, build("logits", distill_attention=1.0, teacher_path="other"), load_teacher=other())
+    assert update(model, session, 0).requires_grad  # those of the first layer follow from the embeddings alone
+    assert model.layers[0].attention.v.weight.grad is not None
+
+
 def test_copies_and_state_of_a_grafted_model_are_plain(tmp_path):
     model, pruner = make(), build("spd", teacher_path="other")
     keys, plain = list(model.state_dict()), make()(batch(0)[0])
@@ -366,6 +386,35 @@ def test_what_lies_outside_of_the_layers_is_held_once_and_frozen():
     # Another teacher has another head, so the student's own learns.
     session = open_session(model, build("spd", teacher_path="other"), load_teacher=other())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_that_are_pruned_are_not_the_teachers():
+    model, spd = make().train(), build("spd", replacing_rate=0.5, distill_hidden=0.0)
+    weights = build("magnitude", final_threshold=0.2, weights_include="head|attention")
+    session = open_session(model, weights, spd)
+    theirs = dict(spd.teacher.model.named_parameters())
+    assert theirs["head.weight"] is not model.head.weight and model.head.weight.requires_grad
+    assert theirs["embed.weight"] is model.embed.weight and not model.embed.weight.requires_grad
+    before, optimizer = theirs["head.weight"].clone(), torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(24):
+        update(model, session, step, optimizer)
+    session.harden()
+    assert (model.head.weight == 0).any() and torch.equal(theirs["head.weight"], before)
+
+
+def test_a_model_whose_forward_its_copy_would_share_is_no_teacher_of_its_own():
+    model, compiled = make(), make()
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    with pytest.raises(HeadPruningError, match=r"forward of Classifier is a function of its own.*model.compile\(\)"):
+        open_session(compiled, build("logits"))
+    compiled = open_session(compiled, build("logits", teacher_path="other"), load_teacher=other())
+    model.forward = model.forward  # bound to the model, as a copy's is to the copy
+    distiller = build("logits")
+    open_session(model, distiller)
+    with torch.no_grad():
+        model.head.weight += 1
+    ids = batch(0)[0]
+    assert not torch.equal(distiller.teacher.model(ids), model(ids))
 
 
 @pytest.mark.parametrize("names", [("spd", "logits"), ("logits", "spd")])
