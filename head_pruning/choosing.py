@@ -117,7 +117,8 @@ def refuse_foreign(
             continue
         if _is_off(theirs[0].options[option], value):
             continue  # what is switched off may stand in a file of options
-        best = next((method for method in theirs if method.recommended), theirs[0])
+        taken = {method.kind for method in chosen}  # an option may be of methods of several kinds
+        best = min(theirs, key=lambda method: (method.kind not in taken, not method.recommended))
         rivals, noun = [method for method in chosen if method.kind == best.kind], KINDS[best.kind].noun
         says = f"the {noun} is {' and '.join(method.name for method in rivals)}" if rivals else f"no {noun} is chosen"
         raise HeadPruningError(

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Callable, Collection, Iterator, Mapping, Optional
 
 import torch
 import transformers
@@ -50,7 +50,8 @@ COMPANIONS = re.compile(
 )
 # What tells of one model, and would mislead beside another: every export writes some of it.
 _TOLD = re.compile(
-    r"pruning\.json|weight_density\.(png|txt)|quantization\.json|compact_heads\.py|pytorch_model.*\.bin(\.index\.json)?"
+    r"(all|eval|train|predict|test)_results\.json|trainer_state\.json"  # the scores of the model that was there
+    r"|pruning\.json|weight_density\.(png|txt)|quantization\.json|compact_heads\.py|pytorch_model.*\.bin(\.index\.json)?"
 )
 
 
@@ -147,7 +148,7 @@ def recipe(path: Path) -> Optional[Mapping[str, Any]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars, and without the report of what a broken checkpoint lacks: the error says it."""
+    """Without progress bars, and without the report of what a broken checkpoint lacks, which is raised."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -157,6 +158,16 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _refuse_parts(path: Path, missing: Collection[str]) -> None:
+    """Raise HeadPruningError where parameters would keep random numbers; but for a pooler, which many models lack."""
+    lacking = sorted(name for name in missing if "pooler" not in name.split("."))
+    if lacking:
+        raise HeadPruningError(
+            f"The weights in {path} are incomplete: {lacking[0]} is missing"
+            f"{f' (and {len(lacking) - 1} more)' if lacking[1:] else ''}; copy the model again."
+        )
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -170,7 +181,9 @@ def load_model(path: Path) -> PreTrainedModel:
                     load_pickled(file, cure="write it again")
             named = (config.architectures or [""])[0]
             model_class = getattr(transformers, named, AutoModel)
-            return model_class.from_pretrained(path).eval()
+            model, found = model_class.from_pretrained(path, output_loading_info=True)
+            _refuse_parts(path, found["missing_keys"])
+            return model.eval()
     except HeadPruningError:
         raise
     except Exception as error:  # each class fails in its own way with a damaged configuration
@@ -216,7 +229,10 @@ def _pruned(source: Path, mask: Optional[HeadMask]) -> HostModel:
     """The model and the heads that it keeps, which must be known. Raises HeadPruningError when they are not."""
     loaded = load(source, mask)
     if loaded.mask is None and recipe_of(loaded.model) is None:
-        raise HeadPruningError(f"{source} has no head mask ({MASKS_FILE}); give one with --mask.")
+        lacks = f"has no head mask ({MASKS_FILE})"
+        if (source / MASKS_FILE).is_file():  # of weights, as load() saw
+            lacks = "was pruned by weights alone and has no head mask"
+        raise HeadPruningError(f"{source} {lacks}; give one with --mask.")
     return loaded
 
 

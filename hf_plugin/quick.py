@@ -19,7 +19,7 @@ from torch import nn
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.errors import one_line
-from head_pruning.files import write_json
+from head_pruning.files import write_json, writing
 from head_pruning.inference.timing import fastest, stopwatch
 from head_pruning.report.runs import RESULTS_FILE, file_sizes
 from head_pruning.report.tables import head_table, text_table
@@ -106,10 +106,14 @@ def run(data: Path, out: Path, train: int, test: int) -> str:
     Raises:
         HeadPruningError: the model or the sentences cannot be read, or the disk takes nothing.
     """
+    with writing(out):  # told before the work
+        out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     files = {"train.tsv": train, "dev.tsv": test}
     try:
+        if not (data / "model").is_dir():  # or its name would be looked up in the hub
+            raise FileNotFoundError(f"there is no {data / 'model'}")
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(data / "model")
         dense: Any = transformers.AutoModel.from_pretrained(data / "model").eval()
         learned, scored = (_batches(tokenizer, *_read(data / "SST-2" / name, files[name])) for name in files)

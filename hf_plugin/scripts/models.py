@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 _WORD_MARK = "\u2581"
 
 
-def load_tokenizer(model_args: ModelArguments, **options: Any) -> Any:
-    """The tokenizer that the arguments name; ``options`` go to ``from_pretrained``.
+def load_tokenizer(model_args: ModelArguments, flag: str = "--tokenizer_name", **options: Any) -> Any:
+    """The tokenizer that the arguments name; ``options`` go to ``from_pretrained``, ``flag`` names another.
 
     Raises:
         HeadPruningError: it cannot be loaded, or there is none.
@@ -34,15 +34,15 @@ def load_tokenizer(model_args: ModelArguments, **options: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, **model_args.hub_options(), **options)
     except Exception as error:  # each class of tokenizers fails in its own way without its files, or with damaged ones
         raise HeadPruningError(
-            f"The tokenizer of {name} cannot be loaded ({_reason(error)}); give --tokenizer_name with the folder or "
-            f"the hub name of one."
+            f"The tokenizer of {name} cannot be loaded ({_reason(error)}); give {flag} with the folder or the hub "
+            "name of one."
         ) from error
     # Where a folder has no tokenizer transformers makes one that reads every word as unknown.
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     if not any(token.strip(_WORD_MARK) for token in tokenizer.get_vocab() if token not in special):
         raise HeadPruningError(
-            f"{name} holds no tokenizer (its vocabulary has only special tokens); give --tokenizer_name with the "
-            f"folder or the hub name of one."
+            f"{name} holds no tokenizer (its vocabulary has only special tokens); give {flag} with the folder "
+            "or the hub name of one."
         )
     return tokenizer
 

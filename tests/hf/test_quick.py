@@ -38,7 +38,11 @@ def test_data_that_are_none_end_in_a_sentence(tmp_path, monkeypatch):
         return str(error.value)
 
     assert refused("--test", "0") == "error: --train and --test must be 1 or more."
-    assert "holds no model/ and SST-2/" in refused()
+    assert "holds no model/ and SST-2/" in (said := refused()) and "there is no" in said  # nor is the hub asked
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(quick, "_read", None)  # told before the work
+    assert "file cannot be written" in refused("--output", str(tmp_path / "file"))
+    monkeypatch.undo()
     write_model(tmp_path / "model")
     (tmp_path / "SST-2").mkdir()
     for content, words in (("", "has no sentence"), ("text\tlabel\na\t1\n", "there is no 'sentence'"),

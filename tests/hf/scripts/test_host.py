@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -19,6 +21,7 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertModel,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     GPT2Config,
@@ -367,6 +370,44 @@ def test_what_cannot_be_exported_is_said(saved, tmp_path):
     with pytest.raises(HeadPruningError, match="has no head mask.*--mask"):
         host.exports["masked"](source, tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_lacks_weights_is_refused(saved, tmp_path):
+    """transformers would fill them with random numbers, each time others."""
+    source = saved("gpt2")
+    weights = load_file(source / "model.safetensors")
+    lost = sorted(name for name in weights if ".h.1." in name)
+    save_file({name: value for name, value in weights.items() if name not in lost}, source / "model.safetensors")
+    words = rf"incomplete: {re.escape(lost[0])} is missing \(and {len(lost) - 1} more\); copy the model again"
+    with pytest.raises(HeadPruningError, match=words):
+        host.load(source)
+
+
+def test_a_base_model_without_a_pooler_is_a_model(tmp_path):
+    BertModel(BertConfig(**SIZES, vocab_size=40), add_pooling_layer=False).save_pretrained(tmp_path)
+    assert host.load(tmp_path).mask is None
+
+
+def test_a_file_of_a_model_is_not_replaced_by_an_export(saved, tmp_path):
+    source, other = saved("gpt2"), tmp_path / "other"
+    shutil.copytree(source, other)
+    for target in (source / "model.safetensors", other / "config.json"):
+        before = target.read_bytes()
+        with pytest.raises(SystemExit, match=re.escape(f"{target} is part of the model in")):
+            main(["export", str(source), str(target), "--to", "compressed"])
+        assert target.read_bytes() == before
+    for _ in range(2):  # its own files may be written anew
+        main(["export", str(source), str(other / "small.compressed.safetensors"), "--to", "compressed"])
+
+
+def test_scores_of_the_model_that_was_there_go(saved, tmp_path):
+    source, target = saved("gpt2"), tmp_path / "target"
+    shutil.copytree(source, target)
+    for name in ("all_results.json", "eval_results.json", "trainer_state.json", "notes.json"):
+        (target / name).write_text("{}")
+    host.exports["masked"](source, target, None)
+    assert {path.name for path in target.glob("*.json")} >= {"notes.json", "pruning.json"}
+    assert not [*target.glob("*_results.json"), *target.glob("trainer_state.json")]
 
 
 def _files(folder):

@@ -358,6 +358,8 @@ def test_in_somebodys_own_trainer(tmp_path):
 
 @pytest.mark.parametrize("words, sentence", [
     ("--sparsity 0.9 --pruner_name platon", "--sparsity belongs to spd_magnitude, but the pruner of weights is plat"),
+    ("--pruner_name platon --final_threshold 0.1 --target_sparsity 0.3",
+     "but the pruner of weights is platon; drop it or choose --pruner_name gradual_magnitude"),
     ("--base_replacing_rate 0.5", "--base_replacing_rate belongs to spd, but no distiller is chosen; drop it or add"),
     ("--distill spd --scheduler_type cubic", "choose one of none, linear, mixed, constantLinearWithGap"),
     ("--teacher_path x", "--teacher_path belongs to dfd, logits, spd, but no distiller is chosen; drop it or ad"),
