@@ -85,7 +85,7 @@ class QatPruner(Pruner):
                 "--not-to-quantize names them all."
             )
         self._begin: Optional[int] = None
-        self._begun = False
+        self._begun = self._updating = False
         prepare(session.model, list(self._layers), averaged=self.config.input_ranges == "average")
         self._switch(False)
 
@@ -95,6 +95,13 @@ class QatPruner(Pruner):
         if self.session is not None and getattr(self, "_layers", None):
             put_back(self.session.model, self._layers)
         super().detach()
+
+    def begin_anew(self) -> None:
+        # The layers stay in their places: gates are on them, and a teacher's may stand in for them.
+        for each in self._inputs:
+            each.load([0.0] * 4)
+        self._begin, self._updating = None, False
+        self._switch(False)
 
     @property
     def _prepared(self) -> list[Any]:
@@ -120,12 +127,23 @@ class QatPruner(Pruner):
             from .engine.inputs import begin_update  # executes torch, which listing methods does not need
 
             begin_update(self._inputs)
+            self._updating = True
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
         if self._begun:
             from .engine.inputs import end_update
 
             end_update(self._inputs, self.session.greatest)
+
+    def after_step(self, step: int, lr_factor: float) -> None:
+        self._updating = False
+
+    def skip_update(self, step: int) -> None:
+        if self._updating:
+            from .engine.inputs import undo_update
+
+            undo_update(self._inputs)  # an overflow has no range, and a batch that is tried again would count twice
+        self._updating = False
 
     def at_target(self) -> bool:
         return self._begun

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from head_pruning.quantization.engine.inputs import QuantizedInput, begin_update, end_update
+from head_pruning.quantization.engine.inputs import QuantizedInput, begin_update, end_update, undo_update
 
 BATCHES = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
 
@@ -84,3 +84,35 @@ def test_a_layer_that_no_micro_batch_reached_keeps_its_range():
     other(BATCHES[0]), other(BATCHES[1])
     end_update([layer, other])
     assert layer.state() == start.state() != other.state()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("start", [None, [-0.5, 2.5, 3.0 / 255, 42.0]])
+def test_an_update_that_is_taken_back_leaves_no_range(start, ended, count):
+    """Overflows among its micro-batches, too; and one that comes to no end is taken back by the next."""
+    layer, never = quantized(), quantized()
+    for each in (layer, never):
+        each.load(start or [0.0] * 4)
+    begin_update([layer])
+    for batch in (BATCHES[0] * torch.inf, *BATCHES[1:])[:count]:
+        layer(batch)
+    if ended:
+        end_update([layer])
+        undo_update([layer])
+    for each in (layer, never):
+        begin_update([each])
+    expected = never.eval()(BATCHES[0])
+    assert torch.equal(layer.eval()(BATCHES[0]), expected) and layer.state() == never.state()
+    for each in (layer.train(), never.train()):
+        each(BATCHES[1]), each(BATCHES[2])
+        end_update([each])
+    assert layer.state() == never.state() and layer.state()[2]
+
+
+def test_a_micro_batch_that_overflows_is_in_no_range():
+    start = [-0.5, 2.5, 3.0 / 255, 42.0]
+    for spoilt in (torch.inf, torch.nan):
+        batch = BATCHES[0].clone()
+        batch[0, 0] = spoilt  # one end of the range alone
+        assert moved_by([batch, BATCHES[1]], start=start).state()[:2] == start[:2]
