@@ -19,7 +19,8 @@ class QuantizedInput(nn.Module):
     The average moves while the layer trains, in each forward; between :func:`begin_update` and :func:`end_update` it
     moves once: each micro-batch is quantized by the average that it alone would move, and the one that stays was moved
     by the range of all of them. It is what a runtime without ranges of its own computes with. Its buffers go where the
-    layer goes, and are not in any state dict: pruners keep their state themselves.
+    layer goes, in float32 also where that is made half precision, and are not in any state dict: pruners keep their
+    state themselves.
 
     Args:
         per_token: quantizes each token by its own range; None: all of them by the average.
@@ -62,6 +63,15 @@ class QuantizedInput(nn.Module):
         }
         for name, value in start.items():
             self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedInput:
+        """Follow the layer to a device, not to a type of numbers."""
+
+        def moved(buffer: torch.Tensor) -> torch.Tensor:
+            found = fn(buffer)
+            return found if found.dtype == buffer.dtype else buffer.to(found.device)
+
+        return super()._apply(moved, recurse)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as 8 bits can tell it; the gradient passes where they reach (straight-through)."""

@@ -1,10 +1,16 @@
-"""Fake quantization of inputs: when the average of their range moves, and what happens before there is one."""
+"""Fake quantization of inputs: when the average of their range moves, and what happens before there is one.
+
+And which layers of a model are quantized, and when.
+"""
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from head_pruning import HeadPruningError, PruningSession
 from head_pruning.quantization.engine.inputs import QuantizedInput, begin_update, end_update, undo_update
+from head_pruning.quantization.qat import QatConfig, QatPruner
 
 BATCHES = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
 
@@ -116,3 +122,74 @@ def test_a_micro_batch_that_overflows_is_in_no_range():
         batch = BATCHES[0].clone()
         batch[0, 0] = spoilt  # one end of the range alone
         assert moved_by([batch, BATCHES[1]], start=start).state()[:2] == start[:2]
+
+
+# -- layers of a model ------------------------------------------------------------------------------------------------
+
+
+def attached(model, total=20, **options) -> PruningSession:
+    pytest.importorskip("torchao", reason="needs torchao")
+    return PruningSession(model, None, [QatPruner(QatConfig(**options))], total_steps=total).attach()
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5))
+
+
+@pytest.mark.parametrize("ranges", ["token", "average"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_made_half_precision_later_keeps_ranges_in_float32(ranges, dtype):
+    model = layers()
+    session = attached(model, input_ranges=ranges)
+    session.before_update(0)
+    model(BATCHES[0])
+    session.after_backward()
+    session.after_step()
+    state = session.state_dict()
+    model.to(dtype)
+    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(state[k])) for k, v in session.state_dict().items())
+    session.before_update(1)
+    assert model(BATCHES[1].to(dtype)).dtype == dtype
+    assert model[0].activation_fake_quantizer.low.dtype == torch.float32
+    assert model.to("meta")[0].activation_fake_quantizer.low.is_meta
+
+
+def test_numbers_that_cannot_be_quantized_are_refused():
+    model = layers().double()
+    with pytest.raises(HeadPruningError, match=r"The weights of 0 are float64, .*model.float\(\)"):
+        attached(model)
+    assert type(model[0]) is nn.Linear
+    assert attached(model.float())
+
+
+class Twice(nn.Module):
+    """A layer under two names, and a block under two, whose layer has one place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5))
+        self.parts = nn.ModuleList([self.first, self.block])
+
+    def forward(self, x):
+        return self.parts[1](self.parts[0](self.block(self.first(x))))
+
+
+def test_a_layer_under_two_names_is_left_out():
+    model = Twice()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    expected = model(BATCHES[0])
+    session = attached(model)
+    assert model.first is model.parts[0] is modules["first"]
+    assert type(model.block[0]) is not nn.Linear and model.parts[1] is model.block
+    session.detach()
+    assert dict(model.named_modules(remove_duplicate=False)) == modules
+    assert torch.equal(model(BATCHES[0]), expected)
+
+
+def test_a_layer_of_one_input_is_left_out():
+    """Such as what is left of a feed-forward block."""
+    model = nn.Sequential(nn.Linear(5, 1), nn.Linear(1, 5))
+    attached(model).before_update(0)
+    model(BATCHES[0]).sum().backward()
+    assert type(model[0]) is not nn.Linear and type(model[1]) is nn.Linear
