@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ContextManager, Optional
 
 import numpy as np
 
-from ..compact.shapes import FLAG, Number
+from ..compact.shapes import FLAG, STEP, Number
 from ..errors import HeadPruningError, one_line
 from ..pruner import Pruner, SessionView
 from ..registry import register_pruner
@@ -55,7 +55,7 @@ class QatPruner(Pruner):
     needs_unit_map = False
     starts_anywhere = True
     schedule_option = "quantization_begin"
-    state_shapes = {"begun": (FLAG,), "ranges": [Number()]}
+    state_shapes = {"begun": (FLAG,), "begin": (STEP,), "ranges": [Number()]}
 
     def check_options(self) -> None:
         options = self.config
@@ -165,12 +165,18 @@ class QatPruner(Pruner):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         states = [each.state() for each in self._inputs]
-        return {"begun": np.array([float(self._begun)]), "ranges": np.array(states, dtype=float).flatten()}
+        return {
+            "begun": np.array([float(self._begun)]),
+            "begin": np.array([-1.0 if self._begin is None else float(self._begin)]),
+            "ranges": np.array(states, dtype=float).flatten(),
+        }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         ranges = state["ranges"].reshape(len(self._layers), 4)
         for each, values in zip(self._inputs, ranges.tolist()):
             each.load(values)
+        begin = int(state["begin"][0]) if "begin" in state else -1  # earlier versions kept none
+        self._begin, self._updating = None if begin < 0 else begin, False
         self._switch(bool(state["begun"][0]))
 
 

@@ -193,3 +193,21 @@ def test_a_layer_of_one_input_is_left_out():
     attached(model).before_update(0)
     model(BATCHES[0]).sum().backward()
     assert type(model[0]) is not nn.Linear and type(model[1]) is nn.Linear
+
+
+def test_a_resumed_run_keeps_the_begin_that_it_was_started_with():
+    """A share of the training that was planned then; a state of an earlier version does not tell."""
+
+    def begins(session) -> int:
+        return next(step for step in range(100) if session.before_update(step) or session.at_target())
+
+    session = attached(layers(), quantization_begin=0.2)
+    assert session.state_dict()["qat.begin"] == [-1]
+    session.before_update(0)
+    state = session.state_dict()
+    for change, expected in ((set(), 4), ({"qat.begin"}, 20)):
+        resumed = attached(layers(), total=100, quantization_begin=0.2)
+        resumed.load_state_dict({name: value for name, value in state.items() if name not in change})
+        assert begins(resumed) == expected
+        resumed.begin_anew()
+        assert begins(resumed) == 20
