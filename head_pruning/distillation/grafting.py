@@ -28,21 +28,26 @@ class Graft:
 
     def __init__(self, layer: torch.nn.Module, donor: torch.nn.Module) -> None:
         self.live = False
-        self._swaps = []
-        for path, module in layer.named_modules():
-            theirs = donor.get_submodule(path)
-            places = [
-                (inner._parameters, theirs.get_submodule(name)._parameters, own)
-                for name, inner in module.named_modules()
-                for own, parameter in inner._parameters.items()
-                if parameter is not None
-            ]
-            if places:
-                self._swaps.append((module, _Swap(self, places)))
+        self._layer, self._donor = layer, donor
 
     def attach(self) -> list:
-        """Put the hooks on; returns their handles."""
-        return [handle for module, swap in self._swaps for handle in swap.attach(module)]
+        """Put the hooks on the modules that are in the layer by now; returns their handles."""
+        handles = []
+        for path, module in self._layer.named_modules():
+            places = self._places(module, path)
+            if places:
+                handles += _Swap(self, places).attach(module)
+        return handles
+
+    def _places(self, module: torch.nn.Module, path: str) -> list[tuple[dict, dict, str]]:
+        """Where the parameters in a module stand, those of the teacher's, and their own names."""
+        found = []
+        for name, inner in module.named_modules(prefix=path):
+            own = [each for each, parameter in inner._parameters.items() if parameter is not None]
+            if own:  # modules without, such as quantizers, need not be the teacher's too
+                theirs = self._donor.get_submodule(name)._parameters
+                found += [(inner._parameters, theirs, each) for each in own]
+        return found
 
 
 class _Swap:
@@ -110,7 +115,11 @@ class Grafts:
         self._grafts = [Graft(layer, donor) for layer, donor in zip(mine, donors)]
 
     def attach(self) -> None:
-        """Put the hooks on. Idempotent. What shall see a layer with the parameters that it ran with comes before."""
+        """Put the hooks on. Idempotent.
+
+        What shall see a layer with the parameters that it ran with comes before, and so do pruners that put other
+        modules into the layers.
+        """
         if not self._handles:
             self._handles = [h for graft in self._grafts for h in graft.attach()]
 

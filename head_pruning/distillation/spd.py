@@ -221,6 +221,7 @@ class SpdPruner(Distiller):
 
     def begin_anew(self) -> None:
         super().begin_anew()
+        self.grafts.detach()  # other modules may stand in the layers by the next update
         self._settled, self._planned = [], False
         self.drawn, self.step = np.ones_like(self.drawn), 0
 

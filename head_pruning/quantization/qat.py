@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ContextManager, Optional
 
 import numpy as np
 
-from ..compact.shapes import FLAG, Number
+from ..compact.shapes import FLAG, STEP, Number
 from ..errors import HeadPruningError, one_line
 from ..pruner import Pruner, SessionView
 from ..registry import register_pruner
@@ -55,7 +55,7 @@ class QatPruner(Pruner):
     needs_unit_map = False
     starts_anywhere = True
     schedule_option = "quantization_begin"
-    state_shapes = {"begun": (FLAG,), "ranges": [Number()]}
+    state_shapes = {"begun": (FLAG,), "begin": (STEP,), "ranges": [Number()]}
 
     def check_options(self) -> None:
         options = self.config
@@ -85,7 +85,7 @@ class QatPruner(Pruner):
                 "--not-to-quantize names them all."
             )
         self._begin: Optional[int] = None
-        self._begun = False
+        self._begun = self._updating = False
         prepare(session.model, list(self._layers), averaged=self.config.input_ranges == "average")
         self._switch(False)
 
@@ -95,6 +95,13 @@ class QatPruner(Pruner):
         if self.session is not None and getattr(self, "_layers", None):
             put_back(self.session.model, self._layers)
         super().detach()
+
+    def begin_anew(self) -> None:
+        # The layers stay in their places: gates are on them, and a teacher's may stand in for them.
+        for each in self._inputs:
+            each.load([0.0] * 4)
+        self._begin, self._updating = None, False
+        self._switch(False)
 
     @property
     def _prepared(self) -> list[Any]:
@@ -120,12 +127,23 @@ class QatPruner(Pruner):
             from .engine.inputs import begin_update  # executes torch, which listing methods does not need
 
             begin_update(self._inputs)
+            self._updating = True
 
     def after_backward(self, loss_scale: float, denominator: float, micro_batches: int) -> None:
         if self._begun:
             from .engine.inputs import end_update
 
             end_update(self._inputs, self.session.greatest)
+
+    def after_step(self, step: int, lr_factor: float) -> None:
+        self._updating = False
+
+    def skip_update(self, step: int) -> None:
+        if self._updating:
+            from .engine.inputs import undo_update
+
+            undo_update(self._inputs)  # an overflow has no range, and a batch that is tried again would count twice
+        self._updating = False
 
     def at_target(self) -> bool:
         return self._begun
@@ -147,12 +165,18 @@ class QatPruner(Pruner):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         states = [each.state() for each in self._inputs]
-        return {"begun": np.array([float(self._begun)]), "ranges": np.array(states, dtype=float).flatten()}
+        return {
+            "begun": np.array([float(self._begun)]),
+            "begin": np.array([-1.0 if self._begin is None else float(self._begin)]),
+            "ranges": np.array(states, dtype=float).flatten(),
+        }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         ranges = state["ranges"].reshape(len(self._layers), 4)
         for each, values in zip(self._inputs, ranges.tolist()):
             each.load(values)
+        begin = int(state["begin"][0]) if "begin" in state else -1  # earlier versions kept none
+        self._begin, self._updating = None if begin < 0 else begin, False
         self._switch(bool(state["begun"][0]))
 
 

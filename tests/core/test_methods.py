@@ -146,6 +146,65 @@ def test_a_resumed_run_ends_bit_equal(toy, mask_file, name, stop):
     assert not all(torch.equal(part["model"][key], value) for key, value in whole["model"].items())
 
 
+def trained_seeded(toy, model, session) -> dict:
+    """What a run ends with; draws of dropout are those of the update."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(UPDATES):
+        session.enter_phase(step)
+        torch.manual_seed(step)
+        update(toy, model, session, step, optimizer)
+    return {**model.state_dict(), **session.state_dict(), **session.tensor_state()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_that_begins_anew_ends_as_a_first_one(toy, mask_file, name):
+    model, session, _ = build(toy, name, mask_file)
+    expected = trained_seeded(toy, model, session)
+    model, session, _ = build(toy, name, mask_file)
+    weights = copy.deepcopy(model.state_dict())
+    for step in range(4):
+        session.enter_phase(step)
+        update(toy, model, session, step, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.load_state_dict(weights)
+    session.begin_anew()
+    same(trained_seeded(toy, model, session), expected)
+
+
+def test_gated_and_quantized_layers_begin_anew_together(toy, mask_file):
+    """The gates stay on the layers that the quantizer put in."""
+    model, session, qat = build(toy, "qat", mask_file, quantization_begin=0)
+    session.detach()
+    gates = build_pruner(methods()["ste"], SimpleNamespace(num_of_heads=5, joint_pruning=True))
+    for several in ([gates, qat], [qat, gates]):
+        session = PruningSession(model, session.unit_map, several, total_steps=UPDATES).attach()
+        for _ in range(2):
+            update(toy, model, session, 0)
+            session.begin_anew()
+            assert not session.at_target() and not qat.state_dict()["ranges"].any()
+        session.detach()
+        assert hooks(model) == 0 and type(model.head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_skipped_update_leaves_no_trace(toy, mask_file, name):
+    model, session, _ = build(toy, name, mask_file)
+    expected = trained_seeded(toy, model, session)
+    model, session, _ = build(toy, name, mask_file)
+    before = session.before_update
+
+    def tried_before(step: int) -> None:
+        before(step)
+        session.loss(toy.loss(model, toy.batch(77))).backward()
+        session.after_backward(denominator=24)
+        session.before_step()
+        session.skip_update()
+        torch.manual_seed(step)
+        before(step)
+
+    session.before_update = tried_before
+    same(trained_seeded(toy, model, session), expected)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_state_with_numbers_that_cannot_be_is_refused(toy, mask_file, name):
     state, session, pruner = train(toy, name, mask_file, range(3))

@@ -19,7 +19,8 @@ class QuantizedInput(nn.Module):
     The average moves while the layer trains, in each forward; between :func:`begin_update` and :func:`end_update` it
     moves once: each micro-batch is quantized by the average that it alone would move, and the one that stays was moved
     by the range of all of them. It is what a runtime without ranges of its own computes with. Its buffers go where the
-    layer goes, and are not in any state dict: pruners keep their state themselves.
+    layer goes, in float32 also where that is made half precision, and are not in any state dict: pruners keep their
+    state themselves.
 
     Args:
         per_token: quantizes each token by its own range; None: all of them by the average.
@@ -27,6 +28,7 @@ class QuantizedInput(nn.Module):
     Attributes:
         enabled: whether inputs are quantized, and the average moves.
         seen: whether there is an average yet; before, it quantizes nothing.
+        seen_before: whether there was one as the update began.
         moved: whether a micro-batch of this update moved the average; None: between updates.
         several: whether more than one did.
     """
@@ -45,7 +47,7 @@ class QuantizedInput(nn.Module):
     def __init__(self, per_token: Optional[nn.Module] = None) -> None:
         super().__init__()
         self.per_token = per_token
-        self.enabled = self.seen = self.several = False
+        self.enabled = self.seen = self.seen_before = self.several = False
         self.moved: Optional[bool] = None
         start = {
             "low": torch.tensor(math.inf),
@@ -61,6 +63,15 @@ class QuantizedInput(nn.Module):
         }
         for name, value in start.items():
             self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedInput:
+        """Follow the layer to a device, not to a type of numbers."""
+
+        def moved(buffer: torch.Tensor) -> torch.Tensor:
+            found = fn(buffer)
+            return found if found.dtype == buffer.dtype else buffer.to(found.device)
+
+        return super()._apply(moved, recurse)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as 8 bits can tell it; the gradient passes where they reach (straight-through)."""
@@ -101,14 +112,30 @@ class QuantizedInput(nn.Module):
         )
 
     def _take(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Go on from this range, unless it is that of no micro-batch."""
+        """Go on from this range, unless it is that of no micro-batch, or of one that overflowed."""
         low, high = low.to(self.low.device), high.to(self.high.device)
-        self.low.copy_(torch.where(low.isfinite(), low, self.start_low))
-        self.high.copy_(torch.where(high.isfinite(), high, self.start_high))
-        self.least.fill_(math.inf)
-        self.most.fill_(-math.inf)
+        known = low.isfinite() & high.isfinite()
+        self._settle(torch.where(known, low, self.start_low), torch.where(known, high, self.start_high))
+
+    def _settle(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """The update is over, and this is the range."""
+        self._close()
+        self.low.copy_(low)
+        self.high.copy_(high)
         if self.seen:
             self._fused(self.low.new_zeros(1), self.on, 0.0)  # scale and zero point follow; the range moves by nothing
+
+    def _close(self) -> None:
+        self.moved, self.several = None, False
+        self.least.fill_(math.inf)
+        self.most.fill_(-math.inf)
+
+    def _undo(self) -> None:
+        self.seen = self.seen_before
+        self._settle(self.start_low, self.start_high)
+        if not self.seen:
+            self.scale.zero_()
+            self.zero_point.zero_()
 
     def state(self) -> list[float]:
         """Range, scale and zero point; zeros before the first input. Waits for the device."""
@@ -117,7 +144,8 @@ class QuantizedInput(nn.Module):
 
     @torch.no_grad()
     def load(self, state: list[float]) -> None:
-        """Restore :meth:`state`."""
+        """Restore :meth:`state`; zeros: be as before the first input. An update that goes on is over."""
+        self._close()
         self.seen = bool(state[2])
         low, high, scale, zero_point = state if self.seen else (math.inf, -math.inf, 0.0, 0.0)
         for buffer, value in ((self.low, low), (self.high, high), (self.scale, scale), (self.zero_point, zero_point)):
@@ -127,12 +155,12 @@ class QuantizedInput(nn.Module):
 @torch.no_grad()
 def begin_update(inputs: Sequence[QuantizedInput]) -> None:
     """Until :func:`end_update` forwards are micro-batches of one update."""
-    if any(each.several for each in inputs):  # an update that came to no end
-        end_update(inputs)
+    if any(each.moved for each in inputs):  # an update that came to no end
+        undo_update(inputs)
     torch._foreach_copy_([each.start_low for each in inputs], [each.low for each in inputs])
     torch._foreach_copy_([each.start_high for each in inputs], [each.high for each in inputs])
     for each in inputs:
-        each.moved = False
+        each.moved, each.seen_before = False, each.seen
 
 
 @torch.no_grad()
@@ -159,6 +187,13 @@ def end_update(inputs: Sequence[QuantizedInput], over_ranks: Optional[Callable[[
             each._take(-low, high)
     for each in inputs:
         each.moved, each.several = None, False
+
+
+@torch.no_grad()
+def undo_update(inputs: Sequence[QuantizedInput]) -> None:
+    """Be as :func:`begin_update` found them, also after :func:`end_update`; nothing is waited for."""
+    for each in inputs:
+        each._undo()
 
 
 def _computed_again() -> bool:

@@ -18,6 +18,7 @@ CURE_OF_INTEGERS = (
     "which can be evaluated, but not trained or pruned; start from the model in floats that they were made from, and "
     "quantize that in training (--do-quantization)."
 )
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)  # that torchao fake-quantizes
 # Hooks of a module, which go with its name and not with the object in its place.
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))]
 
@@ -56,23 +57,37 @@ def is_fake_quantized(model: nn.Module) -> bool:
 def find_linears(model: nn.Module, leave: Optional[str]) -> dict[str, nn.Linear]:
     """The linear layers to quantize: not those with shared weights or none, nor subclasses, which compute otherwise.
 
+    A layer that stands in two places shares its weights with itself; torchao refuses those of a single input.
+
     Args:
         model: the model.
         leave: regular expression of names to leave out.
+
+    Raises:
+        HeadPruningError: the weights of one are of a type that cannot be quantized in training.
     """
     owners: dict[int, int] = {}
-    for module in model.modules():
+    standing = (child for module in model.modules() for child in module._modules.values() if child is not None)
+    for module in (model, *standing):
         for parameter in module._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {
+    found = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
         and type(module.weight.data) is torch.Tensor
         and module.weight.numel()
+        and module.weight.shape[-1] > 1
         and owners[id(module.weight)] == 1
         and not (leave and re.search(leave, name))
     }
+    for name, layer in found.items():
+        if layer.weight.dtype not in _NUMBERS:
+            raise HeadPruningError(
+                f"The weights of {name} are {str(layer.weight.dtype).removeprefix('torch.')}, which cannot be trained "
+                "for 8 bits; convert the model first (model.float()), or leave the layer out with --not-to-quantize."
+            )
+    return found
 
 
 def prepare(model: nn.Module, names: Sequence[str], *, averaged: bool) -> None:

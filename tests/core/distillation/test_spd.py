@@ -283,6 +283,31 @@ def test_a_graft_computes_the_teachers_layer_and_only_in_training(drawn):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_the_teachers_layer_stands_in_for_one_that_is_quantized(anew):
+    """The quantizer puts linear layers of its own in their places, after the distiller was attached."""
+    pytest.importorskip("torchao", reason="needs torchao")
+    model, pruner = make(), build("spd", teacher_path="other")
+    qat = build("qat", quantization_begin=3)
+    session = open_session(model, pruner, qat, load_teacher=other())
+    pruner.draw = lambda step: np.array([True, False, True])
+    if anew:
+        session.before_update(0)
+        session.begin_anew()
+    mixed = make()
+    mixed.layers[1].load_state_dict(make(1).layers[1].state_dict())
+    session.before_update(0)
+    assert torch.equal(model(batch(0)[0]), mixed(batch(0)[0]))
+    session.before_update(3)
+    quantized = model(batch(0)[0])
+    assert 0 < (quantized - mixed(batch(0)[0])).abs().max() < 0.02
+    quantized.sum().backward()
+    for number, layer in enumerate(model.layers):
+        assert all((p.grad is None) == (number == 1) for p in layer.parameters()), number
+    session.detach()
+    assert torch.equal(model(batch(0)[0]), make()(batch(0)[0]))
+
+
 def test_gradients_under_checkpointing_and_accumulation_are_the_same():
     found = []
     for reentrant in (None, False):
