@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..schedules import STEPS, resolve_steps
 
 if TYPE_CHECKING:
     from .engine.inputs import QuantizedInput
+
+logger = logging.getLogger(__name__)
 
 RANGES = ("token", "average")
 
@@ -83,6 +86,11 @@ class QatPruner(Pruner):
             raise HeadPruningError(
                 "The model has no linear layer (torch.nn.Linear, with weights of its own) to quantize, or "
                 "--not-to-quantize names them all."
+            )
+        if any(pruner.needs_gates for pruner in session.pruners):
+            logger.warning(
+                "pruned heads and units stay as zeros in the 8-bit model, out of which they cannot be cut; for a "
+                "smaller one prune without quantization, cut them out, and train that with it"
             )
         self._begin: Optional[int] = None
         self._begun = self._updating = False

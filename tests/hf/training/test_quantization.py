@@ -153,6 +153,7 @@ def test_it_learns_from_a_teacher_beside(tmp_path):
 def test_heads_go_to_zero_before_weights_are_rounded(tmp_path, caplog):
     dsp = pruner("dsp", num_of_heads=3, joint_pruning=True)
     trainer = trainer_of(tmp_path, student(), others=[dsp], max_steps=2)
+    assert "stay as zeros in the 8-bit model" in caplog.text  # before anything is trained
     trainer.train()
     trainer.save_model(tmp_path / "model")
     mask = trainer.head_mask.by_site()["bert.encoder.layer.0.attention"]
