@@ -249,7 +249,13 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
 
 
 def _check_score(job: Job, run: Optional[Run], numbers: Mapping[str, float]) -> None:
-    if "score" not in numbers and "score" in job.measure and job.scores:
+    if "score" in numbers or "score" not in job.measure:
+        return
+    if run is not None and run.score_name:
+        raise HeadPruningError(
+            f"Its {run.score_name} in all_results.json is not finite: its training came to nothing; lower its rates."
+        )
+    if job.scores:
         raise HeadPruningError(
             f"Its all_results.json has no {' or '.join(job.scores)}; name one of its entries as the plan's score."
         )

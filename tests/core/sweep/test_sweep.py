@@ -427,6 +427,27 @@ def test_what_is_measured(here):
     assert read_json("w/failed/c.json")["error"] == error
 
 
+@pytest.mark.parametrize("given", [{"eval_accuracy": float("nan"), "eval_loss": float("nan")},
+                                   {"eval_accuracy": float("inf"), "eval_loss": 0.7}])  # fmt: skip
+def test_a_score_that_is_not_finite_is_a_failure(here, given):
+    """Nor does the loss stand in for it; what does not measure the score does not mind."""
+    Path("nan.py").write_text(
+        f"import json, pathlib, sys\ntext = {json.dumps(json.dumps({**given, 'heads_kept': 3}))}\n"
+        "pathlib.Path(sys.argv[1], 'all_results.json').write_text(text)\nprint('BLEU = 9.0')\n"
+    )
+    for options in ({}, {"scores": ("eval_f1", "eval_accuracy+heads_kept", "eval_loss")}):
+        error = run_job(job(here, "python nan.py OUT", **options))["error"]
+        assert "is not finite: its training came to nothing" in error and "its eval_accuracy" in error.lower()
+    assert not Path("w/cells/c.json").exists() and Path("w/failed/c.json").exists()
+    (run,) = find_runs(["w/runs/c"])
+    assert (run.score_name, run.score) == ("eval_accuracy", None)
+    with pytest.raises(HeadPruningError, match="No run has a finite eval_accuracy"):
+        find_runs(["w/runs/c"], "eval_accuracy")
+    assert run_job(job(here, "python nan.py OUT", score_pattern="BLEU = (.*)"))["numbers"]["score"] == 9.0
+    Path("w/cells/c.json").unlink()
+    assert run_job(job(here, "python nan.py OUT", measure=("heads",)))["numbers"] == {"heads_kept": 3}
+
+
 def test_what_ran_well_is_not_run_again_to_be_measured(here):
     """Nor after its plan's pattern was corrected; with other commands, or once its folder is gone, it is."""
     command = "python program.py OUT 18 1"
