@@ -25,6 +25,7 @@ from head_pruning.sweep.launchers import open_launcher
 from head_pruning.sweep.plan import Cell, read_plan
 from head_pruning.sweep.results import rows
 from head_pruning.sweep.runner import run_cells
+from head_pruning.yaml_text import parse_yaml
 
 # Leaves what a run leaves; counts how often it ran; waits for a file, or fails, where it is told to.
 PROGRAM = """
@@ -196,6 +197,27 @@ def test_plans_that_cannot_be_run(here, changes, words):
     with pytest.raises(HeadPruningError) as error:
         read_plan("plan.yaml").cells(Path("w"))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_that_comes_twice_is_refused(here):
+    """YAML's libraries keep the last one; a merge may be overruled, also where it is merged on before it is read."""
+    Path("plan.yaml").write_text("command: x {out} {a}\ngrid:\n  a: [1, 2]\n  'a': [3]\n")
+    with pytest.raises(HeadPruningError, match=r"plan.yaml is no plan of a sweep \(line 4 has a for the second time\)"):
+        read_plan("plan.yaml")
+    Path("plan.yaml").write_text(
+        "x-deep: {first: &first {a: [1, 2], b: [5]}, second: &second {<<: *first, a: [3]}}\n"
+        "command: x {out} {a} {b}\ngrid: {<<: *second, b: [6]}\n"
+    )
+    assert [cell.name for cell in read_plan("plan.yaml").cells(Path("w"))] == ["a3-b6"]
+    plans = sorted((Path(__file__).parents[3] / "benchmarks" / "plans").glob("*.yaml"))
+    assert plans and all(parse_yaml(plan.read_text(encoding="utf-8"))["command"] for plan in plans)
+
+
+@pytest.mark.parametrize("text", ["[" * 2000, "a: [", "a: 2024-99-99", "a: !!python/object:os.x {}", "\0", "{[1]: 2}"])
+def test_a_text_that_is_no_yaml(here, text):
+    Path("plan.yaml").write_text(text)
+    with pytest.raises(HeadPruningError, match="is no plan of a sweep"):
+        read_plan("plan.yaml")
 
 
 def test_a_cell_lies_inside_of_its_sweep(here):
@@ -375,6 +397,8 @@ def test_a_search_does_not_go_on_from_cells_of_a_grid(here):
     write_plan(grid={"seed": [1]}, command="python program.py {out} {n} {seed}", search={"n": {"low": 1, "high": 2}})
     with pytest.raises(SystemExit, match="holds the cell seed1, which is none of this search; choose another --out"):
         main(["sweep", "plan.yaml", "--optuna", "1"])
+    with pytest.raises(SystemExit, match="The plan is a search for n; say with --optuna N how many cells to measure"):
+        main(["sweep", "plan.yaml"])
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -382,6 +406,8 @@ def test_a_search_does_not_go_on_from_cells_of_a_grid(here):
     (["--threads", "0"], "--threads is 0; give 1 or more"),
     (["--optuna", "0"], "--optuna is 0; give 1 or more"),
     (["--only", "("], "--only is no regular expression"),
+    (["--launcher-option", "a=["], "--launcher-option a=[ has no value of YAML (while parsing a flow"),
+    (["--launcher-option", "a"], "--launcher-option a has no value; write it as NAME=VALUE"),
     (["--optuna", "3", "--dry-run"], "--dry-run is about the cells of a grid, which --optuna has not"),
     (["--optuna", "3", "--only", "a"], "--only is about"),
     (["--optuna", "3", "--parquet"], "--parquet is about"),
@@ -391,7 +417,7 @@ def test_flags_that_cannot_be(here, flags, words):
     write_plan()
     with pytest.raises(SystemExit, match=re.escape(words)):
         main(["sweep", *[flag for flag in flags if flag == "show"], "plan.yaml", *[f for f in flags if f != "show"]])
-    assert ran() == []
+    assert ran() == [] and not Path("plan-sweep").exists()
 
 
 def test_columns_of_the_plan_and_of_what_was_measured_stay_apart():
