@@ -10,7 +10,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class UniqueLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Refuses a name that a mapping has twice, of which PyYAML keeps the last; what ``<<`` merges in may be overruled."""
+    """Refuses a name that a mapping has twice: PyYAML keeps the last. What ``<<`` merges in may be overruled."""
 
     def compose_mapping_node(self, anchor: Optional[str]) -> yaml.MappingNode:
         """A mapping as it is written; later on what is merged into it has become a part of it."""

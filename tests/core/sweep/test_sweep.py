@@ -202,7 +202,9 @@ def test_plans_that_cannot_be_run(here, changes, words):
 def test_a_name_that_comes_twice_is_refused(here):
     """YAML's libraries keep the last one; a merge may be overruled, also where it is merged on before it is read."""
     Path("plan.yaml").write_text("command: x {out} {a}\ngrid:\n  a: [1, 2]\n  'a': [3]\n")
-    with pytest.raises(HeadPruningError, match=r"plan.yaml is no plan of a sweep \(line 4 has a for the second time\)"):
+    with pytest.raises(
+        HeadPruningError, match=r"plan.yaml is no plan of a sweep \(line 4 has a for the second time\)"
+    ):
         read_plan("plan.yaml")
     Path("plan.yaml").write_text(
         "x-deep: {first: &first {a: [1, 2], b: [5]}, second: &second {<<: *first, a: [3]}}\n"
