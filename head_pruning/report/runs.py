@@ -53,7 +53,15 @@ NUMBERS = {
     "mac_bound": "times by MACs",
 }
 _TOLD = (*NUMBERS, "heads_total", "units_total")
-_MODELS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "checkpoint_last.pt")
+# The files of a model, of which the first that are there count: what lies beside them is of other precisions or models.
+_MODELS = (
+    *(
+        f"{stem}{part}{ending}"
+        for stem, ending in (("model", ".safetensors"), ("adapter_model", ".safetensors"), ("pytorch_model", ".bin"))
+        for part in ("", "-*-of-*", ".bf16*", ".fp16*")
+    ),
+    "checkpoint_last.pt",
+)
 _DEEPEST = 6  # folders below one that is given
 
 

@@ -37,6 +37,7 @@ except ImportError:  # a system without locks of this kind
     fcntl = None
 
 _LAST_LINES = 12
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "checkpoint*.pt")
 _ENDED = {"commands": [str], "env": str, "seconds": Number(0)}
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _running: set[int] = set()  # process groups of this process's cells
@@ -188,7 +189,7 @@ def _delete_models(folder: Path) -> None:
     for each in folders:
         if each != folder and CHECKPOINT.fullmatch(each.name):
             shutil.rmtree(each, ignore_errors=True)
-        for path in {*model_files(each), *each.glob("checkpoint*.pt")}:
+        for path in [path for pattern in _WEIGHTS for path in each.glob(pattern)]:
             path.unlink()
 
 
