@@ -23,7 +23,8 @@ CELLS_FOLDER = "cells"
 CELL = {
     "name": str,
     "values": {str: object},
-    "commands": [str],
+    "commands": [str],  # as its plan has them, which a cell is known by
+    "ran?": [str],  # with the benchmark as it was called, where there was one
     "folder": str,
     "score_name": str,
     "measure?": [str],
@@ -53,7 +54,7 @@ NUMBERS = {
     "mac_bound": "times by MACs",
 }
 _TOLD = (*NUMBERS, "heads_total", "units_total")
-# The files of a model, of which the first that are there count: what lies beside them is of other precisions or models.
+# The files of a model. The first that are there count: those beside them are of other precisions, or left over.
 _MODELS = (
     *(
         f"{stem}{part}{ending}"
@@ -250,7 +251,7 @@ def _of_cell(cell: Mapping[str, Any], sweep: Path, scores: Sequence[str], depth:
     found = {run.folder: run for run in (_below(folder, folder, scores, depth) if folder.is_dir() else ())}
     measured = {folder: cell, **{folder / each["folder"]: each for each in cell.get("more", ())}}
     nothing = Run(cell["name"], folder, "dense", {})
-    told = {"values": cell["values"], "commands": cell["commands"]}
+    told = {"values": cell["values"], "commands": cell.get("ran", cell["commands"])}
     told["method"] = str(cell["values"].get("method", found.get(folder, nothing).method))
     for place in dict.fromkeys([*measured, *found]):
         run = found.get(place, replace(nothing, folder=place))

@@ -239,6 +239,7 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
         "name": job.cell.name,
         "values": dict(job.cell.values),
         "commands": job.cell.lines,
+        **({"ran": [shlex.join(words) for words in (*job.cell.commands, _benchmark(job))]} if job.timed else {}),
         "folder": os.path.relpath(job.folder, job.work),
         "score_name": "score" if run is None or score is not None else run.score_name,
         "measure": list(job.measure),
@@ -278,10 +279,7 @@ def _score_in_log(job: Job, run: Optional[Run]) -> Optional[float]:
 
 def _timed(job: Job, lock: Optional[int], stream: Any) -> dict[str, float]:
     """What ``head-pruning benchmark`` says of the model, without the heads that are gone, and beside the dense one."""
-    files = model_files(job.folder)  # fairseq's models are files, those of transformers folders
-    model = files[0] if files and files[0].suffix == ".pt" else job.folder
-    what = (str(model), "--json", "--threads", str(job.threads), *job.cell.benchmark)
-    words = ("python", "-m", "head_pruning.cli", "benchmark", *what)
+    words = _benchmark(job)
     stream.write(f"$ {shlex.join(words)}\n")
     stream.flush()
     printed = json.loads(_call(job, words, lock, stdout=subprocess.PIPE, stderr=stream))
@@ -290,6 +288,14 @@ def _timed(job: Job, lock: Optional[int], stream: Any) -> dict[str, float]:
     if "speed_up" in printed:
         found |= {"speed_up": printed["speed_up"]["throughput"], "mac_bound": printed["mac_bound"]}
     return found
+
+
+def _benchmark(job: Job) -> tuple[str, ...]:
+    """The command line that times its model, which is known once it is there."""
+    files = model_files(job.folder)  # fairseq's models are files, those of transformers folders
+    model = files[0] if files and files[0].suffix == ".pt" else job.folder
+    what = (str(model), "--json", "--threads", str(job.threads), *job.cell.benchmark)
+    return ("python", "-m", "head_pruning.cli", "benchmark", *what)
 
 
 # -- processes -------------------------------------------------------------------------------------------------------

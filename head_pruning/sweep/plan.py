@@ -93,7 +93,7 @@ class Cell:
 
     @property
     def lines(self) -> list[str]:
-        """Its command lines, as a shell takes them."""
+        """Its command lines, as a shell takes them; the benchmark's without its model, which is not there yet."""
         timed = [("head-pruning", "benchmark", *self.benchmark)] if self.benchmark else []
         return [shlex.join(words) for words in (*self.commands, *timed)]
 

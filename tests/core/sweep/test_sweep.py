@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from head_pruning import HeadPruningError
 from head_pruning.cli import main
 from head_pruning.files import read_json
 from head_pruning.report.runs import find_runs
+from head_pruning.sweep import cell as cell_module
 from head_pruning.sweep.cell import Job, run_job
 from head_pruning.sweep.launchers import open_launcher
 from head_pruning.sweep.plan import Cell, read_plan
@@ -498,6 +500,24 @@ def test_a_benchmark_is_told_the_folder_of_its_cell(here):
         "--mask",
         f"w/runs/{names(measure=['latency'])[0]}/masks.safetensors",
     )
+
+
+def test_a_report_shows_the_benchmark_that_ran(here, monkeypatch):
+    """A cell is known by the plan's words all the same, which do not name its model."""
+    ran = []
+
+    def call(job, words, lock, stdout, stderr=None):
+        ran.append(shlex.join(words))
+        Path("w/runs/c/all_results.json").write_text('{"eval_accuracy": 0.5}')
+        return json.dumps({"models": [{"latency_ms": 2.0}]})
+
+    monkeypatch.setattr(cell_module, "_call", call)
+    cell = Cell("c", {}, (("train",),), benchmark=("--rounds", "1"))
+    job = Job(cell, here / "w", here, measure=("score", "latency"), threads=2)
+    assert run_job(job)["commands"] == job.cell.lines == ["train", "head-pruning benchmark --rounds 1"]
+    (run,) = find_runs(["w"])
+    timed = f"python -m head_pruning.cli benchmark {here}/w/runs/c --json --threads 2 --rounds 1"
+    assert list(run.commands) == ran == ["train", timed] and job.finished()
 
 
 def test_models_without_a_score_have_rows_where_none_is_measured(here):
