@@ -100,6 +100,15 @@ def test_user_dir_prints_the_plugin_folder_and_errors_end_the_command_with_statu
     assert Path(done.stdout.strip()).samefile(ROOT / "fairseq_plugin")
 
 
+@pytest.mark.parametrize("words", [["pruners"], ["user-dir", "--help"]])
+def test_a_reader_that_has_enough_gets_no_error(words):
+    command = [sys.executable, "-m", "head_pruning.cli", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1 or "--help" in words  # argparse passes it over itself where nothing is buffered
+
+
 def test_pruners_lists_every_method_with_its_options(call):
     printed = call("pruners")
     options = ("--num-of-heads", "--cooldown-steps", "--final-threshold")
