@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 from typing import Optional, Sequence
 
@@ -51,8 +52,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     try:
         # First, so that no host's own set-up of the logs takes effect.
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        args = build_parser().parse_args(arguments)
-        args.run(args)
+        try:
+            args = build_parser().parse_args(arguments)
+            args.run(args)
+        finally:
+            sys.stdout.flush()  # here a pipe that is closed can be seen to, at the end of the process no more
+    except BrokenPipeError:  # whoever reads has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (HeadPruningError, OSError) as error:  # such as a full disk, or a folder that may not be written
         sys.exit(f"error: {error}")
 

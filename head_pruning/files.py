@@ -35,7 +35,7 @@ UNFINISHED = ".saving-"
 
 # Why a file system takes nothing, whatever is written.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-_REFUSED = _FULL | {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
+_REFUSED = _FULL | {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 # How libraries say so that write by themselves: safetensors with a number, torch without.
 _OF_SAFETENSORS = re.compile(r"os error (\d+)")
 _OF_TORCH = re.compile(r"inline_container|PytorchStreamWriter|iostream error")
@@ -54,12 +54,21 @@ def writing(path: "str | Path", *, also_reading: bool = False) -> Iterator[None]
     except HeadPruningError:
         raise
     except Exception as error:
-        reason = _refusal(error, _FULL if also_reading else _REFUSED)
+        numbers = _FULL if also_reading else _REFUSED
+        if not also_reading and _is_for(error, Path(path)):  # some file systems make no folders
+            numbers = numbers | {errno.ENOENT}
+        reason = _refusal(error, numbers)
         if reason is None:
             raise
         raise HeadPruningError(
             f"{path} cannot be written ({reason}); make room or choose another place (what was there before is whole)."
         ) from error
+
+
+def _is_for(error: BaseException, path: Path) -> bool:
+    """Whether it was raised for ``path``, what is to become it, or a folder above; not for a file that is read."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, str) and (Path(name) in (path, *path.parents) or Path(name).name.startswith(UNFINISHED))
 
 
 def _refusal(error: BaseException, numbers: set[int]) -> Optional[str]:
@@ -85,14 +94,18 @@ def atomic_path(path: "str | Path") -> Iterator[Path]:
         descriptor, temporary = _unfinished(path.parent, path.name)
         try:
             yield temporary
-            # Temporary files are private; give them the mode that open() would have given.
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
+            temporary.chmod(_usual_mode())  # temporary files are private
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def _usual_mode() -> int:
+    """The mode that open() gives a new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 @contextlib.contextmanager
@@ -117,6 +130,8 @@ def temporary_folder(folder: "str | Path") -> Iterator[Path]:
 def appearing_at_once(folder: "str | Path") -> Iterator[Path]:
     """A temporary folder in ``folder`` whose files, those of its own folders too, move there when the block is done.
 
+    They get the mode that open() would have given, whatever wrote them: safetensors writes private files.
+
     Raises:
         HeadPruningError: the disk takes nothing.
     """
@@ -127,6 +142,7 @@ def appearing_at_once(folder: "str | Path") -> Iterator[Path]:
             if path.is_dir():
                 place.mkdir(exist_ok=True)  # one that is there may hold more, and cannot be replaced
             else:
+                path.chmod(_usual_mode())
                 os.replace(path, place)
 
 

@@ -100,6 +100,15 @@ def test_user_dir_prints_the_plugin_folder_and_errors_end_the_command_with_statu
     assert Path(done.stdout.strip()).samefile(ROOT / "fairseq_plugin")
 
 
+@pytest.mark.parametrize("words", [["pruners"], ["user-dir", "--help"]])
+def test_a_reader_that_has_enough_gets_no_error(words):
+    command = [sys.executable, "-m", "head_pruning.cli", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1 or "--help" in words  # argparse passes it over itself where nothing is buffered
+
+
 def test_pruners_lists_every_method_with_its_options(call):
     printed = call("pruners")
     options = ("--num-of-heads", "--cooldown-steps", "--final-threshold")
@@ -112,9 +121,18 @@ def test_show_prints_compares_and_draws(unit_map, tmp_path, call):
     HeadMask(unit_map, np.array([1, 1, 0, 0, 0, 0, 0, 1])).save(first)
     HeadMask(unit_map, np.array([1, 0, 0, 0, 0, 0, 1, 1])).save(second)
     picture = tmp_path / "masks.png"
+    for command in (("show", first), ("diff", first, second), ("inspect", tmp_path)):
+        assert "masks.txt is no name of a picture" in call(*command, "--plot", tmp_path / "masks.txt")
     printed = call("show", first, second, "--plot", picture)
     assert "##.." in printed and "3/8" in printed and "0.50" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_is_said_to_be_where_it_is(unit_map, tmp_path, capsys):
+    HeadMask(unit_map, np.arange(8) < 3).save(tmp_path / "a.safetensors")
+    main(["show", str(tmp_path / "a.safetensors"), "--plot", str(tmp_path / "heads.v2")])
+    assert capsys.readouterr().err == f"the picture is in {tmp_path / 'heads.v2.png'}\n"
+    assert (tmp_path / "heads.v2.png").is_file()
 
 
 def test_show_and_diff_compare_masks_of_heads_with_masks_of_units_too(unit_map, tmp_path, call):

@@ -43,7 +43,7 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument("--mask", metavar="FILE", help="head mask to look at instead of the model's own")
     command.add_argument("--length", type=int, help=f"tokens that MACs are of (default: at most {LENGTH})")
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--plot", metavar="PNG", help="file to draw the heads in")
+    command.add_argument("--plot", metavar="FILE", help="PNG, SVG or PDF to draw the heads in")
     command.set_defaults(run=_work("inspect"))
 
 
@@ -84,13 +84,13 @@ def _add_benchmark(commands: Any) -> None:
 def _add_show_and_diff(commands: Any) -> None:
     command = commands.add_parser("show", help="print head masks, compare them, draw them")
     command.add_argument("masks", nargs="+", help="head mask files, or pruned models")
-    command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
+    command.add_argument("--plot", metavar="FILE", help="PNG, SVG or PDF to draw them in, side by side")
     command.set_defaults(run=_work("masks", "show"))
     command = commands.add_parser("diff", help="the heads that two masks share, and those that one has alone")
     command.add_argument("first", help="a head mask file, or a model, whose heads count as those of its original")
     command.add_argument("second", help="another of the same architecture")
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--plot", metavar="PNG", help="file to draw them in, side by side")
+    command.add_argument("--plot", metavar="FILE", help="PNG, SVG or PDF to draw them in, side by side")
     command.set_defaults(run=_work("masks", "diff"))
 
 

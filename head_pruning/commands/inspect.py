@@ -12,7 +12,7 @@ from ..errors import HeadPruningError
 from ..hosts import HostModel, find_host, kept_heads
 from ..inference.sizes import Sizes, mac_bound, measure_sizes
 from ..masks import full_mask
-from ..report.plots import plot_head_masks
+from ..report.plots import picture_path, plot_head_masks
 from ..report.report_file import counts_told
 from ..report.tables import head_table, text_table
 from ..surgery.remaining import query_heads_left, recipe_of
@@ -27,6 +27,8 @@ DENSE = 0.05  # at most this share of zeros is that of an unpruned model: the em
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
+    if args.plot:
+        picture_path(args.plot)  # before anything that takes long
     host = find_host(args.model)
     note(f"loading {args.model}")
     loaded = host.load(Path(args.model), given_mask(args.mask))
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{head_table(mask, queries)}\n")
         print(_sizes_table(found))
     if args.plot:
-        plot_head_masks({short(args.model): mask}, args.plot)
+        note(f"the picture is in {plot_head_masks({short(args.model): mask}, args.plot)}")
 
 
 def describe(loaded: HostModel, length: int) -> dict[str, Any]:

@@ -4,13 +4,15 @@ import argparse
 
 from ..hosts import read_mask
 from ..masks import HeadMask, numbered_alike
-from ..report.plots import plot_head_masks
+from ..report.plots import picture_path, plot_head_masks
 from ..report.tables import head_table, text_table
-from .common import print_json, short
+from .common import note, print_json, short
 
 
 def show(args: argparse.Namespace) -> None:
     """``head-pruning show``."""
+    if args.plot:
+        picture_path(args.plot)  # before anything is printed
     masks = {path: read_mask(path) for path in args.masks}
     for path, mask in masks.items():
         print(f"{path}\n{head_table(mask)}\n")
@@ -20,7 +22,7 @@ def show(args: argparse.Namespace) -> None:
     if rows:
         print(text_table(("compared with the first", "both", "only first", "only this", "jaccard"), rows))
     if args.plot:
-        plot_head_masks(masks, args.plot)
+        note(f"the picture is in {plot_head_masks(masks, args.plot)}")
 
 
 def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[int]]]:
@@ -38,6 +40,8 @@ def difference(first: HeadMask, second: HeadMask) -> dict[str, dict[str, list[in
 
 def diff(args: argparse.Namespace) -> None:
     """``head-pruning diff``."""
+    if args.plot:
+        picture_path(args.plot)
     first, second = numbered_alike([read_mask(args.first, dense=True), read_mask(args.second, dense=True)])
     overlap = first.compare(second)
     sites = difference(first, second)
@@ -61,4 +65,4 @@ def diff(args: argparse.Namespace) -> None:
         titles = [short(args.first), short(args.second)]
         if titles[0] == titles[1]:
             titles = ["first", "second"]
-        plot_head_masks(dict(zip(titles, (first, second))), args.plot)
+        note(f"the picture is in {plot_head_masks(dict(zip(titles, (first, second))), args.plot)}")

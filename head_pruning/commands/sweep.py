@@ -8,9 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any, Callable, Collection, Iterator, Mapping, Sequence
 
-import yaml
-
-from ..errors import HeadPruningError
+from ..errors import HeadPruningError, one_line
 from ..files import alone_in, read_json
 from ..report.runs import CELL, CELLS_FOLDER
 from ..sweep.cell import Job
@@ -19,6 +17,7 @@ from ..sweep.plan import Cell, Cells, Plan, read_plan
 from ..sweep.results import RESULTS, state_table, told, write_csv, write_parquet
 from ..sweep.runner import run_cells
 from ..sweep.search import run_search
+from ..yaml_text import parse_yaml
 
 SHOW = "show"
 
@@ -62,6 +61,7 @@ def _check(args: argparse.Namespace, words: Sequence[str]) -> None:
         re.compile(args.only or "")
     except re.error as error:
         raise HeadPruningError(f"--only is no regular expression ({error}); correct it.") from error
+    _launcher_options(args)
     idle = [flag for flag in ("dry_run", "only", "parquet") if getattr(args, flag)] + list(words)
     if args.optuna is not None and idle:
         raise HeadPruningError(
@@ -163,8 +163,7 @@ def _search(args: argparse.Namespace, plan: Plan, work: Path) -> None:
 @contextlib.contextmanager
 def _launcher(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Launcher, int, Callable[[], None]]]:
     """The launcher that the command line asks for; SIGTERM ends the block as Ctrl-C does."""
-    texts = (_option(text, "--launcher-option") for text in args.launcher_option)
-    options = {option: yaml.safe_load(value) for option, value in texts}
+    options = _launcher_options(args)
     place = {"jobs": args.jobs, "threads": plan.threads, "gpus": plan.gpus, "options": options}
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -173,6 +172,20 @@ def _launcher(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Launcher, 
             yield found
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _launcher_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Their values are YAML. Raises HeadPruningError for those that are none."""
+    found = {}
+    for text in args.launcher_option:
+        name, value = _option(text, "--launcher-option")
+        try:
+            found[name] = parse_yaml(value)
+        except ValueError as error:
+            raise HeadPruningError(
+                f"--launcher-option {text} has no value of YAML ({one_line(error):.300}); correct it or quote it."
+            ) from error
+    return found
 
 
 def _succeeded(found: dict[str, Any]) -> dict[str, Any]:

@@ -91,14 +91,34 @@ def _check_number(value: Any, shape: Any, where: str) -> None:
 
 
 def _check_either(value: Any, shape: Either, where: str) -> None:
-    reason: Any = None
+    reason: Any = None  # what is wrong inside of the first whose type it has
     for each in shape.shapes:
         try:
             conform(value, each, where)
             return
         except ValueError as error:
-            reason = error
+            if reason is None and any(_of_type(value, kinds) for kinds in _types(each).values()):
+                reason = error
+    if reason is None:
+        *most, last = _types(shape)
+        reason = ValueError(f"{where} is {_shown(value)}, not of the type {', '.join(most)} or {last}")
     raise reason
+
+
+def _types(shape: Any) -> dict[str, tuple]:
+    """What a value of this shape is before one looks into it: the word for it to its types."""
+    if isinstance(shape, Either):
+        return {word: kinds for each in shape.shapes for word, kinds in _types(each).items()}
+    if isinstance(shape, (Whole, Number)):
+        return {"whole number": (int,)} if isinstance(shape, Whole) else {"number": (int, float)}
+    if shape is None:
+        return {"null": (type(None),)}
+    kind = shape if isinstance(shape, type) else list if isinstance(shape, (list, tuple)) else dict
+    return {kind.__name__: (list, tuple) if kind is list else (kind,)}
+
+
+def _of_type(value: Any, kinds: tuple) -> bool:
+    return isinstance(value, kinds) and not (int in kinds and isinstance(value, bool))
 
 
 def _check_names(value: Any, shape: dict, where: str) -> None:
@@ -117,8 +137,7 @@ def _check_names(value: Any, shape: dict, where: str) -> None:
 
 
 def _check_type(value: Any, kind: type, where: str) -> None:
-    kinds: Any = (list, tuple) if kind is list else kind
-    if not isinstance(value, kinds) or kind is int and isinstance(value, bool):
+    if not _of_type(value, _types(kind)[kind.__name__]):
         raise ValueError(f"{where} is {_shown(value)}, not of the type {kind.__name__}")
 
 

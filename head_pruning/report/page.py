@@ -223,8 +223,10 @@ def write_page(runs: Sequence[Run], path: "str | Path", title: str, markdown: "s
         markdown: a Markdown file to write too; its pictures go into a folder beside it, as SVG and PNG.
 
     Raises:
-        HeadPruningError: the disk takes nothing.
+        HeadPruningError: both files are one, or the disk takes nothing.
     """
+    if markdown is not None and Path(markdown).resolve() == Path(path).resolve():
+        raise HeadPruningError(f"{markdown} is to be both HTML and Markdown; name two files.")
     with tempfile.TemporaryDirectory(prefix="head-pruning-") as temporary:
         pictures, endings = Path(temporary), [".svg"]
         if markdown is not None:

@@ -1,10 +1,12 @@
-"""Pictures of head masks and of scores over what is kept: PNG, or SVG where the file's name ends so."""
+"""Pictures of head masks and of scores over what is kept: PNG, or SVG or PDF where the file's name ends so."""
 
 import itertools
+import mimetypes
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Mapping, Optional, Sequence
 
+from ..errors import HeadPruningError
 from ..files import atomic_path
 from ..masks import HeadMask
 from ..unit_map import AttentionSite
@@ -27,15 +29,48 @@ _LABELS = {
 }
 
 
+# Ending to what a file would else say of when it was written, and by which version.
+_METADATA: dict[str, dict[str, None]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}
+
+
+def picture_path(path: "str | Path") -> Path:
+    """Where a picture of this name is written: there; with ``.png`` added where the name ends as no file's does.
+
+    Raises:
+        HeadPruningError: it ends as a file of another kind.
+    """
+    path = Path(path)
+    if path.suffix.lower() in _METADATA:
+        return path
+    if any(mimetypes.MimeTypes().guess_type(path.name)):  # an own one: what all systems know
+        *most, last = _METADATA
+        raise HeadPruningError(f"{path} is no name of a picture here; let it end in {', '.join(most)} or {last}.")
+    return path.with_name(f"{path.name}.png")
+
+
 def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> "Figure":
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     return Figure(figsize=(width, height), layout=layout)
 
 
-def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
+def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> Path:
     """Draw masks of one model side by side: a row per site, a square per head, filled where the head stays; of
     feed-forward units a bar, filled to the share that stays.
+
+    Args:
+        masks: title to mask.
+        path: the picture to write, see :func:`picture_path`.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        HeadPruningError: the file's name is of another kind, or the disk takes nothing.
     """
     first = next(iter(masks.values()))
     sites = first.unit_map.sites
@@ -69,7 +104,7 @@ def plot_head_masks(masks: Mapping[str, HeadMask], path: "str | Path") -> None:
     shown = [kind for kind in _COLOURS if any(site.kind == kind for site in sites)]
     handles = [_square(0, 0, facecolor=_COLOURS[kind], label=_LABELS[kind]) for kind in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(shown), fontsize=8, frameon=False)
-    _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_scores(
@@ -87,7 +122,7 @@ def plot_scores(
 
     Args:
         curves: method to its (heads kept, score) points.
-        path: the PNG or SVG to write.
+        path: the picture to write, see :func:`picture_path`.
         score: name of the score, for the axis.
         dense: label and score of the unpruned model, drawn as a level line.
         total: number of heads of the unpruned model; None where the axis is no count of what is kept.
@@ -112,7 +147,7 @@ def plot_scores(
     panel.set(xlabel=unit if total is None else f"{unit} kept of {total}", ylabel=_plain(score))
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_runs(panels: Mapping[str, Mapping[str, Sequence[float]]], path: "str | Path") -> None:
@@ -120,7 +155,7 @@ def plot_runs(panels: Mapping[str, Mapping[str, Sequence[float]]], path: "str | 
 
     Args:
         panels: title to methods, each to the scores of its runs.
-        path: the PNG or SVG to write.
+        path: the picture to write, see :func:`picture_path`.
     """
     rows = [len(methods) for methods in panels.values()]
     figure = _figure(6.4, 0.4 + sum(0.75 + 0.25 * count for count in rows))
@@ -134,7 +169,7 @@ def plot_runs(panels: Mapping[str, Mapping[str, Sequence[float]]], path: "str | 
         panel.set(ylim=(-0.6, len(order) - 0.4))
         panel.set_title(_plain(title), fontsize=9, loc="left")
         panel.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _narrow(title: str, width: float) -> str:
@@ -154,13 +189,13 @@ def _square(x: float, y: float, **style: Any) -> "Rectangle":
     return Rectangle((x - 0.42, y - 0.42), 0.84, 0.84, **style)
 
 
-def _save(figure: "Figure", path: "str | Path") -> None:
-    path = Path(path)
-    if path.suffix == ".svg":
-        from matplotlib import rc_context
+def save_figure(figure: "Figure", path: "str | Path") -> Path:
+    """Write a picture whole, of equal content in equal bytes; what is returned and raised: :func:`plot_head_masks`."""
+    from matplotlib import rc_context
 
-        with atomic_path(path) as temporary, rc_context({"svg.hashsalt": path.name}):
-            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
-        return
-    with atomic_path(path.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, dpi=150, metadata={"Software": None})
+    path = picture_path(path)
+    ending = path.suffix.lower()
+    options: dict[str, Any] = {"format": ending[1:], "metadata": _METADATA[ending]}
+    with atomic_path(path) as temporary, rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(temporary, dpi=150 if ending == ".png" else "figure", **options)
+    return path

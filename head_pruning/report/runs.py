@@ -23,7 +23,8 @@ CELLS_FOLDER = "cells"
 CELL = {
     "name": str,
     "values": {str: object},
-    "commands": [str],
+    "commands": [str],  # as its plan has them, which a cell is known by
+    "ran?": [str],  # with the benchmark as it was called, where there was one
     "folder": str,
     "score_name": str,
     "measure?": [str],
@@ -53,7 +54,15 @@ NUMBERS = {
     "mac_bound": "times by MACs",
 }
 _TOLD = (*NUMBERS, "heads_total", "units_total")
-_MODELS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "checkpoint_last.pt")
+# The files of a model. The first that are there count: those beside them are of other precisions, or left over.
+_MODELS = (
+    *(
+        f"{stem}{part}{ending}"
+        for stem, ending in (("model", ".safetensors"), ("adapter_model", ".safetensors"), ("pytorch_model", ".bin"))
+        for part in ("", "-*-of-*", ".bf16*", ".fp16*")
+    ),
+    "checkpoint_last.pt",
+)
 _DEEPEST = 6  # folders below one that is given
 
 
@@ -67,7 +76,7 @@ class Run:
         method: registered names of its pruners, or what a sweep calls it; ``dense`` where nothing was pruned.
         numbers: ``score``, if there is one, and of :data:`NUMBERS`, ``heads_total`` and ``units_total`` those that
             are known.
-        score_name: key of the score.
+        score_name: key of the score; also where the run came to nothing, so that its score is no finite number.
         values: what its sweep set for it, such as its seed.
         commands: the command lines that made it; empty where nothing tells them.
         options: the options of its method.
@@ -116,18 +125,18 @@ def read_run(folder: "str | Path", scores: Sequence[str] = SCORES) -> Optional[R
     Args:
         folder: with ``all_results.json``, ``pruning.json`` or both.
         scores: keys of all_results.json, of which the first that is there is the score; of several that are joined by
-            + it is the mean.
+            + it is the mean. One that is not finite is no score, and none of the others stands in for it.
 
     Raises:
         HeadPruningError: a file is damaged.
     """
     folder = Path(folder)
-    results, report = {}, read_report(folder / REPORT_FILE)
+    given, report = {}, read_report(folder / REPORT_FILE)
     if (folder / RESULTS_FILE).is_file():
-        found = read_json(folder / RESULTS_FILE, {str: object}, cure="move it away, or run what wrote it again")
-        results = {name: value for name, value in found.items() if _finite(value)}
+        given = read_json(folder / RESULTS_FILE, {str: object}, cure="move it away, or run what wrote it again")
     elif not report:
         return None
+    results = {name: value for name, value in given.items() if _finite(value)}
     weights = report.get("weights", {})
     told = {**results, **report, **report.get("sparsity", {}), **({"density": weights["density"]} if weights else {})}
     numbers = {name: told[name] for name in _TOLD if _finite(told.get(name))}
@@ -137,9 +146,10 @@ def read_run(folder: "str | Path", scores: Sequence[str] = SCORES) -> Optional[R
     numbers |= {name: value for name, value in sizes.items() if value}
     if not sizes["parameters"] and "compact_parameters" in told:  # of a format that no header tells them of
         numbers["parameters"] = told["compact_parameters"]
-    parts = {name: [name] if name in results else name.split("+") for name in scores}
-    score = next((name for name in scores if all(part in results for part in parts[name])), "")
-    if score:
+    there = {name for name, value in given.items() if value is None or _number(value)}  # null: NaN in strict JSON
+    parts = {name: [name] if name in there else name.split("+") for name in scores}
+    score = next((name for name in scores if there.issuperset(parts[name])), "")
+    if score and results.keys() >= set(parts[score]):
         numbers["score"] = statistics.fmean(results[part] for part in parts[score])
     return Run(
         name=folder.name,
@@ -153,8 +163,12 @@ def read_run(folder: "str | Path", scores: Sequence[str] = SCORES) -> Optional[R
     )
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return _number(value) and math.isfinite(value)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -192,7 +206,7 @@ def find_runs(folders: Iterable["str | Path"], score: Optional[str] = None) -> l
             )
         for place, run in here.items():
             found.setdefault(place, run)
-    if score is not None and not any(run.score_name == score for run in found.values()):
+    if score is not None and not any(run.score_name == score and run.score is not None for run in found.values()):
         raise HeadPruningError(f"No run has a finite {score} in its {RESULTS_FILE}; name another --score.")
     counts = Counter(run.name for run in found.values())
     return [replace(run, name=run.name if counts[run.name] == 1 else _shown(run.folder)) for run in found.values()]
@@ -237,13 +251,13 @@ def _of_cell(cell: Mapping[str, Any], sweep: Path, scores: Sequence[str], depth:
     found = {run.folder: run for run in (_below(folder, folder, scores, depth) if folder.is_dir() else ())}
     measured = {folder: cell, **{folder / each["folder"]: each for each in cell.get("more", ())}}
     nothing = Run(cell["name"], folder, "dense", {})
-    told = {"values": cell["values"], "commands": cell["commands"]}
+    told = {"values": cell["values"], "commands": cell.get("ran", cell["commands"])}
     told["method"] = str(cell["values"].get("method", found.get(folder, nothing).method))
     for place in dict.fromkeys([*measured, *found]):
         run = found.get(place, replace(nothing, folder=place))
         each = measured.get(place, {"numbers": {}, "score_name": run.score_name})
         numbers, score_name = {**run.numbers, **each["numbers"]}, each["score_name"]
-        if scores != SCORES and run.score_name == scores[0]:  # it was not what the sweep took
-            numbers["score"], score_name = run.numbers["score"], scores[0]
+        if scores != SCORES and run.score_name == scores[0] and run.score is not None:  # not what the sweep took
+            numbers["score"], score_name = run.score, scores[0]
         name = cell["name"] if place == folder else f"{cell['name']}/{_shown(place.relative_to(folder))}"
         yield replace(run, name=name, numbers=numbers, score_name=score_name, **told)

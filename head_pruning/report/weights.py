@@ -12,6 +12,7 @@ from ..quantization.engine.tensors import entries
 from ..session import PruningSession
 from ..surgery.zeros import removed_counts
 from ..weights.files import save_weight_masks
+from .plots import save_figure
 from .report_file import read_report, run_report, zeros_in_all
 from .tables import text_table
 
@@ -108,7 +109,7 @@ def _percent(part: int, whole: int) -> float:
 
 
 def plot_densities(counts: Mapping[str, WeightCount], path: "str | Path") -> None:
-    """Draw the remaining ratio of each tensor as a bar, and that of all together as a line, to a PNG."""
+    """Draw the remaining ratio of each tensor as a bar, and that of all together as a line."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(7.5, 1.2 + 0.2 * len(counts)), layout="constrained")
@@ -121,8 +122,7 @@ def plot_densities(counts: Mapping[str, WeightCount], path: "str | Path") -> Non
     panel.set(xlabel="weights that stay, percent", ylim=(len(counts) - 0.4, -0.6))
     panel.tick_params(axis="y", labelsize=7, length=0)
     panel.legend(fontsize=8, frameon=False)
-    with atomic_path(Path(path).with_suffix(".png")) as temporary:
-        figure.savefig(temporary, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def weight_report(

@@ -37,6 +37,7 @@ except ImportError:  # a system without locks of this kind
     fcntl = None
 
 _LAST_LINES = 12
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "checkpoint*.pt")
 _ENDED = {"commands": [str], "env": str, "seconds": Number(0)}
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _running: set[int] = set()  # process groups of this process's cells
@@ -188,7 +189,7 @@ def _delete_models(folder: Path) -> None:
     for each in folders:
         if each != folder and CHECKPOINT.fullmatch(each.name):
             shutil.rmtree(each, ignore_errors=True)
-        for path in {*model_files(each), *each.glob("checkpoint*.pt")}:
+        for path in [path for pattern in _WEIGHTS for path in each.glob(pattern)]:
             path.unlink()
 
 
@@ -238,6 +239,7 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
         "name": job.cell.name,
         "values": dict(job.cell.values),
         "commands": job.cell.lines,
+        **({"ran": [shlex.join(words) for words in (*job.cell.commands, _benchmark(job))]} if job.timed else {}),
         "folder": os.path.relpath(job.folder, job.work),
         "score_name": "score" if run is None or score is not None else run.score_name,
         "measure": list(job.measure),
@@ -249,7 +251,13 @@ def _measured(job: Job, lock: Optional[int]) -> dict[str, Any]:
 
 
 def _check_score(job: Job, run: Optional[Run], numbers: Mapping[str, float]) -> None:
-    if "score" not in numbers and "score" in job.measure and job.scores:
+    if "score" in numbers or "score" not in job.measure:
+        return
+    if run is not None and run.score_name:
+        raise HeadPruningError(
+            f"Its {run.score_name} in all_results.json is not finite: its training came to nothing; lower its rates."
+        )
+    if job.scores:
         raise HeadPruningError(
             f"Its all_results.json has no {' or '.join(job.scores)}; name one of its entries as the plan's score."
         )
@@ -271,10 +279,7 @@ def _score_in_log(job: Job, run: Optional[Run]) -> Optional[float]:
 
 def _timed(job: Job, lock: Optional[int], stream: Any) -> dict[str, float]:
     """What ``head-pruning benchmark`` says of the model, without the heads that are gone, and beside the dense one."""
-    files = model_files(job.folder)  # fairseq's models are files, those of transformers folders
-    model = files[0] if files and files[0].suffix == ".pt" else job.folder
-    what = (str(model), "--json", "--threads", str(job.threads), *job.cell.benchmark)
-    words = ("python", "-m", "head_pruning.cli", "benchmark", *what)
+    words = _benchmark(job)
     stream.write(f"$ {shlex.join(words)}\n")
     stream.flush()
     printed = json.loads(_call(job, words, lock, stdout=subprocess.PIPE, stderr=stream))
@@ -283,6 +288,14 @@ def _timed(job: Job, lock: Optional[int], stream: Any) -> dict[str, float]:
     if "speed_up" in printed:
         found |= {"speed_up": printed["speed_up"]["throughput"], "mac_bound": printed["mac_bound"]}
     return found
+
+
+def _benchmark(job: Job) -> tuple[str, ...]:
+    """The command line that times its model, which is known once it is there."""
+    files = model_files(job.folder)  # fairseq's models are files, those of transformers folders
+    model = files[0] if files and files[0].suffix == ".pt" else job.folder
+    what = (str(model), "--json", "--threads", str(job.threads), *job.cell.benchmark)
+    return ("python", "-m", "head_pruning.cli", "benchmark", *what)
 
 
 # -- processes -------------------------------------------------------------------------------------------------------

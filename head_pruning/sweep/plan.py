@@ -28,10 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
-import yaml
-
 from ..compact.shapes import Either, Number, Whole, conform
 from ..errors import HeadPruningError, one_line
+from ..yaml_text import UniqueLoader, parse_yaml
 
 _SCALAR = Either(str, int, Number(), bool)
 _PLAN = {
@@ -94,7 +93,7 @@ class Cell:
 
     @property
     def lines(self) -> list[str]:
-        """Its command lines, as a shell takes them."""
+        """Its command lines, as a shell takes them; the benchmark's without its model, which is not there yet."""
         timed = [("head-pruning", "benchmark", *self.benchmark)] if self.benchmark else []
         return [shlex.join(words) for words in (*self.commands, *timed)]
 
@@ -256,6 +255,11 @@ class Cells:
 
     def _value(self, name: str, values: Mapping[str, Any], used: dict) -> Any:
         if name not in values:
+            if name in self.plan.search:
+                names = ", ".join(self.plan.search)
+                raise HeadPruningError(
+                    f"The plan is a search for {names}; say with --optuna N how many cells to measure."
+                )
             known = ", ".join(["out", *self.plan.given, *values])
             raise HeadPruningError(
                 f"The plan's command has a place for {name}, which has no value here ({known} have)."
@@ -285,7 +289,7 @@ def _told(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(UniqueLoader):
     """Reads 1e-4 as a number too, as JSON and Python do."""
 
 
@@ -308,13 +312,13 @@ def read_plan(path: "str | Path", given: Mapping[str, str] = {}) -> Plan:
     if not path.is_file():
         raise HeadPruningError(f"There is no plan {path}; check the path.")
     try:
-        plan = conform(yaml.load(path.read_text(encoding="utf-8"), _Loader), _PLAN, "the plan")
+        plan = conform(parse_yaml(path.read_text(encoding="utf-8"), _Loader), _PLAN, "the plan")
         known = [name.rstrip("?") for name in _PLAN]
         more = [name for name in plan if name not in known and not name.startswith("x-")]
         if more:
             raise ValueError(f"it has {more[0]}, but there is only {', '.join(known)}")
         made = _plan(plan)
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise HeadPruningError(
             f"{path} is no plan of a sweep ({one_line(error):.300}); docs/sweeps.md says what is."
         ) from error

@@ -7,13 +7,13 @@ import enum
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from head_pruning import HeadPruningError
 from head_pruning.errors import one_line
 from head_pruning.files import parse_json
+from head_pruning.yaml_text import parse_yaml
 
 FILES = (".json", ".yaml", ".yml")
 
@@ -180,10 +180,10 @@ def read_mapping(path: "str | Path") -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        data = parse_json(text) if Path(path).suffix.lower() == ".json" else yaml.safe_load(text)
+        data = parse_json(text) if Path(path).suffix.lower() == ".json" else parse_yaml(text)
     except OSError as error:
         raise HeadPruningError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except ValueError as error:
         reason = one_line(error)
         raise HeadPruningError(f"{path} does not parse ({reason}); correct it there.") from error
     if not isinstance(data, dict):

@@ -59,12 +59,44 @@ def test_folders_that_are_there_get_the_new_files_and_keep_theirs(tmp_path):
     assert found == {**new, "in/first": "first"}
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
+def test_files_have_the_mode_that_is_asked_for(tmp_path, mask):
+    """safetensors makes private ones, which others on a cluster could not read."""
+    old = os.umask(mask)
+    try:
+        with appearing_at_once(tmp_path / "out") as folder:
+            (folder / "in").mkdir()
+            for name in ("a", "in/a"):
+                save_file(BIG, folder / name)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert modes == {"in": 0o777 & ~mask, "a": 0o666 & ~mask}
+    assert (tmp_path / "out" / "in" / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def test_a_folder_that_may_not_be_written_is_named(tmp_path):
     write_json(tmp_path / "a.json", {})
     with read_only(tmp_path), pytest.raises(HeadPruningError, match=r"a.json cannot be written \(Permission denied\)"):
         write_json(tmp_path / "a.json", {"more": 1})
     with pytest.raises(HeadPruningError, match="cannot be written"):
         write_json(tmp_path / "a.json" / "b.json", {})
+
+
+def test_a_place_that_can_be_no_file_or_folder_is_named(tmp_path):
+    """Not the temporary name that was to take its place."""
+    (tmp_path / "x").mkdir()
+    with pytest.raises(HeadPruningError, match=rf"^{tmp_path}/x cannot be written \(Is a directory\)"):
+        write_json(tmp_path / "x", {})
+    for name in ("/proc/none", "/proc/none/x"):
+        with pytest.raises(HeadPruningError, match=rf"^{name} cannot be written \((No such file|Permission denied)"):
+            with appearing_at_once(name):
+                pass
+        with pytest.raises(HeadPruningError, match=rf"^{name} cannot be written \((No such file|Permission denied)"):
+            write_json(name, {})
+    with pytest.raises(FileNotFoundError, match="other"), atomic_path(tmp_path / "a"):
+        open(tmp_path / "other")
+    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_other_errors_are_left_alone(tmp_path):

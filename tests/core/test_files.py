@@ -33,7 +33,12 @@ from tests.fuzz.watch import bounded_memory
         ({}, {"a": int, "b?": str}, "it has no a"),
         ({"a": 1, "b": 2}, {"a": int, "b?": str}, "it.b is 2"),
         ({5: 1}, {str: int}, "a name in it is 5"),
-        ("x", Either(None, int), "is 'x', not of the type int"),
+        ("x", Either(None, int), "it is 'x', not of the type null or int$"),
+        (3, Either(str, [str]), "it is 3, not of the type str or list$"),
+        ([None], Either([Either(str, int, Number())], str), r"it\[0\] is None, not of the type str, int or number$"),
+        ({"a": {"b": []}}, {"a": Either(str, {str: Either(None, Whole())})}, "it.a.b is a list of 0 .* null or whole"),
+        (-1, Either(str, Whole()), "it is -1, not from 0"),
+        (True, Either(str, Whole()), "it is True, not of the type str or whole number$"),
     ],
 )
 def test_what_is_of_another_shape_is_told_with_its_place(value, shape, words):

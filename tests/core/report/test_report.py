@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from head_pruning import AttentionSite, HeadMask, UnitMap
+from head_pruning import AttentionSite, HeadMask, HeadPruningError, UnitMap
 from head_pruning.report import text_table
 from head_pruning.report.tables import markdown_table
 
@@ -41,13 +41,30 @@ def test_pictures_are_written_whole(tmp_path):
         assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.05
 
 
+def test_a_picture_is_written_where_it_is_asked_for(tmp_path):
+    """Or refused; a name without an ending that says something gets one."""
+    pytest.importorskip("matplotlib")
+    from head_pruning.report.plots import plot_head_masks
+
+    mask = HeadMask(UnitMap((AttentionSite("a", "encoder_self", "a", 4, 1, "a"),)), np.arange(4) < 2)
+    asked = {"a": "a.png", "heads.v2": "heads.v2.png", "b.PNG": "b.PNG", "c.svg": "c.svg", "d.pdf": "d.pdf"}
+    for name, written in asked.items():
+        assert plot_head_masks({"dsp": mask}, tmp_path / name) == tmp_path / written
+    for name in ("a.txt", "a.jpg", "a.html", "a.json", "a.svg.gz"):
+        with pytest.raises(HeadPruningError, match=f"{name} is no name of a picture here; let it end in .png,"):
+            plot_head_masks({"dsp": mask}, tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == set(asked.values())
+    starts = {"a": b"\x89PNG", "heads.v2": b"\x89PNG", "b.PNG": b"\x89PNG", "c.svg": b"<?xml", "d.pdf": b"%PDF"}
+    assert all((tmp_path / asked[name]).read_bytes().startswith(start) for name, start in starts.items())
+
+
 @pytest.mark.parametrize("heads, count", [(4, 3), (12, 2)])
 def test_long_titles_of_masks_do_not_run_into_each_other(tmp_path, monkeypatch, heads, count):
     pytest.importorskip("matplotlib")
     from head_pruning.report import plots
 
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     unit_map = UnitMap(tuple(AttentionSite(f"l{i}", "encoder_self", f"{i}", heads, 1, f"{i}") for i in range(6)))
     mask = HeadMask(unit_map, np.ones(6 * heads, dtype=bool))
     names = [f"runs/a_folder_whose_name_is_long_and_has_no_spaces{i}" for i in range(count)]

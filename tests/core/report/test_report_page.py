@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from head_pruning import AttentionSite, FeedForwardSite, HeadMask, HeadPruningError, UnitMap
 from head_pruning.cli import main
@@ -290,6 +292,26 @@ def test_hostile_names_are_shown_as_they_are(tmp_path):
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {7}
     assert r"\<script\>" in text and "](my%20r-figures/" in text
     assert "````a `a\\|b`c``` \\| b````" in text and r"!\[x\](y)" in text
+
+
+def test_a_page_is_not_written_over_by_its_markdown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HeadPruningError, match="sub/../page is to be both HTML and Markdown; name two files"):
+        write_page([], tmp_path / "page", "t", "sub/../page")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_parameters_of_a_model_are_counted_once(tmp_path):
+    """Without those of a compressed copy, of other precisions, or of shards that an earlier model left beside it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "all_results.json").write_text('{"eval_loss": 1.0}')
+    files = {"model.compressed": 1, "model.fp16": 5, "model.bf16-00001-of-00001": 11,
+             "model-00001-of-00002": 20, "model-00002-of-00002": 30, "model": 70}  # fmt: skip
+    for (name, size), counted in zip(files.items(), (None, 5, 11, 20, 50, 70)):
+        save_file({"a": torch.zeros(size)}, folder / f"{name}.safetensors")
+        (run,) = find_runs([folder])
+        assert run.numbers.get("parameters") == counted, name
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):

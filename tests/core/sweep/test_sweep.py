@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,11 +21,13 @@ from head_pruning import HeadPruningError
 from head_pruning.cli import main
 from head_pruning.files import read_json
 from head_pruning.report.runs import find_runs
+from head_pruning.sweep import cell as cell_module
 from head_pruning.sweep.cell import Job, run_job
 from head_pruning.sweep.launchers import open_launcher
 from head_pruning.sweep.plan import Cell, read_plan
 from head_pruning.sweep.results import rows
 from head_pruning.sweep.runner import run_cells
+from head_pruning.yaml_text import parse_yaml
 
 # Leaves what a run leaves; counts how often it ran; waits for a file, or fails, where it is told to.
 PROGRAM = """
@@ -196,6 +199,29 @@ def test_plans_that_cannot_be_run(here, changes, words):
     with pytest.raises(HeadPruningError) as error:
         read_plan("plan.yaml").cells(Path("w"))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_that_comes_twice_is_refused(here):
+    """YAML's libraries keep the last one; a merge may be overruled, also where it is merged on before it is read."""
+    Path("plan.yaml").write_text("command: x {out} {a}\ngrid:\n  a: [1, 2]\n  'a': [3]\n")
+    with pytest.raises(
+        HeadPruningError, match=r"plan.yaml is no plan of a sweep \(line 4 has a for the second time\)"
+    ):
+        read_plan("plan.yaml")
+    Path("plan.yaml").write_text(
+        "x-deep: {first: &first {a: [1, 2], b: [5]}, second: &second {<<: *first, a: [3]}}\n"
+        "command: x {out} {a} {b}\ngrid: {<<: *second, b: [6]}\n"
+    )
+    assert [cell.name for cell in read_plan("plan.yaml").cells(Path("w"))] == ["a3-b6"]
+    plans = sorted((Path(__file__).parents[3] / "benchmarks" / "plans").glob("*.yaml"))
+    assert plans and all(parse_yaml(plan.read_text(encoding="utf-8"))["command"] for plan in plans)
+
+
+@pytest.mark.parametrize("text", ["[" * 2000, "a: [", "a: 2024-99-99", "a: !!python/object:os.x {}", "\0", "{[1]: 2}"])
+def test_a_text_that_is_no_yaml(here, text):
+    Path("plan.yaml").write_text(text)
+    with pytest.raises(HeadPruningError, match="is no plan of a sweep"):
+        read_plan("plan.yaml")
 
 
 def test_a_cell_lies_inside_of_its_sweep(here):
@@ -375,6 +401,8 @@ def test_a_search_does_not_go_on_from_cells_of_a_grid(here):
     write_plan(grid={"seed": [1]}, command="python program.py {out} {n} {seed}", search={"n": {"low": 1, "high": 2}})
     with pytest.raises(SystemExit, match="holds the cell seed1, which is none of this search; choose another --out"):
         main(["sweep", "plan.yaml", "--optuna", "1"])
+    with pytest.raises(SystemExit, match="The plan is a search for n; say with --optuna N how many cells to measure"):
+        main(["sweep", "plan.yaml"])
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -382,6 +410,8 @@ def test_a_search_does_not_go_on_from_cells_of_a_grid(here):
     (["--threads", "0"], "--threads is 0; give 1 or more"),
     (["--optuna", "0"], "--optuna is 0; give 1 or more"),
     (["--only", "("], "--only is no regular expression"),
+    (["--launcher-option", "a=["], "--launcher-option a=[ has no value of YAML (while parsing a flow"),
+    (["--launcher-option", "a"], "--launcher-option a has no value; write it as NAME=VALUE"),
     (["--optuna", "3", "--dry-run"], "--dry-run is about the cells of a grid, which --optuna has not"),
     (["--optuna", "3", "--only", "a"], "--only is about"),
     (["--optuna", "3", "--parquet"], "--parquet is about"),
@@ -391,7 +421,7 @@ def test_flags_that_cannot_be(here, flags, words):
     write_plan()
     with pytest.raises(SystemExit, match=re.escape(words)):
         main(["sweep", *[flag for flag in flags if flag == "show"], "plan.yaml", *[f for f in flags if f != "show"]])
-    assert ran() == []
+    assert ran() == [] and not Path("plan-sweep").exists()
 
 
 def test_columns_of_the_plan_and_of_what_was_measured_stay_apart():
@@ -427,6 +457,27 @@ def test_what_is_measured(here):
     assert read_json("w/failed/c.json")["error"] == error
 
 
+@pytest.mark.parametrize("given", [{"eval_accuracy": float("nan"), "eval_loss": float("nan")},
+                                   {"eval_accuracy": float("inf"), "eval_loss": 0.7}])  # fmt: skip
+def test_a_score_that_is_not_finite_is_a_failure(here, given):
+    """Nor does the loss stand in for it; what does not measure the score does not mind."""
+    Path("nan.py").write_text(
+        f"import json, pathlib, sys\ntext = {json.dumps(json.dumps({**given, 'heads_kept': 3}))}\n"
+        "pathlib.Path(sys.argv[1], 'all_results.json').write_text(text)\nprint('BLEU = 9.0')\n"
+    )
+    for options in ({}, {"scores": ("eval_f1", "eval_accuracy+heads_kept", "eval_loss")}):
+        error = run_job(job(here, "python nan.py OUT", **options))["error"]
+        assert "is not finite: its training came to nothing" in error and "its eval_accuracy" in error.lower()
+    assert not Path("w/cells/c.json").exists() and Path("w/failed/c.json").exists()
+    (run,) = find_runs(["w/runs/c"])
+    assert (run.score_name, run.score) == ("eval_accuracy", None)
+    with pytest.raises(HeadPruningError, match="No run has a finite eval_accuracy"):
+        find_runs(["w/runs/c"], "eval_accuracy")
+    assert run_job(job(here, "python nan.py OUT", score_pattern="BLEU = (.*)"))["numbers"]["score"] == 9.0
+    Path("w/cells/c.json").unlink()
+    assert run_job(job(here, "python nan.py OUT", measure=("heads",)))["numbers"] == {"heads_kept": 3}
+
+
 def test_what_ran_well_is_not_run_again_to_be_measured(here):
     """Nor after its plan's pattern was corrected; with other commands, or once its folder is gone, it is."""
     command = "python program.py OUT 18 1"
@@ -449,6 +500,24 @@ def test_a_benchmark_is_told_the_folder_of_its_cell(here):
         "--mask",
         f"w/runs/{names(measure=['latency'])[0]}/masks.safetensors",
     )
+
+
+def test_a_report_shows_the_benchmark_that_ran(here, monkeypatch):
+    """A cell is known by the plan's words all the same, which do not name its model."""
+    ran = []
+
+    def call(job, words, lock, stdout, stderr=None):
+        ran.append(shlex.join(words))
+        Path("w/runs/c/all_results.json").write_text('{"eval_accuracy": 0.5}')
+        return json.dumps({"models": [{"latency_ms": 2.0}]})
+
+    monkeypatch.setattr(cell_module, "_call", call)
+    cell = Cell("c", {}, (("train",),), benchmark=("--rounds", "1"))
+    job = Job(cell, here / "w", here, measure=("score", "latency"), threads=2)
+    assert run_job(job)["commands"] == job.cell.lines == ["train", "head-pruning benchmark --rounds 1"]
+    (run,) = find_runs(["w"])
+    timed = f"python -m head_pruning.cli benchmark {here}/w/runs/c --json --threads 2 --rounds 1"
+    assert list(run.commands) == ran == ["train", timed] and job.finished()
 
 
 def test_models_without_a_score_have_rows_where_none_is_measured(here):

@@ -441,6 +441,7 @@ def test_a_switch_that_is_on_can_be_switched_off():
 @pytest.mark.parametrize("name, text, sentence", [
     ("a.json", '{"task_name": ', "does not parse (Expecting value: line 1 column 15 (char 14)); correct it there."),
     ("a.yaml", "task_name: [", "does not parse (while parsing a flow node"),
+    ("a.yaml", "seed: 1\nseed: 2", "does not parse (line 2 has seed for the second time); correct it there."),
     ("a.json", "[1]", "holds no names and values; write it as name: value."),
     ("a.yaml", "", "holds no names and values"),
     ("a.json", '{"num_head": 3}', "has num_head, but run_dsp.py has no flag --num_head (did you mean --num_of"),
