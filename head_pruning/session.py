@@ -341,14 +341,13 @@ class PruningSession:
 
         Raises:
             UnfiredSiteError: a targeted site did not run in the first ``fired_within`` updates.
-            HeadPruningError: it ran in evaluation mode only.
         """
         self._recorder.live, self._collected = False, True
         self._updates_here += 1
         if self.gated and self._updates_here == self.fired_within:
             assert self.gates is not None
             self.gates.check_fired()
-            self.gates.check_trained()
+            self.gates.tell_untrained()
         for pruner in self.pruners:
             pruner.after_backward(loss_scale, denominator, micro_batches)
 

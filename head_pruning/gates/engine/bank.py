@@ -4,6 +4,7 @@ A gate sits on a head, or on a feed-forward unit where the map numbers these: a 
 """
 
 import contextlib
+import logging
 import sys
 from typing import Any, Iterator, Optional
 
@@ -13,6 +14,8 @@ from torch import nn
 
 from ...errors import HeadPruningError, UnfiredSiteError
 from ...unit_map import AttentionSite, Site, UnitMap
+
+logger = logging.getLogger(__name__)
 
 
 class HeadGate(nn.Module):
@@ -331,11 +334,12 @@ class GateBank:
                 + "\n".join(lines)
             )
 
-    def check_trained(self) -> None:
-        """Raise HeadPruningError if gates that learn ran in evaluation mode only, where they do not."""
+    def tell_untrained(self) -> None:
+        """Warn where gates that learn ran in evaluation mode only, in which they do not."""
         resting = [site.name for site, (_, gate) in zip(self.unit_map.sites, self._targets) if not gate.trained]
         if self._learn and resting:
-            raise HeadPruningError(
-                f"The gates of {', '.join(resting)} ran in evaluation mode only, where they do not learn; call "
-                "model.train() before the update (dropout is switched off by a rate of 0)."
+            logger.warning(
+                "the gates of %s ran in evaluation mode only, where they do not learn; call model.train() before the "
+                "update (dropout is switched off by a rate of 0)",
+                ", ".join(resting),
             )
