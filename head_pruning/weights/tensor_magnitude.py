@@ -14,6 +14,7 @@ from ..registry import register_pruner
 from ..schedules import count_of
 from .base import SelectionConfig
 from .engine.allocation import STRATEGIES, erdos_renyi, mapped, parse_map
+from .engine.no_grad import no_grad
 from .magnitude import MagnitudeScores
 
 
@@ -161,6 +162,19 @@ class OneShotMagnitudePruner(TensorMagnitudePruner):
         if self.fresh:
             self.mask_now(self.final_density())
             self.locked = True
+
+    def _learn_heads(self) -> None:
+        # The one mask must do for whichever heads stay: those that are gone now may come back.
+        if self.locked or all(pruner.heads_final for pruner in self.session.pruners):
+            super()._learn_heads()
+
+    @no_grad
+    def harden(self) -> None:
+        if self.locked and not self._same_heads():
+            self._hardening = True  # what was pruned stays so; more goes where the heads that stay have too much left
+            self.mask_now(self.final_density())
+            self._hardening = False
+        super().harden()
 
     def density_at(self, t: int) -> float:
         return self.final_density()
