@@ -206,7 +206,7 @@ class WeightPruner(Pruner):
         self.has_mask = self.locked = self.clean = False
         self.current = False  # whether the mask is that of the present scores
         self.selected = math.nan  # the density it was drawn for
-        self._planned = self._told = self._ready = self._hardening = False
+        self._planned = self._told = self._ready = self._hardening = self._followed = False
         self._heads: Optional[np.ndarray] = None  # those that stay, as far as the storage knows
         self._drawn_for: Optional[np.ndarray] = None  # those that stayed when the mask was drawn
         self._left = 0  # how many weights counted then
@@ -230,18 +230,25 @@ class WeightPruner(Pruner):
     @no_grad
     def follow(self) -> None:
         now = dict(self.session.model.named_parameters())
-        if all(now.get(target.name) is target.parameter for target in self.targets):
+        there = set(map(id, now.values()))
+        moved = [target.name for target in self.targets if id(target.parameter) not in there]
+        if not moved:
             return
-        lost = [target.name for target in self.targets if target.name not in now]
+        lost = [name for name in moved if name not in now]
         if lost:
             raise HeadPruningError(f"{lost[0]} is no more in the model; wrap the model before it is pruned.")
-        self.targets = [replace(target, parameter=now[target.name]) for target in self.targets]
+        self.targets = [replace(each, parameter=now.get(each.name, each.parameter)) for each in self.targets]
         self.storage.follow(self.targets)
         self._check_shards()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._watch_gradients()
+
+    def _look_anew(self) -> None:
+        """:meth:`follow`, unasked: a state loaded with ``assign=True`` puts other parameters in place."""
+        if not self.storage.ranks.several:  # these put whole ones in place for a while, and are told of by the host
+            self.follow()
 
     def _check_shards(self) -> None:
         """Raise HeadPruningError where weights of several ranks would have to be looked at together."""
@@ -286,10 +293,14 @@ class WeightPruner(Pruner):
 
     def _plan_once(self) -> None:
         if not self._planned:
+            self._look_anew()  # what it plans may hang on the weights
             self.plan()
             self._planned = True
 
     def before_update(self, step: int) -> None:
+        if not self._followed:
+            self._look_anew()
+            self._followed = True
         self._plan_once()
         if self.storage.fixes_zeros:
             self.storage.find_zeros(self.session.master_of)
@@ -363,6 +374,7 @@ class WeightPruner(Pruner):
 
         What belongs to heads that are gone is pruned too; the density is that of the rest.
         """
+        self._look_anew()
         self._plan_once()
         if not self.storage.active:
             raise HeadPruningError("No weight has ever had a gradient, so none can be pruned; train the model first.")

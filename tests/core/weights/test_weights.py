@@ -207,6 +207,32 @@ def test_training_ends_at_the_target_and_stays_there(toy, case):
     assert zeros(pruner) == gone
 
 
+@pytest.mark.parametrize("case, when", [("platon, retained", 0), ("magnitude", TOTAL), ("lock", 0)])
+def test_parameters_that_a_loaded_state_put_in_their_places_are_pruned(toy, case, when):
+    """``load_state_dict(assign=True)`` replaces the parameters that the session was attached to."""
+    if case == "lock":
+        plain = toy.make
+        toy.make = lambda: cut(*plain())
+    model, optimizer, session, pruner = start(toy, case)
+    for step in range(TOTAL):
+        if step == when:
+            model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        update(toy, model, optimizer, session, step)
+    if when == TOTAL:
+        model.load_state_dict({name: tensor.clone() + 1 for name, tensor in model.state_dict().items()}, assign=True)
+    session.harden()
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name] != 0, keep) for name, keep in session.weight_masks().items())
+    assert all(hook.id in now[target.name]._backward_hooks for hook, target in zip(pruner._hooks, pruner.targets))
+
+
+def cut(model: nn.Module, unit_map: UnitMap) -> tuple[nn.Module, UnitMap]:
+    with torch.no_grad():
+        model.cross.q.weight[:, ::2] = 0.0
+    return model, unit_map
+
+
 def test_an_early_end_gives_the_final_density(toy):
     model, optimizer, session, pruner = start(toy)
     for step in range(9):
