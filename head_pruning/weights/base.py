@@ -102,6 +102,11 @@ class WeightPruner(Pruner):
         """Whether gradients of pruned weights go as they come: then they do not count where the host clips."""
         return self.policy == "retained" and not self.kinds and not self.straight_through
 
+    @property
+    def why_more(self) -> str:
+        """Why more weights may stay than should, and what to do."""
+        return "too many scores are equal"
+
     def due(self, t: int) -> bool:
         """Whether update ``t`` ends with a mask."""
         raise NotImplementedError
@@ -391,21 +396,17 @@ class WeightPruner(Pruner):
             self.storage.remove_gone()
             self._apply()
             self.clean = self.locked = True
-            self._warn_of_ties()
+            self._warn_of_more()
         elif self.storage.gone:
             self.storage.remove_gone()
             self._apply()
 
-    def _warn_of_ties(self) -> None:
+    def _warn_of_more(self) -> None:
+        """Tell of a mask that keeps more weights than it should."""
         kept, total, wanted = int(self.storage.count_kept()), self.storage.left, self.final_density()
         if kept > (wanted + _UNEVEN) * total:
-            logger.warning(
-                "%d of %d weights stay where %.4g of them should: too many scores are equal, as averages are until "
-                "deltaT updates have passed; train longer or lower --deltaT",
-                kept,
-                total,
-                wanted,
-            )
+            reason = self.why_more
+            logger.warning("%d of %d weights stay where %.4g of them should: %s", kept, total, wanted, reason)
 
     def at_target(self) -> bool:
         if self.locked:

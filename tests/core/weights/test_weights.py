@@ -191,13 +191,13 @@ def test_training_ends_at_the_target_and_stays_there(toy, case):
         update(toy, model, optimizer, session, step)
         targets.append(session.at_target())
     first = 17 if case.startswith("gradual") else TOTAL - 4
-    assert not any(targets[:first]) and all(targets[first + 2 :])
+    assert not any(targets[:first]) and all(targets[first + 3 :])  # a lagging threshold takes one mask more
     number = sum(target.parameter.numel() for target in pruner.targets)
     for _ in range(2):
         metrics, gone = session.metrics(), zeros(pruner)
         assert metrics["weights_kept"] * number == pytest.approx(number - gone)
-        # The published rule leaves the k-th lowest; per tensor or block it does so each time. Decay lags.
-        slack = {"platon, tensor": 64, "platon, block": 6 * 32, "gradual_magnitude": 0.35 * number}.get(case, 1)
+        # The published rule leaves the k-th lowest; per tensor or block it does so each time.
+        slack = {"platon, tensor": 64, "platon, block": 6 * 32, "gradual_magnitude": 0.02 * number}.get(case, 1)
         assert abs(gone - number * (1 - metrics["prune_target"])) <= slack + 1
         assert session.harden() is None and session.at_target()
     assert same(list(pruner.weight_masks().values()), [target.parameter != 0 for target in pruner.targets])
@@ -812,6 +812,28 @@ def test_scores_that_are_all_equal_are_told(toy, caplog):
             update(toy, model, optimizer, session, step)
         session.harden()
         assert ("too many scores are equal" in caplog.text) == told == (zeros(pruner) == 0)
+
+
+@pytest.mark.parametrize("selection", ["tensor", "2x2"])
+@pytest.mark.parametrize("decay, reached", [(0.1, True), (0.95, False)])
+def test_thresholds_that_lag_end_at_the_target(toy, selection, decay, reached, caplog):
+    model, optimizer, session, pruner = start(
+        toy, "gradual_magnitude", threshold_decay=decay, weight_selection=selection, prune_biases=False,
+        initial_sparsity=0.0, target_sparsity=0.75, policy_end_step=6, begin_pruning_step=0, pruning_frequency=1,
+    )  # fmt: skip
+    for step in range(21):
+        update(toy, model, optimizer, session, step)
+    assert pruner.final_at(pruner.t) and session.at_target() == reached
+    assert (session.metrics()["weights_kept"] < 0.26) == reached
+    session.harden()
+    assert session.at_target() and session.metrics()["weights_kept"] == 0.25 and not caplog.records
+    assert zeros(pruner) == 0.75 * pruner.storage.number
+
+
+def test_a_mask_for_good_whose_thresholds_lag_is_told(toy, caplog):
+    model, optimizer, session, pruner = start(toy, "one_shot_magnitude", target_sparsity=0.8, threshold_decay=0.5)
+    session.before_update(0)
+    assert "where 0.2 of them should: --threshold-decay holds the thresholds back; lower it" in caplog.text
 
 
 def test_an_unknown_length_of_training_is_refused(toy):
