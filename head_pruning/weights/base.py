@@ -278,7 +278,8 @@ class WeightPruner(Pruner):
     def _drop_gradient(self, name: str, gradient: torch.Tensor) -> Optional[torch.Tensor]:
         """A parameter's gradient without that of its pruned weights; None where nothing is pruned yet."""
         keep = self.storage.state.get("mask", {}).get(name) if self.has_mask else None
-        return None if keep is None else torch.where(keep, gradient, 0.0)
+        # A mask loaded before the model moved follows it only when the update ends.
+        return None if keep is None else torch.where(keep.to(gradient.device), gradient, 0.0)
 
     def _refuse_shared_targets(self, pruners: Sequence[Pruner]) -> None:
         mine = {target.name for target in self.targets}

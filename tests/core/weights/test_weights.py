@@ -619,6 +619,16 @@ def test_lock_keeps_the_zeros_of_a_pruned_model(toy):
     assert same(bits(model), bits(again))
 
 
+def test_gradients_on_another_device_than_the_masks_are_dropped(toy):
+    """A state loaded before the model moves leaves its masks where the model was."""
+    model, unit_map = toy.make()
+    model = cut(model, unit_map)[0]
+    pruner = make_pruner("lock")
+    PruningSession(model, unit_map, [pruner], total_steps=TOTAL).attach().before_update(0)
+    gradient = torch.empty_like(model.cross.q.weight, device="meta")
+    assert pruner._drop_gradient("cross.q.weight", gradient).device == gradient.device
+
+
 @pytest.mark.parametrize("biases", ["drawn", "zero"])
 def test_lock_refuses_a_dense_model(toy, biases):
     model, unit_map = toy.make()
