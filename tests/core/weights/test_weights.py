@@ -585,6 +585,27 @@ def test_random_masks_depend_on_the_seed_alone(toy):
     assert not same(masks(random_weights_seed=3), masks(random_weights_seed=4))
 
 
+@pytest.mark.parametrize("selection", ["global", "tensor"])
+def test_random_scores_are_those_of_the_place_whatever_the_portions(toy, selection, monkeypatch):
+    def scores(size: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr("head_pruning.weights.engine.portions.CPU_PORTION", size)
+        session, pruner = start(toy, "random_weights", weight_selection=selection)[2:]
+        session.before_update(0)
+        pruner.storage.lay_out()
+        found = {target.name: torch.full(target.parameter.shape, -1.0) for target in pruner.targets}
+        for portion in pruner.storage.portions:
+            for (index, first, rows), drawn in zip(portion.slots, pruner.scores(portion)):
+                found[pruner.targets[index].name][first : first + rows] = drawn
+        return found
+
+    monkeypatch.setattr("head_pruning.weights.random_weights._DRAWN", 60)  # five rows
+    expected = scores(1 << 20)
+    assert all(tensor.min() >= 0 for tensor in expected.values())
+    for size in (24, 60, 100):
+        found = scores(size)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 # -- lock -----------------------------------------------------------------------------------------------------------
 
 
