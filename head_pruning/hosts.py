@@ -26,7 +26,7 @@ from .masks import HeadMask, full_mask
 from .quantization.engine.tensors import flattened
 from .surgery.remaining import heads_left, mask_of_original, recipe_of
 from .surgery.removal import remove_heads
-from .surgery.zeros import zeroed_heads
+from .surgery.zeros import refuse_inexact_zeros, zeroed_heads
 from .unit_map import UnitMap
 from .weights.files import save_compressed
 
@@ -124,6 +124,8 @@ def compressed_format(load: Callable[[Path, Optional[HeadMask]], HostModel]) -> 
         if target.is_dir():
             raise HeadPruningError(f"{target} is a folder; name a file to write the tensors to.")
         loaded = load(source, mask)
+        if loaded.mask is not None:
+            refuse_inexact_zeros(loaded.model, loaded.mask)
         with contextlib.nullcontext() if loaded.mask is None else zeroed_heads(loaded.model, loaded.mask):
             save_compressed(target, flattened(loaded.model.state_dict()))
         dense = sum(parameter.nbytes for parameter in loaded.model.parameters())

@@ -123,6 +123,11 @@ class Pruner:
         return False
 
     @property
+    def heads_final(self) -> bool:
+        """Whether the heads that :meth:`head_mask` says would stay are those that will."""
+        return True
+
+    @property
     def learns_gates(self) -> bool:
         """Whether gates learn from this update's gradients although nothing is :attr:`choosing`."""
         return False

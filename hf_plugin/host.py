@@ -29,7 +29,7 @@ from head_pruning.quantization.engine.qdq import dequantize, to_qdq
 from head_pruning.report.report_file import read_report
 from head_pruning.report.weights import WeightCount, count_weights, sum_counts, write_weight_artifacts
 from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
-from head_pruning.surgery.zeros import removed_counts, zeroed_heads
+from head_pruning.surgery.zeros import refuse_inexact_zeros, removed_counts, zeroed_heads
 from head_pruning.weights import load_weight_masks
 
 from .compact.model_classes import take_recipe
@@ -243,6 +243,7 @@ def export_masked(source: Path, target: Path, mask: Optional[HeadMask] = None) -
         raise HeadPruningError(f"The heads of {source} are cut out already; export the model that it was made from.")
     mask = loaded.mask
     assert mask is not None  # as _pruned says
+    refuse_inexact_zeros(loaded.model, mask)
     with _model_folder(target, source) as folder, _quiet():
         save_pruned(loaded.model, mask, folder, **_history(source))
         _carry_weight_masks(source, folder, loaded, mask)

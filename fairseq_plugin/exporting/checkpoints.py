@@ -21,7 +21,7 @@ from head_pruning.files import atomic_path
 from head_pruning.inference.programs import check_file
 from head_pruning.report.weights import WeightCount, count_weights, sum_counts
 from head_pruning.surgery.removal import remove_heads
-from head_pruning.surgery.zeros import removed_counts, zero_heads
+from head_pruning.surgery.zeros import refuse_inexact_zeros, removed_counts, zero_heads
 
 from ..checkpoints.stored import KEEP, KEY, META, NUMBERS, RECIPE, PruningState, load_checkpoint, split_state
 from ..checkpoints.weights import zero_weights
@@ -185,6 +185,7 @@ def _export(source: "str | Path", target: "str | Path", mask: Optional[HeadMask]
                 if key != FP32_PARAMETERS:  # is no state dict of a model
                     own[RECIPE] = encode(recipe)
             elif mask is not None:
+                refuse_inexact_zeros(_tree(own), mask)
                 zero_heads(_tree(own), mask)
                 removed = removed_counts(_tree(own), mask)
             place[key] = own

@@ -166,6 +166,10 @@ class HeadPruner(Pruner):
         """``bool[N]``: the heads that would stay now."""
         raise NotImplementedError
 
+    @property
+    def heads_final(self) -> bool:
+        return self.final is not None
+
     def head_mask(self) -> HeadMask:
         return HeadMask(self.unit_map, self.keep() if self.final is None else self.final)
 

@@ -4,7 +4,7 @@ The model keeps its shapes then, and plain frameworks load it.
 """
 
 import contextlib
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ class HeadWeights:
 
     These are what the unit map's planner says. Without one, or where it refuses, they are the columns of the output
     projections, and the rows of query, key and value where each has a projection of its own and no norm spans the
-    heads; of feed-forward units the columns, and the rows of projections that are not fused.
+    heads; of feed-forward units the columns, and the rows of projections that are not fused. What several sites share
+    (one parameter in several places) belongs to the heads of all of them.
 
     Args:
         model: the model, or a tree of modules that hold nothing but its tensors.
@@ -32,12 +33,17 @@ class HeadWeights:
 
     def __init__(self, model: nn.Module, unit_map: UnitMap) -> None:
         self._model, self._unit_map = model, unit_map
-        self._names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        # Of each site that lost heads: tensors, dimensions, and along them the head, or -1 for what heads share.
+        self._names: dict[int, str] = {}
+        self._several: set[int] = set()  # tensors of several names, so perhaps of several sites
+        many: dict[str, Any] = {"remove_duplicate": False}
+        for name, tensor in (*model.named_parameters(**many), *model.named_buffers(**many)):
+            if self._names.setdefault(id(tensor), name) != name:
+                self._several.add(id(tensor))
+        # Of each site that was asked for: tensors, dimensions, and along them the head, or -1 for what heads share.
         self._parts: dict[str, list[tuple[torch.Tensor, int, np.ndarray]]] = {}
 
     def gone(self, keep: np.ndarray) -> Iterator[tuple[str, torch.Tensor, int, torch.Tensor]]:
-        """What belongs to heads that go, as ``(name, tensor, dimension, places along it)``.
+        """What belongs to heads that go, as ``(name, tensor, dimension, places along it)``, each place once.
 
         Args:
             keep: ``bool[N]``: the heads that stay.
@@ -46,15 +52,50 @@ class HeadWeights:
             HeadPruningError: the map is of another model.
         """
         for site, where in self._unit_map.slices():
-            removed = np.flatnonzero(~keep[where])
-            if not removed.size:
+            for tensor, dim, gone in self._lost(site, keep[where]):
+                for _, earlier, held, stay in self._sharing(site, tensor, dim, keep):
+                    gone &= ~(held if earlier else stay)
+                if gone.any():
+                    yield self._names[id(tensor)], tensor, dim, torch.from_numpy(np.flatnonzero(gone))
+
+    def disagreement(self, keep: np.ndarray) -> Optional[tuple[str, str]]:
+        """Names of a site and of another that keeps what the first would lose of the output projection they share.
+
+        Arguments and errors are those of :meth:`gone`.
+        """
+        for site, where in self._unit_map.slices():
+            for tensor, dim, gone in self._lost(site, keep[where]):
+                out = tensor is _plain(self._model.get_submodule(site.out_proj)).weight
+                for other, _, _, stay in self._sharing(site, tensor, dim, keep):
+                    if out and (gone & stay).any():
+                        return site.name, other
+        return None
+
+    def _lost(self, site: Site, keep: np.ndarray) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
+        """What belongs to the site's heads that go: tensors, dimensions, and along them ``bool``."""
+        if not keep.all():
+            for tensor, dim, owner in self._parts_of(site):
+                yield tensor, dim, (owner >= 0) & ~keep[owner]
+
+    def _sharing(
+        self, site: Site, tensor: torch.Tensor, dim: int, keep: np.ndarray
+    ) -> Iterator[tuple[str, bool, np.ndarray, np.ndarray]]:
+        """The other sites that have a tensor, whether they come before, and along it what is of their heads, and of
+        those of them that stay.
+        """
+        earlier = id(tensor) in self._several
+        for other, where in self._unit_map.slices() if earlier else ():
+            if other.name == site.name:
+                earlier = False
                 continue
-            if site.name not in self._parts:
-                self._parts[site.name] = list(owned_parts(self._model, self._unit_map, site))
-            for tensor, dim, owner in self._parts[site.name]:
-                places = np.flatnonzero(np.isin(owner, removed))
-                if places.size:
-                    yield self._names[id(tensor)], tensor, dim, torch.from_numpy(places)
+            for theirs, along, owner in self._parts_of(other) if other.heads else ():
+                if theirs is tensor and along == dim:
+                    yield other.name, earlier, owner >= 0, (owner >= 0) & keep[where][owner]
+
+    def _parts_of(self, site: Site) -> list[tuple[torch.Tensor, int, np.ndarray]]:
+        if site.name not in self._parts:
+            self._parts[site.name] = list(owned_parts(self._model, self._unit_map, site))
+        return self._parts[site.name]
 
 
 def owned_parts(model: nn.Module, unit_map: UnitMap, site: Site) -> Iterator[tuple[torch.Tensor, int, np.ndarray]]:
@@ -142,8 +183,31 @@ def _plain(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
+def cannot_zero(model: nn.Module, mask: HeadMask) -> str:
+    """Why zeros cannot give what the model gives without the removed heads; empty: they can.
+
+    Arguments and errors are those of :func:`removed_slices`.
+    """
+    found = HeadWeights(model, mask.unit_map).disagreement(mask.keep)
+    if found is None:
+        return ""
+    one, other = found
+    return (
+        f"{one} and {other} share their output projection, and the mask removes heads of the first that the other "
+        "keeps, which zeros in shared weights cannot say; cut the heads out (--to compact)."
+    )
+
+
+def refuse_inexact_zeros(model: nn.Module, mask: HeadMask) -> None:
+    """Raise HeadPruningError where :func:`cannot_zero` gives a reason."""
+    reason = cannot_zero(model, mask)
+    if reason:
+        raise HeadPruningError(reason)
+
+
 def zero_heads(model: nn.Module, mask: HeadMask) -> None:
-    """Zero the weights of the removed heads, in place. Arguments and errors are those of :func:`removed_slices`."""
+    """Zero the weights of the removed heads, in place; those that heads which stay share are left: see
+    :func:`cannot_zero`. Arguments and errors are those of :func:`removed_slices`."""
     for tensor, dim, index in list(removed_slices(model, mask)):
         tensor.data.index_fill_(dim, index.to(tensor.device), 0)
 

@@ -102,6 +102,11 @@ class WeightPruner(Pruner):
         """Whether gradients of pruned weights go as they come: then they do not count where the host clips."""
         return self.policy == "retained" and not self.kinds and not self.straight_through
 
+    @property
+    def why_more(self) -> str:
+        """Why more weights may stay than should, and what to do."""
+        return "too many scores are equal"
+
     def due(self, t: int) -> bool:
         """Whether update ``t`` ends with a mask."""
         raise NotImplementedError
@@ -206,7 +211,7 @@ class WeightPruner(Pruner):
         self.has_mask = self.locked = self.clean = False
         self.current = False  # whether the mask is that of the present scores
         self.selected = math.nan  # the density it was drawn for
-        self._planned = self._told = self._ready = self._hardening = False
+        self._planned = self._told = self._ready = self._hardening = self._followed = False
         self._heads: Optional[np.ndarray] = None  # those that stay, as far as the storage knows
         self._drawn_for: Optional[np.ndarray] = None  # those that stayed when the mask was drawn
         self._left = 0  # how many weights counted then
@@ -230,18 +235,25 @@ class WeightPruner(Pruner):
     @no_grad
     def follow(self) -> None:
         now = dict(self.session.model.named_parameters())
-        if all(now.get(target.name) is target.parameter for target in self.targets):
+        there = set(map(id, now.values()))
+        moved = [target.name for target in self.targets if id(target.parameter) not in there]
+        if not moved:
             return
-        lost = [target.name for target in self.targets if target.name not in now]
+        lost = [name for name in moved if name not in now]
         if lost:
             raise HeadPruningError(f"{lost[0]} is no more in the model; wrap the model before it is pruned.")
-        self.targets = [replace(target, parameter=now[target.name]) for target in self.targets]
+        self.targets = [replace(each, parameter=now.get(each.name, each.parameter)) for each in self.targets]
         self.storage.follow(self.targets)
         self._check_shards()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._watch_gradients()
+
+    def _look_anew(self) -> None:
+        """:meth:`follow`, unasked: a state loaded with ``assign=True`` puts other parameters in place."""
+        if not self.storage.ranks.several:  # these put whole ones in place for a while, and are told of by the host
+            self.follow()
 
     def _check_shards(self) -> None:
         """Raise HeadPruningError where weights of several ranks would have to be looked at together."""
@@ -266,7 +278,8 @@ class WeightPruner(Pruner):
     def _drop_gradient(self, name: str, gradient: torch.Tensor) -> Optional[torch.Tensor]:
         """A parameter's gradient without that of its pruned weights; None where nothing is pruned yet."""
         keep = self.storage.state.get("mask", {}).get(name) if self.has_mask else None
-        return None if keep is None else torch.where(keep, gradient, 0.0)
+        # A mask loaded before the model moved follows it only when the update ends.
+        return None if keep is None else torch.where(keep.to(gradient.device), gradient, 0.0)
 
     def _refuse_shared_targets(self, pruners: Sequence[Pruner]) -> None:
         mine = {target.name for target in self.targets}
@@ -286,10 +299,14 @@ class WeightPruner(Pruner):
 
     def _plan_once(self) -> None:
         if not self._planned:
+            self._look_anew()  # what it plans may hang on the weights
             self.plan()
             self._planned = True
 
     def before_update(self, step: int) -> None:
+        if not self._followed:
+            self._look_anew()
+            self._followed = True
         self._plan_once()
         if self.storage.fixes_zeros:
             self.storage.find_zeros(self.session.master_of)
@@ -363,6 +380,7 @@ class WeightPruner(Pruner):
 
         What belongs to heads that are gone is pruned too; the density is that of the rest.
         """
+        self._look_anew()
         self._plan_once()
         if not self.storage.active:
             raise HeadPruningError("No weight has ever had a gradient, so none can be pruned; train the model first.")
@@ -379,21 +397,17 @@ class WeightPruner(Pruner):
             self.storage.remove_gone()
             self._apply()
             self.clean = self.locked = True
-            self._warn_of_ties()
+            self._warn_of_more()
         elif self.storage.gone:
             self.storage.remove_gone()
             self._apply()
 
-    def _warn_of_ties(self) -> None:
+    def _warn_of_more(self) -> None:
+        """Tell of a mask that keeps more weights than it should."""
         kept, total, wanted = int(self.storage.count_kept()), self.storage.left, self.final_density()
         if kept > (wanted + _UNEVEN) * total:
-            logger.warning(
-                "%d of %d weights stay where %.4g of them should: too many scores are equal, as averages are until "
-                "deltaT updates have passed; train longer or lower --deltaT",
-                kept,
-                total,
-                wanted,
-            )
+            reason = self.why_more
+            logger.warning("%d of %d weights stay where %.4g of them should: %s", kept, total, wanted, reason)
 
     def at_target(self) -> bool:
         if self.locked:

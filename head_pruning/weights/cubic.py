@@ -121,6 +121,13 @@ class CubicPruner(WeightPruner):
         published = self.selection.scope == "global"
         return int(number * (1.0 - density)) if published else super().count_removed(density, number)
 
+    @property
+    def why_more(self) -> str:
+        wait = (
+            ", as averages are until deltaT updates have passed; train longer or lower --deltaT" if self.kinds else ""
+        )
+        return super().why_more + wait
+
     def due(self, t: int) -> bool:
         return t > self.start and (t > self.stop or t % self.config.deltaT == 0)
 

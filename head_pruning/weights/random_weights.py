@@ -11,6 +11,10 @@ import torch
 from ..registry import register_pruner
 from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.portions import Portion
+from .engine.targets import Target
+
+# Weights drawn at once, where there is one threshold over all. Stored runs go on with the draws of this number.
+_DRAWN = 1 << 20
 
 
 @dataclass
@@ -32,14 +36,29 @@ class RandomWeightsPruner(CubicPruner):
 
     def scores(self, portion: Portion) -> list[torch.Tensor]:
         """Drawn anew each time, always the same: from the seed, the parameter's name and the place in it."""
-        seed = self.session.seed if self.config.random_weights_seed is None else self.config.random_weights_seed
         scores = portion.scratch()
-        for (index, start, _), x in zip(portion.slots, scores):
+        for (index, start, length), x in zip(portion.slots, scores):
             target = self.storage.active[index]
             first = self.storage.ranks.first(target.parameter) + start
-            key = zlib.crc32(f"{seed} {target.name} {first}".encode())
-            x.copy_(torch.rand(x.shape, generator=torch.Generator().manual_seed(key)))
+            rows = self._rows(target.parameter)
+            for block in range(first // rows * rows, first + length, rows):
+                drawn = self._draw(target, block)
+                begin, end = max(first, block), min(first + length, block + len(drawn))
+                x[begin - first : end - first] = drawn[begin - block : end - block]
         return scores
+
+    def _rows(self, parameter: torch.Tensor) -> int:
+        """How many rows are drawn at once, however the tensor is cut into portions."""
+        rows, width = parameter.shape[0], parameter.shape[1:].numel()
+        return max(1, rows if self.selection.scope != "global" else min(rows, _DRAWN // max(1, width)))
+
+    def _draw(self, target: Target, first: int) -> torch.Tensor:
+        """The rows from ``first`` on that are drawn at once."""
+        seed = self.session.seed if self.config.random_weights_seed is None else self.config.random_weights_seed
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {target.name} {first}".encode()))
+        shape = target.parameter.shape
+        number = min(self._rows(target.parameter), shape[0] - first)
+        return torch.rand((number, *shape[1:]), generator=generator, dtype=torch.float32)
 
 
 register_pruner(name="random_weights", config=RandomWeightsConfig, pruner=RandomWeightsPruner, example=EXAMPLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
 
@@ -14,7 +15,11 @@ from ..registry import register_pruner
 from ..schedules import count_of
 from .base import SelectionConfig
 from .engine.allocation import STRATEGIES, erdos_renyi, mapped, parse_map
+from .engine.no_grad import no_grad
 from .magnitude import MagnitudeScores
+
+# A mask that lags no further than this share of the weights behind its target has reached it.
+_LAG = 0.01
 
 
 @dataclass
@@ -105,6 +110,7 @@ class TensorMagnitudePruner(MagnitudeScores):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
+        self._decay = self.config.threshold_decay
         #: The removed ratio of each tensor in the end, and the one that it rises to on the way there, as above.
         self._ramps = self._allot()
         self._each = self._counted(self._ramps)
@@ -136,8 +142,40 @@ class TensorMagnitudePruner(MagnitudeScores):
     def final_density(self) -> float:
         return 1.0 - self._target
 
+    @property
+    def why_more(self) -> str:
+        if self._decay:
+            return "--threshold-decay holds the thresholds back; lower it"
+        return super().why_more
+
+    def at_target(self) -> bool:
+        if not super().at_target() or self.locked or not self._decay or self._numbers is None:
+            return super().at_target()
+        return self._numbers.read()[1] <= (self._density_drawn() + _LAG) * (self._left or self.storage.number)
+
+    def _density_drawn(self) -> float:
+        """The remaining ratio of all weights where each tensor loses a whole number of weights or blocks."""
+        storage, size, density = self.storage, self.selection.size, self.final_density()
+        left = kept = 0.0
+        for target in storage.active:
+            number, weights = storage.left_of(target, size), storage.left_of(target)
+            left += weights
+            if number:
+                kept += weights * (1.0 - self.count_removed(self.density_of(target.name, density), number) / number)
+        return kept / max(1.0, left)
+
+    @no_grad
+    def harden(self) -> None:
+        decay = self._decay
+        if decay and not self.locked:  # the last mask is drawn by the target's own thresholds
+            self._decay, self.selected = 0.0, math.nan
+        try:
+            super().harden()
+        finally:
+            self._decay = decay
+
     def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
-        decay = self.config.threshold_decay
+        decay = self._decay
         if not decay:
             return super().threshold(name, score, k)
         # As in the published code: it starts from 0, and from the smallest score less 1 where nothing is pruned.
@@ -161,6 +199,20 @@ class OneShotMagnitudePruner(TensorMagnitudePruner):
         if self.fresh:
             self.mask_now(self.final_density())
             self.locked = True
+            self._warn_of_more()
+
+    def _learn_heads(self) -> None:
+        # The one mask must do for whichever heads stay: those that are gone now may come back.
+        if self.locked or all(pruner.heads_final for pruner in self.session.pruners):
+            super()._learn_heads()
+
+    @no_grad
+    def harden(self) -> None:
+        if self.locked and not self._same_heads():
+            self._hardening = True  # what was pruned stays so; more goes where the heads that stay have too much left
+            self.mask_now(self.final_density())
+            self._hardening = False
+        super().harden()
 
     def density_at(self, t: int) -> float:
         return self.final_density()

@@ -1,6 +1,7 @@
 """The masked export, an ordinary model folder whose pruned heads are zero, and the compact one without them."""
 
 import contextlib
+import logging
 import re
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Iterator, Mapping, Optional, Sequence, cast
@@ -17,11 +18,13 @@ from head_pruning.quantization.engine.tensors import entries
 from head_pruning.report.artifacts import write_artifacts
 from head_pruning.report.plots import plot_head_masks
 from head_pruning.surgery.remaining import heads_left
-from head_pruning.surgery.zeros import zeroed_heads
+from head_pruning.surgery.zeros import cannot_zero, zeroed_heads
 
 from ..compact.quantizer import dense_twin, mark_compact
 from .card import is_adapted, model_card
 from .notices import quiet_saving
+
+logger = logging.getLogger(__name__)
 
 PICTURE = "head_mask.png"
 # The names of a whole model's weights, and of what else from_pretrained would read beside them.
@@ -104,6 +107,9 @@ def save_pruned(
     adapter, saved = is_adapted(model), cast(Any, model)
     method = method or "+".join(pruner.name for pruner in pruners) or "mask"
     options = dict(options or options_of(pruners))
+    inexact = "" if adapter else cannot_zero(model, mask)
+    if inexact:  # a training must not end for it: with the mask, the folder can be exported compact
+        logger.warning("loaded without its mask, %s gives something else: %s", folder, inexact)
     with replacing_model(folder) as temporary:
         with quiet_saving(model), contextlib.nullcontext() if adapter else zeroed_heads(model, mask):
             with form():

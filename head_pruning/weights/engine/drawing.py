@@ -137,18 +137,20 @@ def _draw_blocks(
     may = pruner.floor(portion)[0] if pruner.nested else None
     if may is not None and pooling == "avg":
         score.masked_fill_(~may, 0.0)
-    if not portion.gone:
-        pooled = pool_blocks(target.by_outputs(score), size, pooling)
-    else:
+    share = None
+    if portion.gone:
         (there,) = portion.scratch(1)
         portion.fill_gone([there.fill_(1.0)], 0.0)
         share = pool_blocks(target.by_outputs(there), size, "avg")
         portion.fill_gone([score], 0.0 if pooling == "avg" else -math.inf)
-        pooled = pool_blocks(target.by_outputs(score), size, pooling)
-        pooled = (pooled / share if pooling == "avg" else pooled).masked_fill_(share == 0, math.inf)
+    pooled = pool_blocks(target.by_outputs(score), size, pooling)
+    if share is not None and pooling == "avg":
+        pooled = pooled / share
     if may is not None:
         whole = pool_blocks(target.by_outputs(may.to(torch.float32)), size, "max")
         pooled = pooled.masked_fill(whole == 0, -math.inf)
+    if share is not None:  # last: what does not count must not, pruned or not
+        pooled = pooled.masked_fill(share == 0, math.inf)
     left = pruner.storage.left_of(target, size)
     if not left:
         return torch.ones_like(score, dtype=torch.bool)

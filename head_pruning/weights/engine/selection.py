@@ -16,6 +16,7 @@ from .targets import Target
 
 _LOW = 16  # bits that the second pass tells apart; the first pass tells the others
 _SIGN = 0x7FFFFFFF
+_RANKS = 256  # as many as a byte tells apart; sorting is slower for few
 
 Scores = Callable[[], Iterable["list[torch.Tensor]"]]
 
@@ -212,6 +213,9 @@ def n_of_m(score: torch.Tensor, prune: int, size: int) -> torch.Tensor:
     Of equal scores the earlier goes first.
     """
     group = score.reshape(-1, size)
+    if size > _RANKS:
+        keep = torch.ones_like(group, dtype=torch.bool)
+        return keep.scatter_(1, group.argsort(dim=1, stable=True)[:, :prune], False).view(score.shape)
     columns = group.unbind(1)
     rank = torch.zeros(group.shape, dtype=torch.uint8, device=score.device)
     for later in range(size):

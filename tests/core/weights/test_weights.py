@@ -191,13 +191,13 @@ def test_training_ends_at_the_target_and_stays_there(toy, case):
         update(toy, model, optimizer, session, step)
         targets.append(session.at_target())
     first = 17 if case.startswith("gradual") else TOTAL - 4
-    assert not any(targets[:first]) and all(targets[first + 2 :])
+    assert not any(targets[:first]) and all(targets[first + 3 :])  # a lagging threshold takes one mask more
     number = sum(target.parameter.numel() for target in pruner.targets)
     for _ in range(2):
         metrics, gone = session.metrics(), zeros(pruner)
         assert metrics["weights_kept"] * number == pytest.approx(number - gone)
-        # The published rule leaves the k-th lowest; per tensor or block it does so each time. Decay lags.
-        slack = {"platon, tensor": 64, "platon, block": 6 * 32, "gradual_magnitude": 0.35 * number}.get(case, 1)
+        # The published rule leaves the k-th lowest; per tensor or block it does so each time.
+        slack = {"platon, tensor": 64, "platon, block": 6 * 32, "gradual_magnitude": 0.02 * number}.get(case, 1)
         assert abs(gone - number * (1 - metrics["prune_target"])) <= slack + 1
         assert session.harden() is None and session.at_target()
     assert same(list(pruner.weight_masks().values()), [target.parameter != 0 for target in pruner.targets])
@@ -205,6 +205,32 @@ def test_training_ends_at_the_target_and_stays_there(toy, case):
     update(toy, model, optimizer, session, TOTAL)
     assert all(not target.parameter[~kept[target.name]].any() for target in pruner.targets)
     assert zeros(pruner) == gone
+
+
+@pytest.mark.parametrize("case, when", [("platon, retained", 0), ("magnitude", TOTAL), ("lock", 0)])
+def test_parameters_that_a_loaded_state_put_in_their_places_are_pruned(toy, case, when):
+    """``load_state_dict(assign=True)`` replaces the parameters that the session was attached to."""
+    if case == "lock":
+        plain = toy.make
+        toy.make = lambda: cut(*plain())
+    model, optimizer, session, pruner = start(toy, case)
+    for step in range(TOTAL):
+        if step == when:
+            model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        update(toy, model, optimizer, session, step)
+    if when == TOTAL:
+        model.load_state_dict({name: tensor.clone() + 1 for name, tensor in model.state_dict().items()}, assign=True)
+    session.harden()
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name] != 0, keep) for name, keep in session.weight_masks().items())
+    assert all(hook.id in now[target.name]._backward_hooks for hook, target in zip(pruner._hooks, pruner.targets))
+
+
+def cut(model: nn.Module, unit_map: UnitMap) -> tuple[nn.Module, UnitMap]:
+    with torch.no_grad():
+        model.cross.q.weight[:, ::2] = 0.0
+    return model, unit_map
 
 
 def test_an_early_end_gives_the_final_density(toy):
@@ -559,6 +585,27 @@ def test_random_masks_depend_on_the_seed_alone(toy):
     assert not same(masks(random_weights_seed=3), masks(random_weights_seed=4))
 
 
+@pytest.mark.parametrize("selection", ["global", "tensor"])
+def test_random_scores_are_those_of_the_place_whatever_the_portions(toy, selection, monkeypatch):
+    def scores(size: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr("head_pruning.weights.engine.portions.CPU_PORTION", size)
+        session, pruner = start(toy, "random_weights", weight_selection=selection)[2:]
+        session.before_update(0)
+        pruner.storage.lay_out()
+        found = {target.name: torch.full(target.parameter.shape, -1.0) for target in pruner.targets}
+        for portion in pruner.storage.portions:
+            for (index, first, rows), drawn in zip(portion.slots, pruner.scores(portion)):
+                found[pruner.targets[index].name][first : first + rows] = drawn
+        return found
+
+    monkeypatch.setattr("head_pruning.weights.random_weights._DRAWN", 60)  # five rows
+    expected = scores(1 << 20)
+    assert all(tensor.min() >= 0 for tensor in expected.values())
+    for size in (24, 60, 100):
+        found = scores(size)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 # -- lock -----------------------------------------------------------------------------------------------------------
 
 
@@ -591,6 +638,16 @@ def test_lock_keeps_the_zeros_of_a_pruned_model(toy):
     for step in range(3, 6):
         update(toy, again, optimizer, other, step)
     assert same(bits(model), bits(again))
+
+
+def test_gradients_on_another_device_than_the_masks_are_dropped(toy):
+    """A state loaded before the model moves leaves its masks where the model was."""
+    model, unit_map = toy.make()
+    model = cut(model, unit_map)[0]
+    pruner = make_pruner("lock")
+    PruningSession(model, unit_map, [pruner], total_steps=TOTAL).attach().before_update(0)
+    gradient = torch.empty_like(model.cross.q.weight, device="meta")
+    assert pruner._drop_gradient("cross.q.weight", gradient).device == gradient.device
 
 
 @pytest.mark.parametrize("biases", ["drawn", "zero"])
@@ -786,6 +843,28 @@ def test_scores_that_are_all_equal_are_told(toy, caplog):
             update(toy, model, optimizer, session, step)
         session.harden()
         assert ("too many scores are equal" in caplog.text) == told == (zeros(pruner) == 0)
+
+
+@pytest.mark.parametrize("selection", ["tensor", "2x2"])
+@pytest.mark.parametrize("decay, reached", [(0.1, True), (0.95, False)])
+def test_thresholds_that_lag_end_at_the_target(toy, selection, decay, reached, caplog):
+    model, optimizer, session, pruner = start(
+        toy, "gradual_magnitude", threshold_decay=decay, weight_selection=selection, prune_biases=False,
+        initial_sparsity=0.0, target_sparsity=0.75, policy_end_step=6, begin_pruning_step=0, pruning_frequency=1,
+    )  # fmt: skip
+    for step in range(21):
+        update(toy, model, optimizer, session, step)
+    assert pruner.final_at(pruner.t) and session.at_target() == reached
+    assert (session.metrics()["weights_kept"] < 0.26) == reached
+    session.harden()
+    assert session.at_target() and session.metrics()["weights_kept"] == 0.25 and not caplog.records
+    assert zeros(pruner) == 0.75 * pruner.storage.number
+
+
+def test_a_mask_for_good_whose_thresholds_lag_is_told(toy, caplog):
+    model, optimizer, session, pruner = start(toy, "one_shot_magnitude", target_sparsity=0.8, threshold_decay=0.5)
+    session.before_update(0)
+    assert "where 0.2 of them should: --threshold-decay holds the thresholds back; lower it" in caplog.text
 
 
 def test_an_unknown_length_of_training_is_refused(toy):

@@ -15,8 +15,8 @@ from tests.few import few
 
 DSP = {"num_of_heads": 4, "annealing": True, "cooldown_steps": 12, "joint_pruning": True}
 CASES = {**OPTIONS, "platon, nested pattern": {**OPTIONS["platon, pattern"], "mask_policy": "nested"}}
-# Where one threshold is not over all weights, or lags, the target is met up to this share of what is left.
-SLACK = {"platon, tensor": 0.08, "platon, block": 0.15, "gradual_magnitude": 0.4, "platon, pattern": 0.01,
+# Where one threshold is not over all weights, the target is met up to this share of what is left.
+SLACK = {"platon, tensor": 0.08, "platon, block": 0.15, "gradual_magnitude": 0.03, "platon, pattern": 0.01,
          "platon, nested pattern": 0.01}  # fmt: skip
 
 
@@ -187,6 +187,33 @@ def test_no_heads_at_all(toy, case):
     biases = [target for target in targets if target.name.endswith("out.bias")]  # at every place, heads or none
     assert not any(target.parameter.any() for target in targets if target not in biases)
     assert weights_of(session).storage.left == sum(target.parameter.numel() for target in biases)
+
+
+@pytest.mark.parametrize("selection, density", [("tensor", 0.25), ("2:4", 0.5), ("2x2", 0.25)])
+def test_heads_that_come_back_after_a_mask_for_good_are_pruned_too(toy, selection, density):
+    options = {"target_sparsity": 1 - density, "weight_selection": selection, "prune_biases": False}
+    model, session = run(toy, "one_shot_magnitude", total=4, **options)
+    gates, pruner = session.pruners
+    assert pruner.at_target() and session.metrics()["weights_kept"] == pytest.approx(density, abs=0.01)
+    gates.logits = -gates.logits
+    for _ in range(2):  # once more changes nothing
+        there = of_heads_left(model, session, session.harden())
+        found = {t.name: (int(torch.count_nonzero(t.parameter)), int(there[t.name].sum())) for t in pruner.targets}
+        assert all(0.6 * density * left <= kept <= density * left + 1 for kept, left in found.values()), found
+        assert session.metrics()["weights_kept"] * sum(left for _, left in found.values()) == pytest.approx(
+            sum(kept for kept, _ in found.values())
+        )
+
+
+def test_a_mask_for_good_of_heads_that_are_known_is_exactly_theirs(toy):
+    def five():
+        return build_pruner(methods()["random"], SimpleNamespace(num_of_heads=5))
+
+    model, session = run(toy, "one_shot_magnitude", pruner=five, total=2, target_sparsity=0.75)
+    there, pruner = of_heads_left(model, session, session.harden()), weights_of(session)
+    for target in pruner.targets:
+        left, kept = int(there[target.name].sum()), int(torch.count_nonzero(target.parameter))
+        assert kept == left - pruner.count_removed(0.25, left)
 
 
 def test_small_portions_and_no_sample_change_nothing(toy, monkeypatch):

@@ -114,6 +114,17 @@ def test_n_of_m_keeps_the_highest_of_each_group(size, data):
         assert np.array_equal(~kept, np.isin(np.arange(size), order[:prune]))
 
 
+@pytest.mark.parametrize("size", [256, 257, 512])
+def test_n_of_many(size):
+    scores = torch.rand(3, size, generator=torch.Generator().manual_seed(0)).mul(64).round()  # with ties
+    for prune in (0, 1, 200, size - 1):
+        keep = n_of_m(scores, prune, size)
+        assert keep.sum(1).tolist() == [size - prune] * 3
+        assert torch.equal(
+            ~keep, torch.zeros_like(keep).scatter(1, scores.argsort(dim=1, stable=True)[:, :prune], True)
+        )
+
+
 @pytest.mark.parametrize("pooling, value", [("avg", 2.5), ("max", 6.0)])
 def test_blocks_are_pooled_and_expanded(pooling, value):
     score = torch.tensor([[0.0, 1.0, 5.0, 5.0], [3.0, 6.0, 5.0, 5.0]])

@@ -578,6 +578,18 @@ def test_prune_a_pruned_model_again(small, tmp_path):
     assert not again.by_site()["bert.encoder.layer.0.attention"][1]
 
 
+def test_a_model_whose_layers_share_heads_is_told_to_need_its_mask(tmp_path, caplog):
+    model = tiny_bert()
+    one, other = (f"bert.encoder.layer.{layer}.attention.output.dense.weight" for layer in (0, 1))
+    model.get_submodule(other.rpartition(".")[0]).weight = model.get_parameter(one)
+    model._tied_weights_keys = {other: one}
+    units = unit_map(model)
+    save_pruned(model, mask_without(units, {site.name: [0] for site in units.attention[:2]}), tmp_path / "alike")
+    assert not caplog.records
+    save_pruned(model, mask_without(units, {units.attention[0].name: [0]}), tmp_path / "apart")
+    assert "share their output projection" in caplog.text and "--to compact" in caplog.text
+
+
 def test_masked_export_of_a_compact_model(small, tmp_path):
     units = unit_map(small)
     save_pruned(small, mask_without(units, {units.attention[1].name: [0]}), tmp_path / "masked")
