@@ -56,7 +56,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
             args = build_parser().parse_args(arguments)
             args.run(args)
         finally:
-            sys.stdout.flush()  # here a pipe that is closed can be seen to, at the end of the process no more
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here a pipe that is closed can be seen to, at the end of the process no more
     except BrokenPipeError:  # whoever reads has enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -205,7 +205,8 @@ class PruningSession:
             assert self.unit_map is not None
             refuse_gates(self.model, self.unit_map, _UNGATE)
         try:
-            for pruner in self.pruners:
+            # A student of SPD asks what is pruned, and is copied before its layers are quantized.
+            for pruner in sorted(self.pruners, key=lambda pruner: list(KINDS).index(pruner.kind)):
                 pruner.attach(self)
                 self._attached[id(pruner)] = pruner
             if sum(pruner.head_mask() is not None for pruner in self.pruners) > 1:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ from typing import Any, Callable, Collection, Iterator, Mapping, Optional
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import CHAT_TEMPLATE_DIR, logging
+from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers.utils import logging as transformers_logging
 
 from head_pruning import HeadMask, HeadPruningError
 from head_pruning.compact import check_recipe
@@ -31,6 +33,7 @@ from head_pruning.report.weights import WeightCount, count_weights, sum_counts, 
 from head_pruning.surgery.remaining import heads_left, recipe_of, sites_left
 from head_pruning.surgery.zeros import refuse_inexact_zeros, removed_counts, zeroed_heads
 from head_pruning.weights import load_weight_masks
+from head_pruning.weights.engine.targets import numbered
 
 from .compact.model_classes import take_recipe
 from .mapping.head_plans import plan_site
@@ -39,6 +42,8 @@ from .saving.card import weight_section
 from .saving.example_inputs import example_inputs, longest
 from .saving.folders import replacing_model, save_compact, save_pruned
 from .saving.programs import export_onnx, export_program
+
+logger = logging.getLogger(__name__)
 
 name = "transformers"
 
@@ -149,25 +154,34 @@ def recipe(path: Path) -> Optional[Mapping[str, Any]]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without progress bars, and without the report of what a broken checkpoint lacks, which is raised."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _refuse_parts(path: Path, missing: Collection[str]) -> None:
-    """Raise HeadPruningError where parameters would keep random numbers; but for a pooler, which many models lack."""
-    lacking = sorted(name for name in missing if "pooler" not in name.split("."))
-    if lacking:
+    """Raise HeadPruningError where parameters of a layer would keep random numbers.
+
+    Published models lack others that are not used, such as poolers, or are computed, such as positions: a warning.
+    """
+    lacking = sorted(missing, key=lambda name: (not _in_layer(name), name))
+    if lacking and not _in_layer(lacking[0]):
+        logger.warning("%s has no %s, which keeps the numbers of a new model", path, numbered(lacking))
+    elif lacking:
         raise HeadPruningError(
             f"The weights in {path} are incomplete: {lacking[0]} is missing"
             f"{f' (and {len(lacking) - 1} more)' if lacking[1:] else ''}; copy the model again."
         )
+
+
+def _in_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def load_model(path: Path) -> PreTrainedModel:

@@ -5,14 +5,17 @@ step by step: beam search stays with the framework, which decodes the compact mo
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from ..errors import HeadPruningError
 from ..hosts import find_host
 from .common import given_mask, note
 
-# What may lie in a model's folder and be written anew.
-_EXPORTS = (".onnx", ".xml", ".pt2", ".compressed.safetensors")
+# What a model's folder is made of, but for exports that are called so.
+_PARTS = re.compile(
+    r"(?!.*\.compressed\.)((pytorch_)?model.*\.(safetensors|bin)|(adapter_|masks).*\.\w+|.*\.(json|txt|py|bpe))"
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if target.exists() and source.samefile(target):
         raise HeadPruningError(f"{target} is the model itself; give another output.")
-    if target.is_file() and not target.name.endswith(_EXPORTS) and _is_model(target.parent):
+    if target.is_file() and _PARTS.fullmatch(target.name) and _is_model(target.parent):
         raise HeadPruningError(f"{target} is part of the model in {target.parent}; give another output.")
     mask = given_mask(args.mask)
     note(f"exporting {source}")

@@ -215,6 +215,7 @@ class WeightPruner(Pruner):
         self._heads: Optional[np.ndarray] = None  # those that stay, as far as the storage knows
         self._drawn_for: Optional[np.ndarray] = None  # those that stayed when the mask was drawn
         self._left = 0  # how many weights counted then
+        self._kept: Optional[torch.Tensor] = None  # and how many of them stayed, where it was drawn in this process
         self._gradients: list[torch.Tensor] = []  # of the update, before those of pruned weights were zeroed
         self._numbers: Optional[LateNumbers] = None
         self._hooks: list[Any] = []
@@ -532,6 +533,7 @@ class WeightPruner(Pruner):
         if self._numbers is None or self._numbers.device != kept.device:
             self._numbers = LateNumbers(kept.device)
         self._numbers.write(threshold, kept)
+        self._kept = kept
 
     def threshold(self, name: str, score: torch.Tensor, k: int) -> torch.Tensor:
         """The threshold of one tensor, its ``k``-th smallest score; minus infinity prunes nothing, at k = 0."""

@@ -13,7 +13,8 @@ from .cubic import EXAMPLE, CubicConfig, CubicPruner
 from .engine.portions import Portion
 from .engine.targets import Target
 
-# Weights drawn at once, where there is one threshold over all. Stored runs go on with the draws of this number.
+# Weights drawn at once, where there is one threshold over all. Runs that were stored on a CPU go on with the draws of
+# this number.
 _DRAWN = 1 << 20
 
 

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional
 
+import numpy as np
 import torch
 
+from ..compact.shapes import FLAG
 from ..errors import HeadPruningError
 from ..options import TARGET_SPARSITY, require
 from ..pruner import SessionView
@@ -52,6 +54,7 @@ class TensorMagnitudePruner(MagnitudeScores):
     inclusive = True
     default_selection = "tensor"
     first_step = 0
+    state_shapes = {**MagnitudeScores.state_shapes, "lags": (FLAG,)}
 
     def check_options(self) -> None:
         super().check_options()
@@ -110,6 +113,7 @@ class TensorMagnitudePruner(MagnitudeScores):
 
     def attach(self, session: SessionView) -> None:
         super().attach(session)
+        self._lags = False
         self._decay = self.config.threshold_decay
         #: The removed ratio of each tensor in the end, and the one that it rises to on the way there, as above.
         self._ramps = self._allot()
@@ -149,9 +153,14 @@ class TensorMagnitudePruner(MagnitudeScores):
         return super().why_more
 
     def at_target(self) -> bool:
-        if not super().at_target() or self.locked or not self._decay or self._numbers is None:
-            return super().at_target()
-        return self._numbers.read()[1] <= (self._density_drawn() + _LAG) * (self._left or self.storage.number)
+        return super().at_target() and (self.locked or not self._decay or self._reached())
+
+    def _reached(self) -> bool:
+        """Whether the mask keeps no more than it should: thresholds that lag prune less. Waits once for each mask."""
+        if self._kept is not None:
+            self._lags = float(self._kept) > (self._density_drawn() + _LAG) * (self._left or self.storage.number)
+            self._kept = None
+        return not self._lags
 
     def _density_drawn(self) -> float:
         """The remaining ratio of all weights where each tensor loses a whole number of weights or blocks."""
@@ -183,6 +192,14 @@ class TensorMagnitudePruner(MagnitudeScores):
         past = self.storage.thresholds
         past[name] = decay * past.get(name, torch.zeros_like(new)) + (1.0 - decay) * new
         return past[name]
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        lags = {"lags": np.array([float(not self._reached())])} if self._decay and self.has_mask else {}
+        return {**super().state_dict(), **lags}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        super().load_state_dict(state)
+        self._lags, self._kept = "lags" in state and bool(state["lags"][0]), None  # earlier versions told nothing
 
 
 class OneShotMagnitudePruner(TensorMagnitudePruner):

@@ -413,10 +413,13 @@ def test_what_lies_outside_of_the_layers_is_held_once_and_frozen():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_weights_that_are_pruned_are_not_the_teachers():
+@pytest.mark.parametrize("first", ["weights", "spd"])
+def test_weights_that_are_pruned_are_not_the_teachers(first):
     model, spd = make().train(), build("spd", replacing_rate=0.5, distill_hidden=0.0)
     weights = build("magnitude", final_threshold=0.2, weights_include="head|attention")
-    session = open_session(model, weights, spd)
+    session = open_session(model, *((weights, spd) if first == "weights" else (spd, weights)))
+    session.detach()
+    session.attach()
     theirs = dict(spd.teacher.model.named_parameters())
     assert theirs["head.weight"] is not model.head.weight and model.head.weight.requires_grad
     assert theirs["embed.weight"] is model.embed.weight and not model.embed.weight.requires_grad

@@ -856,6 +856,13 @@ def test_thresholds_that_lag_end_at_the_target(toy, selection, decay, reached, c
         update(toy, model, optimizer, session, step)
     assert pruner.final_at(pruner.t) and session.at_target() == reached
     assert (session.metrics()["weights_kept"] < 0.26) == reached
+    _, _, resumed, _ = start(
+        toy, "gradual_magnitude", threshold_decay=decay, weight_selection=selection, prune_biases=False,
+        initial_sparsity=0.0, target_sparsity=0.75, policy_end_step=6, begin_pruning_step=0, pruning_frequency=1,
+    )  # fmt: skip
+    resumed.load_state_dict(session.state_dict())
+    resumed.load_tensor_state(session.tensor_state())
+    assert resumed.at_target() == reached
     session.harden()
     assert session.at_target() and session.metrics()["weights_kept"] == 0.25 and not caplog.records
     assert zeros(pruner) == 0.75 * pruner.storage.number
