@@ -79,6 +79,6 @@ def test_what_is_refused(compact, tmp_path, monkeypatch):
         main(words)
     monkeypatch.setitem(sys.modules, "openvino", None)
     words[2] = str(tmp_path / "model.xml")
-    with pytest.raises(SystemExit, match="openvino is needed for this; install it: pip install openvino"):
+    with pytest.raises(SystemExit, match="openvino is needed for this; install it: pip install 'head-pruning\[openvino\]'"):
         main(words)
     assert not list(tmp_path.iterdir())
