@@ -62,6 +62,7 @@ def test_openvino_computes_what_torch_does(compact, tmp_path, capsys):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".bin", ".xml"]
 
 
+@pytest.mark.slow
 def test_openvino_computes_with_8_bits(tmp_path):
     pytest.importorskip("openvino", reason="needs openvino")
     pytest.importorskip("torchao", reason="needs torchao")
@@ -79,6 +80,6 @@ def test_what_is_refused(compact, tmp_path, monkeypatch):
         main(words)
     monkeypatch.setitem(sys.modules, "openvino", None)
     words[2] = str(tmp_path / "model.xml")
-    with pytest.raises(SystemExit, match="openvino is needed for this; install it: pip install 'head-pruning\[openvino\]'"):
+    with pytest.raises(SystemExit, match=r"openvino is needed for this; install it: .*head-pruning\[openvino\]"):
         main(words)
     assert not list(tmp_path.iterdir())
