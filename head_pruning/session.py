@@ -394,7 +394,7 @@ class PruningSession:
         """
         if self.fired_within:
             self._check_called("after_backward", self._collected, self.overrides("after_backward"))
-            self._check_called("before_step", self._stepping, self.freezes_model or self.overrides("lr_factor"))
+            self._check_called("before_step", self._stepping, self.freezes_model)
         self._end_step()
         for pruner in self.pruners:
             pruner.after_step(self.step, lr_factor)
