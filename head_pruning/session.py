@@ -205,7 +205,7 @@ class PruningSession:
             assert self.unit_map is not None
             refuse_gates(self.model, self.unit_map, _UNGATE)
         try:
-            # A student of SPD asks what is pruned, and is copied before its layers are quantized.
+            # Distillers ask what is pruned, and may copy the model, which comes before its layers are quantized.
             for pruner in sorted(self.pruners, key=lambda pruner: list(KINDS).index(pruner.kind)):
                 pruner.attach(self)
                 self._attached[id(pruner)] = pruner

@@ -70,9 +70,14 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], before: Optional[M
     return model
 
 
+def input_width(layer: Any) -> Any:
+    """How many numbers a layer reads (Linear and Conv1D); None where it does not say."""
+    return layer.weight.shape[0] if hasattr(layer, "nf") else getattr(layer, "in_features", None)
+
+
 def _check_width(out: Any, unit: Mapping[str, Any]) -> None:
     """Raise ValueError unless an output projection reads what a site's heads make."""
-    width = out.weight.shape[0] if hasattr(out, "nf") else getattr(out, "in_features", None)
+    width = input_width(out)
     if width not in (None, unit["heads"] * unit["head_dim"]):
         raise ValueError(
             f"{unit['out_proj']} reads {width} slices where the recipe expects {unit['heads']} heads of "

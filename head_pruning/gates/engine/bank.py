@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...compact.recipe import input_width
 from ...errors import HeadPruningError, UnfiredSiteError
 from ...unit_map import AttentionSite, Site, UnitMap
 
@@ -153,7 +154,7 @@ class GateBank:
                 raise HeadPruningError(
                     f"The model has no module {site.out_proj}, the output projection of {site.name}; correct the map."
                 )
-            width = module.weight.shape[0] if hasattr(module, "nf") else getattr(module, "in_features", None)
+            width = input_width(module)
             if width not in (None, site.heads * site.head_dim):
                 raise HeadPruningError(
                     f"{site.out_proj} reads {width} numbers, and the unit map says {site.heads} heads of "
